@@ -1,0 +1,387 @@
+"""Tables and figures of the committed results, from the JSON files alone.
+
+python experiments/benchmarks/report.py            # README.md and figures/
+python experiments/benchmarks/report.py --check    # exit status 1 if README.md is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+
+import measure
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+README = FOLDER / "README.md"
+FIGURES = FOLDER / "figures"
+PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
+
+# Okabe and Ito's palette, told apart under the common colour-vision deficiencies.
+STYLES = {
+    "reference": ("reference", "#000000", "X", "-"),
+    "xla_cg": ("xla, cg", "#D55E00", "o", "-"),
+    "xla_direct": ("xla, direct", "#009E73", "^", "-"),
+    "xla_softmax": ("xla, softmax", "#0072B2", "s", "-"),
+    "jax_softmax": ("jax.nn softmax", "#8C8C8C", "D", "--"),
+    "jax_softmax_cudnn": ("cuDNN softmax", "#CC79A7", "P", "--"),
+}
+_BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers from records
+
+
+def fit_exponent(sizes: Sequence[float], amounts: Sequence[float]) -> float | None:
+    """Least-squares exponent b of ``amount = a * size^b``; None for fewer than two sizes."""
+    if len(set(sizes)) < 2:
+        return None
+    return float(np.polyfit(np.log(sizes), np.log(amounts), 1)[0])
+
+
+def series(records, implementation: str, which: str, head_dim: int, field: str) -> dict[int, float]:
+    """`field` by length, where it was measured."""
+    return {
+        record["n"]: record[field]
+        for record in sorted(records, key=lambda record: record["n"])
+        if record["implementation"] == implementation
+        and (record["pass"], record["head_dim"]) == (which, head_dim)
+        and field in record
+    }
+
+
+def faster_from(fast: Mapping[int, float], slow: Mapping[int, float]) -> int | None:
+    """The length from which on `fast` takes less time wherever both were measured."""
+    first = None
+    for n in sorted(set(fast) & set(slow)):
+        if fast[n] >= slow[n]:
+            first = None
+        elif first is None:
+            first = n
+    return first
+
+
+def break_even(direct: Mapping[float, float], cg: Mapping[float, float]) -> dict[str, float | None]:
+    """Where the direct solver takes over as the ridge falls.
+
+    Args:
+      direct, cg: time by ridge.
+
+    Returns:
+      "measured": the largest ridge at which, and below which, direct is faster at every measured
+      ridge (None: at none); "estimate": the crossing between it and the next larger ridge, by
+      interpolation of the logarithms (None where direct never or always wins).
+    """
+    ridges = sorted(set(direct) & set(cg))
+    gains = [math.log(cg[ridge] / direct[ridge]) for ridge in ridges]
+    wins = next((i for i, gain in enumerate(gains) if gain <= 0), len(gains))
+    if wins == 0:
+        return {"measured": None, "estimate": None}
+    measured, estimate = ridges[wins - 1], None
+    if wins < len(ridges):
+        share = gains[wins - 1] / (gains[wins - 1] - gains[wins])
+        estimate = measured * (ridges[wins] / measured) ** share
+    return {"measured": measured, "estimate": estimate}
+
+
+def _worst(errors: Mapping[str, float | None]) -> float | None:
+    """The output's error of a forward pass, else the largest of the gradients."""
+    gradients = [error for name, error in errors.items() if name != "output"]
+    if None in errors.values():
+        return None
+    return max(gradients) if gradients else errors["output"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Text
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _cell(record: Mapping | None) -> str:
+    """Median and fastest time, and error."""
+    if record is None:
+        return ""
+    if record["status"] != "timed":
+        return record["status"]
+    times = f"{_milliseconds(record['time_median_s'])} ({_milliseconds(record['time_min_s'])})"
+    return f"{times}; {_worst(record['errors']):.0e}"
+
+
+def progress_line(record: Mapping, key_fields: Sequence[str]) -> str:
+    where = ", ".join(f"{name} {record[name]}" for name in key_fields)
+    if record["status"] == "timed":
+        return f"{where}: ms (fastest); error: {_cell(record)}"
+    return f"{where}: {record['status']}: {record['reason']}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _provenance(document: Mapping) -> str:
+    header = document["header"]
+    device, versions = header["device"], header["versions"]
+    settings = ", ".join(f"{name} {value}" for name, value in header["settings"].items())
+    machine = f"{device['cpu']}, {device['cores']} cores"
+    if header["platform"] != "cpu":
+        machine = f"{device['kind']} ({machine})"
+    commits = sorted({(record["commit"] or "unknown")[:10] for record in document["records"]})
+    names = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"Measured on {machine}; {names}; {header['date'][:10]}; commit {', '.join(commits)}"
+        f"{' with uncommitted changes' if header['uncommitted_changes'] else ''}; {settings}.\n"
+        f"Command: `{header['command']}`"
+    )
+
+
+def _exponent(values: Mapping[int, float]) -> str:
+    """Fitted over all lengths, and over the last doubling."""
+    whole = fit_exponent(list(values), list(values.values()))
+    if whole is None:
+        return ""
+    last = dict(list(values.items())[-2:])
+    return f"{whole:.2f} ({fit_exponent(list(last), list(last.values())):.2f})"
+
+
+def scaling_markdown(document: Mapping) -> str:
+    """Tables of `operator_scaling.py`."""
+    records = document["records"]
+    parts = [_provenance(document)]
+    names = [name for name in STYLES if any(r["implementation"] == name for r in records)]
+    labels = [STYLES[name][0] for name in names]
+    cells = {(r["head_dim"], r["pass"], r["n"], r["implementation"]): r for r in records}
+    lengths = sorted({record["n"] for record in records})
+    for head_dim in sorted({record["head_dim"] for record in records}):
+        for which, title in PASSES.items():
+            what = "output" if which == "forward" else "gradients, the worst"
+            rows = [
+                [str(n), *(_cell(cells.get((head_dim, which, n, name))) for name in names)]
+                for n in lengths
+            ]
+            parts.append(
+                f"**Head dimension {head_dim}, {title}**: median (fastest) ms; relative error of "
+                f"the {what}.\n\n" + _table(["n", *labels], rows)
+            )
+            rows = []
+            for n in lengths:
+                found = [cells.get((head_dim, which, n, name)) for name in names]
+                amounts = [f"{r['temp_bytes'] / 2**20:.4g}" if r else "" for r in found]
+                rows.append([str(n), *amounts])
+            parts.append(
+                f"Head dimension {head_dim}, {title}: compiled temporary memory, MiB.\n\n"
+                + _table(["n", *labels], rows)
+            )
+        parts.append(_growth(records, names, head_dim))
+    return "\n\n".join(parts)
+
+
+def _growth(records, names: Sequence[str], head_dim: int) -> str:
+    rows, sentences = [], []
+    for which, title in PASSES.items():
+        times = {n: series(records, n, which, head_dim, "time_median_s") for n in names}
+        floor = times.get("jax_softmax", {})
+        for name in names:
+            memory = series(records, name, which, head_dim, "temp_bytes")
+            common = sorted(set(times[name]) & set(floor))
+            ratio = f"{times[name][common[-1]] / floor[common[-1]]:.1f}" if common else ""
+            at = str(common[-1]) if common else ""
+            growth = [_exponent(times[name]), _exponent(memory)]
+            rows.append([STYLES[name][0], title, *growth, ratio, at])
+        for name in ("xla_cg", "xla_direct"):
+            common = set(times.get(name, {})) & set(times.get("reference", {}))
+            if common:
+                first = faster_from(times[name], times["reference"])
+                where = "nowhere" if first is None else f"from n = {first}"
+                sentences.append(
+                    f"{STYLES[name][0]}, {title}: faster than the reference {where} (both timed "
+                    f"for n = {min(common)} to {max(common)})."
+                )
+    head = ["implementation", "pass", "time exponent", "memory exponent", "time / jax.nn", "at n"]
+    return (
+        f"Head dimension {head_dim}: fitted exponents in n (in brackets: the last doubling alone), "
+        "and time relative to `jax.nn.dot_product_attention`.\n\n"
+        + _table(head, rows)
+        + "".join(f"\n\n- {s}" if i == 0 else f"\n- {s}" for i, s in enumerate(sentences))
+    )
+
+
+def choice_markdown(document: Mapping) -> str:
+    """Tables of `solver_choice.py`."""
+    records = document["records"]
+    parts = [_provenance(document), _break_even_table(records)]
+    fields = ("dtype", "head_dim", "ridge", "implementation", "pass")
+    cells = {tuple(record[name] for name in fields): record for record in records}
+    systems = sorted(
+        {(r["dtype"], r["head_dim"], r["ridge"]) for r in records if r["ridge"] is not None},
+        key=lambda system: (system[0], system[1], -system[2]),
+    )
+    for dtype in sorted({record["dtype"] for record in records}, reverse=True):
+        rows = []
+        for system in systems:
+            if system[0] != dtype:
+                continue
+            row = [str(system[1]), f"{system[2]:g}"]
+            for name in ("xla_cg", "xla_direct"):
+                pair = [cells.get((*system, name, which)) for which in PASSES]
+                count = next((f"{r['mean_iterations']:.1f}" for r in pair if r), "")
+                row += [count, *map(_cell, pair)]
+            rows.append(row)
+        head = ["d", "ridge"]
+        for name in ("cg", "direct"):
+            head += [f"{name}: iterations", "forward", "forward + backward"]
+        parts.append(
+            f"**{dtype}**: mean forward iterations; median (fastest) ms; relative error of the "
+            "output, or of the worst gradient.\n\n" + _table(head, rows)
+        )
+    floor = [record for record in records if record["ridge"] is None]
+    if floor:
+        keys = sorted({(r["dtype"], r["head_dim"], r["implementation"]) for r in floor})
+        rows = [
+            [d, str(h), STYLES[name][0], *(_cell(cells.get((d, h, None, name, w))) for w in PASSES)]
+            for d, h, name in sorted(keys, key=lambda key: (key[0] != "float32", *key[1:]))
+        ]
+        parts.append(
+            "Softmax attention on the same tensors.\n\n"
+            + _table(["dtype", "d", "implementation", *PASSES.values()], rows)
+        )
+    return "\n\n".join(parts)
+
+
+def times_by_ridge(records, name: str, which: str, head_dim: int, dtype: str) -> dict[float, float]:
+    """Median seconds by ridge; a refused cell counts as infinitely slow."""
+    wanted = (name, which, head_dim, dtype)
+    return {
+        record["ridge"]: record.get("time_median_s", math.inf)
+        for record in records
+        if (record["implementation"], record["pass"], record["head_dim"], record["dtype"]) == wanted
+    }
+
+
+def _break_even_table(records) -> str:
+    rows = []
+    systems = {(r["head_dim"], r["dtype"]) for r in records if r["ridge"] is not None}
+    for head_dim, dtype in sorted(systems, key=lambda system: (system[1] != "float32", system)):
+        row = [dtype, str(head_dim)]
+        for which in PASSES:
+            cg, direct = (
+                times_by_ridge(records, name, which, head_dim, dtype)
+                for name in ("xla_cg", "xla_direct")
+            )
+            both = {r for r in set(cg) & set(direct) if math.isfinite(cg[r] + direct[r])}
+            found = break_even({r: direct[r] for r in both}, {r: cg[r] for r in both})
+            if not both:
+                text = "not measured"
+            elif found["measured"] is None:
+                text = f"never (down to {min(both):g})"
+            elif found["estimate"] is None:
+                text = f"always (up to {max(both):g})"
+            else:
+                text = f"<= {found['measured']:g}, crossing near {found['estimate']:.2g}"
+            row.append(text)
+        rows.append(row)
+    return "Ridge below which the direct solver is faster than cg.\n\n" + _table(
+        ["dtype", "d", *PASSES.values()], rows
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def markdown(document: Mapping) -> str:
+    """The tables of any result file."""
+    makers = {"operator_scaling": scaling_markdown, "solver_choice": choice_markdown}
+    return makers[document["header"]["benchmark"]](document)
+
+
+def render(text: str, results: pathlib.Path) -> str:
+    """README text with every generated block renewed from its result file.
+
+    Raises:
+      ValueError: if a result file has no block, or a block no result file.
+    """
+    found = {path.stem: path for path in sorted(results.glob("*.json"))}
+    blocks = {match[2] for match in _BLOCK.finditer(text)}
+    if blocks != set(found):
+        raise ValueError(
+            f"README.md has blocks {sorted(blocks)}, results/ has files {sorted(found)}."
+        )
+
+    def renew(match):
+        figure = ""
+        document = measure.load(found[match[2]])
+        if document["header"]["benchmark"] == "operator_scaling":
+            figure = f"\n\n![Time and memory against length](figures/{match[2]}.png)"
+        return f"{match[1]}{markdown(document)}{figure}\n{match[3]}"
+
+    return _BLOCK.sub(renew, text)
+
+
+def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Time and memory against length as PNG and SVG; returns the paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # The same results give the same files.
+    plt.rcParams["svg.hashsalt"] = path.stem
+    records = measure.load(path)["records"]
+    head_dims = sorted({record["head_dim"] for record in records})
+    panels = [(which, field) for field in ("time_median_s", "temp_bytes") for which in PASSES]
+    size = (4 * len(panels), 3.6 * len(head_dims))
+    figure, axes = plt.subplots(len(head_dims), len(panels), figsize=size, squeeze=False)
+    for row, head_dim in zip(axes, head_dims, strict=True):
+        for axis, (which, field) in zip(row, panels, strict=True):
+            for name, (label, colour, marker, line) in STYLES.items():
+                values = series(records, name, which, head_dim, field)
+                unit = 1e3 if field == "time_median_s" else 2.0**-20
+                if values:
+                    axis.plot(
+                        list(values), [unit * value for value in values.values()], label=label,
+                        color=colour, marker=marker, linestyle=line, markersize=5,
+                    )  # fmt: skip
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xlabel("sequence length n")
+            axis.set_ylabel("time, ms" if field == "time_median_s" else "temporary memory, MiB")
+            axis.set_title(f"{PASSES[which]}, d = {head_dim}", fontsize=10)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    folder.mkdir(parents=True, exist_ok=True)
+    out = [folder / f"{path.stem}.{kind}" for kind in ("png", "svg")]
+    figure.savefig(out[0], dpi=120, metadata={"Software": None})
+    figure.savefig(out[1], metadata={"Date": None})
+    plt.close(figure)
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, only compare")
+    options = parser.parse_args(argv)
+    text = README.read_text(encoding="utf-8")
+    renewed = render(text, measure.RESULTS)
+    if options.check:
+        print("README.md is up to date" if renewed == text else "README.md is out of date")
+        return int(renewed != text)
+    README.write_text(renewed, encoding="utf-8")
+    for path in sorted(measure.RESULTS.glob("*.json")):
+        if measure.load(path)["header"]["benchmark"] == "operator_scaling":
+            print(*draw(path, FIGURES), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Preconditioned conjugate gradients for the rows of a tile, with a dimensionless stopping rule.
+
+Every row solves its own system ``A_i x_i = b_i``; the rows share the products. A row stops on its
+own, by a bound of its error that holds for any data, and a stopped or broken-down row (zero
+residual, non-positive curvature) freezes, so that no row can produce a NaN or change another one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lla.kernels.tiles import row_dot
+
+
+class CGState(NamedTuple):
+    """Rows of a tile: vectors are ``[..., R, H]``, scalars ``[..., R, 1]``."""
+
+    x: jax.Array  # iterate; the result once a row is done
+    r: jax.Array  # recursively updated residual b - A x
+    direction: jax.Array
+    rz: jax.Array  # r . M^-1 r
+    radau: jax.Array  # the error of x in the A-norm is at most sqrt(radau * rz)
+    energy: jax.Array  # offset + x . A x
+    done: jax.Array
+    iterations: jax.Array
+
+
+def cg_start(b, precondition, *, smallest, energy_offset, zeros, active):
+    """State before the first iteration, from ``x = 0``; the arguments are those of `cg_solve`."""
+    z = precondition(b)
+    return CGState(
+        x=zeros * jnp.ones_like(b),
+        r=b,
+        direction=z,
+        rz=row_dot(b, z),
+        radau=zeros + 1 / smallest,
+        energy=zeros + energy_offset,
+        done=~active,
+        iterations=zeros.astype(jnp.int32),
+    )
+
+
+def cg_step(state: CGState, product, precondition, smallest, tol: float | None) -> CGState:
+    """One iteration; with ``tol=None`` no row stops by the test."""
+    zero, one = jnp.zeros_like(state.rz), jnp.ones_like(state.rz)
+    image = product(state.direction)
+    curvature = row_dot(state.direction, image)
+    moving = ~state.done & (curvature > 0) & (state.rz > 0)
+    safe_curvature = jnp.where(moving, curvature, one)
+    step = jnp.where(moving, row_dot(state.r, state.direction) / safe_curvature, zero)
+    r = jnp.where(moving, state.r - step * image, state.r)
+    z = precondition(r)
+    rz = row_dot(r, z)
+    # The flexible choice: conjugate to the last direction as it was rounded.
+    beta = jnp.where(moving, -row_dot(image, z) / safe_curvature, zero)
+    energy = state.energy + step * state.rz
+
+    # Gauss-Radau quadrature: with `smallest` at most the smallest eigenvalue of M^-1 A, an upper
+    # bound of the error from the scalars at hand (Meurant and Tichy, Numer. Algorithms 62, 2013).
+    left = state.radau - step
+    contraction = rz / jnp.where(moving, state.rz, one)
+    radau = jnp.where(left > 0, left / (smallest * left + contraction), 1 / smallest)
+    stop = ~moving
+    if tol is not None:
+        # Written so that a NaN stops the row instead of running to the limit.
+        stop |= ~(radau * rz > tol**2 * energy)
+    return CGState(
+        x=state.x + step * state.direction,
+        r=r,
+        direction=z + beta * state.direction,
+        rz=rz,
+        radau=radau,
+        energy=energy,
+        done=state.done | stop,
+        iterations=state.iterations + (~state.done).astype(jnp.int32),
+    )
+
+
+def cg_solve(b, product, precondition, *, smallest, zeros, active, energy_offset, tol, max_iters):
+    """Runs until every row has met the tolerance, or exactly `max_iters` steps for ``tol=None``.
+
+    A row stops once a bound of its error in the A-norm is below ``tol * sqrt(energy)``.
+
+    Args:
+      b: right-hand sides ``[..., R, H]``.
+      product: the map ``y -> A y`` on ``[..., R, H]``.
+      precondition: the map ``r -> M^-1 r``.
+      smallest: ``[..., R, 1]``, positive, at most the smallest eigenvalue of ``M^-1 A``.
+      zeros: ``[..., R, 1]`` zeros of b's dtype (varying over the mesh axes that b varies over).
+      active: bool ``[..., R, 1]``, False for a row that needs no solve.
+      energy_offset: what errors are measured against beside ``x . A x``: 1 for the forward system
+        (the weights of softmax attention), 0 for the adjoint one.
+      tol: relative tolerance, or None.
+      max_iters: bound on the number of iterations.
+
+    Returns:
+      x ``[..., R, H]``, iterations int32 ``[..., R, 1]``, relative residual ``[..., R, 1]``.
+    """
+
+    def running(carry):
+        count, state = carry
+        return (count < max_iters) & ~state.done.all()
+
+    def body(carry):
+        count, state = carry
+        return count + 1, cg_step(state, product, precondition, smallest, tol)
+
+    start = cg_start(
+        b,
+        precondition,
+        smallest=smallest,
+        energy_offset=energy_offset,
+        zeros=zeros,
+        active=active,
+    )
+    _, state = jax.lax.while_loop(running, body, (jnp.int32(0), start))
+    norm = row_dot(b, b)
+    ratio = row_dot(state.r, state.r) / jnp.where(norm > 0, norm, jnp.ones_like(norm))
+    return state.x, state.iterations, jnp.sqrt(ratio)

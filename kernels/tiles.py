@@ -1,0 +1,103 @@
+"""Tile mathematics: the formulas of the operator on one tile of queries and a range of keys.
+
+Pure functions on arrays, shared by the back ends. Shapes, with any leading axes ``...``:
+``R`` query rows, ``L`` keys, ``H`` head dimension, ``Hv`` value dimension;
+
+    q, x, u, key_mean  [..., R, H]     k  [..., L, H]     v  [..., L, Hv]
+    p (softmax weights), logits, valid [..., R, L]        ridge, scale, lse  [..., R]
+
+Keys and queries may be given relative to any common origin: the regression only sees differences,
+and the logits change by a constant per row, which the softmax does not see.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+
+def product(a, b, precision):
+    """``a @ b`` accumulated in the dtype of the operands."""
+    return jnp.matmul(a, b, precision=precision)
+
+
+def product_nt(a, b, precision):
+    """``a @ b^T`` over the last axes: ``[..., R, H], [..., L, H] -> [..., R, L]``."""
+    return product(a, jnp.swapaxes(b, -1, -2), precision)
+
+
+def product_tn(a, b, precision):
+    """``a^T @ b`` over the rows: ``[..., R, L], [..., R, H] -> [..., L, H]``."""
+    return product(jnp.swapaxes(a, -1, -2), b, precision)
+
+
+def row_dot(a, b):
+    """Inner products of rows: ``[..., R, H] -> [..., R, 1]``."""
+    return (a * b).sum(-1, keepdims=True)
+
+
+def softmax_weights(logits, valid):
+    """Masked softmax; a row without a valid key has weights 0 and log-sum-exp ``-inf``."""
+    logits = jnp.where(valid, logits, -jnp.inf)
+    largest = logits.max(-1, keepdims=True)
+    shift = jnp.where(largest > -jnp.inf, largest, jnp.zeros_like(largest))
+    weights = jnp.exp(logits - shift)
+    total = weights.sum(-1, keepdims=True)
+    lse = (shift + jnp.log(total))[..., 0]
+    weights = weights * (1 / jnp.where(total > 0, total, jnp.ones_like(total)))
+    return weights, lse
+
+
+def saved_weights(logits, valid, lse):
+    """The same weights from a saved log-sum-exp."""
+    shift = jnp.where(lse > -jnp.inf, lse, jnp.zeros_like(lse))[..., None]
+    return jnp.where(valid, jnp.exp(logits - shift), jnp.zeros_like(logits))
+
+
+def centred_scores(k, key_mean, x, precision):
+    """``t_ij = (k_j - key_mean_i) . x_i``."""
+    return product_nt(x, k, precision) - row_dot(key_mean, x)
+
+
+def system_product(p, k, key_mean, ridge, y, precision):
+    """``A_i y_i = sum_j p_ij ((k_j - key_mean_i) . y_i) k_j + ridge_i y_i``, without cancellation.
+
+    Centring before the weights are applied is what keeps this accurate where the keys share an
+    offset. In exact arithmetic the weighted centred scores of a row sum to zero, so centring the
+    second factor as well would change nothing; with float32 weights it is not needed.
+    """
+    scores = p * centred_scores(k, key_mean, y, precision)
+    return product(scores, k, precision) + ridge[..., None] * y
+
+
+def probed_output(p, k, v, key_mean, x, precision):
+    """``o_i = sum_j p_ij (1 - t_ij) v_j``; with ``x = None`` plain softmax attention."""
+    if x is not None:
+        p = p * (1 - centred_scores(k, key_mean, x, precision))
+    return product(p, v, precision)
+
+
+def adjoint_target(p, k, centred_c, precision):
+    """Right-hand side ``h_i = sum_j p_ij (c_ij - c_mean_i) k_j`` of the adjoint system."""
+    return product(p * centred_c, k, precision)
+
+
+def logit_gradient(p, a, e):
+    """Gradient with respect to the logits, ``p (a e - sum_j p a e)``.
+
+    The subtracted mean equals ``-ridge u.x`` for an exact solve and ``-x.h`` for a given probe, so
+    that one formula serves the whole family, and a row's gradient sums to zero to rounding.
+    """
+    weighted = p * a * e
+    return weighted - p * weighted.sum(-1, keepdims=True)
+
+
+def segment_origin(k, valid):
+    """Mean of the keys that the first row sees, ``[..., 1, H]``: an origin that is causal.
+
+    Depends on nothing that the first row may not see, so that shifting by it leaks nothing from
+    later positions, not even through rounding.
+    """
+    seen = valid[..., :1, :].astype(k.dtype)
+    count = jnp.maximum(seen.sum(-1, keepdims=True), 1)
+    return product(seen / count, k, lax.Precision.HIGHEST)

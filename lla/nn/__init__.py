@@ -1,0 +1,7 @@
+"""Flax modules: a layer of its own, and the operator as `attention_fn` of Flax's own layers."""
+
+from lla.nn.drop_in import attention_fn
+from lla.nn.layer import LocalLinearAttention
+from lla.nn.ridge import weight_decay_mask
+
+__all__ = ["LocalLinearAttention", "attention_fn", "weight_decay_mask"]

@@ -1,0 +1,315 @@
+"""The layer: projections, QK-norm, ridge and the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lla.nn.ridge import Ridge, RidgeType
+from lla.nn.rope import rotate
+from lla.ops.api import local_linear_attention, parallax_attention, softmax_attention
+from lla.ops.dispatch import Implementation
+from lla.ops.options import Solver, Stats
+from lla.ops.problem import compute_dtype
+
+Mechanism = Literal["lla", "parallax", "softmax"]
+_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+
+
+class HeadNorm(nnx.Module):
+    """RMS normalisation over the last axis of ``[..., H]`` with a learned scale ``[H]``.
+
+    Computed in float32 or better, returned in the dtype of the input.
+    """
+
+    def __init__(self, head_dim: int, *, param_dtype=jnp.float32, epsilon: float = 1e-6):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((head_dim,), param_dtype))
+
+    def __call__(self, heads: jax.Array) -> jax.Array:
+        x = heads.astype(compute_dtype(heads.dtype))
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        x = x * jnp.broadcast_to(self.scale[...].astype(x.dtype), x.shape)
+        return x.astype(heads.dtype)
+
+
+class LocalLinearAttention(nnx.Module):
+    """Multi-head local linear attention with its projections.
+
+    ``x [*B, T, in_features] -> [*B, T, out_features]``; any number of leading axes. Queries and
+    keys are RMS-normalised per head unless ``qk_norm=False``: besides its usual merits this bounds
+    the condition of the systems that the operator solves, hence its cost and error.
+
+    Example::
+
+        >>> import jax.numpy as jnp, lla.nn
+        >>> from flax import nnx
+        >>> layer = lla.nn.LocalLinearAttention(
+        ...     num_heads=4, in_features=64, ridge=1.0, ridge_type="per_head", rngs=nnx.Rngs(0)
+        ... )
+        >>> layer(jnp.ones((2, 10, 64))).shape
+        (2, 10, 64)
+
+    Parameters: ``query``, ``key``, ``value`` and ``out`` (Flax `LinearGeneral`, kernels
+    ``[in_features, heads, head_dim]`` and ``[num_heads, value_dim, out_features]``, so that heads
+    are an axis to shard), ``query_norm`` and ``key_norm``, ``ridge`` where it is learned, ``probe``
+    for ``mechanism="parallax"``. Keep the ridge out of weight decay with
+    `lla.nn.weight_decay_mask`.
+
+    Args:
+      num_heads: query heads ``N``.
+      in_features: width of the input.
+      num_kv_heads: key and value heads ``K``, a divisor of ``N``; None means ``N``.
+      head_dim: width of a query or key head; None means ``in_features // num_heads``.
+      value_dim: width of a value head; None means `head_dim`.
+      out_features: width of the output; None means `in_features`.
+      in_kv_features: width of a second input to attend to; None means `in_features`.
+      mechanism: ``"lla"``, or a relative with the same layer around it: ``"parallax"`` (the probe
+        is a projection of the token, zero at the start, which makes it softmax attention there)
+        or ``"softmax"``.
+      ridge: the ridge, or its initial value where it is learned; in units of squared keys, whose
+        coordinates QK-norm gives a mean square of 1. None means 1 (and is the only value for
+        mechanisms without a ridge).
+      ridge_type: ``"fixed"``; ``"per_head"``: ``ridge_min + softplus(b)``; ``"per_token"``:
+        ``ridge_min + softplus(w . x + b)`` with a ``w`` for each head. Both start at `ridge`.
+      ridge_min: lower bound of a learned ridge.
+      scale: factor of the logits; None means ``1 / sqrt(head_dim)``.
+      is_causal: whether a token sees only itself and what precedes it.
+      local_window_size: an int or ``(left, right)``, as in `lla.local_linear_attention`.
+      qk_norm: whether to normalise queries and keys.
+      rope_theta: base of rotary position embedding (10000 is customary), applied after QK-norm to
+        query, key and probe; None for no position embedding.
+      use_bias: whether the query, key, value and probe projections have biases.
+      use_out_bias: whether the output projection has one.
+      dtype: dtype of projections and attention; None infers it from input and parameters.
+      param_dtype: dtype of the parameters, except those of the ridge, which are float32.
+      precision: of the projections; the operator multiplies in the precision its errors need.
+      kernel_init, bias_init: initialisers of the projections.
+      out_kernel_init: of the output kernel; None means `kernel_init`.
+      kernel_metadata, out_kernel_metadata: metadata of those kernels' `nnx.Param`, such as
+        sharding.
+      solver, implementation: as in `lla.local_linear_attention`.
+      rngs: Flax random streams; uses ``params``.
+
+    Raises:
+      ValueError: for inconsistent sizes or options.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        out_features: int | None = None,
+        in_kv_features: int | None = None,
+        mechanism: Mechanism = "lla",
+        ridge: float | None = None,
+        ridge_type: RidgeType = "fixed",
+        ridge_min: float = 0.01,
+        scale: float | None = None,
+        is_causal: bool = True,
+        local_window_size: int | tuple[int, int] | None = None,
+        qk_norm: bool = True,
+        rope_theta: float | None = None,
+        use_bias: bool = False,
+        use_out_bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),
+        bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        out_kernel_init: nnx.Initializer | None = None,
+        kernel_metadata: Mapping[str, Any] = _NO_METADATA,
+        out_kernel_metadata: Mapping[str, Any] = _NO_METADATA,
+        solver: Solver | None = None,
+        implementation: Implementation = None,
+        rngs: nnx.Rngs,
+    ):
+        if head_dim is None:
+            if in_features % num_heads:
+                raise ValueError(
+                    f"in_features ({in_features}) must be a multiple of num_heads ({num_heads}) "
+                    "unless head_dim is given."
+                )
+            head_dim = in_features // num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})."
+            )
+        if rope_theta is not None and head_dim % 2:
+            raise ValueError(f"rope_theta needs an even head_dim, got {head_dim}.")
+        if mechanism not in ("lla", "parallax", "softmax"):
+            raise ValueError(f"mechanism must be 'lla', 'parallax' or 'softmax': {mechanism!r}.")
+        if mechanism != "lla" and (ridge, ridge_type, solver) != (None, "fixed", None):
+            raise ValueError(f"mechanism {mechanism!r} has no ridge and no solver.")
+
+        self.num_heads = num_heads
+        self.in_features = in_features
+        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        self.mechanism = mechanism
+        self.scale = scale
+        self.is_causal = is_causal
+        self.local_window_size = local_window_size
+        self.rope_theta = rope_theta
+        self.solver = solver
+        self.implementation = implementation
+
+        def project(features, heads, dim, init=kernel_init):
+            return nnx.LinearGeneral(
+                features,
+                (heads, dim),
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                precision=precision,
+                kernel_init=init,
+                bias_init=bias_init,
+                kernel_metadata=kernel_metadata,
+                rngs=rngs,
+            )
+
+        value_dim = head_dim if value_dim is None else value_dim
+        self.query = project(in_features, num_heads, head_dim)
+        self.key = project(self.in_kv_features, num_kv_heads, head_dim)
+        self.value = project(self.in_kv_features, num_kv_heads, value_dim)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.query_norm = HeadNorm(head_dim, param_dtype=param_dtype)
+            self.key_norm = HeadNorm(head_dim, param_dtype=param_dtype)
+        if mechanism == "lla":
+            self.ridge = Ridge(
+                num_heads,
+                in_features,
+                ridge=1.0 if ridge is None else ridge,
+                ridge_type=ridge_type,
+                ridge_min=ridge_min,
+            )
+        if mechanism == "parallax":
+            self.probe = project(in_features, num_heads, head_dim, nnx.initializers.zeros_init())
+        self.out = nnx.LinearGeneral(
+            (num_heads, value_dim),
+            in_features if out_features is None else out_features,
+            axis=(-2, -1),
+            use_bias=use_out_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init if out_kernel_init is None else out_kernel_init,
+            bias_init=bias_init,
+            kernel_metadata=out_kernel_metadata,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+        key_value_seq_lengths: jax.Array | None = None,
+        query_offset: int | jax.Array | None = None,
+        return_stats: bool = False,
+    ) -> jax.Array | tuple[jax.Array, Stats]:
+        """Attends from `x` to itself, or to `context`.
+
+        Args:
+          x: ``[*B, T, in_features]``.
+          context: ``[*B, S, in_kv_features]``, where keys and values come from; None means `x`.
+          mask: bool, broadcastable to ``[*B, num_heads, T, S]``, True where attention is allowed;
+            restricts further what `is_causal` and the window allow.
+          segment_ids: int ``[*B, T]`` (with a context the pair of ``[*B, T]`` and ``[*B, S]``):
+            attention only within equal ids, for packed sequences.
+          key_value_seq_lengths: int ``[*B]``: keys at or beyond it do not exist.
+          query_offset: int or int ``[*B]``, position of the first token of `x` in the context.
+          return_stats: also return the operator's `lla.Stats`.
+
+        Returns:
+          ``[*B, T, out_features]``, or a pair with `lla.Stats`. A token that sees no key gets the
+          output projection of zeros.
+
+        Raises:
+          ValueError: for inputs of the wrong width, or a causal layer with a context of another
+            length and no `query_offset`, which leaves the positions of `x` unknown.
+        """
+        if x.ndim < 2 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have shape [*B, T, {self.in_features}], got {x.shape}.")
+        if context is None:
+            if self.in_kv_features != self.in_features:
+                raise ValueError(f"this layer needs a context of width {self.in_kv_features}.")
+            context = x
+            if query_offset is not None:
+                raise ValueError("query_offset is the position of x in a context: pass that too.")
+            if segment_ids is not None and not isinstance(segment_ids, tuple):
+                segment_ids = (segment_ids, segment_ids)
+        elif context.ndim != x.ndim or context.shape[-1] != self.in_kv_features:
+            raise ValueError(
+                f"context must have shape [*B, S, {self.in_kv_features}] with the leading axes of "
+                f"x {x.shape}, got {context.shape}."
+            )
+        if self.is_causal and query_offset is None and x.shape[-2] != context.shape[-2]:
+            raise ValueError(
+                f"x {x.shape} and context {context.shape} differ in length: a causal layer needs "
+                "query_offset, the position of x in the context; for cross attention build the "
+                "layer with is_causal=False."
+            )
+        query, key, value = self.heads(x, context, query_offset=query_offset)
+        options = dict(
+            scale=self.scale,
+            is_causal=self.is_causal,
+            query_offset=query_offset,
+            key_value_seq_lengths=key_value_seq_lengths,
+            segment_ids=segment_ids,
+            local_window_size=self.local_window_size,
+            mask=mask,
+            implementation=self.implementation,
+            return_stats=True,
+        )
+        if self.mechanism == "lla":
+            attended, stats = local_linear_attention(
+                query, key, value, ridge=self.ridge(x), solver=self.solver, **options
+            )
+        elif self.mechanism == "parallax":
+            probe = self._rotate(self.probe(x), query_offset)
+            attended, stats = parallax_attention(query, probe, key, value, **options)
+        else:
+            attended, stats = softmax_attention(query, key, value, **options)
+        out = self.out(attended)
+        return (out, stats) if return_stats else out
+
+    def heads(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        query_offset: int | jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query ``[*B, T, N, H]``, key ``[*B, S, K, H]`` and value ``[*B, S, K, Hv]`` as attended.
+
+        Projected, normalised and rotated: what the layer hands to the operator.
+        """
+        context = x if context is None else context
+        query, key, value = self.query(x), self.key(context), self.value(context)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = self._rotate(query, query_offset)
+        return query, self._rotate(key, None), value
+
+    def _rotate(self, heads, offset):
+        if self.rope_theta is None:
+            return heads
+        positions = jnp.arange(heads.shape[-3], dtype=jnp.int32)
+        if offset is not None:
+            offset = jnp.asarray(offset, jnp.int32)[..., None]
+            shape = jnp.broadcast_shapes(offset.shape, (1,) * (offset.ndim - 1) + positions.shape)
+            positions = jnp.broadcast_to(offset, shape) + jnp.broadcast_to(positions, shape)
+        return rotate(heads, positions, self.rope_theta)

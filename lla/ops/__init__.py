@@ -1,0 +1,1 @@
+"""The operator: public functions, reference, blockwise implementation and dispatch."""

@@ -1,0 +1,190 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+import jax
+
+from lla.ops import dispatch
+from lla.ops.dispatch import Implementation
+from lla.ops.options import Solver, Stats
+from lla.ops.problem import Problem, make_problem
+
+
+def local_linear_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    ridge: float | jax.Array,
+    scale: float | jax.Array | None = None,
+    is_causal: bool = True,
+    query_offset: int | jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    mask: jax.Array | None = None,
+    solver: Solver | None = None,
+    implementation: Implementation = None,
+    return_stats: bool = False,
+) -> jax.Array | tuple[jax.Array, Stats]:
+    """Local linear attention: a weighted ridge regression around every query.
+
+    For query ``i``, with softmax weights ``p_ij`` of the logits ``scale * q_i . k_j``, fits
+    ``v ~ b + W (k - q_i)`` to all visible keys, minimising
+    ``sum_j p_ij |v_j - b - W (k_j - q_i)|^2 + ridge_i |W|^2``, and returns ``b``. A large ridge
+    gives softmax attention, a small scale ridge regression.
+
+    Works under `jit`, `vmap`, `grad`, `checkpoint`, `scan` and `shard_map`. Forward mode and
+    second derivatives need ``implementation="reference"``.
+
+    Args:
+      query: ``[*B, T, N, H]``, float32, bfloat16, float16 (float64 where x64 is enabled). Any
+        number of leading axes ``*B``, none included.
+      key: ``[*B, S, K, H]``, the query's dtype; ``N`` must be a multiple of ``K`` (grouped-query
+        and multi-query attention).
+      value: ``[*B, S, K, Hv]``, the query's dtype; ``Hv`` may differ from ``H``.
+      ridge: positive, relative to the total weight of a query (so it does not depend on how the
+        weights are normalised), in the units of squared keys. A float or an array broadcastable to
+        ``[*B, T, N]``, differentiable. A traced value cannot be checked: a row whose ridge is not
+        positive is NaN.
+      scale: factor of the logits, the inverse bandwidth; None means ``1 / sqrt(H)``. A float or an
+        array broadcastable to ``[*B, T, N]``, differentiable.
+      is_causal: query ``i`` sees key ``j`` only if ``j <= i + query_offset``.
+      query_offset: position of query 0 among the keys, an int or int array broadcastable to
+        ``[*B]``; None means 0, as in `jax.nn.dot_product_attention`.
+      key_value_seq_lengths: int, broadcastable to ``[*B]``: keys at or beyond it do not exist.
+      segment_ids: pair of int arrays (query ``[*B, T]``, key ``[*B, S]``): attention only within
+        equal ids, for packed sequences.
+      local_window_size: an int or ``(left, right)``: a query at position ``i`` sees keys
+        ``i - left <= j <= i + right``.
+      mask: bool, broadcastable to ``[*B, N, T, S]``, True where attention is allowed.
+      solver: how the systems are solved, an `lla.Solver`; None means ``lla.Solver()``.
+      implementation: None (the best one for the platform), ``"reference"`` (exact, dense),
+        ``"xla"`` (blockwise), ``"mosaic_gpu"``, ``"mosaic_tpu"``, or a sequence tried in order;
+        see `lla.explain`.
+      return_stats: also return an `lla.Stats`.
+
+    Returns:
+      ``[*B, T, N, Hv]`` in the query's dtype; statistics and solves are float32 or better. A query
+      that sees no key gets zeros. With ``return_stats`` a pair ``(output, Stats)``.
+
+    Raises:
+      ValueError: for arguments of wrong shape, dtype or value.
+      NotImplementedError: if no requested implementation can serve the call.
+
+    Source: Zuo et al., "Local Linear Attention", arXiv 2510.01450, in the centred form derived in
+    ``kernels/README.md``.
+    """
+    problem = make_problem(
+        "lla", query, key, value, ridge=ridge, scale=scale, is_causal=is_causal,
+        query_offset=query_offset, key_value_seq_lengths=key_value_seq_lengths,
+        segment_ids=segment_ids, local_window_size=local_window_size, mask=mask, solver=solver,
+    )  # fmt: skip
+    return _serve(problem, implementation, return_stats)
+
+
+def parallax_attention(
+    query: jax.Array,
+    probe: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | jax.Array | None = None,
+    is_causal: bool = True,
+    query_offset: int | jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    mask: jax.Array | None = None,
+    implementation: Implementation = None,
+    return_stats: bool = False,
+) -> jax.Array | tuple[jax.Array, Stats]:
+    """Parallax attention: softmax attention corrected along a given direction, the probe.
+
+    ``o_i = sum_j p_ij (1 - (k_j - k_mean_i) . probe_i) v_j`` with the softmax weights ``p_ij`` and
+    ``k_mean_i = sum_j p_ij k_j``. Local linear attention is the case where the probe solves the
+    ridge regression; here it is an input, usually a learned projection of the token.
+
+    Args:
+      query, key, value: as in `local_linear_attention`.
+      probe: ``[*B, T, N, H]``, the query's dtype.
+      scale, is_causal, query_offset, key_value_seq_lengths, segment_ids, local_window_size, mask,
+        implementation, return_stats: as in `local_linear_attention`.
+
+    Returns:
+      ``[*B, T, N, Hv]`` in the query's dtype, or a pair with `lla.Stats`.
+
+    Raises:
+      ValueError, NotImplementedError: as `local_linear_attention`.
+
+    Source: "Parallax", arXiv 2605.29157.
+    """
+    problem = make_problem(
+        "parallax", query, key, value, probe=probe, scale=scale, is_causal=is_causal,
+        query_offset=query_offset, key_value_seq_lengths=key_value_seq_lengths,
+        segment_ids=segment_ids, local_window_size=local_window_size, mask=mask,
+    )  # fmt: skip
+    return _serve(problem, implementation, return_stats)
+
+
+def softmax_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | jax.Array | None = None,
+    is_causal: bool = True,
+    query_offset: int | jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    mask: jax.Array | None = None,
+    implementation: Implementation = None,
+    return_stats: bool = False,
+) -> jax.Array | tuple[jax.Array, Stats]:
+    """Softmax attention through the same code, the member of the family without a probe.
+
+    Arguments, results and errors as `parallax_attention` without ``probe``.
+    """
+    problem = make_problem(
+        "softmax", query, key, value, scale=scale, is_causal=is_causal,
+        query_offset=query_offset, key_value_seq_lengths=key_value_seq_lengths,
+        segment_ids=segment_ids, local_window_size=local_window_size, mask=mask,
+    )  # fmt: skip
+    return _serve(problem, implementation, return_stats)
+
+
+def explain(
+    query: jax.Array | jax.ShapeDtypeStruct,
+    key: jax.Array | jax.ShapeDtypeStruct,
+    value: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    implementation: Implementation = None,
+    **options,
+) -> dict[str, str | None]:
+    """Why each implementation would or would not serve a call, without computing anything.
+
+    Args:
+      query, key, value: arrays or `jax.ShapeDtypeStruct`, as for `local_linear_attention`.
+      implementation: the ones to ask about; None means all of them.
+      **options: the other options of `local_linear_attention`; ``ridge`` may be left out.
+
+    Returns:
+      A dict from implementation name to None (it can serve) or the reason why it cannot.
+    """
+    names = dispatch.NAMES if implementation is None else dispatch.check_names(implementation)
+    options.setdefault("ridge", 1.0)
+    reasons = {}
+
+    def check(query, key, value):
+        problem = make_problem("lla", query, key, value, **options)
+        reasons.update(dispatch.refusals(problem, names))
+        return problem.query
+
+    jax.eval_shape(check, query, key, value)
+    return reasons
+
+
+def _serve(problem: Problem, implementation, return_stats):
+    out, stats = dispatch.run(problem, implementation)
+    return (out, stats) if return_stats else out

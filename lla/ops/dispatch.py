@@ -1,0 +1,87 @@
+"""Which implementation serves a call, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+from lla.ops.auto import choose_method
+from lla.ops.options import Stats
+from lla.ops.problem import Problem, resolve_solver
+from lla.ops.reference import reference
+from lla.ops.xla import xla
+
+NAMES = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
+Implementation = str | Sequence[str] | None
+
+
+def _refuse_reference(problem: Problem) -> str | None:
+    if problem.solver.num_iters is not None:
+        return "it solves exactly and cannot honour Solver.num_iters"
+    return None
+
+
+def _refuse_xla(problem: Problem) -> str | None:
+    del problem
+    return None
+
+
+def _refuse_kernel(kind: str) -> Callable[[Problem], str]:
+    return lambda problem: f"this release has no {kind} kernel"
+
+
+_REFUSALS: dict[str, Callable[[Problem], str | None]] = {
+    "reference": _refuse_reference,
+    "xla": _refuse_xla,
+    "mosaic_gpu": _refuse_kernel("Mosaic GPU"),
+    "mosaic_tpu": _refuse_kernel("Mosaic TPU"),
+}
+
+
+def _run(name: str, problem: Problem) -> tuple[jax.Array, Stats]:
+    if name == "reference":
+        return reference(problem)
+    return xla(problem, resolve_solver(problem, choose_method(problem)))
+
+
+def preference() -> tuple[str, ...]:
+    """Implementations in the order tried by ``implementation=None`` on this platform."""
+    kernels = {"gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
+    return (*kernels.get(jax.default_backend(), ()), "xla")
+
+
+def check_names(implementation: Implementation) -> tuple[str, ...]:
+    """The implementations to try, in order."""
+    if implementation is None:
+        return preference()
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        raise ValueError(
+            f"implementation must be None, one of {NAMES} or a non-empty sequence of them, got "
+            f"{implementation!r}."
+        )
+    return names
+
+
+def refusals(problem: Problem, names: Sequence[str]) -> dict[str, str | None]:
+    """For each name the reason why it cannot serve `problem`, None where it can."""
+    return {name: _REFUSALS[name](problem) for name in names}
+
+
+def run(problem: Problem, implementation: Implementation) -> tuple[jax.Array, Stats]:
+    """Runs the first implementation that can serve, with the public output layout.
+
+    Raises:
+      NotImplementedError: if none can, with every reason.
+    """
+    names = check_names(implementation)
+    reasons = refusals(problem, names)
+    for name, reason in reasons.items():
+        if reason is None:
+            out, stats = _run(name, problem)
+            stats = Stats(*(jax.lax.stop_gradient(problem.restore(a)) for a in stats))
+            return problem.restore(out), stats
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise NotImplementedError(f"no implementation can serve this call ({listed}).")

@@ -1,0 +1,75 @@
+"""How the blockwise implementation cuts a problem into tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from lla.ops.masks import Mask
+
+_MAX_BUCKETS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static tiling of one problem.
+
+    Attributes:
+      block_q: queries of a tile (each with all the query heads that share its key head).
+      groups: key heads (over batch and heads) that one tile spans.
+      buckets: increasing numbers of keys; a tile works on the smallest bucket that holds the range
+        of keys its queries can see, so that causal masks, windows and lengths save work.
+      num_tiles: tiles per group along the queries.
+    """
+
+    block_q: int
+    groups: int
+    buckets: tuple[int, ...]
+    num_tiles: int
+
+
+def make_plan(shape, num_keys: int, mask: Mask, direct: bool, platform: str | None = None) -> Plan:
+    """Tiling for queries of shape ``[B, T, K, G, H]`` against `num_keys` keys.
+
+    Block sizes depend on the platform and on the head layout, never on the lengths, so that memory
+    grows linearly with the number of keys.
+    """
+    b, t, k, g, h = shape
+    platform = platform or jax.default_backend()
+    if platform == "cpu":
+        # One group at a time keeps a tile's weights in the last-level cache.
+        rows, spanned = 256, 1
+    else:
+        rows, spanned = 128, 4096
+    if direct:
+        # A row's covariance takes H * H numbers.
+        rows = max(16, min(rows, (1 << 20) // (h * h)))
+        spanned = min(spanned, max(1, (1 << 25) // (h * h)))
+    block_q = min(_round_up(t, 8), max(8, rows // g))
+    groups = _largest_divisor(b * k, max(1, spanned // (block_q * g)))
+    return Plan(block_q, groups, _buckets(t, num_keys, block_q, mask), math.ceil(t / block_q))
+
+
+def _buckets(t: int, s: int, block_q: int, mask: Mask) -> tuple[int, ...]:
+    longest = s
+    if mask.window is not None:
+        left, right = mask.window
+        longest = min(s, left + (0 if mask.is_causal else right) + block_q)
+    ranged = mask.is_causal or mask.lengths is not None
+    if not ranged or longest <= block_q:
+        return (longest,)
+    count = min(_MAX_BUCKETS, math.ceil(longest / block_q), max(1, math.ceil(t / block_q)))
+    if mask.lengths is not None or mask.offset is not None:
+        count = min(_MAX_BUCKETS, math.ceil(longest / block_q))
+    step = _round_up(math.ceil(longest / count), block_q)
+    return tuple(sorted({min(longest, step * (i + 1)) for i in range(count)}))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    return max((i for i in range(1, min(n, limit) + 1) if n % i == 0), default=1)

@@ -1,0 +1,102 @@
+"""The exact dense form: every sum over the keys written out, one query at a time.
+
+This is the definition that everything else is tested against. It materialises the centred keys of
+every query (memory ``T * S * H`` per head), works in any precision up to float64, and can be
+differentiated in forward and reverse mode, any number of times.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lla.ops.masks import dense_mask
+from lla.ops.options import Stats
+from lla.ops.problem import Problem
+
+
+def attend_one_query(member, query, probe, key, value, ridge, scale, valid):
+    """One query of the family; section 2 of the derivation in ``kernels/README.md``.
+
+    Args:
+      member: ``"softmax"``, ``"parallax"`` or ``"lla"``.
+      query: ``[H]``.
+      probe: ``[H]``, used by ``"parallax"`` only.
+      key: ``[S, H]``.
+      value: ``[S, Hv]``.
+      ridge: scalar, used by ``"lla"`` only.
+      scale: scalar.
+      valid: bool ``[S]``.
+
+    Returns:
+      output ``[Hv]``, log-sum-exp and relative residual of the solve (scalars).
+    """
+    logits = jnp.where(valid, scale * (key @ query), -jnp.inf)
+    any_valid = valid.any()
+    largest = jnp.where(any_valid, jax.lax.stop_gradient(logits.max()), jnp.zeros_like(scale))
+    weights = jnp.exp(logits - largest)
+    total = jnp.where(any_valid, weights.sum(), jnp.ones_like(scale))
+    weights = weights / total
+    lse = jnp.where(any_valid, largest + jnp.log(total), -jnp.inf)
+    residual = jnp.zeros_like(scale)
+    if member == "softmax":
+        return weights @ value, lse, residual
+
+    key_mean = weights @ key
+    centred = key - key_mean[None]
+    if member == "lla":
+        covariance = (weights[:, None] * centred).T @ centred
+        system = covariance + ridge * jnp.eye(query.size, dtype=query.dtype)
+        target = jnp.where(any_valid, key_mean - query, jnp.zeros_like(query))
+        probe = solve_positive_definite(system, target)
+        norm = jnp.linalg.norm(jax.lax.stop_gradient(target))
+        error = jnp.linalg.norm(jax.lax.stop_gradient(target - system @ probe))
+        residual = jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), 0)
+    return (weights * (1 - centred @ probe)) @ value, lse, residual
+
+
+def solve_positive_definite(matrix, target):
+    """Solves ``matrix [H, H] @ x = target [H]`` by Gaussian elimination, any derivative included.
+
+    Written out because the library calls behind `jnp.linalg.solve` can block each other for good
+    on a CPU with few cores; see ``kernels/spd.py``.
+    """
+
+    def eliminate(_, right_side):
+        def step(k, rows):
+            pivot_row = rows[k] / rows[k, k]
+            others = jnp.where(jnp.arange(rows.shape[0]) == k, 0, rows[:, k]).astype(rows.dtype)
+            rows = rows - others[:, None] * pivot_row[None]
+            return rows.at[k].set(pivot_row)
+
+        rows = jnp.concatenate([matrix, right_side[:, None]], axis=1)
+        return jax.lax.fori_loop(0, rows.shape[0], step, rows)[:, -1]
+
+    return jax.lax.custom_linear_solve(lambda x: matrix @ x, target, eliminate, symmetric=True)
+
+
+def reference(problem: Problem) -> tuple[jax.Array, Stats]:
+    """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics."""
+    dtype = problem.compute_dtype
+    b, t, k, g, h = problem.query.shape
+    s = problem.key.shape[1]
+    valid = jnp.broadcast_to(dense_mask(problem.mask, b, t, s), (b, k, g, t, s))
+    query = problem.query.astype(dtype)
+    probe = query if problem.probe is None else problem.probe.astype(dtype)
+    ridge = problem.scale if problem.ridge is None else problem.ridge
+
+    def attend(*arrays):
+        return attend_one_query(problem.member, *arrays)
+
+    # Axes left to map after each level: [T, G, K, B] from the inside out; keys belong to (B, K).
+    per_token = jax.vmap(attend, in_axes=(0, 0, None, None, 0, 0, 0))
+    per_head = jax.vmap(per_token, in_axes=(1, 1, None, None, 1, 1, 0), out_axes=1)
+    per_group = jax.vmap(per_head, in_axes=(1, 1, 1, 1, 1, 1, 0), out_axes=1)
+    per_sequence = jax.vmap(per_group)
+    with jax.default_matmul_precision("highest"):
+        out, lse, residual = per_sequence(
+            query, probe, problem.key.astype(dtype), problem.value.astype(dtype), ridge,
+            problem.scale, valid,
+        )  # fmt: skip
+    stats = Stats(lse, jnp.zeros(lse.shape, jnp.int32), residual)
+    return out.astype(problem.query.dtype), stats

@@ -1,0 +1,1 @@
+"""Data: synthetic tasks as pure functions of (seed, config), and real series."""

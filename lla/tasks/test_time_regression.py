@@ -1,0 +1,177 @@
+"""Test-time regression: pairs whose law changes from segment to segment.
+
+The task is that of Zuo et al. (arXiv 2510.01450); its generator was not published, so every
+choice here is ours:
+
+    centre        c_s ~ N(0, I)                       one per segment
+    map           W_s ~ N(0, 1/dim) per entry         one per segment
+    key           k = rmsnorm(c_s + spread * eps)     so that |k|^2 = dim
+    query         drawn like a key, independently     never equal to a key
+    value         v = W_s k + noise * eps
+    target        W_s q                               what a prediction is compared with
+
+so keys and targets have unit variance per coordinate. Position t of a sequence holds the pair
+(k_t, v_t) and the query q_t of one segment; a predictor may use the pairs at positions <= t, the
+one at t included.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lla import estimators
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What to draw.
+
+    Attributes:
+      dim: dimension of keys, queries and values.
+      length: pairs per sequence.
+      segment_length: pairs per segment; the last segment is cut where length is not a multiple.
+      spread: standard deviation of a key around its centre, per coordinate, before the norm.
+      noise: standard deviation of the values around the map, per coordinate.
+      target: "piecewise_linear" as above, or "smooth": one nonlinear map for the whole sequence,
+        f(x) = sqrt(2) A cos(B x + phase) with 4 * dim random features and B x of variance
+        `frequency^2`; then only the law of the keys changes from segment to segment.
+      frequency: of the smooth target, in radians per unit of a coordinate's standard deviation.
+      iid_keys: all segments share one centre, so keys do not tell segments apart.
+    """
+
+    dim: int = 64
+    length: int = 1024
+    segment_length: int = 256
+    spread: float = 1.0
+    noise: float = 0.1
+    target: Literal["piecewise_linear", "smooth"] = "piecewise_linear"
+    frequency: float = 1.0
+    iid_keys: bool = False
+
+    def __post_init__(self):
+        for name in ("dim", "length", "segment_length", "frequency"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0; got {getattr(self, name)}.")
+        for name in ("spread", "noise"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}.")
+        if self.target not in _MAPS:
+            raise ValueError(f"target must be one of {', '.join(_MAPS)}; got {self.target!r}.")
+
+    @property
+    def segments(self) -> int:
+        """Segments per sequence."""
+        return -(-self.length // self.segment_length)
+
+
+class Batch(NamedTuple):
+    """Sequences of one task, [B, T, dim] each; `segments` is int32 [T]."""
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    targets: jax.Array
+    segments: jax.Array
+
+
+def generate(seed: int | jax.Array, sequences: int, task: Task, dtype=jnp.float32) -> Batch:
+    """Draws `sequences` sequences: a pure function of its arguments, safe under `jax.jit`.
+
+    Sequence i depends on (seed, i, task) alone: asking for more sequences keeps the first ones.
+    """
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        jax.random.key(seed), jnp.arange(sequences)
+    )
+    drawn = jax.vmap(lambda key: _sequence(key, task, dtype))(keys)
+    return Batch(*drawn, jnp.arange(task.length, dtype=jnp.int32) // task.segment_length)
+
+
+def oracle(batch: Batch, task: Task) -> jax.Array:
+    """Predictions [B, T, dim] of the Bayes estimator that is told where segments begin.
+
+    Ridge regression within the segment, the ridge being noise^2 * dim: the posterior mean of W_s.
+    No estimator that has to find the segments itself can expect to do better on the
+    piecewise-linear target. Undefined for the smooth one (ValueError).
+    """
+    if task.target != "piecewise_linear":
+        raise ValueError("the oracle exists for target='piecewise_linear' only.")
+    pad = task.segments * task.segment_length - task.length
+
+    def split(array):
+        array = jnp.pad(array, ((0, 0), (0, pad), (0, 0)))
+        return array.reshape(-1, task.segment_length, task.dim)
+
+    # Without noise least squares is exact; the floor only keeps the factorisation positive.
+    ridge = max(task.noise**2, 1e-5)
+    fit = estimators.create("mesanet", relative_ridge=ridge, form="recurrent")
+    out = fit(split(batch.queries), split(batch.keys), split(batch.values))
+    return out.reshape(len(batch.keys), -1, task.dim)[:, : task.length]
+
+
+def _sequence(key, task, dtype):
+    # All random numbers of a sequence come from one draw: on a CPU the generator is most of what
+    # there is to compile, and it would be compiled again for every further call.
+    shapes = {
+        "pairs": (3, task.length, task.dim),
+        "centres": (1 if task.iid_keys else task.segments, task.dim),
+        **_MAPS[task.target][0](task),
+    }
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    ends = list(itertools.accumulate(sizes))
+    flat = jax.random.normal(key, (ends[-1],), dtype)
+    parts = (flat[end - size : end] for end, size in zip(ends, sizes, strict=True))
+    draw = {
+        name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
+    segment = jnp.arange(task.length) // task.segment_length
+    centres = jnp.broadcast_to(draw["centres"], (task.segments, task.dim))[segment]
+    for_key, for_query, for_value = draw["pairs"]
+    keys = _rms_norm(centres + task.spread * for_key)
+    queries = _rms_norm(centres + task.spread * for_query)
+    apply = _MAPS[task.target][1]
+    targets, clean = apply(draw, task, queries), apply(draw, task, keys)
+    return queries, keys, clean + task.noise * for_value, targets
+
+
+def _rms_norm(x):
+    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True))
+
+
+def _piecewise_linear_shapes(task):
+    return {"maps": (task.segments, task.dim, task.dim)}
+
+
+def _piecewise_linear(draw, task, x):
+    # One product a segment, not one gathered map a position.
+    pad = task.segments * task.segment_length - task.length
+    x = jnp.pad(x, ((0, pad), (0, 0))).reshape(task.segments, task.segment_length, task.dim)
+    maps = draw["maps"] / math.sqrt(task.dim)
+    out = jnp.einsum("sij,stj->sti", maps, x, precision="highest")
+    return out.reshape(-1, task.dim)[: task.length]
+
+
+def _smooth_shapes(task):
+    features = 4 * task.dim
+    return {
+        "inner": (task.dim, features),
+        "outer": (features, task.dim),
+        "phase": (1, features),
+    }
+
+
+def _smooth(draw, task, x):
+    phase = 2.0 * math.pi * jax.scipy.stats.norm.cdf(draw["phase"])  # uniform
+    inner = draw["inner"] * (task.frequency / math.sqrt(task.dim))
+    outer = draw["outer"] * math.sqrt(2.0 / draw["outer"].shape[0])
+    angle = jnp.matmul(x, inner, precision="highest") + phase
+    return jnp.matmul(jnp.cos(angle), outer, precision="highest")
+
+
+_MAPS = {
+    "piecewise_linear": (_piecewise_linear_shapes, _piecewise_linear),
+    "smooth": (_smooth_shapes, _smooth),
+}

@@ -1,0 +1,72 @@
+"""Packaging of lla-jax. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+# Executed rather than imported: importing lla would need JAX at build time.
+version = {}
+exec((ROOT / "lla" / "version.py").read_text(encoding="utf-8"), version)
+
+# The folder kernels/ is installed as lla.kernels, so that no top-level `kernels` exists.
+KERNELS = "lla.kernels"
+packages = [
+    *find_packages(include=["lla", "lla.*"]),
+    KERNELS,
+    *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
+]
+
+# Lower bounds are the oldest versions that the tests run with. Python 3.11 gets these.
+JAX = ">=0.10.2"
+plot = ["matplotlib>=3.11"]
+data = ["statsmodels>=0.15"]  # ships the real series that the experiments use
+test = [
+    *plot,
+    *data,
+    "pytest>=9.2",
+    "pytest-xdist>=3.8",
+    "ruff==0.17.6",  # exact: the formatter's output changes between minor versions
+    "setuptools>=77",  # a test builds the wheel
+]
+
+setup(
+    name="lla-jax",
+    version=version["__version__"],
+    description="Local linear attention for JAX: exact, differentiable, in linear memory.",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=packages,
+    package_dir={"lla": "lla", KERNELS: "kernels"},
+    python_requires=">=3.11",
+    install_requires=[
+        f"jax{JAX}",
+        "flax>=0.12.8",
+        "numpy>=2.4",
+        "absl-py>=2.5",
+        "ml_collections>=1.1",
+    ],
+    extras_require={
+        "cuda12": [f"jax[cuda12]{JAX}"],
+        "cuda13": [f"jax[cuda13]{JAX}"],
+        "tpu": [f"jax[tpu]{JAX}"],
+        "plot": plot,
+        "data": data,
+        "experiments": [*plot, *data],
+        "test": test,
+        "dev": [*test, "pre-commit>=4.0"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="attention, jax, local linear regression, test-time regression",
+)

@@ -1,0 +1,34 @@
+"""Settings of every test: where JAX runs, how strict it is, and how float64 is reached."""
+
+import functools
+import os
+
+# Read when a CPU back end starts, so before anything imports jax. A setting of the caller stays.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+HOST_DEVICES = "--xla_force_host_platform_device_count"
+if HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {HOST_DEVICES}=8".strip()
+
+# NumPy's and SciPy's BLAS start a thread per core in every process of `pytest -n`. XLA's own pool
+# is left as users have it: measured with two processes on two cores, it costs nothing.
+processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, str(max(1, (os.cpu_count() or 1) // processes)))
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Library code must promote neither dtypes nor ranks implicitly. A test of someone else's code that
+# does opts out with `jax.numpy_dtype_promotion("standard")` around that code alone.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def float64():
+    """A context manager under which JAX computes in float64: `with float64(): ...`.
+
+    For references only: arrays made inside are float64 where their dtype is not given, and results
+    have to leave as NumPy arrays, because outside JAX would cast them down at the next operation.
+    """
+    return functools.partial(jax.enable_x64, True)

@@ -1,0 +1,138 @@
+"""Gradients against differentiation of the definition; forward mode; second derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lla
+from tests.ops import oracles
+from tests.ops.cases import Shape, make_inputs
+from tests.ops.harness import EVERY, FAST, REFERENCE, double_precision, errors, evaluate, exact
+
+SHAPE = Shape(24, 5, num_keys=30, value_dim=3, heads=2, key_heads=1)
+OPTIONS = {"query_offset": 4, "key_value_seq_lengths": np.array([27], np.int32)}
+
+
+@functools.cache
+def rows_of_their_own():
+    """Ridge and scale that differ from row to row."""
+    inputs, rng = make_inputs(SHAPE), np.random.default_rng(1)
+    inputs["ridge"] = np.exp(rng.normal(size=SHAPE.rows))
+    inputs["scale"] = inputs["scale"] * np.exp(0.5 * rng.normal(size=SHAPE.rows))
+    return inputs
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "ridge", "scale"])
+def test_reference_against_finite_differences_of_the_definition(name):
+    """Central differences of the least-squares oracle along a random direction, in float64."""
+    inputs, rng = rows_of_their_own(), np.random.default_rng(2)
+    valid = oracles.visible(SHAPE, **OPTIONS)
+    direction = rng.normal(size=inputs[name].shape)
+
+    def loss(step):
+        moved = {**inputs, name: inputs[name] + step * direction}
+        return (oracles.weighted_least_squares(moved, valid) * inputs["cotangent"]).sum()
+
+    # Fourth order: the truncation error is about step^4, the rounding 1e-14 / step.
+    step = 1e-3
+    slope = 8 * (loss(step) - loss(-step)) - (loss(2 * step) - loss(-2 * step))
+    slope /= 12 * step
+    gradient = exact(inputs, rounded="float64", **OPTIONS).gradients[name]
+    np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-7)
+
+
+@pytest.mark.parametrize("implementation", FAST, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_against_differentiation_of_the_reference(dtype, implementation):
+    inputs = rows_of_their_own()
+    want = exact(inputs, rounded=dtype, **OPTIONS)
+    got = evaluate(inputs, implementation, dtype=dtype, **OPTIONS)
+    bound = {"float32": 1e-4, "float64": 1e-9}[dtype]
+    for name, error in errors(got, want).items():
+        assert error < bound, (name, error)
+
+
+def test_probe_gradient():
+    inputs = rows_of_their_own()
+    want = exact(inputs, member="parallax", rounded="float64", **OPTIONS)
+    got = evaluate(inputs, FAST[0], member="parallax", dtype="float64", **OPTIONS)
+    for name, error in errors(got, want).items():
+        assert error < 1e-12, (name, error)
+
+
+def arrays(dtype):
+    inputs = rows_of_their_own()
+    return {n: jnp.asarray(inputs[n], dtype) for n in ("query", "key", "value", "ridge", "scale")}
+
+
+def loss(inputs, implementation):
+    out = lla.local_linear_attention(**inputs, implementation=implementation)
+    return (jnp.sin(out)).sum()
+
+
+@pytest.mark.parametrize("implementation", EVERY, ids=str)
+def test_broadcast_parameters_sum_their_gradient(implementation):
+    """A scalar, a per-head and a per-row ridge of equal value have matching gradients."""
+    inputs = arrays("float32")
+
+    def gradient(ridge):
+        def total(ridge):
+            out = lla.local_linear_attention(
+                inputs["query"], inputs["key"], inputs["value"], ridge=ridge,
+                implementation=implementation.name, solver=implementation.solver(),
+            )  # fmt: skip
+            return jnp.sin(out).sum()
+
+        return jax.jit(jax.grad(total))(ridge)
+
+    rows = gradient(jnp.full(SHAPE.rows, 0.7))
+    # Sums of 24 or 48 float32 numbers of either sign.
+    np.testing.assert_allclose(gradient(jnp.full(2, 0.7)), rows.sum((0, 1)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient(jnp.float32(0.7)), rows.sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_reference_in_forward_mode():
+    """The directional derivative equals the gradient's product with the direction."""
+    with double_precision():
+        inputs = arrays("float64")
+        key = jax.random.key(0)
+        tangents = {n: jax.random.normal(key, a.shape, a.dtype) for n, a in inputs.items()}
+        function = functools.partial(loss, implementation="reference")
+        _, slope = jax.jit(lambda p, t: jax.jvp(function, (p,), (t,)))(inputs, tangents)
+        gradient = jax.jit(jax.grad(function))(inputs)
+        want = sum((gradient[n] * tangents[n]).sum() for n in inputs)
+        np.testing.assert_allclose(slope, want, rtol=1e-11)
+
+
+def test_reference_has_second_derivatives():
+    """A Hessian-vector product against differences of the gradient."""
+    with double_precision():
+        inputs = arrays("float64")
+        key = jax.random.key(1)
+        tangents = {n: jax.random.normal(key, a.shape, a.dtype) for n, a in inputs.items()}
+        gradient = jax.jit(jax.grad(functools.partial(loss, implementation="reference")))
+        product = jax.jit(lambda p, t: jax.jvp(gradient, (p,), (t,))[1])(inputs, tangents)
+
+        def moved(step):
+            return gradient({n: inputs[n] + step * tangents[n] for n in inputs})
+
+        for name in inputs:
+            difference = (moved(1e-5)[name] - moved(-1e-5)[name]) / 2e-5
+            # Second-order differences: truncation and rounding are both about 1e-9 of the size.
+            size = np.abs(difference).max()
+            np.testing.assert_allclose(product[name], difference, rtol=0, atol=1e-6 * size)
+
+
+def test_blockwise_forward_mode_is_an_error():
+    inputs = arrays("float32")
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(functools.partial(loss, implementation="xla"), (inputs,), (inputs,))
+
+
+def test_reference_through_all_options_at_once_is_differentiable():
+    """No path of the mask code breaks the gradient of the reference."""
+    result = evaluate(rows_of_their_own(), REFERENCE, dtype="float64", **OPTIONS)
+    assert all(np.isfinite(g).all() and g.any() for g in result.gradients.values())

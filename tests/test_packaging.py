@@ -1,0 +1,140 @@
+"""What is installed, under which names, and that every place tells the same version."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lla
+
+ROOT = Path(__file__).parents[1]
+INSTALLED = {"lla": "lla", "kernels": "lla/kernels"}  # folder here: folder in the wheel
+MAX_LINES = 500
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the sources, because a build leaves files beside them."""
+    copy = tmp_path_factory.mktemp("source") / "copy"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for folder in ("lla", "kernels", "configs", "experiments", "tests"):
+        for source in sources(folder):
+            target = copy / source.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    # -c puts the current folder on the path, as an isolated build does not; PYTHONSAFEPATH removes
+    # it, so that setup.py is read without the sources being importable.
+    result = subprocess.run(
+        [sys.executable, "-c", build],
+        cwd=copy,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    (path,) = (copy / "dist").glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_library_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    expected = {
+        f"{target}/{source.relative_to(ROOT / folder).as_posix()}"
+        for folder, target in INSTALLED.items()
+        for source in sources(folder)
+    }
+    metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
+    # Equality both ways: a folder without __init__.py would be left out, and configs, experiments,
+    # tests or a top-level kernels would be in excess.
+    assert names - metadata == expected
+    assert {name.split("/")[0] for name in names - metadata} == {"lla"}
+    assert any(name.endswith("licenses/LICENSE") for name in metadata)
+    assert wheel.name.startswith(f"lla_jax-{lla.__version__}-")
+
+
+@pytest.mark.compat
+def test_import_from_another_folder(tmp_path):
+    """The installed distribution needs neither the repository nor a PYTHONPATH to be found."""
+    probe = (
+        "import importlib.util, lla.kernels; "
+        "print(lla.__version__, importlib.util.find_spec('kernels'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", probe],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [lla.__version__, "None"]
+
+
+@pytest.mark.compat
+def test_version_is_the_same_everywhere():
+    assert importlib.metadata.version("lla-jax") == lla.__version__
+    citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert citation and citation.group(1) == lla.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    if ".dev" in lla.__version__:
+        assert f"## [Unreleased]\n\nIn development as {lla.__version__}.\n" in changelog
+    else:
+        assert f"\n## [{lla.__version__}] - " in changelog
+
+
+def test_files_stay_short():
+    folders = ("lla", "kernels", "configs", "experiments", "tests")
+    lines = {
+        source.relative_to(ROOT).as_posix(): len(source.read_text(encoding="utf-8").splitlines())
+        for folder in folders
+        for source in sources(folder)
+    }
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
+    assert not [name for name in lines if name.endswith("/utils.py")]
+
+
+def test_files_name_no_place_of_one_machine():
+    """Nothing that runs depends on where the repository, a home or an environment lies."""
+    absolute = re.compile(r"""["'\s=(](/(?:home|root|work|Users|opt|mnt|tmp)/[\w./-]*)""")
+    texts = [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), ROOT / ".ci/run"]
+    for folder in ("lla", "kernels", "configs", "experiments"):
+        texts += sources(folder)
+    found = {
+        str(path.relative_to(ROOT)): absolute.findall(path.read_text(encoding="utf-8"))
+        for path in texts
+    }
+    assert {name: places for name, places in found.items() if places} == {}
+
+
+@pytest.mark.compat
+def test_settings_of_the_tests_hold(float64):
+    assert jax.device_count("cpu") == 8
+    with pytest.raises(jax.dtypes.TypePromotionError):
+        jnp.ones(2, jnp.float32) + jnp.ones(2, jnp.bfloat16)
+    with pytest.raises(ValueError, match="rank"):
+        jnp.ones((2, 2)) + jnp.ones(2)
+    third = 1 / 3
+    with float64():
+        inside = np.asarray(jnp.asarray(third) * 3.0)
+    assert inside.dtype == np.float64
+    assert jnp.asarray(third).dtype == jnp.float32
