@@ -267,24 +267,29 @@ def times_by_ridge(records, name: str, which: str, head_dim: int, dtype: str) ->
     }
 
 
+def measured_break_even(records, which: str, head_dim: int, dtype: str) -> dict:
+    """`break_even` over the ridges at which both solvers were timed, and their "range"."""
+    cg, direct = (
+        times_by_ridge(records, name, which, head_dim, dtype) for name in ("xla_cg", "xla_direct")
+    )
+    both = {r for r in set(cg) & set(direct) if math.isfinite(cg[r] + direct[r])}
+    found = break_even({r: direct[r] for r in both}, {r: cg[r] for r in both})
+    return {**found, "range": (min(both), max(both)) if both else None}
+
+
 def _break_even_table(records) -> str:
     rows = []
     systems = {(r["head_dim"], r["dtype"]) for r in records if r["ridge"] is not None}
     for head_dim, dtype in sorted(systems, key=lambda system: (system[1] != "float32", system)):
         row = [dtype, str(head_dim)]
         for which in PASSES:
-            cg, direct = (
-                times_by_ridge(records, name, which, head_dim, dtype)
-                for name in ("xla_cg", "xla_direct")
-            )
-            both = {r for r in set(cg) & set(direct) if math.isfinite(cg[r] + direct[r])}
-            found = break_even({r: direct[r] for r in both}, {r: cg[r] for r in both})
-            if not both:
+            found = measured_break_even(records, which, head_dim, dtype)
+            if found["range"] is None:
                 text = "not measured"
             elif found["measured"] is None:
-                text = f"never (down to {min(both):g})"
+                text = f"never (down to {found['range'][0]:g})"
             elif found["estimate"] is None:
-                text = f"always (up to {max(both):g})"
+                text = f"always (up to {found['range'][1]:g})"
             else:
                 text = f"<= {found['measured']:g}, crossing near {found['estimate']:.2g}"
             row.append(text)

@@ -25,7 +25,8 @@ class Solver:
       method: ``"cg"`` iterates with the weights of a tile held in memory; ``"direct"`` forms the
         covariance of every row, inverts the system and polishes the solution with at least one
         iteration; ``"auto"`` takes the faster of the two for the head dimension, ridge and
-        tolerance at hand (see ``experiments/benchmarks``).
+        tolerance at hand, as measured in ``experiments/benchmarks``, and ``"cg"`` where the ridge
+        is traced, `num_iters` is given or the platform was not measured.
       tol: forward tolerance; None means 1e-6 for float32 inputs, 5e-4 for bfloat16, 1e-4 for
         float16, 1e-12 for float64.
       backward_tol: tolerance of the adjoint solve; None means ten times ``tol`` where that is

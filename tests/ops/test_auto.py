@@ -1,0 +1,100 @@
+"""Which solver `auto` takes, and that its table is what was measured."""
+
+import importlib
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lla
+from lla.ops import auto
+from lla.ops.options import DEFAULT_TOLERANCES
+from lla.ops.problem import make_problem
+
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"
+# Made up, so that these tests stay when measurements change.
+TABLE = {"cpu": {"float32": {16: 1.0, 32: 0.1, 64: 0.0}, "bfloat16": {16: 0.5, 32: 0.0, 64: 0.0}}}
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.setattr(auto, "CROSSINGS", TABLE)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+
+
+def choose(ridge, head_dim=16, dtype=jnp.float32, **options):
+    array = jnp.ones((1, 3, 2, head_dim), dtype)
+    solver = lla.Solver(**options)
+    return auto.choose_method(make_problem("lla", array, array, array, ridge=ridge, solver=solver))
+
+
+def test_table_is_what_was_measured():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        report = importlib.import_module("report")
+        records = report.measure.load(BENCHMARKS / "results" / "solver_choice_cpu.json")["records"]
+        for name in ("report", "measure"):
+            del sys.modules[name]
+    want = {}
+    for head_dim, dtype in {(r["head_dim"], r["dtype"]) for r in records}:
+        found = report.measured_break_even(records, "forward_backward", head_dim, dtype)
+        ridge = found["estimate"] or found["measured"] or 0.0
+        want.setdefault(dtype, {})[head_dim] = float(f"{ridge:.2g}")
+    assert want == auto.CROSSINGS["cpu"]
+
+
+@pytest.mark.parametrize(("head_dim", "at"), [(16, 1.0), (8, 1.0), (17, 0.1), (32, 0.1)])
+def test_both_sides_of_a_crossing(table, head_dim, at):
+    assert auto.crossing(head_dim, 1e-6) == at
+    assert choose(0.99 * at, head_dim) == "direct"
+    assert choose(1.01 * at, head_dim) == "cg"
+    # The smallest ridge decides.
+    assert choose(jnp.asarray([[10.0, 0.99 * at]]), head_dim) == "direct"
+
+
+def test_a_larger_head_dimension_than_measured(table):
+    assert auto.crossing(65, 1e-6) == 0.0
+    assert choose(1e-6, 65) == choose(1e-6, 64) == "cg"
+
+
+def test_tolerance_is_interpolated(table):
+    tight, loose = (DEFAULT_TOLERANCES[dtype][0] for dtype in ("float32", "bfloat16"))
+    assert auto.crossing(16, (tight * loose) ** 0.5) == pytest.approx(0.75)
+    assert auto.crossing(16, tight / 100) == 1.0
+    assert auto.crossing(16, 10 * loose) == 0.5
+    assert choose(0.6) == choose(0.6, dtype=jnp.bfloat16, tol=1e-6) == "direct"
+    assert choose(0.6, dtype=jnp.bfloat16) == choose(0.6, tol=loose) == "cg"
+
+
+def test_a_traced_ridge_is_unknown(table):
+    methods = []
+    jax.eval_shape(lambda ridge: methods.append(choose(ridge)) or ridge, jnp.float32(1e-3))
+    assert methods == ["cg"]
+
+
+def test_what_the_caller_says_counts(table):
+    assert choose(1e-3, method="cg") == "cg"
+    assert choose(10.0, 64, method="direct") == "direct"
+    assert choose(1e-3, num_iters=4) == "cg"
+
+
+def test_a_platform_without_measurements(table, monkeypatch):
+    assert auto.crossing(16, 1e-6, "gpu") == 0.0
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose(1e-3) == "cg"
+
+
+def test_the_choice_is_what_runs(table):
+    """Iterations tell the methods apart: the direct one polishes with a single one."""
+    inputs = jax.random.normal(jax.random.key(0), (3, 1, 40, 1, 16))
+
+    def iterations(**options):
+        _, stats = lla.local_linear_attention(
+            *inputs, ridge=0.01, implementation="xla", return_stats=True,
+            solver=lla.Solver(**options),
+        )  # fmt: skip
+        return stats.iterations.tolist()
+
+    assert iterations() == iterations(method="direct") != iterations(method="cg")
