@@ -1,0 +1,285 @@
+"""The output: softmax attention, with or without a probe.
+
+`attend` streams keys and values once, with an online softmax. `attend_solved` has the log-sum-exp of the
+solve already, and a probe in two parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lla.kernels.mosaic_gpu.launch import (
+    Config,
+    Environment,
+    Masking,
+    Ring,
+    Shape,
+    launch,
+    query_place,
+    ring_scratch,
+    row_tile,
+)
+from lla.kernels.mosaic_gpu.rows import QueryRows
+from lla.kernels.mosaic_gpu.tile import (
+    COLS,
+    LOWEST,
+    MATRIX,
+    ROW_BLOCK,
+    ROWS,
+    Arithmetic,
+    MaskSpec,
+    by_column,
+    by_row,
+    full,
+    row_dot,
+)
+
+
+class Attended(NamedTuple):
+    """Output ``[B, T, N, D]``; rows ``[B, N, T]`` float32, None where they were given.
+
+    log_sum_exp is in base 2, ``inf`` for rows without keys; shift is the mean key times the probe.
+    """
+
+    out: jax.Array
+    log_sum_exp: jax.Array | None = None
+    shift: jax.Array | None = None
+
+
+class Solved(NamedTuple):
+    """A probe that comes from the solve: see `lla.kernels.mosaic_gpu.solve.Solution`."""
+
+    log_sum_exp: jax.Array
+    shift: jax.Array  # of the parts that are used
+    low: jax.Array | None  # None: the high part alone
+
+
+def attend(
+    shape: Shape,
+    mask: MaskSpec,
+    config: Config,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    masking: Masking,
+    probe: jax.Array | None = None,
+    solved: Solved | None = None,
+    *,
+    interpret: Any = None,
+) -> Attended:
+    """``sum_j p_ij (1 + (k_j - k_mean_i) . probe_i) v_j``.
+
+    Args:
+      probe: ``[B, T, N, D]`` in 16 bits, *negated* with respect to the operator; None for softmax
+        attention.
+      solved: what the solve knows about that probe.
+      interpret: parameters of the interpreter, or None to compile.
+    """
+    env = Environment(shape, mask, config, Arithmetic(interpret is not None))
+    count = config.warpgroups
+    outputs = {"out": shape.queries()}
+    if solved is None:
+        outputs["log_sum_exp"] = shape.rows()
+        if probe is not None:
+            outputs["shift"] = shape.rows()
+    operands = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "scale": scale,
+        "masking": masking.operands(),
+        "probe": probe,
+        "solved": solved,
+    }
+    inputs = [name for name in ("query", "probe") if operands[name] is not None]
+    if solved is not None and solved.low is not None:
+        inputs.append("low")
+    scratch = {
+        "inputs": row_tile(shape, config, max(2, len(inputs))),
+        "ring": ring_scratch(shape, config, 2),
+        "rows": plgpu.SMEM((count, 2, ROW_BLOCK), jnp.float32),
+        "loaded": plgpu.Barrier(num_arrivals=len(inputs), num_barriers=count),
+    }
+    leaves, tree = jax.tree.flatten(operands)
+    names = list(outputs)
+
+    def body(*refs, **scratch):
+        given = jax.tree.unflatten(tree, refs[: len(leaves)])
+        out = dict(zip(names, refs[len(leaves) :], strict=True))
+        _body(env, inputs, given, out, scratch)
+
+    results = launch(
+        body, list(outputs.values()), scratch, leaves,
+        programs=shape.batch * shape.heads * (shape.num_queries // (count * ROW_BLOCK)),
+        config=config, interpret=interpret,
+    )  # fmt: skip
+    return Attended(**dict(zip(names, results, strict=True)))
+
+
+def _body(env: Environment, inputs: list[str], given, out, scratch):
+    count, block = env.config.warpgroups, env.config.block
+    place = query_place(env.shape, count * ROW_BLOCK)
+    tiles = env.key_tiles(given["masking"], place)
+    key_tile, value_tile, *barriers = scratch["ring"]
+    ring = Ring((key_tile, value_tile), *barriers, env.config.stages)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < count)
+    def _():
+        env.set_registers(compute=True)
+        rows = _AttendRows(env, given, out, scratch, place, tiles, warpgroup, ring)
+        rows.run(inputs)
+
+    @pl.when(warpgroup == count)
+    def _():
+        env.set_registers(compute=False)
+
+        def stream(j, t):
+            where = (place.b, pl.ds(j * block, block), place.kv_head)
+            return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
+
+        ring.drain(lax.fori_loop(tiles.low, tiles.high, stream, jnp.int32(0)))
+
+
+@dataclasses.dataclass
+class _AttendRows(QueryRows):
+    """The output of one compute warpgroup."""
+
+    ring: Ring
+    parts: Any = ()
+
+    def run(self, inputs: list[str]):
+        loaded = self.scratch["loaded"].at[self.w]
+        tiles = [self.scratch["inputs"].at[self.w, i] for i in range(len(inputs))]
+        for name, tile in zip(inputs, tiles, strict=True):
+            array = self.given["solved"].low if name == "low" else self.given[name]
+            plgpu.copy_gmem_to_smem(self.row_tile(array), tile, loaded)
+        plgpu.barrier_wait(loaded)
+        query, *self.parts = tiles
+        if self.given["solved"] is not None:
+            out = self.solved(query)
+        elif self.parts:
+            out = self.probed(query)
+        else:
+            out = self.softmax(query)
+        query[...] = out.astype(self.env.shape.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(query, self.row_tile(self.out["out"]))
+        for index, name in enumerate(("log_sum_exp", "shift")):
+            if name in self.out:
+                row = self.scratch["rows"].at[self.w, index]
+                plgpu.copy_smem_to_gmem(row, self.row_slice(self.out[name]))
+        plgpu.wait_smem_to_gmem(0)
+
+    def solved(self, query):
+        """The weights are known up to the probe: no running maximum, no rescaling."""
+        arithmetic, block = self.env.arithmetic, self.env.config.block
+        scale, ids = self.scale_and_ids()
+        solved = self.given["solved"]
+        log_sum_exp = self.row_vector(solved.log_sum_exp)
+        constant = 1 - self.row_vector(solved.shift)
+
+        def step(j, carry, masked):
+            t, total, out = carry
+            slot = self.ring.wait(t)
+            keys, values = (tile.at[slot] for tile in self.ring.tiles)
+            scores, along = arithmetic.products(
+                block, [(query, keys)], [(part, keys) for part in self.parts]
+            )
+            scores = self.logits(scores, j, masked, scale, ids)
+            weights = jnp.exp2(scores - by_row(log_sum_exp, scores.shape))
+            weights = weights * (along + by_row(constant, along.shape))
+            rounded = weights.astype(self.env.shape.dtype)
+            total = total + rounded.astype(jnp.float32).sum(axis=1)
+            (out,) = arithmetic.accumulate((out,), [(rounded, values)])
+            self.ring.release(slot)
+            return t + 1, total, out
+
+        start = (jnp.int32(0), self.zeros(rows=True), self.zeros())
+        _, total, out = self.over_tiles(step, start)
+        # The weights of a row sum to 1 whatever the probe is; what rounding has left is divided out.
+        return out * by_row(1 / jnp.where(log_sum_exp < jnp.inf, total, 1.0), out.shape)
+
+    def softmax(self, query):
+        arithmetic, block = self.env.arithmetic, self.env.config.block
+        scale, ids = self.scale_and_ids()
+
+        def step(j, carry, masked):
+            t, largest, total, out = carry
+            slot = self.ring.wait(t)
+            keys, values = (tile.at[slot] for tile in self.ring.tiles)
+            (scores,) = arithmetic.products(block, [(query, keys)])
+            scores = self.logits(scores, j, masked, scale, ids)
+            new = jnp.maximum(largest, scores.max(axis=1))
+            weights = jnp.exp2(scores - by_row(new, scores.shape))
+            shrink = jnp.exp2(largest - new)
+            total = total * shrink + weights.sum(axis=1)
+            out = out * by_row(shrink, out.shape)
+            rounded = weights.astype(self.env.shape.dtype)
+            (out,) = arithmetic.accumulate((out,), [(rounded, values)])
+            self.ring.release(slot)
+            return t + 1, new, total, out
+
+        lowest = full((ROW_BLOCK,), LOWEST, ROWS)
+        start = (jnp.int32(0), lowest, self.zeros(rows=True), self.zeros())
+        _, largest, total, out = self.over_tiles(step, start)
+        inverse = self.store_log_sum_exp(largest, total)
+        return out * by_row(inverse, out.shape)
+
+    def probed(self, query):
+        """Softmax attention and its correction in one pass, with two sums of values.
+
+        The scores along the probe are taken relative to those of one key, so that an offset that the
+        keys share does not cost digits.
+        """
+        arithmetic, block, dtype = self.env.arithmetic, self.env.config.block, self.env.shape.dtype
+        scale, ids = self.scale_and_ids()
+        (probe,) = self.parts
+        some_key = self.given["key"].at[self.place.b, self.tiles.low * block, self.place.kv_head]
+        some_key = arithmetic.load(some_key, COLS).astype(jnp.float32)
+        origin = row_dot(
+            arithmetic.load(probe).astype(jnp.float32), by_column(some_key, self.matrix)
+        )
+
+        def step(j, carry, masked):
+            t, largest, total, along_total, sums = carry
+            slot = self.ring.wait(t)
+            keys, values = (tile.at[slot] for tile in self.ring.tiles)
+            scores, along = arithmetic.products(block, [(query, keys)], [(probe, keys)])
+            scores = self.logits(scores, j, masked, scale, ids)
+            new = jnp.maximum(largest, scores.max(axis=1))
+            weights = jnp.exp2(scores - by_row(new, scores.shape))
+            along = weights * (along - by_row(origin, along.shape))
+            shrink = jnp.exp2(largest - new)
+            total = total * shrink + weights.sum(axis=1)
+            along_total = along_total * shrink + along.sum(axis=1)
+            sums = tuple(a * by_row(shrink, self.matrix) for a in sums)
+            sums = arithmetic.accumulate(
+                sums, [(weights.astype(dtype), values)], [(along.astype(dtype), values)]
+            )
+            self.ring.release(slot)
+            return t + 1, new, total, along_total, sums
+
+        lowest, zero = full((ROW_BLOCK,), LOWEST, ROWS), self.zeros(rows=True)
+        start = (jnp.int32(0), lowest, zero, zero, (self.zeros(), self.zeros()))
+        _, largest, total, along_total, (plain, along) = self.over_tiles(step, start)
+        inverse = self.store_log_sum_exp(largest, total)
+        mean = along_total * inverse
+        self.scratch["rows"].at[self.w, 1][...] = origin + mean
+        return (plain * by_row(1 - mean, self.matrix) + along) * by_row(inverse, self.matrix)
+
+    def store_log_sum_exp(self, largest, total):
+        """Writes the log-sum-exp; returns 1 / total, and 1 for rows without keys."""
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        log_sum_exp = jnp.where(some, largest + jnp.log2(total), jnp.inf)
+        self.scratch["rows"].at[self.w, 0][...] = log_sum_exp
+        return 1 / total

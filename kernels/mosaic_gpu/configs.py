@@ -1,0 +1,44 @@
+"""Which launch configuration each kernel takes, by head dimension."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lla.kernels.mosaic_gpu.launch import Config
+
+HEAD_DIMS = (64, 128)
+"""Head dimensions of the kernels; smaller ones are padded with zeros, which changes nothing."""
+
+ROWS = 128
+"""Queries, and keys, are padded to a multiple of this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Configs:
+    """One configuration for each kernel."""
+
+    solve: Config
+    attend: Config
+    query_gradients: Config
+    key_gradients: Config
+
+
+_TABLE = {
+    64: Configs(
+        solve=Config(stages=4),
+        attend=Config(stages=4),
+        query_gradients=Config(stages=4),
+        key_gradients=Config(stages=4),
+    ),
+    128: Configs(
+        solve=Config(stages=3, shared_mean=False),
+        attend=Config(stages=3),
+        query_gradients=Config(stages=2),
+        key_gradients=Config(block=32, stages=3),
+    ),
+}
+
+
+def choose(head_dim: int) -> Configs:
+    """The configurations for a padded head dimension."""
+    return _TABLE[head_dim]

@@ -1,0 +1,425 @@
+"""The backward passes: gradients of the queries, and of the keys and values.
+
+Both recompute the weights from the log-sum-exp. For local linear attention the probe and the adjoint
+solution come from `lla.kernels.mosaic_gpu.solve`, negated and in 16 bits; for Parallax there is a probe
+only, for softmax attention neither. With ``a = 1 - (k - k_mean) . x`` and
+``e = c - c_mean - (k - k_mean) . u`` the gradient of a logit is ``p (a e - sum p a e)``.
+
+Gradients of keys and values are summed by the program instance that owns the keys, over the queries
+of all heads that share them: no atomics, equal results in every run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lla.kernels.mosaic_gpu.launch import (
+    Config,
+    Environment,
+    Masking,
+    Ring,
+    Shape,
+    key_place,
+    launch,
+    query_place,
+    ring_scratch,
+    row_tile,
+)
+from lla.kernels.mosaic_gpu.rows import QueryRows
+from lla.kernels.mosaic_gpu.tile import (
+    COLS,
+    LOG2E,
+    MATRIX,
+    ROW_BLOCK,
+    Arithmetic,
+    MaskSpec,
+    by_column,
+    by_row,
+    full,
+    narrow_transforms,
+    over_tiles,
+    row_dot,
+    wide_transforms,
+)
+
+
+class Directions(NamedTuple):
+    """The negated probe and adjoint solution, ``[B, T, N, D]`` in 16 bits; None where absent.
+
+    `probe_shift` is the mean key times `probe`, ``[B, N, T]``. `adjoint_low` is what rounding has taken
+    from `adjoint`. `key_mean` is there whenever `probe` is.
+    """
+
+    probe: jax.Array | None = None
+    probe_shift: jax.Array | None = None
+    adjoint: jax.Array | None = None
+    adjoint_low: jax.Array | None = None
+    key_mean: jax.Array | None = None
+
+
+class Rows(NamedTuple):
+    """Numbers of every query, ``[B, N, T]`` float32.
+
+    `cotangent_mean` is relative to the adjoint solution: ``c_mean`` plus the mean key times the
+    *negated* solution.
+    """
+
+    scale: jax.Array
+    log_sum_exp: jax.Array
+    cotangent_mean: jax.Array
+
+
+class QueryGradients(NamedTuple):
+    """Gradients of query and scale, and ``sum_j p a e`` of every query."""
+
+    query: jax.Array
+    scale: jax.Array
+    mean: jax.Array
+
+
+def query_gradients(
+    shape: Shape,
+    mask: MaskSpec,
+    config: Config,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cotangent: jax.Array,
+    rows: Rows,
+    directions: Directions,
+    masking: Masking,
+    *,
+    interpret: Any = None,
+) -> QueryGradients:
+    """Gradients that belong to a query."""
+    env = Environment(shape, mask, config, Arithmetic(interpret is not None))
+    count = config.warpgroups
+    outputs = {"query": shape.queries(), "scale": shape.rows(), "mean": shape.rows()}
+    operands = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "cotangent": cotangent,
+        "scale": rows.scale,
+        "rows": rows,
+        "directions": directions,
+        "masking": masking.operands(),
+    }
+    extra = sum(array is not None for array in (directions.probe, directions.adjoint))
+    scratch = {
+        "inputs": row_tile(shape, config, 2),
+        "ring": ring_scratch(shape, config, 2),
+        "rows": plgpu.SMEM((count, 2, ROW_BLOCK), jnp.float32),
+        "loaded": plgpu.Barrier(num_arrivals=2 + extra, num_barriers=count),
+        "reloaded": plgpu.Barrier(num_barriers=count),
+    }
+    if extra:
+        wide = plgpu.SMEM(
+            (count, ROW_BLOCK, shape.head_dim), jnp.float32, transforms=wide_transforms()
+        )
+        scratch["directions"] = plgpu.RefUnion(row_tile(shape, config, 2), wide)
+    leaves, tree = jax.tree.flatten(operands)
+    names = list(outputs)
+
+    def body(*refs, **scratch):
+        given = jax.tree.unflatten(tree, refs[: len(leaves)])
+        out = dict(zip(names, refs[len(leaves) :], strict=True))
+        _query_body(env, given, out, scratch)
+
+    results = launch(
+        body, list(outputs.values()), scratch, leaves,
+        programs=shape.batch * shape.heads * (shape.num_queries // (count * ROW_BLOCK)),
+        config=config, interpret=interpret,
+    )  # fmt: skip
+    return QueryGradients(**dict(zip(names, results, strict=True)))
+
+
+def _query_body(env: Environment, given, out, scratch):
+    count, block = env.config.warpgroups, env.config.block
+    place = query_place(env.shape, count * ROW_BLOCK)
+    tiles = env.key_tiles(given["masking"], place)
+    key_tile, value_tile, *barriers = scratch["ring"]
+    ring = Ring((key_tile, value_tile), *barriers, env.config.stages)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < count)
+    def _():
+        env.set_registers(compute=True)
+        _GradientRows(env, given, out, scratch, place, tiles, warpgroup, ring).run()
+
+    @pl.when(warpgroup == count)
+    def _():
+        env.set_registers(compute=False)
+
+        def stream(j, t):
+            where = (place.b, pl.ds(j * block, block), place.kv_head)
+            return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
+
+        ring.drain(lax.fori_loop(tiles.low, tiles.high, stream, jnp.int32(0)))
+
+
+@dataclasses.dataclass
+class _GradientRows(QueryRows):
+    """The query gradients of one compute warpgroup."""
+
+    ring: Ring
+
+    def run(self):
+        given, load = self.given, self.env.arithmetic.load
+        directions, loaded = given["directions"], self.scratch["loaded"].at[self.w]
+        query, cotangent = (self.scratch["inputs"].at[self.w, i] for i in range(2))
+        copies = [(given["query"], query), (given["cotangent"], cotangent)]
+        probe = adjoint = None
+        if directions.probe is not None:
+            probe = self.scratch["directions"][0].at[self.w, 0]
+            copies.append((directions.probe, probe))
+        if directions.adjoint is not None:
+            adjoint = self.scratch["directions"][0].at[self.w, 1]
+            copies.append((directions.adjoint, adjoint))
+        for array, tile in copies:
+            plgpu.copy_gmem_to_smem(self.row_tile(array), tile, loaded)
+        plgpu.barrier_wait(loaded)
+
+        excess, mean, weighted_keys = self.sums(query, cotangent, probe, adjoint)
+        if adjoint is not None:
+            adjoint = load(adjoint)
+        if directions.key_mean is not None:
+            reloaded = self.scratch["reloaded"].at[self.w]
+            tile = self.scratch["directions"][1].at[self.w]
+            plgpu.commit_smem()
+            plgpu.copy_gmem_to_smem(self.row_tile(directions.key_mean), tile, reloaded)
+            plgpu.barrier_wait(reloaded)
+            weighted_keys = weighted_keys - by_row(excess, self.matrix) * load(tile)
+        rows = self.scratch["rows"].at[self.w]
+        rows.at[0][...] = row_dot(load(query).astype(jnp.float32), weighted_keys)
+        rows.at[1][...] = mean
+        scale = self.row_vector(given["scale"])
+        gradient = by_row(scale, self.matrix) * weighted_keys
+        if adjoint is not None:
+            reloaded = self.scratch["reloaded"].at[self.w]
+            plgpu.commit_smem()
+            plgpu.copy_gmem_to_smem(self.row_tile(directions.adjoint_low), cotangent, reloaded)
+            plgpu.barrier_wait(reloaded)
+            gradient = gradient - adjoint.astype(jnp.float32)
+            gradient = gradient - load(cotangent).astype(jnp.float32)
+        query[...] = gradient.astype(self.env.shape.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(query, self.row_tile(self.out["query"]))
+        plgpu.copy_smem_to_gmem(rows.at[0], self.row_slice(self.out["scale"]))
+        plgpu.copy_smem_to_gmem(rows.at[1], self.row_slice(self.out["mean"]))
+        plgpu.wait_smem_to_gmem(0)
+
+    def sums(self, query, cotangent, probe, adjoint):
+        """Sums of the rounded ``p a e``, of ``p a e``, and of ``p a e k``."""
+        arithmetic, block = self.env.arithmetic, self.env.config.block
+        rows = self.given["rows"]
+        scale, ids = self.scale_and_ids()
+        log_sum_exp = self.row_vector(rows.log_sum_exp)
+        cotangent_mean = self.row_vector(rows.cotangent_mean)
+        if probe is not None:
+            constant = 1 - self.row_vector(self.given["directions"].probe_shift)
+
+        def step(j, carry, masked):
+            t, excess, mean, total = carry
+            slot = self.ring.wait(t)
+            keys, values = (tile.at[slot] for tile in self.ring.tiles)
+            products = [[(query, keys)], [(cotangent, values)]]
+            if adjoint is not None:
+                products[1].append((adjoint, keys))
+            if probe is not None:
+                products.append([(probe, keys)])
+            scores, e, *along = arithmetic.products(block, *products)
+            scores = self.logits(scores, j, masked, scale, ids)
+            weights = jnp.exp2(scores - by_row(log_sum_exp, scores.shape))
+            weights = weights * (e - by_row(cotangent_mean, e.shape))
+            for part in along:
+                weights = weights * (part + by_row(constant, part.shape))
+            rounded = weights.astype(self.env.shape.dtype)
+            mean = mean + weights.sum(axis=1)
+            excess = excess + rounded.astype(jnp.float32).sum(axis=1)
+            (total,) = arithmetic.accumulate((total,), [(rounded, keys)])
+            self.ring.release(slot)
+            return t + 1, excess, mean, total
+
+        zero = self.zeros(rows=True)
+        _, *sums = self.over_tiles(step, (jnp.int32(0), zero, zero, self.zeros()))
+        return sums
+
+
+# ---------------------------------------------------------------------------------------------
+# Keys and values
+
+_NUMBERS = ("scale", "log_sum_exp", "cotangent_mean", "mean", "constant")
+
+
+def key_gradients(
+    shape: Shape,
+    mask: MaskSpec,
+    config: Config,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cotangent: jax.Array,
+    rows: Rows,
+    mean: jax.Array,
+    directions: Directions,
+    masking: Masking,
+    *,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of key and value, in the dtype of the operands.
+
+    `mean` is that of `QueryGradients`. ``config.block`` counts queries.
+    """
+    env = Environment(shape, mask, config, Arithmetic(interpret is not None))
+    count = config.warpgroups
+    constant = mean if directions.probe is None else 1 - directions.probe_shift
+    numbers = jnp.stack(
+        [rows.scale, rows.log_sum_exp, rows.cotangent_mean, mean, constant], axis=2
+    )  # [B, N, 5, T]
+    operands = {
+        "key": key,
+        "value": value,
+        "streamed": [
+            array
+            for array in (query, cotangent, directions.probe, directions.adjoint)
+            if array is not None
+        ],
+        "numbers": numbers,
+        "masking": masking.operands(),
+    }
+    streams = len(operands["streamed"])
+    tile = plgpu.SMEM(
+        (config.stages, config.block, shape.head_dim), shape.dtype,
+        transforms=narrow_transforms(config.block),
+    )  # fmt: skip
+    scratch = {
+        "inputs": row_tile(shape, config, 2),
+        "ring": (
+            *([tile] * streams),
+            plgpu.SMEM((config.stages, len(_NUMBERS), config.block), jnp.float32),
+            plgpu.Barrier(num_arrivals=streams + 1, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=count, num_barriers=config.stages),
+        ),
+        "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=count),
+    }
+    leaves, tree = jax.tree.flatten(operands)
+    has = (directions.probe is not None, directions.adjoint is not None)
+
+    def body(*refs, **scratch):
+        given = jax.tree.unflatten(tree, refs[: len(leaves)])
+        _key_body(env, has, given, refs[len(leaves) :], scratch)
+
+    d_key, d_value = launch(
+        body, [shape.keys(), shape.keys()], scratch, leaves,
+        programs=shape.batch * shape.kv_heads * (shape.num_keys // (count * ROW_BLOCK)),
+        config=config, interpret=interpret,
+    )  # fmt: skip
+    return d_key, d_value
+
+
+def _key_body(env: Environment, has: tuple[bool, bool], given, out, scratch):
+    count, block, group = env.config.warpgroups, env.config.block, env.shape.group
+    place = key_place(env.shape, count * ROW_BLOCK)
+    tiles = env.query_tiles(given["masking"], place)
+    *streamed, filled, released = scratch["ring"]
+    ring = Ring(tuple(streamed), filled, released, env.config.stages)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < count)
+    def _():
+        env.set_registers(compute=True)
+        _key_rows(env, has, given, out, scratch, place, tiles, ring, warpgroup)
+
+    @pl.when(warpgroup == count)
+    def _():
+        env.set_registers(compute=False)
+
+        def stream(g, i, t):
+            head = place.head + g
+            where = (place.b, pl.ds(i * block, block), head)
+            sources = [array.at[where] for array in given["streamed"]]
+            numbers = given["numbers"].at[place.b, head, :, pl.ds(i * block, block)]
+            return ring.fill(t, [*sources, numbers])
+
+        def stream_head(g, t):
+            return lax.fori_loop(tiles.low, tiles.high, lambda i, t: stream(g, i, t), t)
+
+        ring.drain(lax.fori_loop(0, group, stream_head, jnp.int32(0)))
+
+
+def _key_rows(env: Environment, has, given, out, scratch, place, tiles, ring: Ring, w):
+    """The key and value gradients of one compute warpgroup."""
+    arithmetic, dtype, block = env.arithmetic, env.shape.dtype, env.config.block
+    first = place.first + w * ROW_BLOCK
+    matrix, scores_shape = (ROW_BLOCK, env.shape.head_dim), (ROW_BLOCK, block)
+    key, value = (scratch["inputs"].at[w, i] for i in range(2))
+    loaded = scratch["loaded"].at[w]
+    where = (place.b, pl.ds(first, ROW_BLOCK), place.kv_head)
+    plgpu.copy_gmem_to_smem(given["key"].at[where], key, loaded)
+    plgpu.copy_gmem_to_smem(given["value"].at[where], value, loaded)
+    plgpu.barrier_wait(loaded)
+    ids = env.row_ids(given["masking"], place.b, first, transposed=True)
+
+    def step(i, carry, masked):
+        t, d_key, d_value = carry
+        slot = ring.wait(t)
+        query, cotangent, *directions = (tile.at[slot] for tile in ring.tiles[:-1])
+        probe = directions[0] if has[0] else None
+        adjoint = directions[1] if has[1] else None
+
+        def number(name):
+            ref = ring.tiles[-1].at[slot, _NUMBERS.index(name)]
+            return by_column(arithmetic.load(ref, COLS), scores_shape)
+
+        products = [[(key, query)], [(value, cotangent)]]
+        if adjoint is not None:
+            products[1].append((key, adjoint))
+        if probe is not None:
+            products.append([(key, probe)])
+        scores, e, *along = arithmetic.products(block, *products)
+        scale = number("scale")
+        scores = scores * (scale * LOG2E)
+        if masked:
+            valid = env.valid(
+                given["masking"], place.b, scores_shape, i * block, first,
+                transposed=True, row_ids=ids,
+            )  # fmt: skip
+            scores = jnp.where(valid, scores, -jnp.inf)
+        p = jnp.exp2(scores - number("log_sum_exp"))
+        e = e - number("cotangent_mean")
+        p_a = p
+        for part in along:
+            p_a = p * (part + number("constant"))
+        d_logits = scale * (p_a * e - p * number("mean"))
+        rounded = p_a.astype(dtype)
+        key_products = [(d_logits.astype(dtype), query)]
+        if probe is not None:
+            key_products.append(((p * e).astype(dtype), probe))
+        if adjoint is not None:
+            key_products.append((rounded, adjoint))
+        d_key, d_value = arithmetic.accumulate(
+            (d_key, d_value), key_products, [(rounded, cotangent)]
+        )
+        ring.release(slot)
+        return t + 1, d_key, d_value
+
+    def head(_, carry):
+        return over_tiles(env.mask, tiles, step, carry, low_edge=True)
+
+    zeros = full(matrix, 0, MATRIX)
+    _, d_key, d_value = lax.fori_loop(
+        0, env.shape.group, head, (jnp.int32(0), zeros, zeros)
+    )
+    for gradient, tile, target in ((d_key, key, out[0]), (d_value, value, out[1])):
+        tile[...] = gradient.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, target.at[where])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,248 @@
+"""Shapes, configurations and the pieces that every kernel launch needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lla.kernels.mosaic_gpu.tile import (
+    COLS,
+    ROW_BLOCK,
+    ROWS,
+    Arithmetic,
+    MaskSpec,
+    SequenceMask,
+    TileRange,
+    key_tiles,
+    narrow_transforms,
+    query_tiles,
+    visible,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Padded sizes: query ``[B, T, K * G, D]``, key and value ``[B, S, K, D]``.
+
+    ``num_queries`` is a multiple of the rows of a program instance, ``num_keys`` of its key tile,
+    ``head_dim`` (of keys and values alike) is 64 or 128.
+    """
+
+    batch: int
+    num_queries: int
+    num_keys: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    dtype: Any
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    def rows(self, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        """One number for every query."""
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.num_queries), dtype)
+
+    def queries(self, dtype=None) -> jax.ShapeDtypeStruct:
+        dtype = self.dtype if dtype is None else dtype
+        return jax.ShapeDtypeStruct(
+            (self.batch, self.num_queries, self.heads, self.head_dim), dtype
+        )
+
+    def keys(self, dtype=None) -> jax.ShapeDtypeStruct:
+        dtype = self.dtype if dtype is None else dtype
+        shape = (self.batch, self.num_keys, self.kv_heads, self.head_dim)
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How one kernel is launched.
+
+    Attributes:
+      warpgroups: compute warpgroups of a program instance, 64 rows each.
+      block: columns of a tile: keys, or queries where the rows are keys.
+      stages: tiles in flight.
+      registers: registers of a thread of the compute warpgroups and of the streaming one.
+      resident_operand: whether the query is kept in registers rather than in shared memory.
+      shared_mean: whether the solve keeps the mean key in shared memory, too.
+    """
+
+    warpgroups: int = 2
+    block: int = 64
+    stages: int = 2
+    registers: tuple[int, int] = (240, 24)
+    resident_operand: bool = False
+    shared_mean: bool = True
+
+
+class Masking(NamedTuple):
+    """Arrays that a mask reads: int32 ``[B, 2]`` (offset and length), ids ``[B, T]`` and ``[B, S]``."""
+
+    numbers: jax.Array
+    query_segments: jax.Array | None
+    key_segments: jax.Array | None
+
+    def operands(self) -> tuple[jax.Array, ...]:
+        return tuple(a for a in self if a is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """Static context of a kernel body."""
+
+    shape: Shape
+    mask: MaskSpec
+    config: Config
+    arithmetic: Arithmetic
+
+    def sequence(self, masking, b) -> SequenceMask:
+        return SequenceMask(masking[0][b, 0], masking[0][b, 1])
+
+    def key_tiles(self, masking, place: Place) -> TileRange:
+        """Key tiles that the query rows of a program instance see."""
+        rows = self.config.warpgroups * ROW_BLOCK
+        sequence = self.sequence(masking, place.b)
+        return key_tiles(self.mask, sequence, place.first, rows, self.config.block)
+
+    def query_tiles(self, masking, place: Place) -> TileRange:
+        """Query tiles that see the keys of a program instance."""
+        keys = self.config.warpgroups * ROW_BLOCK
+        sequence = self.sequence(masking, place.b)
+        return query_tiles(
+            self.mask, sequence, place.first, keys, self.config.block, self.shape.num_queries
+        )
+
+    def valid(self, masking, b, shape, first_query, first_key, *, transposed, row_ids=None):
+        """The mask of one tile; `row_ids` are the segment ids along the rows, loaded once."""
+        column_ids = None
+        if self.mask.segments:
+            ref, first = (masking[1], first_query) if transposed else (masking[2], first_key)
+            column_ids = self.arithmetic.load(ref.at[b, pl.ds(first, shape[1])], COLS)
+        ids = (column_ids, row_ids) if transposed else (row_ids, column_ids)
+        return visible(
+            self.mask, self.sequence(masking, b), shape, first_query, first_key, transposed=transposed,
+            query_segments=ids[0], key_segments=ids[1],
+        )  # fmt: skip
+
+    def row_ids(self, masking, b, first, *, transposed: bool):
+        if not self.mask.segments:
+            return None
+        ref = masking[2 if transposed else 1]
+        return self.arithmetic.load(ref.at[b, pl.ds(first, ROW_BLOCK)], ROWS)
+
+    def set_registers(self, *, compute: bool):
+        if self.arithmetic.interpreted:
+            return
+        count = self.config.registers[0 if compute else 1]
+        plgpu.set_max_registers(count, action="increase" if compute else "decrease")
+
+
+class Place(NamedTuple):
+    """Where a program instance works: batch, query head, key head, and its first row."""
+
+    b: jax.Array
+    head: jax.Array
+    kv_head: jax.Array
+    first: jax.Array
+
+
+def query_place(shape: Shape, rows: int) -> Place:
+    """Longest causal rows first; heads that share keys next to each other."""
+    program = lax.axis_index("program")
+    per_tile = jnp.int32(shape.batch * shape.heads)
+    which = lax.rem(program, per_tile)
+    tile = (shape.num_queries // rows - 1) - lax.div(program, per_tile)
+    b, head = lax.div(which, jnp.int32(shape.heads)), lax.rem(which, jnp.int32(shape.heads))
+    return Place(b, head, lax.div(head, jnp.int32(shape.group)), tile * rows)
+
+
+def key_place(shape: Shape, keys: int) -> Place:
+    """The first keys, which most queries see, first."""
+    program = lax.axis_index("program")
+    per_tile = jnp.int32(shape.batch * shape.kv_heads)
+    which, tile = lax.rem(program, per_tile), lax.div(program, per_tile)
+    b, head = lax.div(which, jnp.int32(shape.kv_heads)), lax.rem(which, jnp.int32(shape.kv_heads))
+    return Place(b, head * shape.group, head, tile * keys)
+
+
+class Ring(NamedTuple):
+    """Tiles streamed through shared memory: refs ``[stages, block, D]`` and their barriers."""
+
+    tiles: tuple
+    filled: Any  # one arrival for each of `tiles`
+    released: Any  # one arrival for each compute warpgroup
+    stages: int
+
+    def wait(self, t):
+        slot = lax.rem(t, jnp.int32(self.stages))
+        plgpu.barrier_wait(self.filled.at[slot])
+        return slot
+
+    def release(self, slot):
+        plgpu.barrier_arrive(self.released.at[slot])
+
+    def fill(self, t, sources):
+        """Copies `sources` (refs to tiles in global memory) once slot t is free; returns t + 1."""
+        slot = lax.rem(t, jnp.int32(self.stages))
+
+        @pl.when(t >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.released.at[slot])
+
+        for source, tile in zip(sources, self.tiles, strict=True):
+            plgpu.copy_gmem_to_smem(source, tile.at[slot], self.filled.at[slot])
+        return t + 1
+
+    def drain(self, t):
+        """Waits until everything filled has been released."""
+        left = jnp.minimum(t, jnp.int32(self.stages))
+
+        def wait(i, _):
+            plgpu.barrier_wait(self.released.at[lax.rem(i, jnp.int32(self.stages))])
+
+        lax.fori_loop(t - left, t, wait, None)
+
+
+def ring_scratch(shape: Shape, config: Config, tiles: int):
+    """Scratch types of a ring: the tiles, then filled, then released."""
+    tile = plgpu.SMEM(
+        (config.stages, config.block, shape.head_dim), shape.dtype,
+        transforms=narrow_transforms(config.block),
+    )  # fmt: skip
+    return (
+        *([tile] * tiles),
+        plgpu.Barrier(num_arrivals=tiles, num_barriers=config.stages),
+        plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
+    )
+
+
+def row_tile(shape: Shape, config: Config, copies: int = 1):
+    """Scratch of 16-bit row tiles ``[warpgroups, copies, 64, D]`` (no `copies` axis if it is 1)."""
+    lead = (config.warpgroups,) if copies == 1 else (config.warpgroups, copies)
+    return plgpu.SMEM(
+        (*lead, ROW_BLOCK, shape.head_dim), shape.dtype, transforms=narrow_transforms(config.block)
+    )
+
+
+def launch(body, outputs, scratch, operands, *, programs: int, config: Config, interpret):
+    """Runs a kernel body on `programs` instances of ``config.warpgroups + 1`` warpgroups."""
+    return plgpu.kernel(
+        body,
+        out_type=outputs,
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        # No scratch memory for reductions across warps: all warpgroups would share it.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=interpret if interpret is not None else False,
+    )(*operands)

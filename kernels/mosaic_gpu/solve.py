@@ -1,0 +1,564 @@
+"""The solve: ``A_i x_i = k_mean_i - q_i`` (forward) or ``A_i u_i = h_i`` (adjoint).
+
+A program instance takes 64 rows a warpgroup. It streams the keys once for the right-hand side (the
+statistics of the softmax and the mean key; or the weighted cotangents) and once for every iteration of
+conjugate gradients, recomputing the weights. Iterate and residual stay in shared memory in float32;
+the direction is rounded to 16 bits and used as rounded everywhere.
+
+See ``kernels/README.md`` for the formulas and for the stopping rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lla.kernels.mosaic_gpu.launch import (
+    Config,
+    Environment,
+    Masking,
+    Ring,
+    Shape,
+    launch,
+    query_place,
+    ring_scratch,
+    row_tile,
+)
+from lla.kernels.mosaic_gpu.rows import QueryRows
+from lla.kernels.mosaic_gpu.tile import (
+    COLS,
+    LOWEST,
+    MATRIX,
+    ROW_BLOCK,
+    ROWS,
+    Arithmetic,
+    MaskSpec,
+    by_column,
+    by_row,
+    full,
+    row_dot,
+    wide_transforms,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """When to stop: at the estimated relative error `tol`, or after `max_iters`.
+
+    ``tol=None`` runs exactly `max_iters` iterations; ``max_iters=0`` computes the right-hand side only.
+    """
+
+    tol: float | None
+    max_iters: int
+
+
+class Solution(NamedTuple):
+    """Vectors are ``[B, T, N, D]``, rows ``[B, N, T]`` in float32.
+
+    Attributes:
+      high, low: the *negated* solution as a sum of two 16-bit parts (the right-hand side if there was
+        no iteration).
+      shift_high, shift: the mean key times `high`, and times both.
+      iterations, residual: diagnostics.
+      key_mean: float32, weighted mean of the keys.
+      log_sum_exp: of the logits, in base 2; ``inf`` for rows without keys. Forward only.
+      cotangent_mean: weighted mean of ``cotangent . value``. Adjoint only.
+    """
+
+    high: jax.Array
+    low: jax.Array
+    shift_high: jax.Array
+    shift: jax.Array
+    iterations: jax.Array
+    residual: jax.Array
+    key_mean: jax.Array | None = None
+    log_sum_exp: jax.Array | None = None
+    cotangent_mean: jax.Array | None = None
+
+
+class Adjoint(NamedTuple):
+    """What the adjoint solve needs beside the operands of the forward one.
+
+    `key_mean` None means that it is computed here; `delta` is cotangent times output, ``[B, N, T]``.
+    """
+
+    value: jax.Array
+    cotangent: jax.Array
+    log_sum_exp: jax.Array
+    delta: jax.Array
+    key_mean: jax.Array | None
+
+
+def solve(
+    shape: Shape,
+    mask: MaskSpec,
+    config: Config,
+    iteration: Iteration,
+    query: jax.Array,
+    key: jax.Array,
+    scale: jax.Array,
+    ridge: jax.Array | None,
+    masking: Masking,
+    adjoint: Adjoint | None = None,
+    *,
+    interpret: Any = None,
+) -> Solution:
+    """Solves for all rows; `scale` and `ridge` are ``[B, N, T]`` float32."""
+    env = Environment(shape, mask, config, Arithmetic(interpret is not None))
+    count = config.warpgroups
+    forward = adjoint is None
+    outputs = {
+        "high": shape.queries(),
+        "low": shape.queries(),
+        "shift_high": shape.rows(),
+        "shift": shape.rows(),
+        "iterations": shape.rows(),
+        "residual": shape.rows(),
+    }
+    if forward or adjoint.key_mean is None:
+        outputs["key_mean"] = shape.queries(jnp.float32)
+    outputs["log_sum_exp" if forward else "cotangent_mean"] = shape.rows()
+
+    wide = plgpu.SMEM((count, ROW_BLOCK, shape.head_dim), jnp.float32, transforms=wide_transforms())
+    # A warpgroup's part of a pair has the bytes of its part of a wide tile.
+    pair = row_tile(shape, config, 2)
+    ring = ring_scratch(shape, config, 1)
+    scratch = {
+        "ring": ring,
+        # One member of a union at a time.
+        "iterate": plgpu.RefUnion(*((wide, pair) if forward else (wide, pair, ring[0]))),
+        "remainder": plgpu.RefUnion(wide, pair),
+        "rows": plgpu.SMEM((count, len(_ROW_OUTPUTS), ROW_BLOCK), jnp.float32),
+        "flags": plgpu.SMEM((2, count, ROW_BLOCK), jnp.int32),
+        "loaded": plgpu.Barrier(num_arrivals=1 if forward else 2, num_barriers=count),
+        "reloaded": plgpu.Barrier(num_barriers=count),
+        "decision": plgpu.Barrier(num_arrivals=count),
+    }
+    if not config.resident_operand:
+        scratch["query"] = row_tile(shape, config)
+    if config.shared_mean:
+        scratch["mean"] = row_tile(shape, config)
+    if not forward:
+        scratch["values"] = ring[1:]
+    operands = {
+        "query": query,
+        "key": key,
+        "scale": scale,
+        "ridge": ridge,
+        "masking": masking.operands(),
+        "adjoint": adjoint,
+    }
+    leaves, tree = jax.tree.flatten(operands)
+    names = list(outputs)
+
+    def body(*refs, **scratch):
+        given = jax.tree.unflatten(tree, refs[: len(leaves)])
+        out = dict(zip(names, refs[len(leaves) :], strict=True))
+        _body(env, iteration, given, out, scratch)
+
+    results = launch(
+        body, list(outputs.values()), scratch, leaves,
+        programs=shape.batch * shape.heads * (shape.num_queries // (count * ROW_BLOCK)),
+        config=config, interpret=interpret,
+    )  # fmt: skip
+    return Solution(**dict(zip(names, results, strict=True)))
+
+
+# Rows of the scratch buffer that outputs pass through.
+_ROW_OUTPUTS = (
+    "shift_high", "shift", "iterations", "residual", "log_sum_exp", "cotangent_mean",
+)  # fmt: skip
+
+
+def _body(env: Environment, iteration: Iteration, given, out, scratch):
+    count = env.config.warpgroups
+    place = query_place(env.shape, count * ROW_BLOCK)
+    tiles = env.key_tiles(given["masking"], place)
+    key_tile, *barriers = scratch["ring"]
+    keys = Ring((key_tile,), *barriers, env.config.stages)
+    values = None
+    if given["adjoint"] is not None:
+        values = Ring((scratch["iterate"][2],), *scratch["values"], env.config.stages)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < count)
+    def _():
+        env.set_registers(compute=True)
+        _SolveRows(env, given, out, scratch, place, tiles, warpgroup, iteration, keys, values).run()
+
+    @pl.when(warpgroup == count)
+    def _():
+        env.set_registers(compute=False)
+        _stream(env, iteration, given, scratch, place, tiles, keys, values)
+
+
+def _stream(env, iteration, given, scratch, place, tiles, keys: Ring, values: Ring | None):
+    """The streaming warpgroup: keys once for the right-hand side and once for every iteration."""
+    block = env.config.block
+
+    def source(array, j):
+        return array.at[place.b, pl.ds(j * block, block), place.kv_head]
+
+    def stream(t):
+        def step(j, t):
+            return keys.fill(t, [source(given["key"], j)])
+
+        return lax.fori_loop(tiles.low, tiles.high, step, t)
+
+    def stream_both(j, t):
+        values.fill(t, [source(given["adjoint"].value, j)])
+        return keys.fill(t, [source(given["key"], j)])
+
+    if values is None:
+        t = stream(jnp.int32(0))
+    else:
+        t = lax.fori_loop(tiles.low, tiles.high, stream_both, jnp.int32(0))
+        values.drain(t)
+    if iteration.max_iters:
+        plgpu.barrier_wait(scratch["decision"])  # that the iterations can start
+
+        def one_more(carry):
+            i, _, t = carry
+            t = stream(t)
+            plgpu.barrier_wait(scratch["decision"])
+            return i + 1, _any_flag(scratch["flags"], i, env.config.warpgroups), t
+
+        _, _, t = lax.while_loop(lambda c: c[1] > 0, one_more, (jnp.int32(0), jnp.int32(1), t))
+    keys.drain(t)
+
+
+def _any_flag(flags, i, count: int):
+    """Whether any warpgroup wants another iteration after the i-th."""
+    slot = lax.rem(i, jnp.int32(2))
+    return functools.reduce(lambda a, b: a | b, [flags[slot, w, 0] for w in range(count)])
+
+
+class _CG(NamedTuple):
+    """Conjugate gradients of 64 rows; rows ``[64]`` from `rz` on."""
+
+    count: jax.Array
+    go: jax.Array
+    t: jax.Array  # tiles consumed so far
+    direction: jax.Array  # [64, D], 16 bits
+    rz: jax.Array
+    energy: jax.Array
+    contraction: jax.Array
+    free_step: jax.Array  # a step along `direction` that takes no product
+
+
+@dataclasses.dataclass
+class _SolveRows(QueryRows):
+    """The solve of one compute warpgroup."""
+
+    iteration: Iteration
+    keys: Ring
+    values: Ring | None
+    query: Any = None  # first operand of the logits, in shared memory or in registers
+
+    # -- Data
+
+    @property
+    def forward(self) -> bool:
+        return self.values is None
+
+    def load(self, name: str, member: int | None = None):
+        """A warpgroup's part of the scratch array `name`."""
+        array = self.scratch[name] if member is None else self.scratch[name][member]
+        return self.env.arithmetic.load(array.at[self.w])
+
+    def global_mean(self):
+        """The mean key ``[B, T, N, D]`` in global memory."""
+        mean = self.out.get("key_mean")
+        return self.given["adjoint"].key_mean if mean is None else mean
+
+    def centre(self):
+        """The mean key that a product is centred with, ``[64, D]``.
+
+        Its rounding matters little: what is subtracted before the weights is added after them.
+        """
+        if self.env.config.shared_mean:
+            return self.load("mean").astype(jnp.float32)
+        tile = self.row_tile(self.global_mean())
+        if self.env.arithmetic.interpreted:
+            return tile[...]
+        return plgpu.load(tile, layout=MATRIX, optimized=False)
+
+    def reload_mean(self):
+        """The mean key in float32, through the memory of the remainder."""
+        mean = self.global_mean()
+        tile, barrier = self.scratch["remainder"][0].at[self.w], self.scratch["reloaded"].at[self.w]
+        plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(self.row_tile(mean), tile, barrier)
+        plgpu.barrier_wait(barrier)
+        return self.env.arithmetic.load(tile)
+
+    # -- Stages
+
+    def run(self):
+        given, scratch = self.given, self.scratch
+        loaded = scratch["loaded"].at[self.w]
+        resident = self.env.config.resident_operand
+        if resident:
+            self.query = scratch["remainder"][1].at[self.w, 1]
+        else:
+            self.query = scratch["query"].at[self.w]
+        plgpu.copy_gmem_to_smem(self.row_tile(given["query"]), self.query, loaded)
+        if not self.forward:
+            plgpu.copy_gmem_to_smem(
+                self.row_tile(given["adjoint"].cotangent), self.cotangent, loaded
+            )
+        plgpu.barrier_wait(loaded)
+        if resident:
+            self.query = self.env.arithmetic.load(self.query)
+        if self.forward:
+            t, target, key_mean = self.statistics()
+        else:
+            t, target, key_mean = self.adjoint_target()
+        if not self.iteration.max_iters:
+            self.finish(-target, None, jnp.int32(0), self.zeros(rows=True))
+            return
+        if self.env.config.shared_mean:
+            scratch["mean"].at[self.w][...] = key_mean.astype(self.env.shape.dtype)
+        # All warpgroups are done with the values, whose memory the iterates take.
+        plgpu.barrier_arrive(scratch["decision"])
+        plgpu.barrier_wait(scratch["decision"])
+        self.store_row("residual", row_dot(target, target))
+        scratch["remainder"][0].at[self.w][...] = target
+        scratch["iterate"][0].at[self.w][...] = self.zeros()
+        state = self.iterate(t, target)
+        x = self.load("iterate", 0)
+        x = x + by_row(state.free_step, x.shape) * state.direction.astype(jnp.float32)
+        norm = self.load_row("residual")
+        residual = jnp.sqrt(state.rz / jnp.where(norm > 0, norm, 1.0))
+        self.finish(-x, self.reload_mean(), state.count, residual)
+
+    @property
+    def cotangent(self):
+        return self.scratch["remainder"][1].at[self.w, 0]
+
+    def statistics(self):
+        """Log-sum-exp and mean key by the online softmax; the target is ``k_mean - q``."""
+        arithmetic, dtype, block = self.env.arithmetic, self.env.shape.dtype, self.env.config.block
+        scale, ids = self.scale_and_ids()
+
+        def step(j, carry, masked):
+            t, largest, total, rounded_total, mean = carry
+            slot = self.keys.wait(t)
+            keys = self.keys.tiles[0].at[slot]
+            (scores,) = arithmetic.products(block, [(self.query, keys)])
+            scores = self.logits(scores, j, masked, scale, ids)
+            new = jnp.maximum(largest, scores.max(axis=1))
+            weights = jnp.exp2(scores - by_row(new, scores.shape))
+            shrink = jnp.exp2(largest - new)
+            rounded = weights.astype(dtype)
+            total = total * shrink + weights.sum(axis=1)
+            rounded_total = rounded_total * shrink + rounded.astype(jnp.float32).sum(axis=1)
+            mean = mean * by_row(shrink, mean.shape)
+            (mean,) = arithmetic.accumulate((mean,), [(rounded, keys)])
+            self.keys.release(slot)
+            return t + 1, new, total, rounded_total, mean
+
+        lowest = full((ROW_BLOCK,), LOWEST, ROWS)
+        zero = self.zeros(rows=True)
+        t, largest, total, rounded_total, mean = self.over_tiles(
+            step, (jnp.int32(0), lowest, zero, zero, self.zeros())
+        )
+        some = total > 0
+        mean = mean * by_row(1 / jnp.where(some, rounded_total, 1.0), mean.shape)
+        log_sum_exp = jnp.where(some, largest + jnp.log2(jnp.where(some, total, 1.0)), jnp.inf)
+        self.store_row("log_sum_exp", log_sum_exp)
+        self.store_mean(mean)
+        query = self.query
+        if not self.env.config.resident_operand:
+            query = arithmetic.load(query)
+        query = query.astype(jnp.float32)
+        present = by_row(jnp.where(some, 1.0, 0.0), mean.shape)
+        return t, present * (mean - query), mean
+
+    def adjoint_target(self):
+        """``h = sum_j p_j (c_j - c_mean) k_j`` with ``c_j = cotangent . v_j``."""
+        arithmetic, dtype, block = self.env.arithmetic, self.env.shape.dtype, self.env.config.block
+        adjoint = self.given["adjoint"]
+        scale, ids = self.scale_and_ids()
+        log_sum_exp, delta = self.row_vector(adjoint.log_sum_exp), self.row_vector(adjoint.delta)
+        with_mean = adjoint.key_mean is None
+
+        def step(j, carry, masked):
+            t, excess, rounded_excess, rounded_total, sums = carry
+            slot = self.keys.wait(t)
+            self.values.wait(t)
+            keys, values = self.keys.tiles[0].at[slot], self.values.tiles[0].at[slot]
+            scores, c = arithmetic.products(block, [(self.query, keys)], [(self.cotangent, values)])
+            scores = self.logits(scores, j, masked, scale, ids)
+            weights = jnp.exp2(scores - by_row(log_sum_exp, scores.shape))
+            weighted = weights * (c - by_row(delta, c.shape))
+            rounded = weighted.astype(dtype)
+            excess = excess + weighted.sum(axis=1)
+            rounded_excess = rounded_excess + rounded.astype(jnp.float32).sum(axis=1)
+            products = [[(rounded, keys)]]
+            if with_mean:
+                rounded_weights = weights.astype(dtype)
+                rounded_total = rounded_total + rounded_weights.astype(jnp.float32).sum(axis=1)
+                products.append([(rounded_weights, keys)])
+            sums = arithmetic.accumulate(sums, *products)
+            self.keys.release(slot)
+            self.values.release(slot)
+            return t + 1, excess, rounded_excess, rounded_total, sums
+
+        zero = self.zeros(rows=True)
+        sums = (self.zeros(),) * (2 if with_mean else 1)
+        t, excess, rounded_excess, rounded_total, sums = self.over_tiles(
+            step, (jnp.int32(0), zero, zero, zero, sums)
+        )
+        self.store_row("cotangent_mean", delta + excess)
+        if with_mean:
+            some = rounded_total > 0
+            mean = sums[1] * by_row(1 / jnp.where(some, rounded_total, 1.0), self.matrix)
+            self.store_mean(mean)
+        else:
+            mean = self.reload_mean()
+        return t, sums[0] - by_row(rounded_excess, self.matrix) * mean, mean
+
+    def iterate(self, t, target) -> _CG:
+        """Conjugate gradients from zero; the rule of ``kernels/README.md`` ends them."""
+        scale, ids = self.scale_and_ids()
+        if self.forward:
+            log_sum_exp = self.load_row("log_sum_exp")
+        else:
+            log_sum_exp = self.row_vector(self.given["adjoint"].log_sum_exp)
+        ridge = self.row_vector(self.given["ridge"])
+        dtype, one = self.env.shape.dtype, full((ROW_BLOCK,), 1, ROWS)
+        iterates, remainders = (self.scratch[n][0].at[self.w] for n in ("iterate", "remainder"))
+
+        def step(state: _CG) -> _CG:
+            p = state.direction
+            t, image = self.product(state.t, p, scale, log_sum_exp, ids)
+            p = p.astype(jnp.float32)
+            image = image + by_row(ridge, p.shape) * p
+            curvature = row_dot(p, image)
+            moving = (curvature > 0) & (state.rz > 1e-13 * state.energy)
+            inverse = jnp.where(moving, 1 / jnp.where(moving, curvature, one), 0.0)
+            r = self.load("remainder", 0)
+            length = row_dot(r, p) * inverse
+            iterates[...] = self.load("iterate", 0) + by_row(length, p.shape) * p
+            r = r - by_row(length, p.shape) * image
+            remainders[...] = r
+            rz = row_dot(r, r)
+            energy = state.energy + length * state.rz
+            next_p = r + by_row(-row_dot(image, r) * inverse, p.shape) * p
+
+            contraction = rz / jnp.where(state.rz > 0, state.rz, one)
+            rate = jnp.minimum(0.95, jnp.maximum(contraction, state.contraction))
+            fast = contraction < 0.3
+            free = jnp.where(fast, length * jnp.where(state.count == 0, 0.75, 1.0), 0.0)
+            error = length * rz * jnp.where(fast, rate, one) / (1 - rate)
+            go = self.decide(state.count, error, energy)
+            return _CG(state.count + 1, go, t, next_p.astype(dtype), rz, energy, contraction, free)
+
+        zero = self.zeros(rows=True)
+        start = _CG(
+            count=jnp.int32(0),
+            go=jnp.int32(1),
+            t=t,
+            direction=target.astype(dtype),
+            rz=row_dot(target, target),
+            energy=one if self.forward else zero,
+            contraction=zero,
+            free_step=zero,
+        )
+        return lax.while_loop(lambda state: state.go > 0, step, start)
+
+    def decide(self, count, error, energy):
+        """Whether to go on after iteration `count`; the same for all warpgroups.
+
+        The sum over the rows of a warpgroup goes through memory of its own: the scratch memory of
+        reductions across warps is one for all warpgroups.
+        """
+        more = full((ROW_BLOCK,), 0, ROWS, jnp.int32) + (
+            count + 1 < self.iteration.max_iters
+        ).astype(jnp.int32)
+        if self.iteration.tol is not None:
+            bound = self.iteration.tol**2
+            # Mean over the rows of the relative error, or of the error relative to the mean.
+            excess = error / energy - bound if self.forward else error - bound * energy
+            # A row that is not finite must not decide for the others.
+            excess = jnp.where(jnp.abs(excess) < 1e30, excess, 0.0)
+            self.store_row("iterations", excess)
+            ref = self.scratch["rows"].at[self.w, _ROW_OUTPUTS.index("iterations")]
+            columns = self.env.arithmetic.load(ref, COLS)
+            total = by_column(columns, (ROW_BLOCK, ROW_BLOCK)).sum(axis=1)
+            more = jnp.where(total > 0, more, 0)
+        flags, decision = self.scratch["flags"], self.scratch["decision"]
+        flags.at[lax.rem(count, jnp.int32(2)), self.w][...] = more
+        plgpu.barrier_arrive(decision)
+        plgpu.barrier_wait(decision)
+        return _any_flag(flags, count, self.env.config.warpgroups)
+
+    def product(self, t, direction, scale, log_sum_exp, ids):
+        """``C_i y_i`` for the rows' directions, centred before and after the weights are rounded."""
+        arithmetic, block = self.env.arithmetic, self.env.config.block
+        centre = row_dot(self.centre(), direction.astype(jnp.float32))
+
+        def step(j, carry, masked):
+            t, excess, image = carry
+            slot = self.keys.wait(t)
+            keys = self.keys.tiles[0].at[slot]
+            scores, along = arithmetic.products(block, [(self.query, keys)], [(direction, keys)])
+            scores = self.logits(scores, j, masked, scale, ids)
+            weights = jnp.exp2(scores - by_row(log_sum_exp, scores.shape))
+            weighted = weights * (along - by_row(centre, along.shape))
+            rounded = weighted.astype(direction.dtype)
+            excess = excess + rounded.astype(jnp.float32).sum(axis=1)
+            (image,) = arithmetic.accumulate((image,), [(rounded, keys)])
+            self.keys.release(slot)
+            return t + 1, excess, image
+
+        t, excess, image = self.over_tiles(step, (t, self.zeros(rows=True), self.zeros()))
+        return t, image - by_row(excess, self.matrix) * self.centre()
+
+    # -- Results
+
+    def finish(self, negated, mean, count, residual):
+        """Writes the negated solution in two parts, and the rows."""
+        dtype = self.env.shape.dtype
+        high = negated.astype(dtype)
+        low = (negated - high.astype(jnp.float32)).astype(dtype)
+        if mean is not None:
+            shift_high = row_dot(mean, high.astype(jnp.float32))
+            self.store_row("shift_high", shift_high)
+            self.store_row("shift", shift_high + row_dot(mean, low.astype(jnp.float32)))
+        self.store_row("iterations", full((ROW_BLOCK,), 0, ROWS) + count.astype(jnp.float32))
+        self.store_row("residual", residual)
+        pair = self.scratch["iterate"][1]
+        for member, (name, part) in enumerate((("high", high), ("low", low))):
+            tile = pair.at[self.w, member]
+            tile[...] = part
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, self.row_tile(self.out[name]))
+        for index, name in enumerate(_ROW_OUTPUTS):
+            if name in self.out:
+                row = self.scratch["rows"].at[self.w, index]
+                plgpu.copy_smem_to_gmem(row, self.row_slice(self.out[name]))
+        plgpu.wait_smem_to_gmem(0)
+
+    def store_row(self, name: str, vector):
+        self.scratch["rows"].at[self.w, _ROW_OUTPUTS.index(name)][...] = vector
+
+    def load_row(self, name: str):
+        ref = self.scratch["rows"].at[self.w, _ROW_OUTPUTS.index(name)]
+        return self.env.arithmetic.load(ref, ROWS)
+
+    def store_mean(self, mean):
+        """Writes the mean key, through the memory of the remainder."""
+        tile = self.scratch["remainder"][0].at[self.w]
+        tile[...] = mean
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, self.row_tile(self.out["key_mean"]))
+        plgpu.wait_smem_to_gmem(0)

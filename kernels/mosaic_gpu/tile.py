@@ -1,0 +1,248 @@
+"""What the Hopper kernels share: layouts, products, masks and the tiles a block of rows visits.
+
+A kernel's program instance (CTA) has two or more compute warpgroups of 64 rows each and one
+warpgroup that streams tiles from global memory. Inside a warpgroup ``[64, C]`` float32 arrays are
+spread over the registers as wgmma leaves them (`MATRIX`), vectors of rows as the reduction of such an
+array (`ROWS`), vectors of columns likewise (`COLS`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+MATRIX = plgpu.Layout.WGMMA
+ROWS = MATRIX.reduce(1)
+COLS = MATRIX.reduce(0)
+
+ROW_BLOCK = 64
+"""Rows of a compute warpgroup, the height of a wgmma instruction."""
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+# Starting value of a running maximum: finite, so that a fully masked tile gives weights of zero.
+LOWEST = -1e30
+
+
+def narrow_transforms(block: int = 64) -> tuple:
+    """Layout in shared memory of 16-bit tiles with a multiple of 64 columns.
+
+    All operands of a product share one layout, whose swizzle must not exceed `block`, the smallest
+    number of rows that are summed over.
+    """
+    columns = min(64, block)
+    return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+
+
+def wide_transforms() -> tuple:
+    """Layout in shared memory of float32 tiles with a multiple of 32 columns."""
+    return (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """Products and loads, either as Hopper instructions or, to be interpreted, in plain JAX.
+
+    The interpreter of JAX 0.11 knows neither accumulators that outlive a scope nor operands of wgmma in
+    registers.
+    """
+
+    interpreted: bool = False
+
+    def load(self, ref, layout=MATRIX):
+        if self.interpreted:
+            return ref[...]
+        # A vector has no access wider than its elements to be coalesced into.
+        return plgpu.load(ref, layout=layout, optimized=layout is MATRIX)
+
+    def products(self, columns: int, *sums):
+        """Each of `sums` is a list of pairs ``(a, b)``: returns the float32 sums of ``a @ b^T``.
+
+        ``a [64, d]`` in shared memory or registers, ``b [columns, d]`` in shared memory. All are issued
+        before the first is waited for.
+        """
+        if self.interpreted:
+            return tuple(sum(self._dot(a, b, True) for a, b in pairs) for pairs in sums)
+
+        def issue(*accumulators):
+            for accumulator, pairs in zip(accumulators, sums, strict=True):
+                for a, b in pairs:
+                    plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
+            return tuple(accumulator[...] for accumulator in accumulators)
+
+        scratch = [plgpu.ACC((ROW_BLOCK, columns), jnp.float32) for _ in sums]
+        return pl.run_scoped(issue, *scratch)
+
+    def accumulate(self, totals, *sums):
+        """Adds the products ``a @ b`` of every list of pairs to the total at the same place.
+
+        ``a [64, n]`` in registers, ``b [n, c]`` in shared memory.
+        """
+        if self.interpreted:
+            return tuple(
+                total + sum(self._dot(a, b, False) for a, b in pairs)
+                for total, pairs in zip(totals, sums, strict=True)
+            )
+
+        def issue(accumulators):
+            for accumulator, pairs in zip(accumulators, sums, strict=True):
+                for a, b in pairs:
+                    plgpu.wgmma(accumulator, a, b)
+
+        return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))
+
+    def _dot(self, a, b, transposed: bool):
+        a = a if isinstance(a, jax.Array) else a[...]
+        dims = (((1,), (1 if transposed else 0,)), ((), ()))
+        out = lax.dot_general(a, b[...], dims, preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # these reads have to end before the tile is overwritten
+        return out
+
+
+def full(shape, value, layout, dtype=jnp.float32):
+    return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+
+
+def by_row(vector, shape):
+    """``[R] -> [R, C]``."""
+    return lax.broadcast_in_dim(vector, shape, [0])
+
+
+def by_column(vector, shape):
+    """``[C] -> [R, C]``."""
+    return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def row_dot(a, b):
+    return (a * b).sum(axis=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Masks
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSpec:
+    """Static part of a mask; the numbers of each sequence are in a `SequenceMask`."""
+
+    is_causal: bool
+    window: tuple[int, int] | None
+    segments: bool
+
+
+class SequenceMask(NamedTuple):
+    """Numbers of the sequence that a program instance works on, int32 scalars."""
+
+    offset: jax.Array  # position of query 0 among the keys
+    length: jax.Array  # number of keys that exist
+
+
+class TileRange(NamedTuple):
+    """Tiles ``[low, high)``, of which ``[full_low, full_high)`` need no mask."""
+
+    low: jax.Array
+    high: jax.Array
+    full_low: jax.Array
+    full_high: jax.Array
+
+
+def _floor_tiles(position, size: int):
+    return lax.div(jnp.maximum(position, 0), jnp.int32(size))
+
+
+def _ceil_tiles(position, size: int):
+    return lax.div(jnp.maximum(position, 0) + (size - 1), jnp.int32(size))
+
+
+def key_tiles(spec: MaskSpec, mask: SequenceMask, first, rows: int, size: int) -> TileRange:
+    """Key tiles of `size` that the query rows ``[first, first + rows)`` see."""
+    begin = first + mask.offset  # position of the first row, and after the last one
+    end = begin + rows
+    high, full_high = mask.length, mask.length
+    low = full_low = jnp.int32(0)
+    if spec.is_causal:
+        high, full_high = jnp.minimum(high, end), jnp.minimum(full_high, begin + 1)
+    if spec.window is not None:
+        left, right = spec.window
+        high, full_high = jnp.minimum(high, end + right), jnp.minimum(full_high, begin + 1 + right)
+        low, full_low = begin - left, end - 1 - left
+    return _tile_range(spec, low, high, full_low, full_high, size)
+
+
+def query_tiles(
+    spec: MaskSpec, mask: SequenceMask, first, keys: int, size: int, num_queries: int
+) -> TileRange:
+    """Query tiles of `size` that see any of the keys ``[first, first + keys)``."""
+    begin = first - mask.offset  # the query at the position of the first key
+    end = begin + keys
+    low = full_low = jnp.int32(0)
+    high = full_high = jnp.int32(num_queries)
+    if spec.is_causal:
+        low, full_low = begin, end - 1
+    if spec.window is not None:
+        left, right = spec.window
+        low, full_low = jnp.maximum(low, begin - right), jnp.maximum(full_low, end - 1 - right)
+        high, full_high = jnp.minimum(high, end + left), jnp.minimum(full_high, begin + 1 + left)
+    high = jnp.where(first < mask.length, high, 0)
+    full_high = jnp.where(first + keys <= mask.length, full_high, 0)
+    return _tile_range(spec, low, high, full_low, full_high, size)
+
+
+def _tile_range(spec: MaskSpec, low, high, full_low, full_high, size: int) -> TileRange:
+    low, high = _floor_tiles(low, size), _ceil_tiles(high, size)
+    high = jnp.maximum(low, high)
+    if spec.segments:
+        return TileRange(low, high, low, low)
+    full_low = jnp.clip(_ceil_tiles(full_low, size), low, high)
+    full_high = jnp.clip(_floor_tiles(full_high, size), full_low, high)
+    return TileRange(low, high, full_low, full_high)
+
+
+def over_tiles(spec: MaskSpec, tiles: TileRange, body, carry, *, low_edge: bool):
+    """Runs ``carry = body(tile, carry, masked)`` over the tiles in order.
+
+    `low_edge` says whether tiles before the full ones can exist; a static loop is left out otherwise.
+    """
+
+    def loop(low, high, masked, carry):
+        return lax.fori_loop(low, high, lambda j, c: body(j, c, masked), carry)
+
+    if not spec.segments:
+        if low_edge:
+            carry = loop(tiles.low, tiles.full_low, True, carry)
+        carry = loop(tiles.full_low, tiles.full_high, False, carry)
+    return loop(tiles.full_high, tiles.high, True, carry)
+
+
+def visible(
+    spec: MaskSpec, mask: SequenceMask, shape, first_query, first_key, *, transposed: bool,
+    query_segments=None, key_segments=None,
+):  # fmt: skip
+    """Bool `shape`: queries by keys, or keys by queries if `transposed`.
+
+    Segment ids are vectors along their own axis.
+    """
+    query_axis = 1 if transposed else 0
+
+    def positions(axis):
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
+
+    keys = positions(1 - query_axis) + first_key
+    valid = keys < mask.length
+    if spec.is_causal or spec.window is not None:
+        distance = keys - (positions(query_axis) + (first_query + mask.offset))
+        if spec.is_causal:
+            valid = valid & (distance <= 0)
+        if spec.window is not None:
+            left, right = spec.window
+            valid = valid & (distance >= -left) & (distance <= right)
+    if spec.segments:
+        along = (by_column, by_row) if transposed else (by_row, by_column)
+        valid = valid & (along[0](query_segments, shape) == along[1](key_segments, shape))
+    return valid

@@ -1,0 +1,306 @@
+"""The Hopper kernels behind the operator: padding, tolerances, and one custom_vjp.
+
+The kernels themselves are in `lla.kernels.mosaic_gpu`, their design in ``kernels/README.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lla.compat import match_varying
+from lla.ops.options import Solver, Stats
+from lla.ops.problem import Member, Problem
+
+RESIDUAL_NAMES = ("lla_output", "lla_log_sum_exp", "lla_probe", "lla_key_mean")
+_MAX_HEAD_DIM = 128
+# Estimated relative error of the effective weights at which a tile stops; see kernels/README.md.
+_TOLERANCES = {True: (1e-3, 3e-3), False: (3e-3, 1e-2)}  # large ridge: (forward, backward)
+_LARGE_RIDGE = 10.0
+_MAX_ITERS = 64
+# Above this ridge the probe is small enough to be used in one 16-bit part.
+_SPLIT_BELOW = 5.0
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why the kernels cannot serve `problem`, None if they can."""
+    if jax.__version_info__ < (0, 11):
+        return f"the Mosaic GPU kernels need JAX 0.11 or later, this is {jax.__version__}"
+    if (reason := _refuse_device()) is not None:
+        return reason
+    return refuse_shape(problem)
+
+
+def refuse_shape(problem: Problem) -> str | None:
+    """Why the kernels cannot serve `problem` on any device, None if they can."""
+    dtype = problem.query.dtype
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernels multiply in bfloat16 or float16, the inputs are {dtype}"
+    head_dim, value_dim = problem.query.shape[-1], problem.value.shape[-1]
+    if max(head_dim, value_dim) > _MAX_HEAD_DIM:
+        return (
+            f"the kernels hold head dimensions up to {_MAX_HEAD_DIM}, query has {head_dim} and "
+            f"value {value_dim}"
+        )
+    if problem.mask.dense is not None:
+        return "the kernels take no mask array; use lengths, segment_ids or local_window_size"
+    if problem.member == "lla" and problem.solver.method == "direct":
+        return "the kernels have no direct solver"
+    return None
+
+
+def _refuse_device() -> str | None:
+    if jax.default_backend() != "gpu":
+        return f"the kernels need a Hopper GPU, the platform is {jax.default_backend()}"
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", None) != "9.0":
+        return f"the kernels need a Hopper GPU (compute capability 9.0), this is {device}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """Static part of a call."""
+
+    member: Member
+    shape: Any
+    mask: Any
+    configs: Any
+    forward: Any
+    backward: Any
+    split: bool
+    interpret: Any
+
+
+class _Operands(NamedTuple):
+    """Padded arrays: ``[B, T, N, D]``, ``[B, S, K, D]``, rows ``[B, N, T]``."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    probe: jax.Array | None
+    ridge: jax.Array | None
+    scale: jax.Array
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs, padded; see `lla.kernels.mosaic_gpu.solve.Solution`."""
+
+    out: jax.Array
+    log_sum_exp: jax.Array
+    shift: jax.Array | None = None
+    high: jax.Array | None = None
+    low: jax.Array | None = None
+    key_mean: jax.Array | None = None
+
+
+def mosaic_gpu(
+    problem: Problem, *, configs: Any = None, interpret: Any = None
+) -> tuple[jax.Array, Stats]:
+    """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics.
+
+    Args:
+      problem: one that `refuse_shape` accepts.
+      configs: an `lla.kernels.mosaic_gpu.configs.Configs`; None takes the table's.
+      interpret: parameters of Pallas's GPU interpreter, or None to compile.
+    """
+    # Imported here: these modules need JAX 0.11.
+    from lla.kernels.mosaic_gpu import configs as table
+    from lla.kernels.mosaic_gpu import launch, tile
+
+    b, t, k, g, h = problem.query.shape
+    s, hv = problem.key.shape[1], problem.value.shape[-1]
+    dim = next(d for d in table.HEAD_DIMS if d >= max(h, hv))
+    padded_t, padded_s = (-(-n // table.ROWS) * table.ROWS for n in (t, s))
+
+    def pad(array, *sizes, fill=0):
+        widths = [(0, size - n) for size, n in zip(sizes, array.shape, strict=True)]
+        if not any(after for _, after in widths):
+            return array
+        return jnp.pad(array, widths, constant_values=fill)
+
+    def queries(array):
+        if array is None:
+            return None
+        return pad(array.reshape(b, t, k * g, -1), b, padded_t, k * g, dim)
+
+    def rows(array, fill):
+        if array is None:
+            return None
+        array = array.astype(jnp.float32).reshape(b, t, k * g)
+        return pad(jnp.swapaxes(array, 1, 2), b, k * g, padded_t, fill=fill)
+
+    operands = _Operands(
+        query=queries(problem.query),
+        key=pad(problem.key, b, padded_s, k, dim),
+        value=pad(problem.value, b, padded_s, k, dim),
+        probe=queries(problem.probe),
+        ridge=rows(problem.ridge, 1),
+        scale=rows(problem.scale, 1),
+    )
+    mask = problem.mask
+    offset = jnp.zeros(b, jnp.int32) if mask.offset is None else mask.offset
+    length = jnp.full(b, s, jnp.int32)
+    if mask.lengths is not None:
+        length = jnp.clip(mask.lengths, 0, s)
+    segments = [mask.query_segments, mask.key_segments]
+    if segments[0] is not None:
+        segments = [
+            pad(a, b, n, fill=-1) for a, n in zip(segments, (padded_t, padded_s), strict=True)
+        ]
+    masking = launch.Masking(jnp.stack([offset, length], axis=1), *segments)
+    forward, backward = _iterations(problem)
+    spec = _Spec(
+        member=problem.member,
+        shape=launch.Shape(b, padded_t, padded_s, k, g, dim, problem.query.dtype),
+        mask=tile.MaskSpec(mask.is_causal, mask.window, segments[0] is not None),
+        configs=table.choose(dim) if configs is None else configs,
+        forward=forward,
+        backward=backward,
+        split=problem.static_ridge is None or problem.static_ridge < _SPLIT_BELOW,
+        interpret=interpret,
+    )
+    leaves, tree = jax.tree.flatten((operands, masking))
+    operands, masking = jax.tree.unflatten(tree, match_varying(*leaves))
+    out, stats = _attend(spec, operands, masking)
+
+    def restore(array):  # [B, N, T] -> [B, T, K, G]
+        return jnp.swapaxes(array[:, :, :t], 1, 2).reshape(b, t, k, g)
+
+    return out[:, :t, :, :hv].reshape(b, t, k, g, hv), Stats(*(restore(a) for a in stats))
+
+
+def _iterations(problem: Problem):
+    """When the forward and the adjoint solve stop."""
+    from lla.kernels.mosaic_gpu.solve import Iteration
+
+    solver: Solver = problem.solver
+    if solver.num_iters is not None:
+        return (Iteration(None, solver.num_iters),) * 2
+    # A ridge that is not known may be large, where the result is exact enough to notice.
+    large = problem.static_ridge is None or problem.static_ridge >= _LARGE_RIDGE
+    tol, backward_tol = _TOLERANCES[large]
+    if solver.tol is not None:
+        tol, backward_tol = solver.tol, min(10 * solver.tol, 0.5)
+    if solver.backward_tol is not None:
+        backward_tol = solver.backward_tol
+    max_iters = solver.max_iters or _MAX_ITERS
+    return Iteration(tol, max_iters), Iteration(backward_tol, max_iters)
+
+
+# ---------------------------------------------------------------------------------------------
+# Differentiation
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(spec: _Spec, operands: _Operands, masking) -> tuple[jax.Array, Stats]:
+    saved, stats = _forward(spec, operands, masking)
+    return saved.out, stats
+
+
+def _attend_fwd(spec: _Spec, operands: _Operands, masking):
+    saved, stats = _forward(spec, operands, masking)
+    return (saved.out, stats), (operands, masking, saved)
+
+
+def _attend_bwd(spec: _Spec, residuals, cotangents):
+    operands, masking, saved = residuals
+    return _backward(spec, operands, masking, saved, cotangents[0]), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
+    from lla.kernels.mosaic_gpu import attend as attend_kernel
+    from lla.kernels.mosaic_gpu import solve as solve_kernel
+    from lla.kernels.mosaic_gpu.tile import LN2
+
+    query, key, value, probe, ridge, scale = operands
+    attend = functools.partial(
+        attend_kernel.attend, spec.shape, spec.mask, spec.configs.attend, query, key, value, scale,
+        masking, interpret=spec.interpret,
+    )  # fmt: skip
+    iterations = jnp.zeros(scale.shape, jnp.int32)
+    residual = jnp.zeros(scale.shape, jnp.float32)
+    if spec.member == "lla":
+        solution = solve_kernel.solve(
+            spec.shape, spec.mask, spec.configs.solve, spec.forward, query, key, scale, ridge,
+            masking, interpret=spec.interpret,
+        )  # fmt: skip
+        solved = attend_kernel.Solved(
+            solution.log_sum_exp,
+            solution.shift if spec.split else solution.shift_high,
+            solution.low if spec.split else None,
+        )
+        saved = _Saved(
+            out=attend(solution.high, solved).out,
+            log_sum_exp=solution.log_sum_exp,
+            shift=solution.shift_high,
+            high=solution.high,
+            low=solution.low,
+            key_mean=solution.key_mean,
+        )
+        iterations, residual = solution.iterations.astype(jnp.int32), solution.residual
+    else:
+        attended = attend(None if probe is None else -probe)
+        saved = _Saved(attended.out, attended.log_sum_exp, attended.shift)
+    names = (RESIDUAL_NAMES[0], RESIDUAL_NAMES[1], *[RESIDUAL_NAMES[2]] * 3, RESIDUAL_NAMES[3])
+    saved = _Saved(
+        *(None if a is None else checkpoint_name(a, n) for a, n in zip(saved, names, strict=True))
+    )
+    empty = saved.log_sum_exp == jnp.inf
+    natural = jnp.where(empty, -jnp.inf, saved.log_sum_exp * LN2)
+    return saved, Stats(natural, iterations, residual)
+
+
+def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangent) -> _Operands:
+    from lla.kernels.mosaic_gpu import gradients
+    from lla.kernels.mosaic_gpu import solve as solve_kernel
+
+    query, key, value, probe, ridge, scale = operands
+    f32 = jnp.float32
+    delta = (cotangent.astype(f32) * saved.out.astype(f32)).sum(-1)
+    delta = jnp.swapaxes(delta, 1, 2)
+    directions = gradients.Directions()
+    cotangent_mean, d_probe, d_ridge = delta, None, None
+    if spec.member != "softmax":
+        iteration = spec.backward if spec.member == "lla" else solve_kernel.Iteration(None, 0)
+        adjoint = solve_kernel.solve(
+            spec.shape, spec.mask, spec.configs.solve, iteration, query, key, scale, ridge,
+            masking,
+            solve_kernel.Adjoint(
+                value, cotangent, saved.log_sum_exp, delta, saved.key_mean
+            ),
+            interpret=spec.interpret,
+        )  # fmt: skip
+        cotangent_mean = adjoint.cotangent_mean
+        if spec.member == "lla":
+            directions = gradients.Directions(
+                saved.high, saved.shift, adjoint.high, adjoint.low, saved.key_mean
+            )
+            cotangent_mean = cotangent_mean + adjoint.shift_high
+            solution = saved.high.astype(f32) + saved.low.astype(f32)
+            d_ridge = ((adjoint.high.astype(f32) + adjoint.low.astype(f32)) * solution).sum(-1)
+            d_ridge = jnp.swapaxes(d_ridge, 1, 2)
+        else:
+            directions = gradients.Directions(
+                probe=-probe, probe_shift=saved.shift, key_mean=adjoint.key_mean
+            )
+            d_probe = (adjoint.high.astype(f32) + adjoint.low.astype(f32)).astype(probe.dtype)
+    rows = gradients.Rows(scale, saved.log_sum_exp, cotangent_mean)
+    common = (query, key, value, cotangent, rows)
+    by_query = gradients.query_gradients(
+        spec.shape, spec.mask, spec.configs.query_gradients, *common, directions, masking,
+        interpret=spec.interpret,
+    )  # fmt: skip
+    d_key, d_value = gradients.key_gradients(
+        spec.shape, spec.mask, spec.configs.key_gradients, *common, by_query.mean, directions,
+        masking, interpret=spec.interpret,
+    )  # fmt: skip
+    return _Operands(by_query.query, d_key, d_value, d_probe, d_ridge, by_query.scale)
