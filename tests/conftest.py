@@ -1,6 +1,7 @@
 """Settings of every test: where JAX runs, how strict it is, and how float64 is reached."""
 
 import functools
+import importlib.metadata
 import os
 
 # Read when a CPU back end starts, so before anything imports jax. A setting of the caller stays.
@@ -8,6 +9,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 HOST_DEVICES = "--xla_force_host_platform_device_count"
 if HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {HOST_DEVICES}=8".strip()
+
+# Compiling is most of what the tests cost. Without LLVM's optimisations, and with the emitters that
+# JAX 0.10 can still choose, it takes a third of the time. The accuracy tests compile as users do,
+# by `tests.ops.harness.OPTIMISED`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+EMITTERS = "xla_cpu_use_fusion_emitters"
+if (
+    importlib.metadata.version("jax").startswith("0.10.")
+    and EMITTERS not in os.environ["XLA_FLAGS"]
+):
+    os.environ["XLA_FLAGS"] += f" --{EMITTERS}=false"
 
 # NumPy's and SciPy's BLAS start a thread per core in every process of `pytest -n`. XLA's own pool
 # is left as users have it: measured with two processes on two cores, it costs nothing.

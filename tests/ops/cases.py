@@ -55,7 +55,7 @@ SHAPES: dict[str, Shape] = {
     "dim_64": Shape(80, 64),
     "dim_96": Shape(40, 96),
     "dim_128": Shape(40, 128),
-    "dim_256": Shape(40, 256),
+    "dim_256": Shape(20, 256),
     "wide_value": Shape(40, 16, value_dim=48),
     "grouped_heads": Shape(50, 16, heads=6, key_heads=2, batch=(2,)),
     "one_key_head": Shape(50, 16, heads=4, key_heads=1, batch=(2,)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,12 @@ FAST = (XLA_CG, XLA_DIRECT)
 EVERY = (REFERENCE, *FAST)
 
 
+# Compiler options that undo what tests/conftest.py sets to compile faster.
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+if "xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""):
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
+
+
 class Result(NamedTuple):
     """NumPy results of `evaluate`; gradients by argument name."""
 
@@ -57,7 +64,9 @@ def double_precision():
 
 
 @functools.cache
-def compiled(member: str, implementation: Implementation, static: tuple, solver=None):
+def compiled(
+    member: str, implementation: Implementation, static: tuple, solver=None, optimised=False
+):
     """Jitted ``(differentiable, options, cotangent) -> (out, stats, gradients)``."""
 
     def call(differentiable, options, cotangent):
@@ -72,7 +81,7 @@ def compiled(member: str, implementation: Implementation, static: tuple, solver=
         out, pullback, stats = jax.vjp(forward, differentiable, has_aux=True)
         return out, stats, pullback(cotangent.astype(out.dtype))[0]
 
-    return jax.jit(call)
+    return jax.jit(call, compiler_options=OPTIMISED if optimised else None)
 
 
 def evaluate(
@@ -82,11 +91,13 @@ def evaluate(
     member: str = "lla",
     dtype="float32",
     solver=None,
+    optimised=False,
     **options,
 ) -> Result:
     """Output, statistics and all gradients of ``<out, cotangent>``.
 
-    Query, key, value and probe are cast to `dtype`, ridge and scale to at least float32.
+    Query, key, value and probe are cast to `dtype`, ridge and scale to at least float32. With
+    `optimised` the program is compiled as it is outside of the tests.
     """
     dtype = jax.numpy.dtype(dtype)
     wide = np.float64 if dtype == np.float64 else np.float32
@@ -99,7 +110,9 @@ def evaluate(
             )
             for name in DIFFERENTIABLE[member]
         }  # fmt: skip
-        function = compiled(member, implementation, tuple(sorted(static.items())), solver)
+        function = compiled(
+            member, implementation, tuple(sorted(static.items())), solver, optimised
+        )
         result = function(differentiable, arrays, jax.numpy.asarray(inputs["cotangent"], dtype))
         return Result(*jax.tree.map(np.asarray, result))
 
