@@ -30,7 +30,6 @@ from lla.kernels.mosaic_gpu.rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
     LOWEST,
-    MATRIX,
     ROW_BLOCK,
     ROWS,
     Arithmetic,
@@ -38,6 +37,7 @@ from lla.kernels.mosaic_gpu.tile import (
     by_column,
     by_row,
     full,
+    rounded,
     row_dot,
 )
 
@@ -83,7 +83,7 @@ def attend(
       solved: what the solve knows about that probe.
       interpret: parameters of the interpreter, or None to compile.
     """
-    env = Environment(shape, mask, config, Arithmetic(interpret is not None))
+    env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups
     outputs = {"out": shape.queries()}
     if solved is None:
@@ -129,7 +129,7 @@ def _body(env: Environment, inputs: list[str], given, out, scratch):
     place = query_place(env.shape, count * ROW_BLOCK)
     tiles = env.key_tiles(given["masking"], place)
     key_tile, value_tile, *barriers = scratch["ring"]
-    ring = Ring((key_tile, value_tile), *barriers, env.config.stages)
+    ring = Ring((key_tile, value_tile), *barriers, env.config.stages, env.config.hold_sums)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < count)
@@ -187,24 +187,26 @@ class _AttendRows(QueryRows):
         log_sum_exp = self.row_vector(solved.log_sum_exp)
         constant = 1 - self.row_vector(solved.shift)
 
-        def step(j, carry, masked):
-            t, total, out = carry
+        def step(j, carry, masked, add):
+            t, total = carry
             slot = self.ring.wait(t)
             keys, values = (tile.at[slot] for tile in self.ring.tiles)
             scores, along = arithmetic.products(
                 block, [(query, keys)], [(part, keys) for part in self.parts]
             )
-            scores = self.logits(scores, j, masked, scale, ids)
-            weights = jnp.exp2(scores - by_row(log_sum_exp, scores.shape))
+            self.ring.done_before(t, 0)
+            weights = self.weights(scores, j, masked, scale, ids, log_sum_exp)
             weights = weights * (along + by_row(constant, along.shape))
-            rounded = weights.astype(self.env.shape.dtype)
-            total = total + rounded.astype(jnp.float32).sum(axis=1)
-            (out,) = arithmetic.accumulate((out,), [(rounded, values)])
-            self.ring.release(slot)
-            return t + 1, total, out
+            weights, weights_sum = rounded(weights, self.env.shape.dtype)
+            add([(weights, values)])
+            self.ring.done(slot)
+            return t + 1, total + weights_sum
 
-        start = (jnp.int32(0), self.zeros(rows=True), self.zeros())
-        _, total, out = self.over_tiles(step, start)
+        (t, total), (out,) = arithmetic.summing(
+            1, self.env.shape.head_dim, self.over_tiles, step,
+            (jnp.int32(0), self.zeros(rows=True)),
+        )  # fmt: skip
+        self.ring.done_before(t, 0)
         # The weights of a row sum to 1 whatever the probe is; what rounding has left is divided out.
         return out * by_row(1 / jnp.where(log_sum_exp < jnp.inf, total, 1.0), out.shape)
 
@@ -217,14 +219,12 @@ class _AttendRows(QueryRows):
             slot = self.ring.wait(t)
             keys, values = (tile.at[slot] for tile in self.ring.tiles)
             (scores,) = arithmetic.products(block, [(query, keys)])
-            scores = self.logits(scores, j, masked, scale, ids)
-            new = jnp.maximum(largest, scores.max(axis=1))
-            weights = jnp.exp2(scores - by_row(new, scores.shape))
+            new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
             shrink = jnp.exp2(largest - new)
             total = total * shrink + weights.sum(axis=1)
             out = out * by_row(shrink, out.shape)
-            rounded = weights.astype(self.env.shape.dtype)
-            (out,) = arithmetic.accumulate((out,), [(rounded, values)])
+            weights = weights.astype(self.env.shape.dtype)
+            (out,) = arithmetic.accumulate((out,), [(weights, values)])
             self.ring.release(slot)
             return t + 1, new, total, out
 
@@ -254,9 +254,7 @@ class _AttendRows(QueryRows):
             slot = self.ring.wait(t)
             keys, values = (tile.at[slot] for tile in self.ring.tiles)
             scores, along = arithmetic.products(block, [(query, keys)], [(probe, keys)])
-            scores = self.logits(scores, j, masked, scale, ids)
-            new = jnp.maximum(largest, scores.max(axis=1))
-            weights = jnp.exp2(scores - by_row(new, scores.shape))
+            new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
             along = weights * (along - by_row(origin, along.shape))
             shrink = jnp.exp2(largest - new)
             total = total * shrink + weights.sum(axis=1)

@@ -21,20 +21,23 @@ class Configs:
     attend: Config
     query_gradients: Config
     key_gradients: Config
+    key_gradients_split: Config  # with directions in two parts
 
 
 _TABLE = {
     64: Configs(
         solve=Config(stages=4),
         attend=Config(stages=4),
-        query_gradients=Config(stages=4),
-        key_gradients=Config(stages=4),
+        query_gradients=Config(stages=4, hold_sums=False),
+        key_gradients=Config(stages=4, hold_sums=False),
+        key_gradients_split=Config(stages=3, hold_sums=False),
     ),
     128: Configs(
-        solve=Config(stages=3, shared_mean=False),
+        solve=Config(stages=3, shared_mean=False, hold_sums=False),
         attend=Config(stages=3),
-        query_gradients=Config(stages=2),
-        key_gradients=Config(block=32, stages=3),
+        query_gradients=Config(stages=2, hold_sums=False),
+        key_gradients=Config(block=32, stages=3, hold_sums=False),
+        key_gradients_split=Config(block=32, stages=2, hold_sums=False),
     ),
 }
 

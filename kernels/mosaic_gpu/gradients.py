@@ -36,15 +36,14 @@ from lla.kernels.mosaic_gpu.rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
     LOG2E,
-    MATRIX,
     ROW_BLOCK,
     Arithmetic,
     MaskSpec,
     by_column,
     by_row,
-    full,
     narrow_transforms,
     over_tiles,
+    rounded,
     row_dot,
     wide_transforms,
 )
@@ -53,8 +52,8 @@ from lla.kernels.mosaic_gpu.tile import (
 class Directions(NamedTuple):
     """The negated probe and adjoint solution, ``[B, T, N, D]`` in 16 bits; None where absent.
 
-    `probe_shift` is the mean key times `probe`, ``[B, N, T]``. `adjoint_low` is what rounding has taken
-    from `adjoint`. `key_mean` is there whenever `probe` is.
+    `probe_shift` is the mean key times the probe, ``[B, N, T]``. `probe_low` and `adjoint_low` are what
+    rounding has taken from `probe` and `adjoint`. `key_mean` is there whenever `probe` is.
     """
 
     probe: jax.Array | None = None
@@ -62,6 +61,7 @@ class Directions(NamedTuple):
     adjoint: jax.Array | None = None
     adjoint_low: jax.Array | None = None
     key_mean: jax.Array | None = None
+    probe_low: jax.Array | None = None
 
 
 class Rows(NamedTuple):
@@ -99,7 +99,7 @@ def query_gradients(
     interpret: Any = None,
 ) -> QueryGradients:
     """Gradients that belong to a query."""
-    env = Environment(shape, mask, config, Arithmetic(interpret is not None))
+    env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups
     outputs = {"query": shape.queries(), "scale": shape.rows(), "mean": shape.rows()}
     operands = {
@@ -146,7 +146,7 @@ def _query_body(env: Environment, given, out, scratch):
     place = query_place(env.shape, count * ROW_BLOCK)
     tiles = env.key_tiles(given["masking"], place)
     key_tile, value_tile, *barriers = scratch["ring"]
-    ring = Ring((key_tile, value_tile), *barriers, env.config.stages)
+    ring = Ring((key_tile, value_tile), *barriers, env.config.stages, env.config.hold_sums)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < count)
@@ -226,8 +226,8 @@ class _GradientRows(QueryRows):
         if probe is not None:
             constant = 1 - self.row_vector(self.given["directions"].probe_shift)
 
-        def step(j, carry, masked):
-            t, excess, mean, total = carry
+        def step(j, carry, masked, add):
+            t, excess, mean = carry
             slot = self.ring.wait(t)
             keys, values = (tile.at[slot] for tile in self.ring.tiles)
             products = [[(query, keys)], [(cotangent, values)]]
@@ -236,21 +236,23 @@ class _GradientRows(QueryRows):
             if probe is not None:
                 products.append([(probe, keys)])
             scores, e, *along = arithmetic.products(block, *products)
-            scores = self.logits(scores, j, masked, scale, ids)
-            weights = jnp.exp2(scores - by_row(log_sum_exp, scores.shape))
+            self.ring.done_before(t, 0)
+            weights = self.weights(scores, j, masked, scale, ids, log_sum_exp)
             weights = weights * (e - by_row(cotangent_mean, e.shape))
             for part in along:
                 weights = weights * (part + by_row(constant, part.shape))
-            rounded = weights.astype(self.env.shape.dtype)
             mean = mean + weights.sum(axis=1)
-            excess = excess + rounded.astype(jnp.float32).sum(axis=1)
-            (total,) = arithmetic.accumulate((total,), [(rounded, keys)])
-            self.ring.release(slot)
-            return t + 1, excess, mean, total
+            weights, weights_sum = rounded(weights, self.env.shape.dtype)
+            add([(weights, keys)])
+            self.ring.done(slot)
+            return t + 1, excess + weights_sum, mean
 
         zero = self.zeros(rows=True)
-        _, *sums = self.over_tiles(step, (jnp.int32(0), zero, zero, self.zeros()))
-        return sums
+        (t, excess, mean), (total,) = arithmetic.summing(
+            1, self.env.shape.head_dim, self.over_tiles, step, (jnp.int32(0), zero, zero)
+        )
+        self.ring.done_before(t, 0)
+        return excess, mean, total
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,10 +278,15 @@ def key_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of key and value, in the dtype of the operands.
 
-    `mean` is that of `QueryGradients`. ``config.block`` counts queries.
+    `mean` is that of `QueryGradients`. ``config.block`` counts queries. The scores along the directions
+    use their low parts, too, if there is a ``directions.probe_low``; `rows` and the shift are then those
+    of both parts.
     """
-    env = Environment(shape, mask, config, Arithmetic(interpret is not None))
+    env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups
+    lows = ()
+    if directions.probe_low is not None:
+        lows = (directions.probe_low, directions.adjoint_low)
     constant = mean if directions.probe is None else 1 - directions.probe_shift
     numbers = jnp.stack(
         [rows.scale, rows.log_sum_exp, rows.cotangent_mean, mean, constant], axis=2
@@ -289,7 +296,7 @@ def key_gradients(
         "value": value,
         "streamed": [
             array
-            for array in (query, cotangent, directions.probe, directions.adjoint)
+            for array in (query, cotangent, directions.probe, directions.adjoint, *lows)
             if array is not None
         ],
         "numbers": numbers,
@@ -330,7 +337,7 @@ def _key_body(env: Environment, has: tuple[bool, bool], given, out, scratch):
     place = key_place(env.shape, count * ROW_BLOCK)
     tiles = env.query_tiles(given["masking"], place)
     *streamed, filled, released = scratch["ring"]
-    ring = Ring(tuple(streamed), filled, released, env.config.stages)
+    ring = Ring(tuple(streamed), filled, released, env.config.stages, env.config.hold_sums)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < count)
@@ -359,7 +366,7 @@ def _key_rows(env: Environment, has, given, out, scratch, place, tiles, ring: Ri
     """The key and value gradients of one compute warpgroup."""
     arithmetic, dtype, block = env.arithmetic, env.shape.dtype, env.config.block
     first = place.first + w * ROW_BLOCK
-    matrix, scores_shape = (ROW_BLOCK, env.shape.head_dim), (ROW_BLOCK, block)
+    scores_shape = (ROW_BLOCK, block)
     key, value = (scratch["inputs"].at[w, i] for i in range(2))
     loaded = scratch["loaded"].at[w]
     where = (place.b, pl.ds(first, ROW_BLOCK), place.kv_head)
@@ -368,8 +375,7 @@ def _key_rows(env: Environment, has, given, out, scratch, place, tiles, ring: Ri
     plgpu.barrier_wait(loaded)
     ids = env.row_ids(given["masking"], place.b, first, transposed=True)
 
-    def step(i, carry, masked):
-        t, d_key, d_value = carry
+    def step(i, t, masked, add):
         slot = ring.wait(t)
         query, cotangent, *directions = (tile.at[slot] for tile in ring.tiles[:-1])
         probe = directions[0] if has[0] else None
@@ -384,7 +390,11 @@ def _key_rows(env: Environment, has, given, out, scratch, place, tiles, ring: Ri
             products[1].append((key, adjoint))
         if probe is not None:
             products.append([(key, probe)])
+        if len(directions) == 4:  # what rounding has taken from both
+            products[2].append((key, directions[2]))
+            products[1].append((key, directions[3]))
         scores, e, *along = arithmetic.products(block, *products)
+        ring.done_before(t, 0)
         scale = number("scale")
         scores = scores * (scale * LOG2E)
         if masked:
@@ -399,25 +409,24 @@ def _key_rows(env: Environment, has, given, out, scratch, place, tiles, ring: Ri
         for part in along:
             p_a = p * (part + number("constant"))
         d_logits = scale * (p_a * e - p * number("mean"))
-        rounded = p_a.astype(dtype)
+        weights = p_a.astype(dtype)
         key_products = [(d_logits.astype(dtype), query)]
         if probe is not None:
             key_products.append(((p * e).astype(dtype), probe))
         if adjoint is not None:
-            key_products.append((rounded, adjoint))
-        d_key, d_value = arithmetic.accumulate(
-            (d_key, d_value), key_products, [(rounded, cotangent)]
-        )
-        ring.release(slot)
-        return t + 1, d_key, d_value
+            key_products.append((weights, adjoint))
+        add(key_products, [(weights, cotangent)])
+        ring.done(slot)
+        return t + 1
 
-    def head(_, carry):
-        return over_tiles(env.mask, tiles, step, carry, low_edge=True)
+    def loop(body, carry):
+        def head(_, carry):
+            return over_tiles(env.mask, tiles, body, carry, low_edge=True)
 
-    zeros = full(matrix, 0, MATRIX)
-    _, d_key, d_value = lax.fori_loop(
-        0, env.shape.group, head, (jnp.int32(0), zeros, zeros)
-    )
+        return lax.fori_loop(0, env.shape.group, head, carry)
+
+    t, (d_key, d_value) = arithmetic.summing(2, env.shape.head_dim, loop, step, jnp.int32(0))
+    ring.done_before(t, 0)
     for gradient, tile, target in ((d_key, key, out[0]), (d_value, value, out[1])):
         tile[...] = gradient.astype(dtype)
         plgpu.commit_smem()

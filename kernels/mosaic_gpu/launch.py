@@ -73,6 +73,7 @@ class Config:
       registers: registers of a thread of the compute warpgroups and of the streaming one.
       resident_operand: whether the query is kept in registers rather than in shared memory.
       shared_mean: whether the solve keeps the mean key in shared memory, too.
+      hold_sums: see `lla.kernels.mosaic_gpu.tile.Arithmetic`.
     """
 
     warpgroups: int = 2
@@ -81,6 +82,7 @@ class Config:
     registers: tuple[int, int] = (240, 24)
     resident_operand: bool = False
     shared_mean: bool = True
+    hold_sums: bool = True
 
 
 class Masking(NamedTuple):
@@ -180,6 +182,7 @@ class Ring(NamedTuple):
     filled: Any  # one arrival for each of `tiles`
     released: Any  # one arrival for each compute warpgroup
     stages: int
+    late: bool  # whether a tile is read until the products of the next one are done
 
     def wait(self, t):
         slot = lax.rem(t, jnp.int32(self.stages))
@@ -188,6 +191,20 @@ class Ring(NamedTuple):
 
     def release(self, slot):
         plgpu.barrier_arrive(self.released.at[slot])
+
+    def done(self, slot):
+        """Called after a tile's last product was issued: releases it unless that is still running."""
+        if not self.late:
+            self.release(slot)
+
+    def done_before(self, t, first):
+        """Called once the products before tile t are done: releases the tile before, from `first` on."""
+        if not self.late:
+            return
+
+        @pl.when(t > first)
+        def _():
+            self.release(lax.rem(t - 1, jnp.int32(self.stages)))
 
     def fill(self, t, sources):
         """Copies `sources` (refs to tiles in global memory) once slot t is free; returns t + 1."""

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from lla.kernels.mosaic_gpu.launch import Environment, Place
@@ -66,20 +65,33 @@ class QueryRows:
         """``[B, N, T] -> [64]``, in global memory."""
         return array.at[self.place.b, self.place.head, pl.ds(self.first, ROW_BLOCK)]
 
-    def logits(self, scores, j, masked: bool, scale, ids):
-        """Logits in base 2, ``-inf`` where masked, from the products of query and keys."""
-        scores = scores * by_row(scale, scores.shape)
-        if masked:
-            valid = self.env.valid(
-                self.given["masking"], self.place.b, scores.shape, self.first,
-                j * self.env.config.block, transposed=False, row_ids=ids,
-            )  # fmt: skip
-            scores = jnp.where(valid, scores, -jnp.inf)
-        return scores
+    def masked(self, scores, j, masked: bool, ids):
+        """`scores` of query and keys, ``-inf`` where the mask forbids."""
+        if not masked:
+            return scores
+        valid = self.env.valid(
+            self.given["masking"], self.place.b, scores.shape, self.first,
+            j * self.env.config.block, transposed=False, row_ids=ids,
+        )  # fmt: skip
+        return jnp.where(valid, scores, -jnp.inf)
+
+    def weights(self, scores, j, masked: bool, scale, ids, log_sum_exp):
+        """Softmax weights from a known log-sum-exp; both are in base 2."""
+        scores = self.masked(scores, j, masked, ids)
+        return jnp.exp2(scores * by_row(scale, scores.shape) - by_row(log_sum_exp, scores.shape))
+
+    def online_weights(self, scores, j, masked: bool, scale, ids, largest):
+        """The new running maximum of the logits and the weights relative to it."""
+        scores = self.masked(scores, j, masked, ids)
+        # The maximum before scaling: scaling and subtraction are then one instruction.
+        new = jnp.maximum(largest, scores.max(axis=1) * scale)
+        weights = jnp.exp2(scores * by_row(scale, scores.shape) - by_row(new, scores.shape))
+        return new, weights
 
     def scale_and_ids(self):
         ids = self.env.row_ids(self.given["masking"], self.place.b, self.first, transposed=False)
-        return self.row_vector(self.given["scale"]) * LOG2E, ids
+        # Not zero, so that a masked score stays -inf.
+        return jnp.maximum(self.row_vector(self.given["scale"]) * LOG2E, 1e-30), ids
 
     def over_tiles(self, body, carry):
         low_edge = self.env.mask.window is not None

@@ -43,6 +43,7 @@ from lla.kernels.mosaic_gpu.tile import (
     by_column,
     by_row,
     full,
+    rounded,
     row_dot,
     wide_transforms,
 )
@@ -52,11 +53,14 @@ from lla.kernels.mosaic_gpu.tile import (
 class Iteration:
     """When to stop: at the estimated relative error `tol`, or after `max_iters`.
 
-    ``tol=None`` runs exactly `max_iters` iterations; ``max_iters=0`` computes the right-hand side only.
+    ``tol=None`` runs exactly `max_iters` iterations; ``max_iters=0`` computes the right-hand side
+    only. `precise` uses directions and weighted scores in two 16-bit parts: five products an
+    iteration instead of three, for systems that the rounding of one part would spoil.
     """
 
     tol: float | None
     max_iters: int
+    precise: bool = False
 
 
 class Solution(NamedTuple):
@@ -111,7 +115,7 @@ def solve(
     interpret: Any = None,
 ) -> Solution:
     """Solves for all rows; `scale` and `ridge` are ``[B, N, T]`` float32."""
-    env = Environment(shape, mask, config, Arithmetic(interpret is not None))
+    env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups
     forward = adjoint is None
     outputs = {
@@ -182,10 +186,12 @@ def _body(env: Environment, iteration: Iteration, given, out, scratch):
     place = query_place(env.shape, count * ROW_BLOCK)
     tiles = env.key_tiles(given["masking"], place)
     key_tile, *barriers = scratch["ring"]
-    keys = Ring((key_tile,), *barriers, env.config.stages)
+    keys = Ring((key_tile,), *barriers, env.config.stages, env.config.hold_sums)
     values = None
     if given["adjoint"] is not None:
-        values = Ring((scratch["iterate"][2],), *scratch["values"], env.config.stages)
+        values = Ring(
+            (scratch["iterate"][2],), *scratch["values"], env.config.stages, env.config.hold_sums
+        )
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < count)
@@ -246,11 +252,15 @@ class _CG(NamedTuple):
     count: jax.Array
     go: jax.Array
     t: jax.Array  # tiles consumed so far
-    direction: jax.Array  # [64, D], 16 bits
+    direction: tuple[jax.Array, ...]  # [64, D], the sum of one or two 16-bit parts
     rz: jax.Array
     energy: jax.Array
     contraction: jax.Array
     free_step: jax.Array  # a step along `direction` that takes no product
+
+
+def _sum_of(parts: tuple[jax.Array, ...]) -> jax.Array:
+    return functools.reduce(lambda a, b: a + b, [part.astype(jnp.float32) for part in parts])
 
 
 @dataclasses.dataclass
@@ -334,7 +344,7 @@ class _SolveRows(QueryRows):
         scratch["iterate"][0].at[self.w][...] = self.zeros()
         state = self.iterate(t, target)
         x = self.load("iterate", 0)
-        x = x + by_row(state.free_step, x.shape) * state.direction.astype(jnp.float32)
+        x = x + by_row(state.free_step, x.shape) * _sum_of(state.direction)
         norm = self.load_row("residual")
         residual = jnp.sqrt(state.rz / jnp.where(norm > 0, norm, 1.0))
         self.finish(-x, self.reload_mean(), state.count, residual)
@@ -353,15 +363,13 @@ class _SolveRows(QueryRows):
             slot = self.keys.wait(t)
             keys = self.keys.tiles[0].at[slot]
             (scores,) = arithmetic.products(block, [(self.query, keys)])
-            scores = self.logits(scores, j, masked, scale, ids)
-            new = jnp.maximum(largest, scores.max(axis=1))
-            weights = jnp.exp2(scores - by_row(new, scores.shape))
+            new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
             shrink = jnp.exp2(largest - new)
-            rounded = weights.astype(dtype)
             total = total * shrink + weights.sum(axis=1)
-            rounded_total = rounded_total * shrink + rounded.astype(jnp.float32).sum(axis=1)
+            weights, weights_sum = rounded(weights, dtype)
+            rounded_total = rounded_total * shrink + weights_sum
             mean = mean * by_row(shrink, mean.shape)
-            (mean,) = arithmetic.accumulate((mean,), [(rounded, keys)])
+            (mean,) = arithmetic.accumulate((mean,), [(weights, keys)])
             self.keys.release(slot)
             return t + 1, new, total, rounded_total, mean
 
@@ -390,33 +398,34 @@ class _SolveRows(QueryRows):
         log_sum_exp, delta = self.row_vector(adjoint.log_sum_exp), self.row_vector(adjoint.delta)
         with_mean = adjoint.key_mean is None
 
-        def step(j, carry, masked):
-            t, excess, rounded_excess, rounded_total, sums = carry
+        def step(j, carry, masked, add):
+            t, excess, rounded_excess, rounded_total = carry
             slot = self.keys.wait(t)
             self.values.wait(t)
             keys, values = self.keys.tiles[0].at[slot], self.values.tiles[0].at[slot]
             scores, c = arithmetic.products(block, [(self.query, keys)], [(self.cotangent, values)])
-            scores = self.logits(scores, j, masked, scale, ids)
-            weights = jnp.exp2(scores - by_row(log_sum_exp, scores.shape))
-            weighted = weights * (c - by_row(delta, c.shape))
-            rounded = weighted.astype(dtype)
-            excess = excess + weighted.sum(axis=1)
-            rounded_excess = rounded_excess + rounded.astype(jnp.float32).sum(axis=1)
-            products = [[(rounded, keys)]]
-            if with_mean:
-                rounded_weights = weights.astype(dtype)
-                rounded_total = rounded_total + rounded_weights.astype(jnp.float32).sum(axis=1)
-                products.append([(rounded_weights, keys)])
-            sums = arithmetic.accumulate(sums, *products)
-            self.keys.release(slot)
+            self.keys.done_before(t, 0)
             self.values.release(slot)
-            return t + 1, excess, rounded_excess, rounded_total, sums
+            weights = self.weights(scores, j, masked, scale, ids, log_sum_exp)
+            weighted = weights * (c - by_row(delta, c.shape))
+            excess = excess + weighted.sum(axis=1)
+            weighted, weighted_sum = rounded(weighted, dtype)
+            rounded_excess = rounded_excess + weighted_sum
+            products = [[(weighted, keys)]]
+            if with_mean:
+                weights, weights_sum = rounded(weights, dtype)
+                rounded_total = rounded_total + weights_sum
+                products.append([(weights, keys)])
+            add(*products)
+            self.keys.done(slot)
+            return t + 1, excess, rounded_excess, rounded_total
 
         zero = self.zeros(rows=True)
-        sums = (self.zeros(),) * (2 if with_mean else 1)
-        t, excess, rounded_excess, rounded_total, sums = self.over_tiles(
-            step, (jnp.int32(0), zero, zero, zero, sums)
-        )
+        (t, excess, rounded_excess, rounded_total), sums = arithmetic.summing(
+            2 if with_mean else 1, self.env.shape.head_dim, self.over_tiles, step,
+            (jnp.int32(0), zero, zero, zero),
+        )  # fmt: skip
+        self.keys.done_before(t, 0)
         self.store_row("cotangent_mean", delta + excess)
         if with_mean:
             some = rounded_total > 0
@@ -434,13 +443,12 @@ class _SolveRows(QueryRows):
         else:
             log_sum_exp = self.row_vector(self.given["adjoint"].log_sum_exp)
         ridge = self.row_vector(self.given["ridge"])
-        dtype, one = self.env.shape.dtype, full((ROW_BLOCK,), 1, ROWS)
+        one = full((ROW_BLOCK,), 1, ROWS)
         iterates, remainders = (self.scratch[n][0].at[self.w] for n in ("iterate", "remainder"))
 
         def step(state: _CG) -> _CG:
-            p = state.direction
-            t, image = self.product(state.t, p, scale, log_sum_exp, ids)
-            p = p.astype(jnp.float32)
+            t, image = self.product(state.t, state.direction, scale, log_sum_exp, ids)
+            p = _sum_of(state.direction)
             image = image + by_row(ridge, p.shape) * p
             curvature = row_dot(p, image)
             moving = (curvature > 0) & (state.rz > 1e-13 * state.energy)
@@ -460,14 +468,14 @@ class _SolveRows(QueryRows):
             free = jnp.where(fast, length * jnp.where(state.count == 0, 0.75, 1.0), 0.0)
             error = length * rz * jnp.where(fast, rate, one) / (1 - rate)
             go = self.decide(state.count, error, energy)
-            return _CG(state.count + 1, go, t, next_p.astype(dtype), rz, energy, contraction, free)
+            return _CG(state.count + 1, go, t, self.parts(next_p), rz, energy, contraction, free)
 
         zero = self.zeros(rows=True)
         start = _CG(
             count=jnp.int32(0),
             go=jnp.int32(1),
             t=t,
-            direction=target.astype(dtype),
+            direction=self.parts(target),
             rz=row_dot(target, target),
             energy=one if self.forward else zero,
             contraction=zero,
@@ -504,24 +512,43 @@ class _SolveRows(QueryRows):
     def product(self, t, direction, scale, log_sum_exp, ids):
         """``C_i y_i`` for the rows' directions, centred before and after the weights are rounded."""
         arithmetic, block = self.env.arithmetic, self.env.config.block
-        centre = row_dot(self.centre(), direction.astype(jnp.float32))
+        centre = row_dot(self.centre(), _sum_of(direction))
 
-        def step(j, carry, masked):
-            t, excess, image = carry
+        first = t
+
+        def step(j, carry, masked, add):
+            t, excess = carry
             slot = self.keys.wait(t)
             keys = self.keys.tiles[0].at[slot]
-            scores, along = arithmetic.products(block, [(self.query, keys)], [(direction, keys)])
-            scores = self.logits(scores, j, masked, scale, ids)
-            weights = jnp.exp2(scores - by_row(log_sum_exp, scores.shape))
+            scores, along = arithmetic.products(
+                block, [(self.query, keys)], [(part, keys) for part in direction]
+            )
+            self.keys.done_before(t, first)
+            weights = self.weights(scores, j, masked, scale, ids, log_sum_exp)
             weighted = weights * (along - by_row(centre, along.shape))
-            rounded = weighted.astype(direction.dtype)
-            excess = excess + rounded.astype(jnp.float32).sum(axis=1)
-            (image,) = arithmetic.accumulate((image,), [(rounded, keys)])
-            self.keys.release(slot)
-            return t + 1, excess, image
+            if self.iteration.precise:
+                weighted_sum = weighted.sum(axis=1)
+                add([(part, keys) for part in self.parts(weighted)])
+            else:
+                weighted, weighted_sum = rounded(weighted, self.env.shape.dtype)
+                add([(weighted, keys)])
+            self.keys.done(slot)
+            return t + 1, excess + weighted_sum
 
-        t, excess, image = self.over_tiles(step, (t, self.zeros(rows=True), self.zeros()))
+        (t, excess), (image,) = arithmetic.summing(
+            1, self.env.shape.head_dim, self.over_tiles, step, (t, self.zeros(rows=True))
+        )
+        self.keys.done_before(t, first)
         return t, image - by_row(excess, self.matrix) * self.centre()
+
+    def parts(self, array) -> tuple[jax.Array, ...]:
+        """`array` in as many 16-bit parts as the iteration uses."""
+        dtype = self.env.shape.dtype
+        high = array.astype(dtype)
+        if not self.iteration.precise:
+            return (high,)
+        high = lax.optimization_barrier(high)
+        return high, (array - high.astype(jnp.float32)).astype(dtype)
 
     # -- Results
 

@@ -49,11 +49,15 @@ def wide_transforms() -> tuple:
 class Arithmetic:
     """Products and loads, either as Hopper instructions or, to be interpreted, in plain JAX.
 
+    `hold_sums` says whether `summing` keeps its sums in accumulators and waits late; otherwise it waits
+    after every tile, which takes fewer registers.
+
     The interpreter of JAX 0.11 knows neither accumulators that outlive a scope nor operands of wgmma in
     registers.
     """
 
     interpreted: bool = False
+    hold_sums: bool = True
 
     def load(self, ref, layout=MATRIX):
         if self.interpreted:
@@ -82,7 +86,7 @@ class Arithmetic:
     def accumulate(self, totals, *sums):
         """Adds the products ``a @ b`` of every list of pairs to the total at the same place.
 
-        ``a [64, n]`` in registers, ``b [n, c]`` in shared memory.
+        ``a [64, n]`` in registers, ``b [n, c]`` in shared memory. Waits for the result.
         """
         if self.interpreted:
             return tuple(
@@ -96,6 +100,42 @@ class Arithmetic:
                     plgpu.wgmma(accumulator, a, b)
 
         return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))
+
+    def summing(self, count: int, columns: int, loop, body, carry):
+        """Runs `body` over a `loop` of tiles while `count` sums ``[64, columns]`` stay in registers.
+
+        ``carry = body(j, carry, masked, add)`` calls ``add(*sums)``, which is like `accumulate`
+        without waiting: what it reads must stay until the next `products` have returned.
+        `loop` is a function of a body without `add` and of the first carry.
+
+        Returns:
+          the last carry and the tuple of sums.
+        """
+        if self.interpreted or not self.hold_sums:
+
+            def step(j, carried, masked):
+                carry, totals = carried
+                box = [totals]
+
+                def add(*sums):
+                    box[0] = self.accumulate(box[0], *sums)
+
+                return body(j, carry, masked, add), box[0]
+
+            zero = full((ROW_BLOCK, columns), 0, MATRIX)
+            return loop(step, (carry, (zero,) * count))
+
+        def scoped(*accumulators):
+            def add(*sums):
+                for accumulator, pairs in zip(accumulators, sums, strict=True):
+                    for a, b in pairs:
+                        plgpu.wgmma(accumulator, a, b)
+
+            last = loop(lambda j, carry, masked: body(j, carry, masked, add), carry)
+            return last, tuple(accumulator[...] for accumulator in accumulators)
+
+        scratch = [plgpu.ACC((ROW_BLOCK, columns), jnp.float32) for _ in range(count)]
+        return pl.run_scoped(scoped, *scratch)
 
     def _dot(self, a, b, transposed: bool):
         a = a if isinstance(a, jax.Array) else a[...]
@@ -117,6 +157,16 @@ def by_row(vector, shape):
 def by_column(vector, shape):
     """``[C] -> [R, C]``."""
     return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def rounded(array, dtype):
+    """`array` in 16 bits, and the sums of its rows as rounded.
+
+    The barrier keeps the conversion packed, two numbers an instruction: without it the compiler
+    converts every number by itself because both forms are used, at an eighth of the rate.
+    """
+    array = lax.optimization_barrier(array.astype(dtype))
+    return array, array.astype(jnp.float32).sum(axis=1)
 
 
 def row_dot(a, b):

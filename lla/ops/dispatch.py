@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from lla.ops import mosaic_gpu
 from lla.ops.auto import choose_method
 from lla.ops.options import Stats
 from lla.ops.problem import Problem, resolve_solver
@@ -34,7 +35,7 @@ def _refuse_kernel(kind: str) -> Callable[[Problem], str]:
 _REFUSALS: dict[str, Callable[[Problem], str | None]] = {
     "reference": _refuse_reference,
     "xla": _refuse_xla,
-    "mosaic_gpu": _refuse_kernel("Mosaic GPU"),
+    "mosaic_gpu": mosaic_gpu.refuse,
     "mosaic_tpu": _refuse_kernel("Mosaic TPU"),
 }
 
@@ -42,6 +43,8 @@ _REFUSALS: dict[str, Callable[[Problem], str | None]] = {
 def _run(name: str, problem: Problem) -> tuple[jax.Array, Stats]:
     if name == "reference":
         return reference(problem)
+    if name == "mosaic_gpu":
+        return mosaic_gpu.mosaic_gpu(problem)
     return xla(problem, resolve_solver(problem, choose_method(problem)))
 
 

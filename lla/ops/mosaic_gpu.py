@@ -20,11 +20,15 @@ from lla.ops.problem import Member, Problem
 RESIDUAL_NAMES = ("lla_output", "lla_log_sum_exp", "lla_probe", "lla_key_mean")
 _MAX_HEAD_DIM = 128
 # Estimated relative error of the effective weights at which a tile stops; see kernels/README.md.
-_TOLERANCES = {True: (1e-3, 3e-3), False: (3e-3, 1e-2)}  # large ridge: (forward, backward)
+_TOLERANCES = {"large": (1e-3, 3e-3), "medium": (3e-3, 1e-2), "small": (1e-3, 1e-3)}
 _LARGE_RIDGE = 10.0
 _MAX_ITERS = 64
 # Above this ridge the probe is small enough to be used in one 16-bit part.
 _SPLIT_BELOW = 5.0
+# Below this one the gradients of keys and values need both parts of the directions as well.
+_SPLIT_GRADIENTS_BELOW = 0.5
+# Below this ridge the solve needs directions and weighted scores in two 16-bit parts.
+_PRECISE_BELOW = 0.05
 
 
 def refuse(problem: Problem) -> str | None:
@@ -74,6 +78,7 @@ class _Spec:
     forward: Any
     backward: Any
     split: bool
+    split_gradients: bool
     interpret: Any
 
 
@@ -93,6 +98,7 @@ class _Saved(NamedTuple):
 
     out: jax.Array
     log_sum_exp: jax.Array
+    shift_high: jax.Array | None = None
     shift: jax.Array | None = None
     high: jax.Array | None = None
     low: jax.Array | None = None
@@ -163,6 +169,7 @@ def mosaic_gpu(
         forward=forward,
         backward=backward,
         split=problem.static_ridge is None or problem.static_ridge < _SPLIT_BELOW,
+        split_gradients=(problem.static_ridge or _LARGE_RIDGE) < _SPLIT_GRADIENTS_BELOW,
         interpret=interpret,
     )
     leaves, tree = jax.tree.flatten((operands, masking))
@@ -180,17 +187,21 @@ def _iterations(problem: Problem):
     from lla.kernels.mosaic_gpu.solve import Iteration
 
     solver: Solver = problem.solver
+    precise = problem.static_ridge is not None and problem.static_ridge < _PRECISE_BELOW
     if solver.num_iters is not None:
-        return (Iteration(None, solver.num_iters),) * 2
+        return (Iteration(None, solver.num_iters, precise),) * 2
     # A ridge that is not known may be large, where the result is exact enough to notice.
     large = problem.static_ridge is None or problem.static_ridge >= _LARGE_RIDGE
-    tol, backward_tol = _TOLERANCES[large]
+    tol, backward_tol = _TOLERANCES["small" if precise else "large" if large else "medium"]
     if solver.tol is not None:
         tol, backward_tol = solver.tol, min(10 * solver.tol, 0.5)
     if solver.backward_tol is not None:
         backward_tol = solver.backward_tol
     max_iters = solver.max_iters or _MAX_ITERS
-    return Iteration(tol, max_iters), Iteration(backward_tol, max_iters)
+    return (
+        Iteration(tol, max_iters, precise),
+        Iteration(backward_tol, max_iters, precise),
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -241,7 +252,8 @@ def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
         saved = _Saved(
             out=attend(solution.high, solved).out,
             log_sum_exp=solution.log_sum_exp,
-            shift=solution.shift_high,
+            shift_high=solution.shift_high,
+            shift=solution.shift,
             high=solution.high,
             low=solution.low,
             key_mean=solution.key_mean,
@@ -249,8 +261,8 @@ def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
         iterations, residual = solution.iterations.astype(jnp.int32), solution.residual
     else:
         attended = attend(None if probe is None else -probe)
-        saved = _Saved(attended.out, attended.log_sum_exp, attended.shift)
-    names = (RESIDUAL_NAMES[0], RESIDUAL_NAMES[1], *[RESIDUAL_NAMES[2]] * 3, RESIDUAL_NAMES[3])
+        saved = _Saved(attended.out, attended.log_sum_exp, shift_high=attended.shift)
+    names = (RESIDUAL_NAMES[0], RESIDUAL_NAMES[1], *[RESIDUAL_NAMES[2]] * 4, RESIDUAL_NAMES[3])
     saved = _Saved(
         *(None if a is None else checkpoint_name(a, n) for a, n in zip(saved, names, strict=True))
     )
@@ -281,8 +293,9 @@ def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangen
         )  # fmt: skip
         cotangent_mean = adjoint.cotangent_mean
         if spec.member == "lla":
+            full_mean = cotangent_mean + adjoint.shift
             directions = gradients.Directions(
-                saved.high, saved.shift, adjoint.high, adjoint.low, saved.key_mean
+                saved.high, saved.shift_high, adjoint.high, adjoint.low, saved.key_mean
             )
             cotangent_mean = cotangent_mean + adjoint.shift_high
             solution = saved.high.astype(f32) + saved.low.astype(f32)
@@ -290,17 +303,21 @@ def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangen
             d_ridge = jnp.swapaxes(d_ridge, 1, 2)
         else:
             directions = gradients.Directions(
-                probe=-probe, probe_shift=saved.shift, key_mean=adjoint.key_mean
+                probe=-probe, probe_shift=saved.shift_high, key_mean=adjoint.key_mean
             )
             d_probe = (adjoint.high.astype(f32) + adjoint.low.astype(f32)).astype(probe.dtype)
     rows = gradients.Rows(scale, saved.log_sum_exp, cotangent_mean)
-    common = (query, key, value, cotangent, rows)
     by_query = gradients.query_gradients(
-        spec.shape, spec.mask, spec.configs.query_gradients, *common, directions, masking,
-        interpret=spec.interpret,
+        spec.shape, spec.mask, spec.configs.query_gradients, query, key, value, cotangent, rows,
+        directions, masking, interpret=spec.interpret,
     )  # fmt: skip
+    config = spec.configs.key_gradients
+    if spec.member == "lla" and spec.split_gradients:
+        config = spec.configs.key_gradients_split
+        directions = directions._replace(probe_shift=saved.shift, probe_low=saved.low)
+        rows = rows._replace(cotangent_mean=full_mean)
     d_key, d_value = gradients.key_gradients(
-        spec.shape, spec.mask, spec.configs.key_gradients, *common, by_query.mean, directions,
-        masking, interpret=spec.interpret,
+        spec.shape, spec.mask, config, query, key, value, cotangent, rows, by_query.mean,
+        directions, masking, interpret=spec.interpret,
     )  # fmt: skip
     return _Operands(by_query.query, d_key, d_value, d_probe, d_ridge, by_query.scale)
