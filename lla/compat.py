@@ -17,17 +17,15 @@ def match_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     Done before a `custom_vjp`: the transpose of the cast then sums the gradients of replicated
     operands over the axes they are replicated on.
     """
-    union = varying_axes(*arrays)
+    return tuple(vary_like(array, *arrays) for array in arrays)
 
-    def cast(array):
-        missing = tuple(sorted(union - varying_axes(array)))
-        return jax.lax.pcast(array, missing, to="varying") if missing else array
 
-    return tuple(cast(a) for a in arrays)
+def vary_like(array: jax.Array, *like: jax.Array) -> jax.Array:
+    """`array`, varying over the mesh axes that any of `like` varies over."""
+    axes = tuple(sorted(varying_axes(*like) - varying_axes(array)))
+    return jax.lax.pcast(array, axes, to="varying") if axes else array
 
 
 def full_varying(shape, fill_value, dtype, like: jax.Array) -> jax.Array:
     """`jnp.full` that varies over the mesh axes of `like`, as a loop carry has to."""
-    array = jnp.full(shape, fill_value, dtype)
-    axes = tuple(sorted(varying_axes(like)))
-    return jax.lax.pcast(array, axes, to="varying") if axes else array
+    return vary_like(jnp.full(shape, fill_value, dtype), like)

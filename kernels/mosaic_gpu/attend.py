@@ -1,7 +1,7 @@
 """The output: softmax attention, with or without a probe.
 
-`attend` streams keys and values once, with an online softmax. `attend_solved` has the log-sum-exp of the
-solve already, and a probe in two parts.
+Keys and values are streamed once. Without a solve the softmax is an online one; after a solve its
+log-sum-exp is known, and the probe has one or two parts.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class _AttendRows(QueryRows):
             (jnp.int32(0), self.zeros(rows=True)),
         )  # fmt: skip
         self.ring.done_before(t, 0)
-        # The weights of a row sum to 1 whatever the probe is; what rounding has left is divided out.
+        # The weights of a row sum to 1 whatever the probe is: divide out what rounding has left.
         return out * by_row(1 / jnp.where(log_sum_exp < jnp.inf, total, 1.0), out.shape)
 
     def softmax(self, query):
@@ -237,8 +237,8 @@ class _AttendRows(QueryRows):
     def probed(self, query):
         """Softmax attention and its correction in one pass, with two sums of values.
 
-        The scores along the probe are taken relative to those of one key, so that an offset that the
-        keys share does not cost digits.
+        The scores along the probe are taken relative to those of one key, so that an offset that
+        the keys share does not cost digits.
         """
         arithmetic, block, dtype = self.env.arithmetic, self.env.config.block, self.env.shape.dtype
         scale, ids = self.scale_and_ids()

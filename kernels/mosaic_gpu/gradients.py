@@ -1,8 +1,8 @@
 """The backward passes: gradients of the queries, and of the keys and values.
 
-Both recompute the weights from the log-sum-exp. For local linear attention the probe and the adjoint
-solution come from `lla.kernels.mosaic_gpu.solve`, negated and in 16 bits; for Parallax there is a probe
-only, for softmax attention neither. With ``a = 1 - (k - k_mean) . x`` and
+Both recompute the weights from the log-sum-exp. For local linear attention the probe and the
+adjoint solution come from `lla.kernels.mosaic_gpu.solve`, negated and in 16 bits; for Parallax
+there is a probe only, for softmax attention neither. With ``a = 1 - (k - k_mean) . x`` and
 ``e = c - c_mean - (k - k_mean) . u`` the gradient of a logit is ``p (a e - sum p a e)``.
 
 Gradients of keys and values are summed by the program instance that owns the keys, over the queries
@@ -52,8 +52,8 @@ from lla.kernels.mosaic_gpu.tile import (
 class Directions(NamedTuple):
     """The negated probe and adjoint solution, ``[B, T, N, D]`` in 16 bits; None where absent.
 
-    `probe_shift` is the mean key times the probe, ``[B, N, T]``. `probe_low` and `adjoint_low` are what
-    rounding has taken from `probe` and `adjoint`. `key_mean` is there whenever `probe` is.
+    `probe_shift` is the mean key times the probe, ``[B, N, T]``. `probe_low` and `adjoint_low` are
+    what rounding has taken from `probe` and `adjoint`. `key_mean` is there whenever `probe` is.
     """
 
     probe: jax.Array | None = None
@@ -278,9 +278,9 @@ def key_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of key and value, in the dtype of the operands.
 
-    `mean` is that of `QueryGradients`. ``config.block`` counts queries. The scores along the directions
-    use their low parts, too, if there is a ``directions.probe_low``; `rows` and the shift are then those
-    of both parts.
+    `mean` is that of `QueryGradients`. ``config.block`` counts queries. The scores along the
+    directions use their low parts, too, if there is a ``directions.probe_low``; `rows` and the
+    shift are then those of both parts.
     """
     env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups

@@ -11,6 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from lla.compat import vary_like
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
     ROW_BLOCK,
@@ -86,7 +87,7 @@ class Config:
 
 
 class Masking(NamedTuple):
-    """Arrays that a mask reads: int32 ``[B, 2]`` (offset and length), ids ``[B, T]`` and ``[B, S]``."""
+    """What a mask reads: int32 ``[B, 2]`` (offset, length); segment ids ``[B, T]``, ``[B, S]``."""
 
     numbers: jax.Array
     query_segments: jax.Array | None
@@ -130,8 +131,8 @@ class Environment:
             column_ids = self.arithmetic.load(ref.at[b, pl.ds(first, shape[1])], COLS)
         ids = (column_ids, row_ids) if transposed else (row_ids, column_ids)
         return visible(
-            self.mask, self.sequence(masking, b), shape, first_query, first_key, transposed=transposed,
-            query_segments=ids[0], key_segments=ids[1],
+            self.mask, self.sequence(masking, b), shape, first_query, first_key,
+            transposed=transposed, query_segments=ids[0], key_segments=ids[1],
         )  # fmt: skip
 
     def row_ids(self, masking, b, first, *, transposed: bool):
@@ -193,12 +194,12 @@ class Ring(NamedTuple):
         plgpu.barrier_arrive(self.released.at[slot])
 
     def done(self, slot):
-        """Called after a tile's last product was issued: releases it unless that is still running."""
+        """Called after a tile's last product was issued: releases it unless that still runs."""
         if not self.late:
             self.release(slot)
 
     def done_before(self, t, first):
-        """Called once the products before tile t are done: releases the tile before, from `first` on."""
+        """Called once the products before tile t are done: releases it unless t is `first`."""
         if not self.late:
             return
 
@@ -251,7 +252,7 @@ def row_tile(shape: Shape, config: Config, copies: int = 1):
 
 def launch(body, outputs, scratch, operands, *, programs: int, config: Config, interpret):
     """Runs a kernel body on `programs` instances of ``config.warpgroups + 1`` warpgroups."""
-    return plgpu.kernel(
+    results = plgpu.kernel(
         body,
         out_type=outputs,
         grid=(programs,),
@@ -263,3 +264,5 @@ def launch(body, outputs, scratch, operands, *, programs: int, config: Config, i
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret if interpret is not None else False,
     )(*operands)
+    # The results of a kernel carry no varying axes of their own.
+    return [vary_like(result, *operands) for result in results]

@@ -1,9 +1,9 @@
 """The solve: ``A_i x_i = k_mean_i - q_i`` (forward) or ``A_i u_i = h_i`` (adjoint).
 
 A program instance takes 64 rows a warpgroup. It streams the keys once for the right-hand side (the
-statistics of the softmax and the mean key; or the weighted cotangents) and once for every iteration of
-conjugate gradients, recomputing the weights. Iterate and residual stay in shared memory in float32;
-the direction is rounded to 16 bits and used as rounded everywhere.
+statistics of the softmax and the mean key; or the weighted cotangents) and once for every iteration
+of conjugate gradients, recomputing the weights. Iterate and residual stay in shared memory in
+float32; the direction is rounded to 16 bits and used as rounded everywhere.
 
 See ``kernels/README.md`` for the formulas and for the stopping rule.
 """
@@ -67,8 +67,8 @@ class Solution(NamedTuple):
     """Vectors are ``[B, T, N, D]``, rows ``[B, N, T]`` in float32.
 
     Attributes:
-      high, low: the *negated* solution as a sum of two 16-bit parts (the right-hand side if there was
-        no iteration).
+      high, low: the *negated* solution as a sum of two 16-bit parts (the right-hand side if there
+        was no iteration).
       shift_high, shift: the mean key times `high`, and times both.
       iterations, residual: diagnostics.
       key_mean: float32, weighted mean of the keys.
@@ -90,7 +90,8 @@ class Solution(NamedTuple):
 class Adjoint(NamedTuple):
     """What the adjoint solve needs beside the operands of the forward one.
 
-    `key_mean` None means that it is computed here; `delta` is cotangent times output, ``[B, N, T]``.
+    `key_mean` None means that it is computed here; `delta` is cotangent times output,
+    ``[B, N, T]``.
     """
 
     value: jax.Array
@@ -510,7 +511,7 @@ class _SolveRows(QueryRows):
         return _any_flag(flags, count, self.env.config.warpgroups)
 
     def product(self, t, direction, scale, log_sum_exp, ids):
-        """``C_i y_i`` for the rows' directions, centred before and after the weights are rounded."""
+        """``C_i y_i`` for the directions, centred before and after the weights are rounded."""
         arithmetic, block = self.env.arithmetic, self.env.config.block
         centre = row_dot(self.centre(), _sum_of(direction))
 

@@ -2,8 +2,8 @@
 
 A kernel's program instance (CTA) has two or more compute warpgroups of 64 rows each and one
 warpgroup that streams tiles from global memory. Inside a warpgroup ``[64, C]`` float32 arrays are
-spread over the registers as wgmma leaves them (`MATRIX`), vectors of rows as the reduction of such an
-array (`ROWS`), vectors of columns likewise (`COLS`).
+spread over the registers as wgmma leaves them (`MATRIX`), vectors of rows as the reduction of such
+an array (`ROWS`), vectors of columns likewise (`COLS`).
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def wide_transforms() -> tuple:
 class Arithmetic:
     """Products and loads, either as Hopper instructions or, to be interpreted, in plain JAX.
 
-    `hold_sums` says whether `summing` keeps its sums in accumulators and waits late; otherwise it waits
-    after every tile, which takes fewer registers.
+    `hold_sums` says whether `summing` keeps its sums in accumulators and waits late; otherwise it
+    waits after every tile, which takes fewer registers.
 
-    The interpreter of JAX 0.11 knows neither accumulators that outlive a scope nor operands of wgmma in
-    registers.
+    The interpreter of JAX 0.11 knows neither accumulators that outlive a scope nor operands of
+    wgmma in registers.
     """
 
     interpreted: bool = False
@@ -68,8 +68,8 @@ class Arithmetic:
     def products(self, columns: int, *sums):
         """Each of `sums` is a list of pairs ``(a, b)``: returns the float32 sums of ``a @ b^T``.
 
-        ``a [64, d]`` in shared memory or registers, ``b [columns, d]`` in shared memory. All are issued
-        before the first is waited for.
+        ``a [64, d]`` in shared memory or registers, ``b [columns, d]`` in shared memory. All are
+        issued before the first is waited for.
         """
         if self.interpreted:
             return tuple(sum(self._dot(a, b, True) for a, b in pairs) for pairs in sums)
@@ -102,7 +102,7 @@ class Arithmetic:
         return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))
 
     def summing(self, count: int, columns: int, loop, body, carry):
-        """Runs `body` over a `loop` of tiles while `count` sums ``[64, columns]`` stay in registers.
+        """Runs `body` over a `loop` of tiles while `count` sums ``[64, columns]`` stay in place.
 
         ``carry = body(j, carry, masked, add)`` calls ``add(*sums)``, which is like `accumulate`
         without waiting: what it reads must stay until the next `products` have returned.
@@ -245,8 +245,8 @@ def query_tiles(
 
 
 def _tile_range(spec: MaskSpec, low, high, full_low, full_high, size: int) -> TileRange:
-    low, high = _floor_tiles(low, size), _ceil_tiles(high, size)
-    high = jnp.maximum(low, high)
+    high = _ceil_tiles(high, size)
+    low = jnp.minimum(_floor_tiles(low, size), high)
     if spec.segments:
         return TileRange(low, high, low, low)
     full_low = jnp.clip(_ceil_tiles(full_low, size), low, high)
@@ -257,7 +257,7 @@ def _tile_range(spec: MaskSpec, low, high, full_low, full_high, size: int) -> Ti
 def over_tiles(spec: MaskSpec, tiles: TileRange, body, carry, *, low_edge: bool):
     """Runs ``carry = body(tile, carry, masked)`` over the tiles in order.
 
-    `low_edge` says whether tiles before the full ones can exist; a static loop is left out otherwise.
+    `low_edge` says whether tiles before the full ones can exist; otherwise their loop is left out.
     """
 
     def loop(low, high, masked, carry):

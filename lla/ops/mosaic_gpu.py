@@ -160,7 +160,7 @@ def mosaic_gpu(
             pad(a, b, n, fill=-1) for a, n in zip(segments, (padded_t, padded_s), strict=True)
         ]
     masking = launch.Masking(jnp.stack([offset, length], axis=1), *segments)
-    forward, backward = _iterations(problem)
+    forward, backward = iterations(problem)
     spec = _Spec(
         member=problem.member,
         shape=launch.Shape(b, padded_t, padded_s, k, g, dim, problem.query.dtype),
@@ -182,7 +182,7 @@ def mosaic_gpu(
     return out[:, :t, :, :hv].reshape(b, t, k, g, hv), Stats(*(restore(a) for a in stats))
 
 
-def _iterations(problem: Problem):
+def iterations(problem: Problem):
     """When the forward and the adjoint solve stop."""
     from lla.kernels.mosaic_gpu.solve import Iteration
 

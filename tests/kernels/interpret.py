@@ -1,0 +1,139 @@
+"""One case of the Hopper kernels in the GPU interpreter, as a process of its own.
+
+    python tests/kernels/interpret.py CASE [--races]
+
+Prints one line of JSON: relative errors of the output and of every gradient against the exact
+reference in float64, and whether everything is finite. A missing barrier arrival blocks the
+interpreter for good, so that the caller has to set a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from typing import Any
+
+# The interpreter's threads wait for each other inside callbacks, while XLA's own pool, by default
+# with a thread a core, has to run the products of the others.
+os.environ["NPROC"] = "16"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call; `ridge` None passes an array, unknown when tracing."""
+
+    member: str
+    queries: int = 128
+    keys: int = 128
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 1
+    head_dim: int = 64
+    value_dim: int = 64
+    dtype: str = "bfloat16"
+    ridge: float | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CASES = {
+    "softmax_causal": Case("softmax"),
+    "softmax_window": Case("softmax", 200, 200, options={"local_window_size": (40, 0)}),
+    "softmax_float16": Case("softmax", dtype="float16"),
+    "parallax_odd": Case(
+        "parallax", 70, 150, batch=2, kv_heads=2, head_dim=32, value_dim=48,
+        options={"query_offset": [80, 3]},
+    ),
+    "parallax_segments": Case("parallax", options={"segments": True}),
+    "lla_causal": Case("lla"),
+    "lla_odd": Case(
+        "lla", 70, 150, batch=2, kv_heads=2, head_dim=32, value_dim=48,
+        options={"query_offset": [80, 3]},
+    ),
+    "lla_window": Case("lla", 200, 200, options={"local_window_size": (40, 0)}),
+    "lla_two_sided_window": Case(
+        "lla", 200, 200, options={"local_window_size": (30, 20), "is_causal": False}
+    ),
+    "lla_lengths": Case(
+        "lla", batch=3, options={"key_value_seq_lengths": [128, 70, 0], "is_causal": False}
+    ),
+    "lla_segments": Case("lla", options={"segments": True}),
+    "lla_head_dim_128": Case("lla", head_dim=128, value_dim=128),
+    "lla_ridge_10": Case("lla", ridge=10.0),
+    "lla_ridge_0.1": Case("lla", ridge=0.1),
+    "lla_ridge_0.01": Case("lla", ridge=0.01),
+}  # fmt: skip
+
+
+def run(case: Case, races: bool) -> dict[str, Any]:
+    """Errors by name."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from lla.ops.mosaic_gpu import mosaic_gpu
+    from lla.ops.problem import make_problem
+    from lla.ops.reference import reference
+
+    rng = np.random.default_rng(0)
+    rows = (case.batch, case.queries, case.heads)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32).astype(jnp.dtype(case.dtype))
+
+    arrays = {
+        "query": normal(*rows, case.head_dim),
+        "key": normal(case.batch, case.keys, case.kv_heads, case.head_dim),
+        "value": normal(case.batch, case.keys, case.kv_heads, case.value_dim),
+        "scale": np.full(rows, case.head_dim**-0.5, np.float32),
+    }
+    cotangent = normal(*rows, case.value_dim)
+    if case.member == "parallax":
+        arrays["probe"] = (normal(*rows, case.head_dim) / 8).astype(arrays["query"].dtype)
+    options = {name: option for name, option in case.options.items() if name != "segments"}
+    if "segments" in case.options:
+        ids = np.sort(rng.integers(0, 3, rows[:2])).astype(np.int32)
+        options["segment_ids"] = (ids, ids)
+    for name in ("query_offset", "key_value_seq_lengths"):
+        if name in options:
+            options[name] = np.asarray(options[name], np.int32)
+    if case.member == "lla":
+        if case.ridge is None:
+            arrays["ridge"] = np.ones(rows, np.float32)
+        else:
+            options["ridge"] = case.ridge
+
+    def evaluate(implementation, dtype=None):
+        def forward(arrays):
+            problem = make_problem(case.member, **arrays, **options)
+            return problem.restore(implementation(problem)[0])
+
+        given = {n: jnp.asarray(np.asarray(a, dtype or a.dtype)) for n, a in arrays.items()}
+        out, pullback = jax.vjp(forward, given)
+        (gradients,) = pullback(jnp.asarray(np.asarray(cotangent, dtype or cotangent.dtype)))
+        return {"output": out, **gradients}
+
+    parameters = plgpu.InterpretGPUParams(detect_races=races)
+    actual = evaluate(lambda problem: mosaic_gpu(problem, interpret=parameters))
+    actual = jax.tree.map(lambda a: np.asarray(a, np.float64), actual)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(np.asarray, evaluate(reference, np.float64))
+    errors = {
+        name: float(np.linalg.norm(actual[name] - exact[name]) / np.linalg.norm(exact[name]))
+        for name in exact
+    }
+    finite = all(bool(np.isfinite(a).all()) for a in actual.values())
+    return {"errors": errors, "finite": finite}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--races", action="store_true", help="with the race detector")
+    given = parser.parse_args()
+    print(json.dumps(run(CASES[given.case], given.races)))

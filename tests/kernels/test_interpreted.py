@@ -1,0 +1,55 @@
+"""The Hopper kernels in the GPU interpreter against the exact reference."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tests.kernels.interpret import CASES
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the GPU interpreter needs JAX 0.11"
+)
+
+SCRIPT = Path(__file__).parent / "interpret.py"
+TIME_LIMIT = 240  # seconds; a case takes 10 to 40
+QUICK = ("softmax_window", "parallax_odd", "lla_odd", "lla_segments")
+
+# Multiples of bfloat16's rounding error, 2^-9. Weights, probe, adjoint solution and result are
+# rounded once each, and the solve may be off by its tolerance; the gradients of keys and values sum
+# terms in which the rounding of the probe is amplified by the values of its weights.
+ROUNDING = 2.0**-9
+OUTPUT, ROWS, KEYS = 3, 4, 8
+
+
+def check(case: str, *arguments: str, factor: float = 1.0):
+    command = [sys.executable, str(SCRIPT), case, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    assert report["finite"]
+    bounds = {"output": OUTPUT, "key": KEYS, "value": KEYS}
+    for name, error in report["errors"].items():
+        assert error <= factor * bounds.get(name, ROWS) * ROUNDING, (name, error)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("case", QUICK)
+def test_equals_reference(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name in CASES if name not in QUICK])
+def test_every_case_equals_reference(case):
+    # A small ridge amplifies every rounding error by the condition of its systems.
+    check(case, factor={"lla_ridge_0.1": 4, "lla_ridge_0.01": 20}.get(case, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["softmax_causal", "parallax_segments", "lla_causal"])
+def test_no_races(case):
+    check(case, "--races")
