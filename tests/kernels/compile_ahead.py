@@ -1,0 +1,118 @@
+"""Compiles every Hopper kernel of the configuration table for an H200, without a GPU.
+
+    pip install "jax-cuda13-plugin" "jax-cuda13-pjrt" "nvidia-cuda-nvcc==13.0.*" "nvidia-nvvm==13.0.*"
+    python tests/kernels/compile_ahead.py
+
+Prints a line ``kernel NAME`` before what the assembler says of it (spills, serialized products).
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from lla.kernels.mosaic_gpu import attend, configs, gradients, launch, solve, tile
+
+# What XLA has to know of the card; the numbers are those of its data sheet and CUDA's limits.
+H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 62914560
+  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+runtime_version { major: 13 minor: 0 patch: 0 }
+dnn_version_info { major: 9 minor: 12 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+def kernels(head_dim: int):
+    """Name, function and arguments of every kernel."""
+    b, t, n = 2, 512, 4
+    shape = launch.Shape(b, t, t, n // 2, 2, head_dim, jnp.dtype(jnp.bfloat16))
+    mask, chosen = tile.MaskSpec(True, None, False), configs.choose(head_dim)
+    query, key, row = shape.queries(), shape.keys(), shape.rows()
+    mean = shape.queries(jnp.float32)
+    masking = launch.Masking(jax.ShapeDtypeStruct((b, 2), jnp.int32), None, None)
+    rows = gradients.Rows(row, row, row)
+    directions = gradients.Directions(query, row, query, query, mean)
+
+    def solving(precise, adjoint):
+        iteration = solve.Iteration(3e-3, 32, precise)
+        extra = (solve.Adjoint(key, query, row, row, mean),) if adjoint else ()
+        return (
+            lambda *a: solve.solve(shape, mask, chosen.solve, iteration, *a),
+            (query, key, row, row, masking, *extra),
+        )
+
+    def attending(probe, solved):
+        return (
+            lambda *a: attend.attend(shape, mask, chosen.attend, *a),
+            (query, key, key, row, masking, probe, solved),
+        )
+
+    def keys(config, directions):
+        return (
+            lambda *a: gradients.key_gradients(shape, mask, config, *a),
+            (query, key, key, query, rows, row, directions, masking),
+        )
+
+    yield "solve", *solving(False, False)
+    yield "solve_precise", *solving(True, False)
+    yield "adjoint", *solving(False, True)
+    yield "softmax", *attending(None, None)
+    yield "parallax", *attending(query, None)
+    yield "solved", *attending(query, attend.Solved(row, row, query))
+    yield (
+        "query_gradients",
+        lambda *a: gradients.query_gradients(shape, mask, chosen.query_gradients, *a),
+        (query, key, key, query, rows, directions, masking),
+    )
+    yield "key_gradients", *keys(chosen.key_gradients, directions)
+    split = directions._replace(probe_low=query)
+    yield "key_gradients_split", *keys(chosen.key_gradients_split, split)
+
+
+def main():
+    topology = topologies.get_topology_desc(
+        topology_name="h200", platform="cuda", target_config=H200, topology="1x1x1"
+    )
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P())
+    for head_dim in configs.HEAD_DIMS:
+        for name, function, arguments in kernels(head_dim):
+            print(f"kernel {name}_{head_dim}", flush=True)
+            placed = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+            )
+            with jax.set_mesh(mesh):
+                traced = jax.jit(function).trace(*placed)
+                traced.lower(lowering_platforms=("cuda",)).compile()
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
