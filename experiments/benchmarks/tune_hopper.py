@@ -1,0 +1,160 @@
+"""Times launch configurations of the Hopper kernels; the table in the package is its outcome.
+
+    python experiments/benchmarks/tune_hopper.py [--limit SECONDS] [--output FILE]
+
+Prints the fastest configuration of every kernel and writes all times as JSON. The table in
+``kernels/mosaic_gpu/configs.py`` is edited by hand from it; nothing is tuned when a kernel is
+called. A configuration whose results are not close to those of the table's own is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+
+ITERATIONS = 3
+CLOSE = 2e-2  # relative difference of two configurations, whose roundings differ
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--head_dims", type=int, nargs="+", default=[64, 128])
+    add("--batch", type=int, default=2)
+    add("--heads", type=int, default=16)
+    add("--length", type=int, default=4096)
+    add("--repeats", type=int, default=5)
+    add("--limit", type=float, default=600.0, help="seconds after which nothing more is timed")
+    output = pathlib.Path(__file__).parent / "tuning" / "hopper_configs.json"
+    add("--output", type=pathlib.Path, default=output)
+    return parser.parse_args(argv)
+
+
+def candidates(kernel: str, head_dim: int, base):
+    """The table's configuration first, then its neighbours."""
+    yield base
+    # As many tiles as fit into shared memory, or a few less.
+    stages = (2, 3) if head_dim == 128 else (4, 6) if kernel == "solve" else (3, 4)
+    for count, hold in itertools.product(stages, (True, False)):
+        config = dataclasses.replace(base, stages=count, hold_sums=hold)
+        if config != base:
+            yield config
+
+
+def make_kernels(options, head_dim: int) -> dict:
+    """Kernel name to a function of its configuration and operands, and the operands."""
+    from lla.kernels.mosaic_gpu import attend, configs, gradients, launch, solve, tile
+
+    b, t, n = options.batch, options.length, options.heads
+    shape = launch.Shape(b, t, t, n, 1, head_dim, jnp.dtype(jnp.bfloat16))
+    mask = tile.MaskSpec(True, None, False)
+    rng = np.random.default_rng(0)
+
+    def normal(size=1.0):
+        array = rng.standard_normal((b, t, n, head_dim), np.float32) * size
+        return jnp.asarray(array, jnp.bfloat16)
+
+    query, key, value, cotangent = (normal() for _ in range(4))
+    scale = jnp.full((b, n, t), head_dim**-0.5, jnp.float32)
+    ridge = jnp.full((b, n, t), 10.0, jnp.float32)
+    masking = launch.Masking(jnp.asarray([[0, t]] * b, jnp.int32), None, None)
+    iteration = solve.Iteration(None, ITERATIONS)
+    solution = jax.jit(
+        lambda *a: solve.solve(shape, mask, configs.choose(head_dim).solve, iteration, *a)
+    )(query, key, scale, ridge, masking)
+    rows = gradients.Rows(scale, solution.log_sum_exp, solution.shift)
+    directions = gradients.Directions(
+        solution.high, solution.shift_high, solution.high, solution.low, solution.key_mean
+    )
+    solved = attend.Solved(solution.log_sum_exp, solution.shift_high, None)
+    return {
+        "solve": (
+            lambda config, *a: solve.solve(shape, mask, config, iteration, *a).high,
+            (query, key, scale, ridge, masking),
+        ),
+        "attend": (
+            lambda config, *a: attend.attend(shape, mask, config, *a).out,
+            (query, key, value, scale, masking, solution.high, solved),
+        ),
+        "query_gradients": (
+            lambda config, *a: gradients.query_gradients(shape, mask, config, *a).query,
+            (query, key, value, cotangent, rows, directions, masking),
+        ),
+        "key_gradients": (
+            lambda config, *a: gradients.key_gradients(shape, mask, config, *a)[0],
+            (query, key, value, cotangent, rows, solution.shift, directions, masking),
+        ),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    start = time.monotonic()
+    options = parse(argv)
+    from lla.kernels.mosaic_gpu import configs
+
+    jobs = []
+    for head_dim in options.head_dims:
+        for name, (function, operands) in make_kernels(options, head_dim).items():
+            for config in candidates(name, head_dim, getattr(configs.choose(head_dim), name)):
+                jobs.append((head_dim, name, config, function, operands))
+
+    def build(job):
+        _, _, config, function, operands = job
+        try:
+            return jax.jit(lambda *a: function(config, *a)).lower(*operands).compile()
+        except Exception as error:  # more shared memory than there is, most of the time
+            return str(error).splitlines()[0][:120]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        compiled = list(pool.map(build, jobs))
+    print(f"compiled {len(jobs)} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    records, expected = [], {}
+    for (head_dim, name, config, _, operands), call in zip(jobs, compiled, strict=True):
+        record = {"head_dim": head_dim, "kernel": name, "config": dataclasses.asdict(config)}
+        if isinstance(call, str):
+            records.append({**record, "reason": call})
+            continue
+        if time.monotonic() - start > options.limit:
+            records.append({**record, "reason": "the time ran out"})
+            continue
+        result = np.asarray(call(*operands), np.float32)
+        truth = expected.setdefault((head_dim, name), result)
+        difference = float(np.linalg.norm(result - truth) / np.linalg.norm(truth))
+        if not difference <= CLOSE:
+            records.append({**record, "reason": f"differs by {difference:.1e}"})
+            continue
+        timing = measure.time_interleaved(
+            {name: lambda call=call, operands=operands: call(*operands)}, options.repeats, 1.0
+        )[name]
+        records.append({**record, "milliseconds": 1e3 * timing.time_median_s})
+    header = measure.make_header(
+        "tune_hopper",
+        {name: getattr(options, name) for name in ("batch", "heads", "length", "repeats")},
+    )
+    measure.write_json(options.output, {"header": header, "records": records})
+    for head_dim, name in expected:
+        group = [r for r in records if (r["head_dim"], r["kernel"]) == (head_dim, name)]
+        timed = sorted((r for r in group if "milliseconds" in r), key=lambda r: r["milliseconds"])
+        table = next((r for r in group if "milliseconds" in r), None)
+        best = timed[0]
+        print(
+            f"{name}, head dimension {head_dim}: table {table['milliseconds']:.3f} ms, best "
+            f"{best['milliseconds']:.3f} ms with {best['config']}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
