@@ -6,7 +6,10 @@ exits with 0 if everything that can run is within its bound and with 1 otherwise
 
 Errors are relative Frobenius norms. Bounds for float32: 1e-5 for a ridge of at least 1 (and for
 the members without a ridge), 1e-4 for at least 0.1, 1e-3 below, and ten times that for gradients.
-Bounds for bfloat16: twice the error of the exact result rounded once to bfloat16, plus 1e-5.
+Bounds for bfloat16: twice the error of the exact result rounded once to bfloat16, plus 1e-5. The
+kernels multiply in bfloat16, which a small ridge amplifies: for local linear attention their bounds
+are 5e-3 for a ridge of at least 1, 1.5e-2 for at least 0.1, 3e-2 below, and ten times that for
+gradients.
 """
 
 from __future__ import annotations
@@ -191,8 +194,17 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(difference / norm if norm > 0 else difference)
 
 
-def error_bound(expected: np.ndarray, dtype: str, ridge: float | None, gradient: bool) -> float:
+def error_bound(
+    expected: np.ndarray,
+    dtype: str,
+    ridge: float | None,
+    gradient: bool,
+    implementation: str = "xla",
+) -> float:
     """The bound in the module's docstring."""
+    if implementation.startswith("mosaic") and ridge is not None:
+        bound = 5e-3 if ridge >= 1 else 1.5e-2 if ridge >= 0.1 else 3e-2
+        return 10 * bound if gradient else bound
     if dtype == "bfloat16":
         rounded = expected.astype(jnp.bfloat16).astype(np.float64)
         return 2 * relative_error(rounded, expected) + 1e-5
@@ -244,11 +256,13 @@ def judge(result: Result, first, again, expected) -> None:
     """Fills in errors, bounds and the verdict."""
     out, gradients = first
     result.error = relative_error(out, expected[0])
-    result.bound = error_bound(expected[0], result.dtype, result.ridge, gradient=False)
+    result.bound = error_bound(
+        expected[0], result.dtype, result.ridge, False, result.implementation
+    )
     worst = 0.0
     for name, exact in expected[1].items():
         error = relative_error(gradients[name], exact)
-        bound = error_bound(exact, result.dtype, result.ridge, gradient=True)
+        bound = error_bound(exact, result.dtype, result.ridge, True, result.implementation)
         # Written so that NaN counts as worst.
         if result.gradient is None or not error / bound <= worst:
             worst = error / bound
@@ -313,7 +327,8 @@ def format_row(row: Result) -> str:
 def available(implementations, case: Case) -> dict[str, str | None]:
     """Why each implementation cannot serve a plain call on this machine, None where it can."""
     shapes = (case.query, case.key, (*case.key[:-1], case.value_dim))
-    arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    # A dtype that every implementation serves; what refuses another is a row of the table.
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
     return lla.explain(*arrays, implementation=implementations)
 
 
