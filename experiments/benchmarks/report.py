@@ -2,6 +2,7 @@
 
 python experiments/benchmarks/report.py            # README.md and figures/
 python experiments/benchmarks/report.py --check    # exit status 1 if README.md is out of date
+python experiments/benchmarks/report.py --add FILE # take in a result file that has no block yet
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import math
 import pathlib
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +21,10 @@ import numpy as np
 FOLDER = pathlib.Path(__file__).resolve().parent
 README = FOLDER / "README.md"
 FIGURES = FOLDER / "figures"
+DRAWN = {
+    "operator_scaling": "Time and memory against length",
+    "hopper": "Time against length and ridge",
+}
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
 # Okabe and Ito's palette, told apart under the common colour-vision deficiencies.
@@ -106,7 +112,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _cell(record: Mapping | None) -> str:
+def cell_text(record: Mapping | None) -> str:
     """Median and fastest time, and error."""
     if record is None:
         return ""
@@ -119,16 +125,16 @@ def _cell(record: Mapping | None) -> str:
 def progress_line(record: Mapping, key_fields: Sequence[str]) -> str:
     where = ", ".join(f"{name} {record[name]}" for name in key_fields)
     if record["status"] == "timed":
-        return f"{where}: ms (fastest); error: {_cell(record)}"
+        return f"{where}: ms (fastest); error: {cell_text(record)}"
     return f"{where}: {record['status']}: {record['reason']}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def _provenance(document: Mapping) -> str:
+def provenance(document: Mapping) -> str:
     header = document["header"]
     device, versions = header["device"], header["versions"]
     settings = ", ".join(f"{name} {value}" for name, value in header["settings"].items())
@@ -144,7 +150,7 @@ def _provenance(document: Mapping) -> str:
     )
 
 
-def _exponent(values: Mapping[int, float]) -> str:
+def exponents(values: Mapping[int, float]) -> str:
     """Fitted over all lengths, and over the last doubling."""
     whole = fit_exponent(list(values), list(values.values()))
     if whole is None:
@@ -156,7 +162,7 @@ def _exponent(values: Mapping[int, float]) -> str:
 def scaling_markdown(document: Mapping) -> str:
     """Tables of `operator_scaling.py`."""
     records = document["records"]
-    parts = [_provenance(document)]
+    parts = [provenance(document)]
     names = [name for name in STYLES if any(r["implementation"] == name for r in records)]
     labels = [STYLES[name][0] for name in names]
     cells = {(r["head_dim"], r["pass"], r["n"], r["implementation"]): r for r in records}
@@ -165,12 +171,12 @@ def scaling_markdown(document: Mapping) -> str:
         for which, title in PASSES.items():
             what = "output" if which == "forward" else "gradients, the worst"
             rows = [
-                [str(n), *(_cell(cells.get((head_dim, which, n, name))) for name in names)]
+                [str(n), *(cell_text(cells.get((head_dim, which, n, name))) for name in names)]
                 for n in lengths
             ]
             parts.append(
                 f"**Head dimension {head_dim}, {title}**: median (fastest) ms; relative error of "
-                f"the {what}.\n\n" + _table(["n", *labels], rows)
+                f"the {what}.\n\n" + table(["n", *labels], rows)
             )
             rows = []
             for n in lengths:
@@ -179,7 +185,7 @@ def scaling_markdown(document: Mapping) -> str:
                 rows.append([str(n), *amounts])
             parts.append(
                 f"Head dimension {head_dim}, {title}: compiled temporary memory, MiB.\n\n"
-                + _table(["n", *labels], rows)
+                + table(["n", *labels], rows)
             )
         parts.append(_growth(records, names, head_dim))
     return "\n\n".join(parts)
@@ -195,7 +201,7 @@ def _growth(records, names: Sequence[str], head_dim: int) -> str:
             common = sorted(set(times[name]) & set(floor))
             ratio = f"{times[name][common[-1]] / floor[common[-1]]:.1f}" if common else ""
             at = str(common[-1]) if common else ""
-            growth = [_exponent(times[name]), _exponent(memory)]
+            growth = [exponents(times[name]), exponents(memory)]
             rows.append([STYLES[name][0], title, *growth, ratio, at])
         for name in ("xla_cg", "xla_direct"):
             common = set(times.get(name, {})) & set(times.get("reference", {}))
@@ -210,7 +216,7 @@ def _growth(records, names: Sequence[str], head_dim: int) -> str:
     return (
         f"Head dimension {head_dim}: fitted exponents in n (in brackets: the last doubling alone), "
         "and time relative to `jax.nn.dot_product_attention`.\n\n"
-        + _table(head, rows)
+        + table(head, rows)
         + "".join(f"\n\n- {s}" if i == 0 else f"\n- {s}" for i, s in enumerate(sentences))
     )
 
@@ -218,7 +224,7 @@ def _growth(records, names: Sequence[str], head_dim: int) -> str:
 def choice_markdown(document: Mapping) -> str:
     """Tables of `solver_choice.py`."""
     records = document["records"]
-    parts = [_provenance(document), _break_even_table(records)]
+    parts = [provenance(document), _break_even_table(records)]
     fields = ("dtype", "head_dim", "ridge", "implementation", "pass")
     cells = {tuple(record[name] for name in fields): record for record in records}
     systems = sorted(
@@ -234,25 +240,30 @@ def choice_markdown(document: Mapping) -> str:
             for name in ("xla_cg", "xla_direct"):
                 pair = [cells.get((*system, name, which)) for which in PASSES]
                 count = next((f"{r['mean_iterations']:.1f}" for r in pair if r), "")
-                row += [count, *map(_cell, pair)]
+                row += [count, *map(cell_text, pair)]
             rows.append(row)
         head = ["d", "ridge"]
         for name in ("cg", "direct"):
             head += [f"{name}: iterations", "forward", "forward + backward"]
         parts.append(
             f"**{dtype}**: mean forward iterations; median (fastest) ms; relative error of the "
-            "output, or of the worst gradient.\n\n" + _table(head, rows)
+            "output, or of the worst gradient.\n\n" + table(head, rows)
         )
     floor = [record for record in records if record["ridge"] is None]
     if floor:
         keys = sorted({(r["dtype"], r["head_dim"], r["implementation"]) for r in floor})
         rows = [
-            [d, str(h), STYLES[name][0], *(_cell(cells.get((d, h, None, name, w))) for w in PASSES)]
+            [
+                d,
+                str(h),
+                STYLES[name][0],
+                *(cell_text(cells.get((d, h, None, name, w))) for w in PASSES),
+            ]
             for d, h, name in sorted(keys, key=lambda key: (key[0] != "float32", *key[1:]))
         ]
         parts.append(
             "Softmax attention on the same tensors.\n\n"
-            + _table(["dtype", "d", "implementation", *PASSES.values()], rows)
+            + table(["dtype", "d", "implementation", *PASSES.values()], rows)
         )
     return "\n\n".join(parts)
 
@@ -294,7 +305,7 @@ def _break_even_table(records) -> str:
                 text = f"<= {found['measured']:g}, crossing near {found['estimate']:.2g}"
             row.append(text)
         rows.append(row)
-    return "Ridge below which the direct solver is faster than cg.\n\n" + _table(
+    return "Ridge below which the direct solver is faster than cg.\n\n" + table(
         ["dtype", "d", *PASSES.values()], rows
     )
 
@@ -305,7 +316,13 @@ def _break_even_table(records) -> str:
 
 def markdown(document: Mapping) -> str:
     """The tables of any result file."""
-    makers = {"operator_scaling": scaling_markdown, "solver_choice": choice_markdown}
+    import hopper_tables  # here, because it uses this module
+
+    makers = {
+        "operator_scaling": scaling_markdown,
+        "solver_choice": choice_markdown,
+        "hopper": hopper_tables.markdown,
+    }
     return makers[document["header"]["benchmark"]](document)
 
 
@@ -325,23 +342,28 @@ def render(text: str, results: pathlib.Path) -> str:
     def renew(match):
         figure = ""
         document = measure.load(found[match[2]])
-        if document["header"]["benchmark"] == "operator_scaling":
-            figure = f"\n\n![Time and memory against length](figures/{match[2]}.png)"
+        if document["header"]["benchmark"] in DRAWN:
+            caption = DRAWN[document["header"]["benchmark"]]
+            figure = f"\n\n![{caption}](figures/{match[2]}.png)"
         return f"{match[1]}{markdown(document)}{figure}\n{match[3]}"
 
     return _BLOCK.sub(renew, text)
 
 
-def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Time and memory against length as PNG and SVG; returns the paths."""
-    import matplotlib
+def add(path: pathlib.Path, results: pathlib.Path, text: str) -> str:
+    """Copies the result file at `path` to `results`; README text with an empty block for it."""
+    device = measure.load(path)["header"]["device"]["kind"]
+    destination = results / path.name
+    if path.resolve() != destination.resolve():
+        shutil.copyfile(path, destination)
+    if any(match[2] == path.stem for match in _BLOCK.finditer(text)):
+        return text
+    begin, end = f"<!-- generated: {path.stem} -->", "<!-- end generated -->"
+    return f"{text.rstrip()}\n\n### {path.stem}, {device}\n\n{begin}\n{end}\n"
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    # The same results give the same files.
-    plt.rcParams["svg.hashsalt"] = path.stem
-    records = measure.load(path)["records"]
+def _draw_scaling(records, plt):
+    """Time and memory against length."""
     head_dims = sorted({record["head_dim"] for record in records})
     panels = [(which, field) for field in ("time_median_s", "temp_bytes") for which in PASSES]
     size = (4 * len(panels), 3.6 * len(head_dims))
@@ -363,6 +385,25 @@ def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
             axis.set_title(f"{PASSES[which]}, d = {head_dim}", fontsize=10)
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
+    """The figure of a result file as PNG and SVG; returns the paths."""
+    import hopper_tables
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # The same results give the same files.
+    plt.rcParams["svg.hashsalt"] = path.stem
+    document = measure.load(path)
+    if document["header"]["benchmark"] == "hopper":
+        figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
+        hopper_tables.draw(document["records"], axes)
+    else:
+        figure = _draw_scaling(document["records"], plt)
     figure.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)
     out = [folder / f"{path.stem}.{kind}" for kind in ("png", "svg")]
@@ -375,15 +416,18 @@ def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, only compare")
+    parser.add_argument("--add", type=pathlib.Path, help="take in a result file with a new block")
     options = parser.parse_args(argv)
     text = README.read_text(encoding="utf-8")
+    if options.add is not None:
+        text = add(options.add, measure.RESULTS, text)
     renewed = render(text, measure.RESULTS)
     if options.check:
         print("README.md is up to date" if renewed == text else "README.md is out of date")
         return int(renewed != text)
     README.write_text(renewed, encoding="utf-8")
     for path in sorted(measure.RESULTS.glob("*.json")):
-        if measure.load(path)["header"]["benchmark"] == "operator_scaling":
+        if measure.load(path)["header"]["benchmark"] in DRAWN:
             print(*draw(path, FIGURES), sep="\n")
     return 0
 

@@ -1,0 +1,169 @@
+"""Tables and figure of `hopper.py`, for `report.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import report
+
+_MEMBERS = ("softmax", "parallax", "lla")
+
+
+def _rows(records) -> list[tuple]:
+    """Keys of the table rows: implementation, member, ridge, how it is given, inputs."""
+    fields = ("implementation", "member", "ridge", "ridge_kind", "inputs")
+    keys = {tuple(record[name] for name in fields) for record in records}
+    order = ("normal", "anisotropic", "clustered", "offset", "sharp")
+    return sorted(
+        (key for key in keys if key[1] in _MEMBERS),
+        key=lambda key: (
+            _MEMBERS.index(key[1]), key[0] in ("cudnn", "torch_flash"), order.index(key[4]),
+            key[3] or "", -(key[2] or 0), key[0],
+        ),
+    )  # fmt: skip
+
+
+def _cells(records, key: tuple) -> dict[str, dict]:
+    """Records of one row by pass."""
+    fields = ("implementation", "member", "ridge", "ridge_kind", "inputs")
+    return {r["pass"]: r for r in records if tuple(r[name] for name in fields) == key}
+
+
+def _label(key: tuple) -> str:
+    names = {"cudnn": "cuDNN", "torch_flash": "PyTorch flash"}
+    text = f"{names.get(key[0], key[0])}, {key[1]}"
+    if key[2] is not None:
+        text += f", ridge {key[2]:g}" + (" as an array" if key[3] == "array" else "")
+    return text
+
+
+def _number(record: Mapping | None, field: str, form: str, unit: float = 1.0) -> str:
+    value = None if record is None else record.get(field)
+    return "" if value is None else f"{value / unit:{form}}"
+
+
+def _ratio(record: Mapping | None, floor: Mapping | None) -> str:
+    if not all(r and r["status"] == "timed" for r in (record, floor)):
+        return ""
+    return f"{record['time_median_s'] / floor['time_median_s']:.2f}"
+
+
+def _rate(record: Mapping | None) -> str:
+    if not record or record["status"] != "timed" or "flops" not in record:
+        return ""
+    return f"{record['flops'] / record['time_median_s'] / 1e12:.0f}"
+
+
+def markdown(document: Mapping) -> str:
+    """Tables of `hopper.py`."""
+    groups = {name: [] for name in ("accuracy", "speed", "growth")}
+    for record in document["records"]:
+        groups[record["group"]].append(record)
+    parts = [report.provenance(document)]
+    peak = [_rate(r) for r in groups["speed"] if r["member"] == "matmul"]
+    if peak and peak[0]:
+        parts.append(f"Matrix product on the same card: {peak[0]} TFLOP/s.")
+    attention = [r for r in groups["speed"] if r["member"] != "matmul"]
+    for size in sorted({(r["head_dim"], r["batch"], r["heads"], r["n"]) for r in attention}):
+        here = [r for r in attention if (r["head_dim"], r["batch"], r["heads"], r["n"]) == size]
+        floor = _cells(here, ("cudnn", "softmax", None, None, "normal"))
+        rows = []
+        for key in _rows(here):
+            found = _cells(here, key)
+            row = [_label(key), _number(next(iter(found.values())), "mean_iterations", ".1f")]
+            for which in report.PASSES:
+                record = found.get(which)
+                row += [report.cell_text(record), _ratio(record, floor.get(which)), _rate(record)]
+                row.append(_number(record, "temp_bytes", ".4g", 2**20))
+            rows.append(row)
+        columns = [[title, "/ cuDNN", "TFLOP/s", "MiB"] for title in report.PASSES.values()]
+        parts.append(
+            f"**Speed, head dimension {size[0]}**, batch {size[1]}, {size[2]} heads, "
+            f"n = {size[3]}: median (fastest) ms; relative error of the output, or of the worst "
+            "gradient.\n\n" + report.table(["call", "iterations", *columns[0], *columns[1]], rows)
+        )
+    parts += [_growth(groups["growth"], attention)] if groups["growth"] else []
+    for head_dim in sorted({r["head_dim"] for r in groups["accuracy"]}):
+        here = [r for r in groups["accuracy"] if r["head_dim"] == head_dim]
+        gradients = ("query", "key", "value", "probe", "ridge")
+        rows = []
+        for key in _rows(here):
+            record = next(iter(_cells(here, key).values()))
+            errors = record.get("errors", {})
+            row = [_label(key), key[4], _number(record, "mean_iterations", ".1f")]
+            row += [_number(errors, "output", ".1e"), _number(record, "worst_row", ".1e")]
+            row += [_number(errors, name, ".1e") for name in gradients]
+            same = {True: "yes", False: "no", None: ""}[record.get("repeatable")]
+            rows.append([*row, same, record["status"].replace("timed", "within bounds")])
+        head = ["call", "inputs", "iterations", "output", "worst row", *gradients]
+        parts.append(
+            f"**Accuracy, head dimension {head_dim}**, n = {here[0]['n']}: relative errors of the "
+            "output and of the gradients.\n\n"
+            + report.table([*head, "repeatable", "verdict"], rows)
+        )
+    return "\n\n".join(parts)
+
+
+def _growth(records, speed) -> str:
+    rows, names, notes = [], list(report.PASSES), []
+    for n, batch, heads in sorted({(r["n"], r["batch"], r["heads"]) for r in records}):
+        found = {
+            r["pass"]: r for r in records if (r["n"], r["batch"], r["heads"]) == (n, batch, heads)
+        }
+        row = [str(n), str(batch * heads)]
+        for which in names:
+            row += [
+                report.cell_text(found.get(which)),
+                _number(found.get(which), "temp_bytes", ".4g", 2**20),
+            ]
+        rows.append(row)
+        for which in names:
+            key = [next(iter(found.values()))[name] for name in ("head_dim", "ridge", "member")]
+            more = [r for r in speed if r["pass"] == which and r["n"] == n and r["batch"] > 1
+                    and [r[name] for name in ("head_dim", "ridge", "member")] == key]  # fmt: skip
+            ratio = _ratio(more[0], found.get(which)) if more and heads > 1 else ""
+            if ratio:
+                times = more[0]["batch"] * more[0]["heads"] / (batch * heads)
+                notes.append(
+                    f"- {report.PASSES[which]}, {times:g} times the heads: {ratio} times as long."
+                )
+    for which in names:
+        found = [r for r in records if r["pass"] == which and r["heads"] > 1]
+        name, head_dim = records[0]["implementation"], records[0]["head_dim"]
+        time = report.exponents(report.series(found, name, which, head_dim, "time_median_s"))
+        memory = report.exponents(report.series(found, name, which, head_dim, "temp_bytes"))
+        if time:
+            notes.append(f"- {report.PASSES[which]}: exponent of time {time}, of memory {memory}.")
+    columns = [name for title in report.PASSES.values() for name in (title, "MiB")]
+    return (
+        f"**Growth**, head dimension {records[0]['head_dim']}, ridge {records[0]['ridge']:g}.\n\n"
+        + report.table(["n", "batch x heads", *columns], rows) + "\n\n" + "\n".join(notes)
+    )  # fmt: skip
+
+
+def draw(records, axes) -> None:
+    """Time against length, and against the ridge relative to cuDNN's softmax attention."""
+    growth = [r for r in records if r["group"] == "growth" and r["heads"] > 1]
+    for which, marker in (("forward", "o"), ("forward_backward", "s")):
+        for name, head_dim in {(r["implementation"], r["head_dim"]) for r in growth}:
+            values = report.series(growth, name, which, head_dim, "time_median_s")
+            axes[0].plot(
+                list(values), [1e3 * v for v in values.values()], marker=marker,
+                label=report.PASSES[which],
+            )  # fmt: skip
+        speed = [r for r in records if r["group"] == "speed" and r["pass"] == which]
+        for head_dim in sorted({r["head_dim"] for r in speed if r["member"] == "lla"}):
+            here = [r for r in speed if r["head_dim"] == head_dim and r["status"] == "timed"]
+            floor = [r["time_median_s"] for r in here if r["implementation"] == "cudnn"]
+            lla = sorted((r["ridge"], r["time_median_s"]) for r in here if r["member"] == "lla")
+            if floor and lla:
+                axes[1].plot(
+                    [ridge for ridge, _ in lla], [time / floor[0] for _, time in lla],
+                    marker=marker, label=f"{report.PASSES[which]}, d = {head_dim}",
+                )  # fmt: skip
+    labels = (("sequence length n", "time, ms"), ("ridge", "time / cuDNN softmax"))
+    for axis, (x, y) in zip(axes, labels, strict=True):
+        axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
