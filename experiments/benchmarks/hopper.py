@@ -73,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--limit", type=float, default=1e9, help="seconds after which it stops with what it has")
     add("--compile_share", type=float, default=0.7, help="part of the limit compiling may take")
     add("--peers", action="store_true", help="also time PyTorch's flash attention, if it is there")
+    add("--lock", help="file that processes which measure on one device have in common")
     add("--commit", help="recorded where the repository's history is absent")
     add("--output", type=pathlib.Path, help="default: results/hopper_<device>.json")
     return parser.parse_args(argv)
@@ -419,7 +420,7 @@ def run_torch(options, compiled: Mapping, results) -> None:
 
 
 def make_header(options: argparse.Namespace) -> dict[str, Any]:
-    unsaid = ("members", "output", "commit", "limit", "compile_share", "workers", "peers")
+    unsaid = ("members", "output", "commit", "limit", "compile_share", "workers", "peers", "lock")
     settings = {name: value for name, value in vars(options).items() if name not in unsaid}
     header = measure.make_header("hopper", settings)
     header["commit"] = options.commit or header["commit"]
@@ -450,6 +451,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = _START + options.limit
     deadline = time.monotonic() + options.compile_share * (end - time.monotonic())
     compiled = compile_all(needed, options.workers, deadline)
+    with measure.exclusive(options.lock):
+        return measure_all(options, cells, compiled, results, end)
+
+
+def measure_all(options, cells, compiled: Mapping, results, end: float) -> int:
+    """Runs all groups until the time `end`; returns the exit status."""
     missing = [cell for cell in cells if cell.program not in compiled]
     cells = [cell for cell in cells if cell.program in compiled]
     late = False

@@ -7,6 +7,7 @@ interrupted run keeps what it has measured and goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -79,6 +80,22 @@ def time_interleaved(
         name: Timing(min(times), statistics.median(times), len(times))
         for name, times in samples.items()
     }
+
+
+@contextlib.contextmanager
+def exclusive(path: str | os.PathLike | None):
+    """Waits until no other process is inside with the same `path`; does nothing for None.
+
+    Several processes can compile at once, each on cores of its own, and measure in turns.
+    """
+    if path is None:
+        yield
+        return
+    import fcntl
+
+    with open(path, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _calls_per_sample(call) -> int:

@@ -38,6 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--limit", type=float, default=600.0, help="seconds after which nothing more is timed")
     output = pathlib.Path(__file__).parent / "tuning" / "hopper_configs.json"
     add("--output", type=pathlib.Path, default=output)
+    add("--lock", help="file that processes which measure on one device have in common")
     return parser.parse_args(argv)
 
 
@@ -119,7 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         compiled = list(pool.map(build, jobs))
     print(f"compiled {len(jobs)} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    with measure.exclusive(options.lock):
+        measure_all(options, jobs, compiled, start)
+    return 0
 
+
+def measure_all(options, jobs, compiled, start: float) -> None:
+    """Times what has been compiled, writes the result and prints the fastest."""
     records, expected = [], {}
     for (head_dim, name, config, _, operands), call in zip(jobs, compiled, strict=True):
         record = {"head_dim": head_dim, "kernel": name, "config": dataclasses.asdict(config)}
@@ -153,7 +160,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{name}, head dimension {head_dim}: table {table['milliseconds']:.3f} ms, best "
             f"{best['milliseconds']:.3f} ms with {best['config']}"
         )
-    return 0
 
 
 if __name__ == "__main__":
