@@ -26,7 +26,7 @@ class Configs:
 
 _TABLE = {
     64: Configs(
-        solve=Config(stages=4),
+        solve=Config(stages=6),
         attend=Config(stages=4),
         query_gradients=Config(stages=4, hold_sums=False),
         key_gradients=Config(stages=4, hold_sums=False),
@@ -35,8 +35,8 @@ _TABLE = {
     128: Configs(
         solve=Config(stages=3, shared_mean=False, hold_sums=False),
         attend=Config(stages=3),
-        query_gradients=Config(stages=2, hold_sums=False),
-        key_gradients=Config(block=32, stages=3, hold_sums=False),
+        query_gradients=Config(stages=3, hold_sums=False),
+        key_gradients=Config(block=32, stages=2, hold_sums=False),
         key_gradients_split=Config(block=32, stages=2, hold_sums=False),
     ),
 }

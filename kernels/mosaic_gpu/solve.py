@@ -48,6 +48,9 @@ from lla.kernels.mosaic_gpu.tile import (
     wide_transforms,
 )
 
+WORST_ROW = 4.0
+"""No row of a tile may have more than this multiple of the tolerance, which is for their mean."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
@@ -360,28 +363,27 @@ class _SolveRows(QueryRows):
         scale, ids = self.scale_and_ids()
 
         def step(j, carry, masked):
-            t, largest, total, rounded_total, mean = carry
+            t, largest, total, mean = carry
             slot = self.keys.wait(t)
             keys = self.keys.tiles[0].at[slot]
             (scores,) = arithmetic.products(block, [(self.query, keys)])
             new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
             shrink = jnp.exp2(largest - new)
-            total = total * shrink + weights.sum(axis=1)
             weights, weights_sum = rounded(weights, dtype)
-            rounded_total = rounded_total * shrink + weights_sum
             mean = mean * by_row(shrink, mean.shape)
             (mean,) = arithmetic.accumulate((mean,), [(weights, keys)])
             self.keys.release(slot)
-            return t + 1, new, total, rounded_total, mean
+            return t + 1, new, total * shrink + weights_sum, mean
 
         lowest = full((ROW_BLOCK,), LOWEST, ROWS)
-        zero = self.zeros(rows=True)
-        t, largest, total, rounded_total, mean = self.over_tiles(
-            step, (jnp.int32(0), lowest, zero, zero, self.zeros())
-        )
+        start = (jnp.int32(0), lowest, self.zeros(rows=True), self.zeros())
+        t, largest, total, mean = self.over_tiles(step, start)
+        # The sum of the weights as rounded serves both: the error of the log-sum-exp is that of the
+        # rounding, averaged over the keys, and only scales the weights of a row.
         some = total > 0
-        mean = mean * by_row(1 / jnp.where(some, rounded_total, 1.0), mean.shape)
-        log_sum_exp = jnp.where(some, largest + jnp.log2(jnp.where(some, total, 1.0)), jnp.inf)
+        total = jnp.where(some, total, 1.0)
+        mean = mean * by_row(1 / total, mean.shape)
+        log_sum_exp = jnp.where(some, largest + jnp.log2(total), jnp.inf)
         self.store_row("log_sum_exp", log_sum_exp)
         self.store_mean(mean)
         query = self.query
@@ -502,8 +504,12 @@ class _SolveRows(QueryRows):
             self.store_row("iterations", excess)
             ref = self.scratch["rows"].at[self.w, _ROW_OUTPUTS.index("iterations")]
             columns = self.env.arithmetic.load(ref, COLS)
-            total = by_column(columns, (ROW_BLOCK, ROW_BLOCK)).sum(axis=1)
-            more = jnp.where(total > 0, more, 0)
+            columns = by_column(columns, (ROW_BLOCK, ROW_BLOCK))
+            unfinished = columns.sum(axis=1) > 0
+            if self.forward:
+                # Few bad rows among many good ones do not show in the mean.
+                unfinished = unfinished | (columns.max(axis=1) > (WORST_ROW**2 - 1) * bound)
+            more = jnp.where(unfinished, more, 0)
         flags, decision = self.scratch["flags"], self.scratch["decision"]
         flags.at[lax.rem(count, jnp.int32(2)), self.w][...] = more
         plgpu.barrier_arrive(decision)
