@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from lla.compat import match_varying
 from lla.ops.options import Solver, Stats
 from lla.ops.problem import Member, Problem
+from lla.ops.xla import RESIDUAL_NAMES
 
-RESIDUAL_NAMES = ("lla_output", "lla_log_sum_exp", "lla_probe", "lla_key_mean")
 _MAX_HEAD_DIM = 128
 # Estimated relative error of the effective weights at which a tile stops; see kernels/README.md.
 _TOLERANCES = {"large": (1e-3, 3e-3), "medium": (1.5e-3, 5e-3), "small": (1e-3, 1e-3)}
