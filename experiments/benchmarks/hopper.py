@@ -15,7 +15,6 @@ import functools
 import importlib.metadata
 import os
 import pathlib
-import re
 import statistics
 import sys
 import threading
@@ -432,17 +431,9 @@ def make_header(options: argparse.Namespace) -> dict[str, Any]:
     return header
 
 
-def device_name() -> str:
-    """`cpu`, `h200`, ..."""
-    if jax.default_backend() == "cpu":
-        return "cpu"
-    kind = jax.devices()[0].device_kind.lower().replace("nvidia", "")
-    return re.sub(r"\W+", "_", kind).strip("_")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or measure.RESULTS / f"hopper_{device_name()}.json"
+    output = options.output or measure.RESULTS / f"hopper_{measure.device_name()}.json"
     results = measure.Results(output, make_header(options), KEY_FIELDS)
     say(f"{jax.devices()[0].device_kind}, results in {output}")
     cells = [cell for cell in make_cells(options) if not results.finished(**cell.fields())]

@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -137,6 +138,14 @@ def make_header(benchmark: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         "command": shlex.join(["python", str(script), *sys.argv[1:]]),
         "settings": json.loads(json.dumps(settings)),
     }
+
+
+def device_name() -> str:
+    """`cpu`, `h200`, ..."""
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    kind = jax.devices()[0].device_kind.lower().replace("nvidia", "")
+    return re.sub(r"\W+", "_", kind).strip("_")
 
 
 def source_digest() -> str:

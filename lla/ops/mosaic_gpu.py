@@ -59,9 +59,11 @@ def refuse_shape(problem: Problem) -> str | None:
 
 
 def _refuse_device() -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"the kernels need a Hopper GPU, the platform is {jax.default_backend()}"
-    device = jax.devices()[0]
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    if device.platform != "gpu":
+        return f"the kernels need a Hopper GPU, the platform is {device.platform}"
     if getattr(device, "compute_capability", None) != "9.0":
         return f"the kernels need a Hopper GPU (compute capability 9.0), this is {device}"
     return None

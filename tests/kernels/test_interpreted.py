@@ -31,6 +31,7 @@ def check(case: str, *arguments: str, factor: float = 1.0):
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.strip().splitlines()[-1])
     assert report["finite"]
+    assert report["kernels"] >= 3 and report["races"] == 0
     bounds = {"output": OUTPUT, "key": KEYS, "value": KEYS}
     for name, error in report["errors"].items():
         assert error <= factor * bounds.get(name, ROWS) * ROUNDING, (name, error)

@@ -1,0 +1,405 @@
+"""The solve of one compute warpgroup; see `lla.kernels.mosaic_gpu.solve`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lla.kernels.mosaic_gpu.launch import Ring
+from lla.kernels.mosaic_gpu.rows import QueryRows
+from lla.kernels.mosaic_gpu.tile import (
+    COLS,
+    LOWEST,
+    MATRIX,
+    ROW_BLOCK,
+    ROWS,
+    by_column,
+    by_row,
+    full,
+    rounded,
+    row_dot,
+)
+
+WORST_ROW = 4.0
+"""No row of a tile may have more than this multiple of the tolerance, which is for their mean."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """When to stop: at the estimated relative error `tol`, or after `max_iters`.
+
+    ``tol=None`` runs exactly `max_iters` iterations; ``max_iters=0`` computes the right-hand side
+    only. `precise` uses directions and weighted scores in two 16-bit parts: five products an
+    iteration instead of three, for systems that the rounding of one part would spoil.
+    """
+
+    tol: float | None
+    max_iters: int
+    precise: bool = False
+
+
+# Rows of the scratch buffer that outputs pass through.
+ROW_OUTPUTS = (
+    "shift_high", "shift", "iterations", "residual", "log_sum_exp", "cotangent_mean",
+)  # fmt: skip
+
+
+def any_flag(flags, i, count: int):
+    """Whether any warpgroup wants another iteration after the i-th."""
+    slot = lax.rem(i, jnp.int32(2))
+    return functools.reduce(lambda a, b: a | b, [flags[slot, w, 0] for w in range(count)])
+
+
+class _CG(NamedTuple):
+    """Conjugate gradients of 64 rows; rows ``[64]`` from `rz` on."""
+
+    count: jax.Array
+    go: jax.Array
+    t: jax.Array  # tiles consumed so far
+    direction: tuple[jax.Array, ...]  # [64, D], the sum of one or two 16-bit parts
+    rz: jax.Array
+    energy: jax.Array
+    contraction: jax.Array
+    free_step: jax.Array  # a step along `direction` that takes no product
+
+
+def _sum_of(parts: tuple[jax.Array, ...]) -> jax.Array:
+    return functools.reduce(lambda a, b: a + b, [part.astype(jnp.float32) for part in parts])
+
+
+@dataclasses.dataclass
+class SolveRows(QueryRows):
+    """The solve of one compute warpgroup."""
+
+    iteration: Iteration
+    keys: Ring
+    values: Ring | None
+    query: Any = None  # first operand of the logits, in shared memory or in registers
+
+    # -- Data
+
+    @property
+    def forward(self) -> bool:
+        return self.values is None
+
+    def load(self, name: str, member: int | None = None):
+        """A warpgroup's part of the scratch array `name`."""
+        array = self.scratch[name] if member is None else self.scratch[name][member]
+        return self.env.arithmetic.load(array.at[self.w])
+
+    def global_mean(self):
+        """The mean key ``[B, T, N, D]`` in global memory."""
+        mean = self.out.get("key_mean")
+        return self.given["adjoint"].key_mean if mean is None else mean
+
+    def centre(self):
+        """The mean key that a product is centred with, ``[64, D]``.
+
+        Its rounding matters little: what is subtracted before the weights is added after them.
+        """
+        if self.env.config.shared_mean:
+            return self.load("mean").astype(jnp.float32)
+        tile = self.row_tile(self.global_mean())
+        if self.env.arithmetic.interpreted:
+            return tile[...]
+        return plgpu.load(tile, layout=MATRIX, optimized=False)
+
+    def reload_mean(self):
+        """The mean key in float32, through the memory of the remainder."""
+        mean = self.global_mean()
+        tile, barrier = self.scratch["remainder"][0].at[self.w], self.scratch["reloaded"].at[self.w]
+        plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(self.row_tile(mean), tile, barrier)
+        plgpu.barrier_wait(barrier)
+        return self.env.arithmetic.load(tile)
+
+    # -- Stages
+
+    def run(self):
+        given, scratch = self.given, self.scratch
+        loaded = scratch["loaded"].at[self.w]
+        resident = self.env.config.resident_operand
+        if resident:
+            self.query = scratch["remainder"][1].at[self.w, 1]
+        else:
+            self.query = scratch["query"].at[self.w]
+        plgpu.copy_gmem_to_smem(self.row_tile(given["query"]), self.query, loaded)
+        if not self.forward:
+            plgpu.copy_gmem_to_smem(
+                self.row_tile(given["adjoint"].cotangent), self.cotangent, loaded
+            )
+        plgpu.barrier_wait(loaded)
+        if resident:
+            self.query = self.env.arithmetic.load(self.query)
+        if self.forward:
+            t, target, key_mean = self.statistics()
+        else:
+            t, target, key_mean = self.adjoint_target()
+        if not self.iteration.max_iters:
+            self.finish(-target, None, jnp.int32(0), self.zeros(rows=True))
+            return
+        if self.env.config.shared_mean:
+            scratch["mean"].at[self.w][...] = key_mean.astype(self.env.shape.dtype)
+        # All warpgroups are done with the values, whose memory the iterates take.
+        plgpu.barrier_arrive(scratch["decision"])
+        plgpu.barrier_wait(scratch["decision"])
+        self.store_row("residual", row_dot(target, target))
+        scratch["remainder"][0].at[self.w][...] = target
+        scratch["iterate"][0].at[self.w][...] = self.zeros()
+        state = self.iterate(t, target)
+        x = self.load("iterate", 0)
+        x = x + by_row(state.free_step, x.shape) * _sum_of(state.direction)
+        norm = self.load_row("residual")
+        residual = jnp.sqrt(state.rz / jnp.where(norm > 0, norm, 1.0))
+        self.finish(-x, self.reload_mean(), state.count, residual)
+
+    @property
+    def cotangent(self):
+        return self.scratch["remainder"][1].at[self.w, 0]
+
+    def statistics(self):
+        """Log-sum-exp and mean key by the online softmax; the target is ``k_mean - q``."""
+        arithmetic, dtype, block = self.env.arithmetic, self.env.shape.dtype, self.env.config.block
+        scale, ids = self.scale_and_ids()
+
+        def step(j, carry, masked):
+            t, largest, total, mean = carry
+            slot = self.keys.wait(t)
+            keys = self.keys.tiles[0].at[slot]
+            (scores,) = arithmetic.products(block, [(self.query, keys)])
+            new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
+            shrink = jnp.exp2(largest - new)
+            weights, weights_sum = rounded(weights, dtype)
+            mean = mean * by_row(shrink, mean.shape)
+            (mean,) = arithmetic.accumulate((mean,), [(weights, keys)])
+            self.keys.release(slot)
+            return t + 1, new, total * shrink + weights_sum, mean
+
+        lowest = full((ROW_BLOCK,), LOWEST, ROWS)
+        start = (jnp.int32(0), lowest, self.zeros(rows=True), self.zeros())
+        t, largest, total, mean = self.over_tiles(step, start)
+        # The sum of the weights as rounded serves both: the error of the log-sum-exp is that of the
+        # rounding, averaged over the keys, and only scales the weights of a row.
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        mean = mean * by_row(1 / total, mean.shape)
+        log_sum_exp = jnp.where(some, largest + jnp.log2(total), jnp.inf)
+        self.store_row("log_sum_exp", log_sum_exp)
+        self.store_mean(mean)
+        query = self.query
+        if not self.env.config.resident_operand:
+            query = arithmetic.load(query)
+        query = query.astype(jnp.float32)
+        present = by_row(jnp.where(some, 1.0, 0.0), mean.shape)
+        return t, present * (mean - query), mean
+
+    def adjoint_target(self):
+        """``h = sum_j p_j (c_j - c_mean) k_j`` with ``c_j = cotangent . v_j``."""
+        arithmetic, dtype, block = self.env.arithmetic, self.env.shape.dtype, self.env.config.block
+        adjoint = self.given["adjoint"]
+        scale, ids = self.scale_and_ids()
+        log_sum_exp, delta = self.row_vector(adjoint.log_sum_exp), self.row_vector(adjoint.delta)
+        with_mean = adjoint.key_mean is None
+
+        def step(j, carry, masked, add):
+            t, excess, rounded_excess, rounded_total = carry
+            slot = self.keys.wait(t)
+            self.values.wait(t)
+            keys, values = self.keys.tiles[0].at[slot], self.values.tiles[0].at[slot]
+            scores, c = arithmetic.products(block, [(self.query, keys)], [(self.cotangent, values)])
+            self.keys.done_before(t, 0)
+            self.values.release(slot)
+            weights = self.weights(scores, j, masked, scale, ids, log_sum_exp)
+            weighted = weights * (c - by_row(delta, c.shape))
+            excess = excess + weighted.sum(axis=1)
+            weighted, weighted_sum = rounded(weighted, dtype)
+            rounded_excess = rounded_excess + weighted_sum
+            products = [[(weighted, keys)]]
+            if with_mean:
+                weights, weights_sum = rounded(weights, dtype)
+                rounded_total = rounded_total + weights_sum
+                products.append([(weights, keys)])
+            add(*products)
+            self.keys.done(slot)
+            return t + 1, excess, rounded_excess, rounded_total
+
+        zero = self.zeros(rows=True)
+        (t, excess, rounded_excess, rounded_total), sums = arithmetic.summing(
+            2 if with_mean else 1, self.env.shape.head_dim, self.over_tiles, step,
+            (jnp.int32(0), zero, zero, zero),
+        )  # fmt: skip
+        self.keys.done_before(t, 0)
+        self.store_row("cotangent_mean", delta + excess)
+        if with_mean:
+            some = rounded_total > 0
+            mean = sums[1] * by_row(1 / jnp.where(some, rounded_total, 1.0), self.matrix)
+            self.store_mean(mean)
+        else:
+            mean = self.reload_mean()
+        return t, sums[0] - by_row(rounded_excess, self.matrix) * mean, mean
+
+    def iterate(self, t, target) -> _CG:
+        """Conjugate gradients from zero; the rule of ``kernels/README.md`` ends them."""
+        scale, ids = self.scale_and_ids()
+        if self.forward:
+            log_sum_exp = self.load_row("log_sum_exp")
+        else:
+            log_sum_exp = self.row_vector(self.given["adjoint"].log_sum_exp)
+        ridge = self.row_vector(self.given["ridge"])
+        one = full((ROW_BLOCK,), 1, ROWS)
+        iterates, remainders = (self.scratch[n][0].at[self.w] for n in ("iterate", "remainder"))
+
+        def step(state: _CG) -> _CG:
+            t, image = self.product(state.t, state.direction, scale, log_sum_exp, ids)
+            p = _sum_of(state.direction)
+            image = image + by_row(ridge, p.shape) * p
+            curvature = row_dot(p, image)
+            moving = (curvature > 0) & (state.rz > 1e-13 * state.energy)
+            inverse = jnp.where(moving, 1 / jnp.where(moving, curvature, one), 0.0)
+            r = self.load("remainder", 0)
+            length = row_dot(r, p) * inverse
+            iterates[...] = self.load("iterate", 0) + by_row(length, p.shape) * p
+            r = r - by_row(length, p.shape) * image
+            remainders[...] = r
+            rz = row_dot(r, r)
+            energy = state.energy + length * state.rz
+            next_p = r + by_row(-row_dot(image, r) * inverse, p.shape) * p
+
+            contraction = rz / jnp.where(state.rz > 0, state.rz, one)
+            rate = jnp.minimum(0.95, jnp.maximum(contraction, state.contraction))
+            fast = contraction < 0.3
+            free = jnp.where(fast, length * jnp.where(state.count == 0, 0.75, 1.0), 0.0)
+            error = length * rz * jnp.where(fast, rate, one) / (1 - rate)
+            go = self.decide(state.count, error, energy)
+            return _CG(state.count + 1, go, t, self.parts(next_p), rz, energy, contraction, free)
+
+        zero = self.zeros(rows=True)
+        start = _CG(
+            count=jnp.int32(0),
+            go=jnp.int32(1),
+            t=t,
+            direction=self.parts(target),
+            rz=row_dot(target, target),
+            energy=one if self.forward else zero,
+            contraction=zero,
+            free_step=zero,
+        )
+        return lax.while_loop(lambda state: state.go > 0, step, start)
+
+    def decide(self, count, error, energy):
+        """Whether to go on after iteration `count`; the same for all warpgroups.
+
+        The sum over the rows of a warpgroup goes through memory of its own: the scratch memory of
+        reductions across warps is one for all warpgroups.
+        """
+        more = full((ROW_BLOCK,), 0, ROWS, jnp.int32) + (
+            count + 1 < self.iteration.max_iters
+        ).astype(jnp.int32)
+        if self.iteration.tol is not None:
+            bound = self.iteration.tol**2
+            # Mean over the rows of the relative error, or of the error relative to the mean.
+            excess = error / energy - bound if self.forward else error - bound * energy
+            # A row that is not finite must not decide for the others.
+            excess = jnp.where(jnp.abs(excess) < 1e30, excess, 0.0)
+            self.store_row("iterations", excess)
+            ref = self.scratch["rows"].at[self.w, ROW_OUTPUTS.index("iterations")]
+            columns = self.env.arithmetic.load(ref, COLS)
+            columns = by_column(columns, (ROW_BLOCK, ROW_BLOCK))
+            unfinished = columns.sum(axis=1) > 0
+            if self.forward:
+                # Few bad rows among many good ones do not show in the mean.
+                unfinished = unfinished | (columns.max(axis=1) > (WORST_ROW**2 - 1) * bound)
+            more = jnp.where(unfinished, more, 0)
+        flags, decision = self.scratch["flags"], self.scratch["decision"]
+        flags.at[lax.rem(count, jnp.int32(2)), self.w][...] = more
+        plgpu.barrier_arrive(decision)
+        plgpu.barrier_wait(decision)
+        return any_flag(flags, count, self.env.config.warpgroups)
+
+    def product(self, t, direction, scale, log_sum_exp, ids):
+        """``C_i y_i`` for the directions, centred before and after the weights are rounded."""
+        arithmetic, block = self.env.arithmetic, self.env.config.block
+        centre = row_dot(self.centre(), _sum_of(direction))
+        first = t
+
+        def step(j, carry, masked, add):
+            t, excess = carry
+            slot = self.keys.wait(t)
+            keys = self.keys.tiles[0].at[slot]
+            scores, along = arithmetic.products(
+                block, [(self.query, keys)], [(part, keys) for part in direction]
+            )
+            self.keys.done_before(t, first)
+            weights = self.weights(scores, j, masked, scale, ids, log_sum_exp)
+            weighted = weights * (along - by_row(centre, along.shape))
+            if self.iteration.precise:
+                weighted_sum = weighted.sum(axis=1)
+                add([(part, keys) for part in self.parts(weighted)])
+            else:
+                weighted, weighted_sum = rounded(weighted, self.env.shape.dtype)
+                add([(weighted, keys)])
+            self.keys.done(slot)
+            return t + 1, excess + weighted_sum
+
+        (t, excess), (image,) = arithmetic.summing(
+            1, self.env.shape.head_dim, self.over_tiles, step, (t, self.zeros(rows=True))
+        )
+        self.keys.done_before(t, first)
+        return t, image - by_row(excess, self.matrix) * self.centre()
+
+    def parts(self, array) -> tuple[jax.Array, ...]:
+        """`array` in as many 16-bit parts as the iteration uses."""
+        dtype = self.env.shape.dtype
+        high = array.astype(dtype)
+        if not self.iteration.precise:
+            return (high,)
+        high = lax.optimization_barrier(high)
+        return high, (array - high.astype(jnp.float32)).astype(dtype)
+
+    # -- Results
+
+    def finish(self, negated, mean, count, residual):
+        """Writes the negated solution in two parts, and the rows."""
+        dtype = self.env.shape.dtype
+        high = negated.astype(dtype)
+        low = (negated - high.astype(jnp.float32)).astype(dtype)
+        if mean is not None:
+            shift_high = row_dot(mean, high.astype(jnp.float32))
+            self.store_row("shift_high", shift_high)
+            self.store_row("shift", shift_high + row_dot(mean, low.astype(jnp.float32)))
+        self.store_row("iterations", full((ROW_BLOCK,), 0, ROWS) + count.astype(jnp.float32))
+        self.store_row("residual", residual)
+        # Without iterations no warpgroup has waited for the others to be done with the values,
+        # whose memory the iterates share.
+        pair = self.scratch["remainder" if mean is None else "iterate"][1]
+        for member, (name, part) in enumerate((("high", high), ("low", low))):
+            tile = pair.at[self.w, member]
+            tile[...] = part
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, self.row_tile(self.out[name]))
+        for index, name in enumerate(ROW_OUTPUTS):
+            if name in self.out:
+                row = self.scratch["rows"].at[self.w, index]
+                plgpu.copy_smem_to_gmem(row, self.row_slice(self.out[name]))
+        plgpu.wait_smem_to_gmem(0)
+
+    def store_row(self, name: str, vector):
+        self.scratch["rows"].at[self.w, ROW_OUTPUTS.index(name)][...] = vector
+
+    def load_row(self, name: str):
+        ref = self.scratch["rows"].at[self.w, ROW_OUTPUTS.index(name)]
+        return self.env.arithmetic.load(ref, ROWS)
+
+    def store_mean(self, mean):
+        """Writes the mean key, through the memory of the remainder."""
+        tile = self.scratch["remainder"][0].at[self.w]
+        tile[...] = mean
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, self.row_tile(self.out["key_mean"]))
+        plgpu.wait_smem_to_gmem(0)
