@@ -7,6 +7,7 @@ log-sum-exp is known, and the probe has one or two parts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from lla.kernels.mosaic_gpu.launch import (
     query_place,
     ring_scratch,
     row_tile,
+    stream_keys_and_values,
 )
 from lla.kernels.mosaic_gpu.rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
@@ -108,24 +110,16 @@ def attend(
         "rows": plgpu.SMEM((count, 2, ROW_BLOCK), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=len(inputs), num_barriers=count),
     }
-    leaves, tree = jax.tree.flatten(operands)
-    names = list(outputs)
-
-    def body(*refs, **scratch):
-        given = jax.tree.unflatten(tree, refs[: len(leaves)])
-        out = dict(zip(names, refs[len(leaves) :], strict=True))
-        _body(env, inputs, given, out, scratch)
-
+    body = functools.partial(_body, env, inputs)
     results = launch(
-        body, list(outputs.values()), scratch, leaves,
-        programs=shape.batch * shape.heads * (shape.num_queries // (count * ROW_BLOCK)),
-        config=config, interpret=interpret,
+        body, outputs, scratch, operands,
+        programs=env.query_programs, config=config, interpret=interpret,
     )  # fmt: skip
-    return Attended(**dict(zip(names, results, strict=True)))
+    return Attended(**results)
 
 
 def _body(env: Environment, inputs: list[str], given, out, scratch):
-    count, block = env.config.warpgroups, env.config.block
+    count = env.config.warpgroups
     place = query_place(env.shape, count * ROW_BLOCK)
     tiles = env.key_tiles(given["masking"], place)
     key_tile, value_tile, *barriers = scratch["ring"]
@@ -141,12 +135,7 @@ def _body(env: Environment, inputs: list[str], given, out, scratch):
     @pl.when(warpgroup == count)
     def _():
         env.set_registers(compute=False)
-
-        def stream(j, t):
-            where = (place.b, pl.ds(j * block, block), place.kv_head)
-            return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
-
-        ring.drain(lax.fori_loop(tiles.low, tiles.high, stream, jnp.int32(0)))
+        stream_keys_and_values(env, given, place, tiles, ring)
 
 
 @dataclasses.dataclass

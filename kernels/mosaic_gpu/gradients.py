@@ -12,6 +12,7 @@ of all heads that share them: no atomics, equal results in every run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from lla.kernels.mosaic_gpu.launch import (
     query_place,
     ring_scratch,
     row_tile,
+    stream_keys_and_values,
 )
 from lla.kernels.mosaic_gpu.rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
@@ -125,24 +127,16 @@ def query_gradients(
             (count, ROW_BLOCK, shape.head_dim), jnp.float32, transforms=wide_transforms()
         )
         scratch["directions"] = plgpu.RefUnion(row_tile(shape, config, 2), wide)
-    leaves, tree = jax.tree.flatten(operands)
-    names = list(outputs)
-
-    def body(*refs, **scratch):
-        given = jax.tree.unflatten(tree, refs[: len(leaves)])
-        out = dict(zip(names, refs[len(leaves) :], strict=True))
-        _query_body(env, given, out, scratch)
-
+    body = functools.partial(_query_body, env)
     results = launch(
-        body, list(outputs.values()), scratch, leaves,
-        programs=shape.batch * shape.heads * (shape.num_queries // (count * ROW_BLOCK)),
-        config=config, interpret=interpret,
+        body, outputs, scratch, operands,
+        programs=env.query_programs, config=config, interpret=interpret,
     )  # fmt: skip
-    return QueryGradients(**dict(zip(names, results, strict=True)))
+    return QueryGradients(**results)
 
 
 def _query_body(env: Environment, given, out, scratch):
-    count, block = env.config.warpgroups, env.config.block
+    count = env.config.warpgroups
     place = query_place(env.shape, count * ROW_BLOCK)
     tiles = env.key_tiles(given["masking"], place)
     key_tile, value_tile, *barriers = scratch["ring"]
@@ -157,12 +151,7 @@ def _query_body(env: Environment, given, out, scratch):
     @pl.when(warpgroup == count)
     def _():
         env.set_registers(compute=False)
-
-        def stream(j, t):
-            where = (place.b, pl.ds(j * block, block), place.kv_head)
-            return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
-
-        ring.drain(lax.fori_loop(tiles.low, tiles.high, stream, jnp.int32(0)))
+        stream_keys_and_values(env, given, place, tiles, ring)
 
 
 @dataclasses.dataclass
@@ -317,19 +306,14 @@ def key_gradients(
         ),
         "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=count),
     }
-    leaves, tree = jax.tree.flatten(operands)
     has = (directions.probe is not None, directions.adjoint is not None)
-
-    def body(*refs, **scratch):
-        given = jax.tree.unflatten(tree, refs[: len(leaves)])
-        _key_body(env, has, given, refs[len(leaves) :], scratch)
-
-    d_key, d_value = launch(
-        body, [shape.keys(), shape.keys()], scratch, leaves,
+    results = launch(
+        functools.partial(_key_body, env, has),
+        {"key": shape.keys(), "value": shape.keys()}, scratch, operands,
         programs=shape.batch * shape.kv_heads * (shape.num_keys // (count * ROW_BLOCK)),
         config=config, interpret=interpret,
     )  # fmt: skip
-    return d_key, d_value
+    return results["key"], results["value"]
 
 
 def _key_body(env: Environment, has: tuple[bool, bool], given, out, scratch):
@@ -427,7 +411,7 @@ def _key_rows(env: Environment, has, given, out, scratch, place, tiles, ring: Ri
 
     t, (d_key, d_value) = arithmetic.summing(2, env.shape.head_dim, loop, step, jnp.int32(0))
     ring.done_before(t, 0)
-    for gradient, tile, target in ((d_key, key, out[0]), (d_value, value, out[1])):
+    for gradient, tile, target in ((d_key, key, out["key"]), (d_value, value, out["value"])):
         tile[...] = gradient.astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tile, target.at[where])

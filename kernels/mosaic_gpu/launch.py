@@ -141,6 +141,12 @@ class Environment:
         ref = masking[2 if transposed else 1]
         return self.arithmetic.load(ref.at[b, pl.ds(first, ROW_BLOCK)], ROWS)
 
+    @property
+    def query_programs(self) -> int:
+        """Program instances that own all query rows."""
+        rows = self.config.warpgroups * ROW_BLOCK
+        return self.shape.batch * self.shape.heads * (self.shape.num_queries // rows)
+
     def set_registers(self, *, compute: bool):
         if self.arithmetic.interpreted:
             return
@@ -250,11 +256,27 @@ def row_tile(shape: Shape, config: Config, copies: int = 1):
     )
 
 
-def launch(body, outputs, scratch, operands, *, programs: int, config: Config, interpret):
-    """Runs a kernel body on `programs` instances of ``config.warpgroups + 1`` warpgroups."""
+def launch(body, outputs, scratch, operands, *, programs: int, config: Config, interpret) -> dict:
+    """Runs a kernel body on `programs` instances of ``config.warpgroups + 1`` warpgroups.
+
+    Args:
+      body: ``body(given, out, scratch)`` with refs in the structure of the other arguments.
+      outputs: `jax.ShapeDtypeStruct` by name.
+      scratch: scratch types by name.
+      operands: a pytree of arrays.
+
+    Returns:
+      the results by name.
+    """
+    leaves, tree = jax.tree.flatten(operands)
+
+    def kernel(*refs, **scratch):
+        given = jax.tree.unflatten(tree, refs[: len(leaves)])
+        body(given, dict(zip(outputs, refs[len(leaves) :], strict=True)), scratch)
+
     results = plgpu.kernel(
-        body,
-        out_type=outputs,
+        kernel,
+        out_type=list(outputs.values()),
         grid=(programs,),
         grid_names=("program",),
         num_threads=config.warpgroups + 1,
@@ -263,6 +285,17 @@ def launch(body, outputs, scratch, operands, *, programs: int, config: Config, i
         # No scratch memory for reductions across warps: all warpgroups would share it.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret if interpret is not None else False,
-    )(*operands)
+    )(*leaves)
     # The results of a kernel carry no varying axes of their own.
-    return [vary_like(result, *operands) for result in results]
+    return {n: vary_like(r, *leaves) for n, r in zip(outputs, results, strict=True)}
+
+
+def stream_keys_and_values(env: Environment, given, place: Place, tiles: TileRange, ring: Ring):
+    """The streaming warpgroup of a kernel that needs keys and values once."""
+    block = env.config.block
+
+    def stream(j, t):
+        where = (place.b, pl.ds(j * block, block), place.kv_head)
+        return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
+
+    ring.drain(lax.fori_loop(tiles.low, tiles.high, stream, jnp.int32(0)))

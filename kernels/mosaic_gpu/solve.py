@@ -10,6 +10,7 @@ See ``kernels/README.md`` for the formulas and for the stopping rule.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -135,20 +136,12 @@ def solve(
         "masking": masking.operands(),
         "adjoint": adjoint,
     }
-    leaves, tree = jax.tree.flatten(operands)
-    names = list(outputs)
-
-    def body(*refs, **scratch):
-        given = jax.tree.unflatten(tree, refs[: len(leaves)])
-        out = dict(zip(names, refs[len(leaves) :], strict=True))
-        _body(env, iteration, given, out, scratch)
-
+    body = functools.partial(_body, env, iteration)
     results = launch(
-        body, list(outputs.values()), scratch, leaves,
-        programs=shape.batch * shape.heads * (shape.num_queries // (count * ROW_BLOCK)),
-        config=config, interpret=interpret,
+        body, outputs, scratch, operands,
+        programs=env.query_programs, config=config, interpret=interpret,
     )  # fmt: skip
-    return Solution(**dict(zip(names, results, strict=True)))
+    return Solution(**results)
 
 
 def _body(env: Environment, iteration: Iteration, given, out, scratch):
