@@ -4,8 +4,9 @@
         --workdir=runs/test_time_regression
 
 Hardware: 2 CPU cores. Time: 50 to 80 s, compilation included. Expected error at dim 64 and
-segment_length 256: LLA 0.169 +- 0.004, softmax 0.491, MesaNet 0.460 without and 0.177 with decay, DeltaNet 0.372,
-Gated DeltaNet 0.327, oracle 0.082. A reduced grid: 64 sequences there, 16 at every other point.
+segment_length 256: LLA 0.169 +- 0.004, softmax 0.491, MesaNet 0.460 without and 0.177 with decay,
+DeltaNet 0.372, Gated DeltaNet 0.327, oracle 0.082. A reduced grid: 64 sequences there, 16 at every
+other point.
 
 Variants: `--config=configs/test_time_regression.py:smoke` (seconds, numbers mean nothing),
 `:full` (every pair of dimension and segment length, 64 sequences each), `:sweep` (every estimator
