@@ -79,7 +79,38 @@ def cg_step(state: CGState, product, precondition, smallest, tol: float | None) 
     )
 
 
-def cg_solve(b, product, precondition, *, smallest, zeros, active, energy_offset, tol, max_iters):
+def cg_last_step(state: CGState, curvature, product=None) -> CGState:
+    """The last of a fixed number of iterations, which nothing follows.
+
+    Only x moves, so that the curvature suffices and ``A direction`` is formed only where a
+    `product` is given, for the residual.
+    """
+    length = curvature(state.direction)
+    moving = ~state.done & (length > 0) & (state.rz > 0)
+    step = row_dot(state.r, state.direction) / jnp.where(moving, length, jnp.ones_like(length))
+    step = jnp.where(moving, step, jnp.zeros_like(step))
+    residual = state.r if product is None else state.r - step * product(state.direction)
+    return state._replace(
+        x=state.x + step * state.direction,
+        r=jnp.where(moving, residual, state.r),
+        iterations=state.iterations + (~state.done).astype(jnp.int32),
+    )
+
+
+def cg_solve(
+    b,
+    product,
+    curvature,
+    precondition,
+    *,
+    smallest,
+    zeros,
+    active,
+    energy_offset,
+    tol,
+    max_iters,
+    with_residual=True,
+):
     """Runs until every row has met the tolerance, or exactly `max_iters` steps for ``tol=None``.
 
     A row stops once a bound of its error in the A-norm is below ``tol * sqrt(energy)``.
@@ -87,6 +118,7 @@ def cg_solve(b, product, precondition, *, smallest, zeros, active, energy_offset
     Args:
       b: right-hand sides ``[..., R, H]``.
       product: the map ``y -> A y`` on ``[..., R, H]``.
+      curvature: the map ``y -> y . A y``, ``[..., R, H]`` to ``[..., R, 1]``.
       precondition: the map ``r -> M^-1 r``.
       smallest: ``[..., R, 1]``, positive, at most the smallest eigenvalue of ``M^-1 A``.
       zeros: ``[..., R, 1]`` zeros of b's dtype (varying over the mesh axes that b varies over).
@@ -95,14 +127,17 @@ def cg_solve(b, product, precondition, *, smallest, zeros, active, energy_offset
         (the weights of softmax attention), 0 for the adjoint one.
       tol: relative tolerance, or None.
       max_iters: bound on the number of iterations.
+      with_residual: False leaves out the residual where it costs a product, for ``tol=None``.
 
     Returns:
-      x ``[..., R, H]``, iterations int32 ``[..., R, 1]``, relative residual ``[..., R, 1]``.
+      x ``[..., R, H]``, iterations int32 ``[..., R, 1]``, relative residual ``[..., R, 1]`` (the
+      one before the last step if left out).
     """
+    looped = max_iters if tol is not None else max_iters - 1
 
     def running(carry):
         count, state = carry
-        return (count < max_iters) & ~state.done.all()
+        return (count < looped) & ~state.done.all()
 
     def body(carry):
         count, state = carry
@@ -117,6 +152,8 @@ def cg_solve(b, product, precondition, *, smallest, zeros, active, energy_offset
         active=active,
     )
     _, state = jax.lax.while_loop(running, body, (jnp.int32(0), start))
+    if tol is None:
+        state = cg_last_step(state, curvature, product if with_residual else None)
     norm = row_dot(b, b)
     ratio = row_dot(state.r, state.r) / jnp.where(norm > 0, norm, jnp.ones_like(norm))
     return state.x, state.iterations, jnp.sqrt(ratio)

@@ -23,12 +23,19 @@ def product(a, b, precision):
 
 def product_nt(a, b, precision):
     """``a @ b^T`` over the last axes: ``[..., R, H], [..., L, H] -> [..., R, L]``."""
-    return product(a, jnp.swapaxes(b, -1, -2), precision)
+    return _contract(a, b, -1, precision)
 
 
 def product_tn(a, b, precision):
     """``a^T @ b`` over the rows: ``[..., R, L], [..., R, H] -> [..., L, H]``."""
-    return product(jnp.swapaxes(a, -1, -2), b, precision)
+    return _contract(a, b, -2, precision)
+
+
+def _contract(a, b, axis, precision):
+    """Sums over `axis` of both, without a transposed copy that a compiler might make in a loop."""
+    leading = tuple(range(a.ndim - 2))
+    contracted = ((a.ndim + axis,), (b.ndim + axis,))
+    return lax.dot_general(a, b, (contracted, (leading, leading)), precision=precision)
 
 
 def row_dot(a, b):
@@ -68,6 +75,12 @@ def system_product(p, k, key_mean, ridge, y, precision):
     """
     scores = p * centred_scores(k, key_mean, y, precision)
     return product(scores, k, precision) + ridge[..., None] * y
+
+
+def system_curvature(p, k, key_mean, ridge, y, precision):
+    """``y_i . A_i y_i = sum_j p_ij t_ij^2 + ridge_i |y_i|^2``, ``[..., R, 1]``."""
+    scores = centred_scores(k, key_mean, y, precision)
+    return (p * scores * scores).sum(-1, keepdims=True) + ridge[..., None] * row_dot(y, y)
 
 
 def probed_output(p, k, v, key_mean, x, precision):

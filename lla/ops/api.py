@@ -186,5 +186,5 @@ def explain(
 
 
 def _serve(problem: Problem, implementation, return_stats):
-    out, stats = dispatch.run(problem, implementation)
+    out, stats = dispatch.run(problem, implementation, return_stats)
     return (out, stats) if return_stats else out

@@ -26,12 +26,12 @@ def covariances(p, k, key_mean, precision):
     """Covariances ``C_i = sum_j p_ij (k_j - mean_i)(k_j - mean_i)^T`` of the keys of every row.
 
     Args:
-      p: ``[M, R, L]``; k: ``[M, L, H]``; key_mean: ``[M, R, H]``.
+      p: ``[..., R, L]``; k: ``[..., L, H]``; key_mean: ``[..., R, H]``.
 
     Returns:
-      ``[M, R, H, H]``. Memory beside it: the products of a chunk of keys.
+      ``[..., R, H, H]``. Memory beside it: the products of a chunk of keys.
     """
-    m, r, length = p.shape
+    *leading, r, length = p.shape
     blocks = _feature_blocks(k.shape[-1])
     pairs = [(a, b) for i, a in enumerate(blocks) for b in blocks[: i + 1]]
     chunk = min(_KEY_CHUNK, length)
@@ -40,14 +40,15 @@ def covariances(p, k, key_mean, precision):
         # The last chunk may overlap the one before it: what was counted gets weight zero.
         first = index * chunk
         start = jnp.minimum(first, length - chunk)
-        weights = lax.dynamic_slice_in_dim(p, start, chunk, axis=2)
+        weights = lax.dynamic_slice_in_dim(p, start, chunk, axis=p.ndim - 1)
         fresh = start + jnp.arange(chunk, dtype=jnp.int32) >= first
-        weights = jnp.where(fresh[None, None], weights, jnp.zeros_like(weights))
-        keys = lax.dynamic_slice_in_dim(k, start, chunk, axis=1)
+        fresh = jnp.broadcast_to(fresh, weights.shape)
+        weights = jnp.where(fresh, weights, jnp.zeros_like(weights))
+        keys = lax.dynamic_slice_in_dim(k, start, chunk, axis=k.ndim - 2)
         out = []
         for (a, b), total in zip(pairs, sums, strict=True):
             products = keys[..., a][..., :, None] * keys[..., b][..., None, :]
-            products = products.reshape(m, chunk, -1)
+            products = products.reshape(*leading, chunk, -1)
             out.append(total + product(weights, products, precision))
         return tuple(out)
 
@@ -55,12 +56,12 @@ def covariances(p, k, key_mean, precision):
         return s.stop - s.start
 
     like = p[..., :1] * key_mean[..., :1] * 0
-    sums = tuple(like * jnp.ones((1, 1, size(a) * size(b)), p.dtype) for a, b in pairs)
+    sums = tuple(jnp.repeat(like, size(a) * size(b), axis=-1) for a, b in pairs)
     sums = lax.fori_loop(0, -(-length // chunk), accumulate, sums)
     full = {}
     for (a, b), total in zip(pairs, sums, strict=True):
         mean_products = key_mean[..., a][..., :, None] * key_mean[..., b][..., None, :]
-        block = total.reshape(m, r, size(a), size(b)) - mean_products
+        block = total.reshape(*leading, r, size(a), size(b)) - mean_products
         full[a.start, b.start] = block
         full[b.start, a.start] = jnp.swapaxes(block, -1, -2)
     rows = [jnp.concatenate([full[a.start, b.start] for b in blocks], axis=-1) for a in blocks]
@@ -68,16 +69,16 @@ def covariances(p, k, key_mean, precision):
 
 
 def inverse_systems(p, k, key_mean, ridge, precision):
-    """Approximate inverses ``[M, R, H, H]`` of ``C_i + ridge_i I``, and bool ``[M, R]``.
+    """Approximate inverses ``[..., R, H, H]`` of ``C_i + ridge_i I``, and bool ``[..., R]``.
 
     False marks a row whose system rounding has made indefinite: its inverse is the identity, which
     leaves plain conjugate gradients.
     """
     system = covariances(p, k, key_mean, precision)
-    identity = jnp.eye(k.shape[-1], dtype=k.dtype)[None, None]
+    identity = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), system.shape)
     return spd.inverse(system + ridge[..., None, None] * identity, precision)
 
 
 def apply_inverse(inverse: jax.Array, r: jax.Array) -> jax.Array:
-    """Row by row matrix times vector: ``[M, R, H, H], [M, R, H] -> [M, R, H]``."""
+    """Row by row matrix times vector: ``[..., R, H, H], [..., R, H] -> [..., R, H]``."""
     return (inverse * r[..., None, :]).sum(-1)

@@ -40,12 +40,12 @@ _REFUSALS: dict[str, Callable[[Problem], str | None]] = {
 }
 
 
-def _run(name: str, problem: Problem) -> tuple[jax.Array, Stats]:
+def _run(name: str, problem: Problem, with_stats: bool) -> tuple[jax.Array, Stats]:
     if name == "reference":
         return reference(problem)
     if name == "mosaic_gpu":
         return mosaic_gpu.mosaic_gpu(problem)
-    return xla(problem, resolve_solver(problem, choose_method(problem)))
+    return xla(problem, resolve_solver(problem, choose_method(problem)), with_stats)
 
 
 def preference() -> tuple[str, ...]:
@@ -73,8 +73,12 @@ def refusals(problem: Problem, names: Sequence[str]) -> dict[str, str | None]:
     return {name: _REFUSALS[name](problem) for name in names}
 
 
-def run(problem: Problem, implementation: Implementation) -> tuple[jax.Array, Stats]:
+def run(
+    problem: Problem, implementation: Implementation, with_stats: bool
+) -> tuple[jax.Array, Stats]:
     """Runs the first implementation that can serve, with the public output layout.
+
+    Without `with_stats` the statistics may be incomplete.
 
     Raises:
       NotImplementedError: if none can, with every reason.
@@ -83,7 +87,7 @@ def run(problem: Problem, implementation: Implementation) -> tuple[jax.Array, St
     reasons = refusals(problem, names)
     for name, reason in reasons.items():
         if reason is None:
-            out, stats = _run(name, problem)
+            out, stats = _run(name, problem, with_stats)
             stats = Stats(*(jax.lax.stop_gradient(problem.restore(a)) for a in stats))
             return problem.restore(out), stats
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -9,7 +9,7 @@ import jax
 
 from lla.ops.masks import Mask
 
-_MAX_BUCKETS = 4
+_MAX_BUCKETS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +19,21 @@ class Plan:
     Attributes:
       block_q: queries of a tile (each with all the query heads that share its key head).
       groups: key heads (over batch and heads) that one tile spans.
-      buckets: increasing numbers of keys; a tile works on the smallest bucket that holds the range
-        of keys its queries can see, so that causal masks, windows and lengths save work.
-      num_tiles: tiles per group along the queries.
+      segments: runs ``(begin, end, buckets)`` of consecutive tiles, which cover all tiles of a
+        group. `buckets` are increasing numbers of keys; a tile works on the smallest one that holds
+        the range of keys its queries can see, so that causal masks, windows and lengths save work.
+        Where the positions are known in advance, every segment has one bucket and nothing is
+        decided at run time.
     """
 
     block_q: int
     groups: int
-    buckets: tuple[int, ...]
-    num_tiles: int
+    segments: tuple[tuple[int, int, tuple[int, ...]], ...]
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles per group along the queries."""
+        return self.segments[-1][1]
 
 
 def make_plan(shape, num_keys: int, mask: Mask, direct: bool, platform: str | None = None) -> Plan:
@@ -49,7 +55,23 @@ def make_plan(shape, num_keys: int, mask: Mask, direct: bool, platform: str | No
         spanned = min(spanned, max(1, (1 << 25) // (h * h)))
     block_q = min(_round_up(t, 8), max(8, rows // g))
     groups = _largest_divisor(b * k, max(1, spanned // (block_q * g)))
-    return Plan(block_q, groups, _buckets(t, num_keys, block_q, mask), math.ceil(t / block_q))
+    num_tiles = math.ceil(t / block_q)
+    buckets = _buckets(t, num_keys, block_q, mask)
+    return Plan(block_q, groups, _segments(num_tiles, block_q, buckets, mask))
+
+
+def _segments(num_tiles: int, block_q: int, buckets: tuple[int, ...], mask: Mask):
+    known = mask.is_causal and mask.window is None and mask.offset is None and mask.lengths is None
+    if not known or len(buckets) == 1:
+        return ((0, num_tiles, buckets),)
+    segments, begin = [], 0
+    for size in buckets:
+        # Tile i sees the keys before (i + 1) * block_q.
+        end = num_tiles if size == buckets[-1] else min(num_tiles, size // block_q)
+        if end > begin:
+            segments.append((begin, end, (size,)))
+            begin = end
+    return tuple(segments)
 
 
 def _buckets(t: int, s: int, block_q: int, mask: Mask) -> tuple[int, ...]:

@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import full_varying, match_varying
 from lla.kernels import cg, tiles
-from lla.ops import direct
-from lla.ops.masks import Mask, positional_mask
+from lla.ops import blocks, direct
+from lla.ops.masks import Mask
 from lla.ops.options import ResolvedSolver, Stats
 from lla.ops.plan import Plan, make_plan
 from lla.ops.problem import Member, Problem
@@ -36,6 +36,7 @@ class _Spec:
     solver: ResolvedSolver
     plan: Plan
     precision: lax.Precision
+    with_stats: bool
 
 
 class _Operands(NamedTuple):
@@ -66,13 +67,18 @@ class _Saved(NamedTuple):
     key_mean: jax.Array | None
 
 
-def xla(problem: Problem, solver: ResolvedSolver) -> tuple[jax.Array, Stats]:
-    """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics."""
+def xla(
+    problem: Problem, solver: ResolvedSolver, with_stats: bool = True
+) -> tuple[jax.Array, Stats]:
+    """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics.
+
+    Without `with_stats` their residual may be that of an earlier iterate.
+    """
     b, t, k, g, h = problem.query.shape
     s = problem.key.shape[1]
     uses_direct = problem.member == "lla" and solver.method == "direct"
     plan = make_plan(problem.query.shape, s, problem.mask, uses_direct)
-    spec = _Spec(problem.member, solver, plan, _precision(problem))
+    spec = _Spec(problem.member, solver, plan, _precision(problem), with_stats)
 
     def rows_to_groups(array):  # [B, T, K, G, ...] -> [M, G, T, ...]
         if array is None:
@@ -156,134 +162,25 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 # ---------------------------------------------------------------------------------------------
-# Tiles: rows of a tile are [M', R, ...] with R = G * block_q
-
-
-def _for_groups(spec: _Spec, function, *trees):
-    """Maps `function` over chunks of groups: every array ``[M, ...]`` arrives as ``[M', ...]``."""
-    m, chunk = jax.tree.leaves(trees)[0].shape[0], spec.plan.groups
-    if chunk == m:
-        return function(*trees)
-    split = jax.tree.map(lambda a: a.reshape(m // chunk, chunk, *a.shape[1:]), trees)
-    out = lax.map(lambda args: function(*args), split)
-    return jax.tree.map(lambda a: a.reshape(m, *a.shape[2:]), out)
-
-
-def _pad_rows(spec: _Spec, array, axis: int, fill=0):
-    """Pads the query axis to whole tiles."""
-    missing = spec.plan.num_tiles * spec.plan.block_q - array.shape[axis]
-    if missing == 0:
-        return array
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, missing)
-    return jnp.pad(array, widths, constant_values=fill)
-
-
-def _tile_rows(spec: _Spec, array, first, dtype):
-    """``[M', G, T, ...] -> [M', R, ...]``, the rows of the tile that starts at query `first`."""
-    rows = lax.dynamic_slice_in_dim(array, first, spec.plan.block_q, axis=2).astype(dtype)
-    return rows.reshape(rows.shape[0], -1, *rows.shape[3:])
-
-
-def _join_tiles(spec: _Spec, array, num_heads: int, num_queries: int):
-    """``[tiles, M', R, ...] -> [M', G, T, ...]``, the inverse of `_tile_rows` over all tiles."""
-    count, m, _, *rest = array.shape
-    array = array.reshape(count, m, num_heads, spec.plan.block_q, *rest)
-    array = jnp.moveaxis(array, 0, 2).reshape(m, num_heads, -1, *rest)
-    return array[:, :, :num_queries]
-
-
-def _key_range(spec: _Spec, mask: Mask, first, num_keys: int, groups: int):
-    """Keys ``[low, high)`` that the tile starting at query `first` can see, int32 ``[M']`` each."""
-    low = jnp.zeros(groups, jnp.int32)
-    high = jnp.full(groups, num_keys, jnp.int32)
-    begin = first + (low if mask.offset is None else mask.offset)
-    end = begin + spec.plan.block_q  # position after the last query
-    if mask.lengths is not None:
-        high = jnp.minimum(high, mask.lengths)
-    if mask.is_causal:
-        high = jnp.minimum(high, end)
-    if mask.window is not None:
-        left, right = mask.window
-        low = jnp.maximum(low, begin - left)
-        high = jnp.minimum(high, end + right)
-    return low, high
-
-
-def _with_key_range(spec: _Spec, mask: Mask, first, num_keys: int, groups: int, branch):
-    """Calls ``branch(length, start)`` with the smallest bucket that holds the tile's keys."""
-    low, high = _key_range(spec, mask, first, num_keys, groups)
-    buckets = spec.plan.buckets
-    longest = (high - low).max()
-    index = sum((longest > size).astype(jnp.int32) for size in buckets[:-1])
-    branches = [
-        lambda size=size: branch(size, jnp.clip(low, 0, num_keys - size)) for size in buckets
-    ]
-    return branches[0]() if len(branches) == 1 else lax.switch(index, branches)
-
-
-def _slice_keys(array, start, length: int, axis: int = 1):
-    """Takes `length` keys along `axis` of ``[M', ..., S, ...]``, from a start per group."""
-    if array.shape[axis] == length:
-        return array
-    if array.shape[0] == 1:
-        return lax.dynamic_slice_in_dim(array, start[0], length, axis=axis)
-    return jax.vmap(lambda a, i: lax.dynamic_slice_in_dim(a, i, length, axis=axis - 1))(
-        array, start
-    )
-
-
-def _add_keys(total, update, start):
-    """Adds ``[M', length, ...]`` to the keys of `total` that `_slice_keys` takes."""
-    length = update.shape[1]
-    if total.shape[1] == length:
-        return total + update
-    if total.shape[0] == 1:
-        update = update + lax.dynamic_slice_in_dim(total, start[0], length, axis=1)
-        return lax.dynamic_update_slice_in_dim(total, update, start[0], axis=1)
-
-    def add(a, u, i):
-        u = u + lax.dynamic_slice_in_dim(a, i, length, axis=0)
-        return lax.dynamic_update_slice_in_dim(a, u, i, axis=0)
-
-    return jax.vmap(add)(total, update, start)
-
-
-def _tile_mask(spec: _Spec, mask: Mask, first, start, length: int, heads: int, num_queries: int):
-    """Bool ``[M', R, length]``; False for the rows that only pad the last tile."""
-    rows = first + jnp.arange(spec.plan.block_q, dtype=jnp.int32)[None, :, None]
-    cols = start[:, None, None] + jnp.arange(length, dtype=jnp.int32)[None, None]
-    positions = rows if mask.offset is None else rows + mask.offset[:, None, None]
-    lengths = None if mask.lengths is None else mask.lengths[:, None, None]
-    valid = positional_mask(mask, positions, cols, lengths) & (rows < num_queries)
-    if mask.query_segments is not None:
-        query_ids = lax.dynamic_slice_in_dim(mask.query_segments, first, spec.plan.block_q, axis=1)
-        key_ids = _slice_keys(mask.key_segments, start, length)
-        valid &= query_ids[:, :, None] == key_ids[:, None, :]
-    valid = valid[:, None]
-    if mask.dense is not None:
-        dense = mask.dense
-        if dense.shape[2] != 1:
-            dense = lax.dynamic_slice_in_dim(dense, first, spec.plan.block_q, axis=2)
-        valid = valid & _slice_keys(dense, start, length, axis=3)
-    shape = (start.shape[0], heads, spec.plan.block_q, length)
-    return jnp.broadcast_to(valid, shape).reshape(shape[0], -1, length)
+# A tile's keys and its solve
 
 
 class _Keys(NamedTuple):
-    """A tile's keys in the compute dtype, relative to `origin` ``[M', 1, H]``."""
+    """A tile's keys in the compute dtype, relative to `origin`."""
 
     k: jax.Array  # [M', L, H]
     v: jax.Array  # [M', L, Hv]
     valid: jax.Array  # [M', R, L]
-    origin: jax.Array
+    origin: jax.Array  # [M', 1, H]
 
 
 def _tile_keys(spec, operands: _Operands, mask: Mask, first, start, length: int, dtype) -> _Keys:
     _, heads, num_queries, _ = operands.query.shape
-    valid = _tile_mask(spec, mask, first, start, length, heads, num_queries)
-    k = _slice_keys(operands.key, start, length).astype(dtype)
-    v = _slice_keys(operands.value, start, length).astype(dtype)
+    valid = blocks.drop_single(
+        blocks.tile_mask(spec.plan, mask, first, start, length, heads, num_queries)
+    )
+    k = blocks.drop_single(blocks.slice_keys(operands.key, start, length)).astype(dtype)
+    v = blocks.drop_single(blocks.slice_keys(operands.value, start, length)).astype(dtype)
     origin = tiles.segment_origin(k, valid)
     return _Keys(k - origin, v, valid, origin)
 
@@ -294,6 +191,9 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
 
     def product(y):
         return tiles.system_product(p, k, key_mean, ridge, y, precision)
+
+    def curvature(y):
+        return tiles.system_curvature(p, k, key_mean, ridge, y, precision)
 
     def precondition(r):
         return r
@@ -308,6 +208,7 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
     x, iterations, residual = cg.cg_solve(
         b,
         product,
+        curvature,
         precondition,
         smallest=smallest,
         zeros=full_varying((*b.shape[:-1], 1), 0, b.dtype, like=b),
@@ -315,6 +216,7 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
         energy_offset=1 if forward else 0,
         tol=tol if solver.adaptive else None,
         max_iters=solver.max_iters,
+        with_residual=forward and spec.with_stats,
     )
     return jnp.where(ridge[..., None] > 0, x, jnp.nan), iterations, residual
 
@@ -324,7 +226,9 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
 
 
 def _forward(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Saved, Stats]:
-    saved, stats = _for_groups(spec, functools.partial(_forward_groups, spec), operands, mask)
+    saved, stats = blocks.for_groups(
+        spec.plan, functools.partial(_forward_groups, spec), operands, mask
+    )
     arrays = []
     for array, name in zip(saved, RESIDUAL_NAMES, strict=True):
         arrays.append(None if array is None else checkpoint_name(array, name))
@@ -336,42 +240,48 @@ def _forward_groups(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Save
     groups, heads, num_queries, _ = operands.query.shape
     padded, mask = _pad(spec, operands, mask)
 
-    def tile(index):
+    def tile(buckets, index):
         first = index * spec.plan.block_q
 
         def branch(length, start):
-            return _forward_tile(spec, operands, padded, mask, first, length, start)
+            results = _forward_tile(spec, operands, padded, mask, first, length, start)
+            return blocks.with_groups(groups, results)
 
-        return _with_key_range(spec, mask, first, operands.key.shape[1], groups, branch)
+        return blocks.with_key_range(
+            spec.plan, mask, first, operands.key.shape[1], groups, buckets, branch
+        )
 
-    results = _map_tiles(spec, tile)
-    return jax.tree.map(lambda a: _join_tiles(spec, a, heads, num_queries), results)
-
-
-def _map_tiles(spec: _Spec, tile):
-    if spec.plan.num_tiles == 1:
-        return jax.tree.map(lambda a: a[None], tile(jnp.int32(0)))
-    return lax.map(tile, jnp.arange(spec.plan.num_tiles, dtype=jnp.int32))
+    results = []
+    for begin, end, buckets in spec.plan.segments:
+        segment = functools.partial(tile, buckets)
+        if end - begin == 1:
+            results.append(jax.tree.map(lambda a: a[None], segment(jnp.int32(begin))))
+        else:
+            results.append(lax.map(segment, jnp.arange(begin, end, dtype=jnp.int32)))
+    results = jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+    return jax.tree.map(lambda a: blocks.join_tiles(spec.plan, a, heads, num_queries), results)
 
 
 def _pad(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Operands, Mask]:
     """Row arrays padded to whole tiles."""
     padded = operands._replace(
-        query=_pad_rows(spec, operands.query, 2),
-        probe=None if operands.probe is None else _pad_rows(spec, operands.probe, 2),
-        ridge=None if operands.ridge is None else _pad_rows(spec, operands.ridge, 2, 1),
-        scale=_pad_rows(spec, operands.scale, 2),
+        query=blocks.pad_rows(spec.plan, operands.query, 2),
+        probe=None if operands.probe is None else blocks.pad_rows(spec.plan, operands.probe, 2),
+        ridge=None if operands.ridge is None else blocks.pad_rows(spec.plan, operands.ridge, 2, 1),
+        scale=blocks.pad_rows(spec.plan, operands.scale, 2),
     )
     if mask.query_segments is not None:
-        mask = dataclasses.replace(mask, query_segments=_pad_rows(spec, mask.query_segments, 1))
+        mask = dataclasses.replace(
+            mask, query_segments=blocks.pad_rows(spec.plan, mask.query_segments, 1)
+        )
     if mask.dense is not None and mask.dense.shape[2] != 1:
-        mask = dataclasses.replace(mask, dense=_pad_rows(spec, mask.dense, 2))
+        mask = dataclasses.replace(mask, dense=blocks.pad_rows(spec.plan, mask.dense, 2))
     return padded, mask
 
 
 def _forward_tile(spec, operands, padded, mask, first, length, start) -> tuple[_Saved, Stats]:
     dtype = padded.scale.dtype
-    rows = functools.partial(_tile_rows, spec, first=first, dtype=dtype)
+    rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
     keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
     q, scale = rows(padded.query), rows(padded.scale)
     logits = tiles.product_nt(q * scale[..., None], keys.k, spec.precision)
@@ -410,7 +320,7 @@ def _forward_tile(spec, operands, padded, mask, first, length, start) -> tuple[_
 
 def _backward(spec: _Spec, operands: _Operands, mask: Mask, saved: _Saved, g) -> _Operands:
     function = functools.partial(_backward_groups, spec)
-    gradients = _for_groups(spec, function, operands, mask, saved, g)
+    gradients = blocks.for_groups(spec.plan, function, operands, mask, saved, g)
     return jax.tree.map(lambda d, like: d.astype(like.dtype), gradients, operands)
 
 
@@ -419,40 +329,44 @@ def _backward_groups(spec, operands: _Operands, mask: Mask, saved: _Saved, g) ->
     num_keys = operands.key.shape[1]
     dtype = operands.scale.dtype
     padded, mask = _pad(spec, operands, mask)
-    g = _pad_rows(spec, g, 2)
+    g = blocks.pad_rows(spec.plan, g, 2)
     saved = _Saved(
         out=None,
-        lse=_pad_rows(spec, saved.lse, 2, -jnp.inf),
-        x=None if saved.x is None else _pad_rows(spec, saved.x, 2),
-        key_mean=None if saved.key_mean is None else _pad_rows(spec, saved.key_mean, 2),
+        lse=blocks.pad_rows(spec.plan, saved.lse, 2, -jnp.inf),
+        x=None if saved.x is None else blocks.pad_rows(spec.plan, saved.x, 2),
+        key_mean=None if saved.key_mean is None else blocks.pad_rows(spec.plan, saved.key_mean, 2),
     )
 
-    def tile(sums, index):
+    def tile(buckets, sums, index):
         first = index * spec.plan.block_q
 
         def branch(length, start):
-            d_rows, d_key, d_value = _backward_tile(
-                spec, operands, padded, mask, saved, g, first, length, start
-            )
-            d_key = _add_keys(sums[0], d_key, start)
-            d_value = _add_keys(sums[1], d_value, start)
+            gradients = _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
+            d_rows, d_key, d_value = blocks.with_groups(groups, gradients)
+            d_key = blocks.add_keys(sums[0], d_key, start)
+            d_value = blocks.add_keys(sums[1], d_value, start)
             return (d_key, d_value), d_rows
 
-        return _with_key_range(spec, mask, first, num_keys, groups, branch)
+        return blocks.with_key_range(spec.plan, mask, first, num_keys, groups, buckets, branch)
 
     sums = tuple(
         full_varying(array.shape, 0, dtype, like=array) for array in (operands.key, operands.value)
     )
-    indices = jnp.arange(spec.plan.num_tiles, dtype=jnp.int32)
-    (d_key, d_value), d_rows = lax.scan(tile, sums, indices)
-    d_rows = jax.tree.map(lambda a: _join_tiles(spec, a, heads, num_queries), d_rows)
+    parts = []
+    for begin, end, buckets in spec.plan.segments:
+        indices = jnp.arange(begin, end, dtype=jnp.int32)
+        sums, d_rows = lax.scan(functools.partial(tile, buckets), sums, indices)
+        parts.append(d_rows)
+    d_key, d_value = sums
+    d_rows = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+    d_rows = jax.tree.map(lambda a: blocks.join_tiles(spec.plan, a, heads, num_queries), d_rows)
     return d_rows._replace(key=d_key, value=d_value)
 
 
 def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start):
     """Gradients of a tile's rows (as `_Operands` without key and value), of its keys and values."""
     dtype, precision = padded.scale.dtype, spec.precision
-    rows = functools.partial(_tile_rows, spec, first=first, dtype=dtype)
+    rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
     keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
     k, v = keys.k, keys.v
     q, scale, g = rows(padded.query), rows(padded.scale), rows(g)

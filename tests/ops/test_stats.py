@@ -114,3 +114,24 @@ def test_backward_tolerance_is_its_own():
     assert errors[0] > 10 * errors[1]
     # A loose adjoint solve leaves alone what does not use it.
     np.testing.assert_array_equal(loose.gradients["value"], tight.gradients["value"])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_last_of_fixed_iterations_is_the_same_without_statistics(count):
+    """Without statistics the last step forms no residual; the output must not notice."""
+    inputs = make_inputs(SHAPE, ridge=1.0)
+    arrays = [jnp.asarray(inputs[name], jnp.float32) for name in ("query", "key", "value")]
+    solver = lla.Solver(method="cg", num_iters=count)
+
+    def attend(with_stats):
+        options = dict(ridge=1.0, implementation="xla", solver=solver, return_stats=with_stats)
+        return jax.jit(lambda *a: lla.local_linear_attention(*a, **options))(*arrays)
+
+    (with_stats, stats), without = attend(True), attend(False)
+    np.testing.assert_allclose(with_stats, without, rtol=1e-5, atol=1e-6)
+    # One more product would be needed for this residual: it must be that of the result.
+    adaptive = lla.Solver(method="cg", tol=1e-12, max_iters=count)
+    _, want = lla.local_linear_attention(
+        *arrays, ridge=1.0, implementation="xla", solver=adaptive, return_stats=True
+    )
+    np.testing.assert_allclose(stats.residual, want.residual, rtol=1e-2, atol=1e-6)
