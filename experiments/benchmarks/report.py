@@ -314,6 +314,18 @@ def _break_even_table(records) -> str:
 # Files
 
 
+def variants_markdown(document: Mapping) -> str:
+    """Table of `blockwise_variants.py`."""
+    rows = [
+        [record["implementation"], cell_text(record), f"{record['temp_bytes'] / 2**20:.1f}"]
+        for record in document["records"]
+    ]
+    head = ["variant", "median (fastest) ms; relative error", "temporary memory, MiB"]
+    sizes = {(record["n"], record["head_dim"]) for record in document["records"]}
+    text = ", ".join(f"n {n}, head dimension {head_dim}" for n, head_dim in sorted(sizes))
+    return f"{provenance(document)}\n\nForward, {text}.\n\n{table(head, rows)}"
+
+
 def markdown(document: Mapping) -> str:
     """The tables of any result file."""
     import hopper_tables  # here, because it uses this module
@@ -322,6 +334,7 @@ def markdown(document: Mapping) -> str:
         "operator_scaling": scaling_markdown,
         "solver_choice": choice_markdown,
         "hopper": hopper_tables.markdown,
+        "blockwise_variants": variants_markdown,
     }
     return makers[document["header"]["benchmark"]](document)
 

@@ -8,6 +8,8 @@ compilers are better at matrices than at batches of one.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -34,6 +36,16 @@ def for_groups(plan: Plan, function, *trees):
     split = jax.tree.map(lambda a: a.reshape(m // chunk, chunk, *a.shape[1:]), trees)
     out = lax.map(lambda args: function(*args), split)
     return jax.tree.map(lambda a: a.reshape(m, *a.shape[2:]), out)
+
+
+def scan_tiles(plan: Plan, tile, carry):
+    """`lax.scan` of ``tile(buckets, carry, index) -> (carry, results)`` over a group's tiles."""
+    parts = []
+    for begin, end, buckets in plan.segments:
+        indices = jnp.arange(begin, end, dtype=jnp.int32)
+        carry, results = lax.scan(functools.partial(tile, buckets), carry, indices)
+        parts.append(results)
+    return carry, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
 def pad_rows(plan: Plan, array, axis: int, fill=0):

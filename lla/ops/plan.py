@@ -22,8 +22,8 @@ class Plan:
       segments: runs ``(begin, end, buckets)`` of consecutive tiles, which cover all tiles of a
         group. `buckets` are increasing numbers of keys; a tile works on the smallest one that holds
         the range of keys its queries can see, so that causal masks, windows and lengths save work.
-        Where the positions are known in advance, every segment has one bucket and nothing is
-        decided at run time.
+        Where the positions are known in advance and there are tiles enough, every segment has one
+        bucket and nothing is decided at run time.
     """
 
     block_q: int
@@ -36,8 +36,19 @@ class Plan:
         return self.segments[-1][1]
 
 
-def make_plan(shape, num_keys: int, mask: Mask, direct: bool, platform: str | None = None) -> Plan:
+def make_plan(
+    shape,
+    num_keys: int,
+    mask: Mask,
+    *,
+    direct: bool = False,
+    overlap: bool = False,
+    platform: str | None = None,
+) -> Plan:
     """Tiling for queries of shape ``[B, T, K, G, H]`` against `num_keys` keys.
+
+    `direct` is whether a tile holds the covariances of its rows; `overlap` allows up to eight tiles
+    in memory at once where that saves time.
 
     Block sizes depend on the platform and on the head layout, never on the lengths, so that memory
     grows linearly with the number of keys.
@@ -57,11 +68,14 @@ def make_plan(shape, num_keys: int, mask: Mask, direct: bool, platform: str | No
     groups = _largest_divisor(b * k, max(1, spanned // (block_q * g)))
     num_tiles = math.ceil(t / block_q)
     buckets = _buckets(t, num_keys, block_q, mask)
-    return Plan(block_q, groups, _segments(num_tiles, block_q, buckets, mask))
+    return Plan(block_q, groups, _segments(num_tiles, block_q, buckets, mask, overlap))
 
 
-def _segments(num_tiles: int, block_q: int, buckets: tuple[int, ...], mask: Mask):
+def _segments(num_tiles: int, block_q: int, buckets, mask: Mask, overlap: bool):
     known = mask.is_causal and mask.window is None and mask.offset is None and mask.lengths is None
+    # Compilers unroll segments of one tile and overlap them, with the weights of all in memory. On
+    # a CPU that pays for the short solves of a fixed number of iterations, not for longer ones.
+    known &= overlap or num_tiles >= 2 * len(buckets)
     if not known or len(buckets) == 1:
         return ((0, num_tiles, buckets),)
     segments, begin = [], 0

@@ -77,7 +77,8 @@ def xla(
     b, t, k, g, h = problem.query.shape
     s = problem.key.shape[1]
     uses_direct = problem.member == "lla" and solver.method == "direct"
-    plan = make_plan(problem.query.shape, s, problem.mask, uses_direct)
+    overlap = problem.member == "lla" and not uses_direct and not solver.adaptive
+    plan = make_plan(problem.query.shape, s, problem.mask, direct=uses_direct, overlap=overlap)
     spec = _Spec(problem.member, solver, plan, _precision(problem), with_stats)
 
     def rows_to_groups(array):  # [B, T, K, G, ...] -> [M, G, T, ...]
@@ -240,25 +241,18 @@ def _forward_groups(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Save
     groups, heads, num_queries, _ = operands.query.shape
     padded, mask = _pad(spec, operands, mask)
 
-    def tile(buckets, index):
+    def tile(buckets, carry, index):
         first = index * spec.plan.block_q
 
         def branch(length, start):
             results = _forward_tile(spec, operands, padded, mask, first, length, start)
-            return blocks.with_groups(groups, results)
+            return carry, blocks.with_groups(groups, results)
 
         return blocks.with_key_range(
             spec.plan, mask, first, operands.key.shape[1], groups, buckets, branch
         )
 
-    results = []
-    for begin, end, buckets in spec.plan.segments:
-        segment = functools.partial(tile, buckets)
-        if end - begin == 1:
-            results.append(jax.tree.map(lambda a: a[None], segment(jnp.int32(begin))))
-        else:
-            results.append(lax.map(segment, jnp.arange(begin, end, dtype=jnp.int32)))
-    results = jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+    _, results = blocks.scan_tiles(spec.plan, tile, None)
     return jax.tree.map(lambda a: blocks.join_tiles(spec.plan, a, heads, num_queries), results)
 
 
@@ -352,13 +346,7 @@ def _backward_groups(spec, operands: _Operands, mask: Mask, saved: _Saved, g) ->
     sums = tuple(
         full_varying(array.shape, 0, dtype, like=array) for array in (operands.key, operands.value)
     )
-    parts = []
-    for begin, end, buckets in spec.plan.segments:
-        indices = jnp.arange(begin, end, dtype=jnp.int32)
-        sums, d_rows = lax.scan(functools.partial(tile, buckets), sums, indices)
-        parts.append(d_rows)
-    d_key, d_value = sums
-    d_rows = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+    (d_key, d_value), d_rows = blocks.scan_tiles(spec.plan, tile, sums)
     d_rows = jax.tree.map(lambda a: blocks.join_tiles(spec.plan, a, heads, num_queries), d_rows)
     return d_rows._replace(key=d_key, value=d_value)
 
