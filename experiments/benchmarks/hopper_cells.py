@@ -18,7 +18,8 @@ KEY_FIELDS = (
     "ridge", "ridge_kind", "inputs",
 )  # fmt: skip
 HOSTILE = ("anisotropic", "clustered", "offset", "sharp")
-_HOSTILE_CASE = (64, 1.0)  # head dimension, ridge; where the ridge is traced as well
+_HOSTILE_DIM = 64
+_TRACED_RIDGE = 1.0  # a case whose ridge is an array
 _GROWTH_CASE = (64, 10.0)
 _PROBE = 1 / 8
 
@@ -84,12 +85,11 @@ def make_cells(options: argparse.Namespace) -> list[Cell]:
     for d in options.head_dims:
         found = list(programs(both[:1], *small, d, options.ridges, others))
         cells += [Cell("accuracy", "normal", program) for program in found]
-        hostile_d, hostile_ridge = _HOSTILE_CASE
-        if d == hostile_d or len(options.head_dims) == 1:
+        if d == _HOSTILE_DIM or len(options.head_dims) == 1:
             for kind in HOSTILE:
-                case = programs(both[:1], *small, d, [hostile_ridge], ())
+                case = programs(both[:1], *small, d, options.ridges, ())
                 cells += [Cell("accuracy", kind, program) for program in case]
-            case = programs(both[:1], *small, d, [hostile_ridge], (), "array")
+            case = programs(both[:1], *small, d, [_TRACED_RIDGE], (), "array")
             cells += [Cell("accuracy", "normal", program) for program in case]
     for d in options.head_dims:
         sizes = (options.batch, options.heads, options.heads, options.length, d)

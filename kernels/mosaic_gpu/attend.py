@@ -170,56 +170,32 @@ class _AttendRows(QueryRows):
 
     def solved(self, query):
         """The weights are known up to the probe: no running maximum, no rescaling."""
-        arithmetic, block = self.env.arithmetic, self.env.config.block
         scale, ids = self.scale_and_ids()
         solved = self.given["solved"]
         log_sum_exp = self.row_vector(solved.log_sum_exp)
         constant = 1 - self.row_vector(solved.shift)
 
-        def step(j, carry, masked, add):
-            t, total = carry
-            slot = self.ring.wait(t)
-            keys, values = (tile.at[slot] for tile in self.ring.tiles)
-            scores, along = arithmetic.products(
-                block, [(query, keys)], [(part, keys) for part in self.parts]
-            )
-            self.ring.done_before(t, 0)
-            weights = self.weights(scores, j, masked, scale, ids, log_sum_exp)
+        def scores_along(slot):
+            return ([(part, self.ring.tiles[0].at[slot]) for part in self.parts],)
+
+        def weigh(j, masked, total, scores, along):
+            weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
+            along = along()
             weights = weights * (along + by_row(constant, along.shape))
             weights, weights_sum = rounded(weights, self.env.shape.dtype)
-            add([(weights, values)])
-            self.ring.done(slot)
-            return t + 1, total + weights_sum
+            return total + weights_sum, (weights,)
 
-        (t, total), (out,) = arithmetic.summing(
-            1, self.env.shape.head_dim, self.over_tiles, step,
-            (jnp.int32(0), self.zeros(rows=True)),
-        )  # fmt: skip
-        self.ring.done_before(t, 0)
+        _, total, out = self.sum_over_tiles(
+            self.ring, jnp.int32(0), query, scores_along, weigh, 1, self.zeros(rows=True)
+        )
         # The weights of a row sum to 1 whatever the probe is: divide out what rounding has left.
         return out * by_row(1 / jnp.where(log_sum_exp < jnp.inf, total, 1.0), out.shape)
 
     def softmax(self, query):
-        arithmetic, block = self.env.arithmetic, self.env.config.block
-        scale, ids = self.scale_and_ids()
+        def round_weights(weights):
+            return weights.astype(self.env.shape.dtype), weights.sum(axis=1)
 
-        def step(j, carry, masked):
-            t, largest, total, out = carry
-            slot = self.ring.wait(t)
-            keys, values = (tile.at[slot] for tile in self.ring.tiles)
-            (scores,) = arithmetic.products(block, [(query, keys)])
-            new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
-            shrink = jnp.exp2(largest - new)
-            total = total * shrink + weights.sum(axis=1)
-            out = out * by_row(shrink, out.shape)
-            weights = weights.astype(self.env.shape.dtype)
-            (out,) = arithmetic.accumulate((out,), [(weights, values)])
-            self.ring.release(slot)
-            return t + 1, new, total, out
-
-        lowest = full((ROW_BLOCK,), LOWEST, ROWS)
-        start = (jnp.int32(0), lowest, self.zeros(rows=True), self.zeros())
-        _, largest, total, out = self.over_tiles(step, start)
+        _, largest, total, out = self.online_softmax(self.ring, query, 1, round_weights)
         inverse = self.store_log_sum_exp(largest, total)
         return out * by_row(inverse, out.shape)
 

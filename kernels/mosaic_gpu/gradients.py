@@ -224,14 +224,19 @@ class _GradientRows(QueryRows):
                 products[1].append((adjoint, keys))
             if probe is not None:
                 products.append([(probe, keys)])
-            scores, e, *along = arithmetic.products(block, *products)
-            self.ring.done_before(t, 0)
-            weights = self.weights(scores, j, masked, scale, ids, log_sum_exp)
-            weights = weights * (e - by_row(cotangent_mean, e.shape))
-            for part in along:
-                weights = weights * (part + by_row(constant, part.shape))
-            mean = mean + weights.sum(axis=1)
-            weights, weights_sum = rounded(weights, self.env.shape.dtype)
+
+            def use(scores, e, *along):
+                weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
+                self.ring.done_before(t, 0)
+                e = e()
+                weights = weights * (e - by_row(cotangent_mean, e.shape))
+                for part in along:
+                    part = part()
+                    weights = weights * (part + by_row(constant, part.shape))
+                return *rounded(weights, self.env.shape.dtype), weights.sum(axis=1)
+
+            weights, weights_sum, exact_sum = arithmetic.with_products(block, use, *products)
+            mean = mean + exact_sum
             add([(weights, keys)])
             self.ring.done(slot)
             return t + 1, excess + weights_sum, mean

@@ -8,9 +8,10 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
-from lla.kernels.mosaic_gpu.launch import Environment, Place
+from lla.kernels.mosaic_gpu.launch import Environment, Place, Ring
 from lla.kernels.mosaic_gpu.tile import (
     LOG2E,
+    LOWEST,
     MATRIX,
     ROW_BLOCK,
     ROWS,
@@ -96,3 +97,78 @@ class QueryRows:
     def over_tiles(self, body, carry):
         low_edge = self.env.mask.window is not None
         return over_tiles(self.env.mask, self.tiles, body, carry, low_edge=low_edge)
+
+    def sum_over_tiles(self, ring: Ring, first, query, products, weigh, summed: int, carry):
+        """Sums over the tiles of weights times a member of the ring.
+
+        Args:
+          ring: whose tiles from number `first` on are read; its first member holds the keys.
+          query: first operand of the logits.
+          products: a tile's slot to the lists of pairs of the other products that `weigh` reads.
+          weigh: ``carry, parts = weigh(j, masked, carry, scores, *reads)``; `scores` and `reads`
+            are functions that wait for the products; the sum of `parts` are the weights.
+          summed: index of the member.
+
+        Returns:
+          the number of the tile after the last one, the last carry, and the sum.
+        """
+        arithmetic, block = self.env.arithmetic, self.env.config.block
+
+        def step(j, state, masked, add):
+            t, carry = state
+            slot = ring.wait(t)
+
+            def use(scores, *reads):
+                def first_read():
+                    result = scores()
+                    ring.done_before(t, first)
+                    return result
+
+                return weigh(j, masked, carry, first_read, *reads)
+
+            carry, parts = arithmetic.with_products(
+                block, use, _logits(ring, query, slot), *products(slot)
+            )
+            add([(part, ring.tiles[summed].at[slot]) for part in parts])
+            ring.done(slot)
+            return t + 1, carry
+
+        (t, carry), (total,) = arithmetic.summing(
+            1, self.env.shape.head_dim, self.over_tiles, step, (first, carry)
+        )
+        ring.done_before(t, first)
+        return t, carry, total
+
+    def online_softmax(self, ring: Ring, query, summed: int, round_weights):
+        """Softmax over all tiles, of which the weighted sum of a member of the ring is wanted.
+
+        Args:
+          ring, query, summed: as for `sum_over_tiles`.
+          round_weights: weights to weights in 16 bits and the sums of their rows.
+
+        Returns:
+          the number of tiles, the largest logit, the sum of the weights relative to it, and that of
+          the weights times the member.
+        """
+        arithmetic, block = self.env.arithmetic, self.env.config.block
+        scale, ids = self.scale_and_ids()
+
+        def step(j, carry, masked):
+            t, largest, total, mean = carry
+            slot = ring.wait(t)
+            (scores,) = arithmetic.products(block, _logits(ring, query, slot))
+            new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
+            shrink = jnp.exp2(largest - new)
+            weights, weights_sum = round_weights(weights)
+            mean = mean * by_row(shrink, mean.shape)
+            (mean,) = arithmetic.accumulate((mean,), [(weights, ring.tiles[summed].at[slot])])
+            ring.release(slot)
+            return t + 1, new, total * shrink + weights_sum, mean
+
+        lowest = full((ROW_BLOCK,), LOWEST, ROWS)
+        start = (jnp.int32(0), lowest, self.zeros(rows=True), self.zeros())
+        return self.over_tiles(step, start)
+
+
+def _logits(ring: Ring, query, slot):
+    return [(query, ring.tiles[0].at[slot])]

@@ -15,7 +15,6 @@ from lla.kernels.mosaic_gpu.launch import Ring
 from lla.kernels.mosaic_gpu.rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
-    LOWEST,
     MATRIX,
     ROW_BLOCK,
     ROWS,
@@ -165,25 +164,9 @@ class SolveRows(QueryRows):
 
     def statistics(self):
         """Log-sum-exp and mean key by the online softmax; the target is ``k_mean - q``."""
-        arithmetic, dtype, block = self.env.arithmetic, self.env.shape.dtype, self.env.config.block
-        scale, ids = self.scale_and_ids()
-
-        def step(j, carry, masked):
-            t, largest, total, mean = carry
-            slot = self.keys.wait(t)
-            keys = self.keys.tiles[0].at[slot]
-            (scores,) = arithmetic.products(block, [(self.query, keys)])
-            new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
-            shrink = jnp.exp2(largest - new)
-            weights, weights_sum = rounded(weights, dtype)
-            mean = mean * by_row(shrink, mean.shape)
-            (mean,) = arithmetic.accumulate((mean,), [(weights, keys)])
-            self.keys.release(slot)
-            return t + 1, new, total * shrink + weights_sum, mean
-
-        lowest = full((ROW_BLOCK,), LOWEST, ROWS)
-        start = (jnp.int32(0), lowest, self.zeros(rows=True), self.zeros())
-        t, largest, total, mean = self.over_tiles(step, start)
+        t, largest, total, mean = self.online_softmax(
+            self.keys, self.query, 0, lambda weights: rounded(weights, self.env.shape.dtype)
+        )
         # The sum of the weights as rounded serves both: the error of the log-sum-exp is that of the
         # rounding, averaged over the keys, and only scales the weights of a row.
         some = total > 0
@@ -194,7 +177,7 @@ class SolveRows(QueryRows):
         self.store_mean(mean)
         query = self.query
         if not self.env.config.resident_operand:
-            query = arithmetic.load(query)
+            query = self.env.arithmetic.load(query)
         query = query.astype(jnp.float32)
         present = by_row(jnp.where(some, 1.0, 0.0), mean.shape)
         return t, present * (mean - query), mean
@@ -212,17 +195,23 @@ class SolveRows(QueryRows):
             slot = self.keys.wait(t)
             self.values.wait(t)
             keys, values = self.keys.tiles[0].at[slot], self.values.tiles[0].at[slot]
-            scores, c = arithmetic.products(block, [(self.query, keys)], [(self.cotangent, values)])
-            self.keys.done_before(t, 0)
+
+            def use(scores, c):
+                weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
+                self.keys.done_before(t, 0)
+                c = c()
+                weighted = weights * (c - by_row(delta, c.shape))
+                both = rounded(weighted, dtype), weighted.sum(axis=1)
+                return (*both, rounded(weights, dtype)) if with_mean else both
+
+            (weighted, weighted_sum), exact_sum, *rounded_weights = arithmetic.with_products(
+                block, use, [(self.query, keys)], [(self.cotangent, values)]
+            )
             self.values.release(slot)
-            weights = self.weights(scores, j, masked, scale, ids, log_sum_exp)
-            weighted = weights * (c - by_row(delta, c.shape))
-            excess = excess + weighted.sum(axis=1)
-            weighted, weighted_sum = rounded(weighted, dtype)
+            excess = excess + exact_sum
             rounded_excess = rounded_excess + weighted_sum
             products = [[(weighted, keys)]]
-            if with_mean:
-                weights, weights_sum = rounded(weights, dtype)
+            for weights, weights_sum in rounded_weights:
                 rounded_total = rounded_total + weights_sum
                 products.append([(weights, keys)])
             add(*products)
@@ -324,33 +313,23 @@ class SolveRows(QueryRows):
 
     def product(self, t, direction, scale, log_sum_exp, ids):
         """``C_i y_i`` for the directions, centred before and after the weights are rounded."""
-        arithmetic, block = self.env.arithmetic, self.env.config.block
         centre = row_dot(self.centre(), _sum_of(direction))
-        first = t
 
-        def step(j, carry, masked, add):
-            t, excess = carry
-            slot = self.keys.wait(t)
-            keys = self.keys.tiles[0].at[slot]
-            scores, along = arithmetic.products(
-                block, [(self.query, keys)], [(part, keys) for part in direction]
-            )
-            self.keys.done_before(t, first)
-            weights = self.weights(scores, j, masked, scale, ids, log_sum_exp)
+        def scores_along(slot):
+            return ([(part, self.keys.tiles[0].at[slot]) for part in direction],)
+
+        def weigh(j, masked, excess, scores, along):
+            weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
+            along = along()
             weighted = weights * (along - by_row(centre, along.shape))
             if self.iteration.precise:
-                weighted_sum = weighted.sum(axis=1)
-                add([(part, keys) for part in self.parts(weighted)])
-            else:
-                weighted, weighted_sum = rounded(weighted, self.env.shape.dtype)
-                add([(weighted, keys)])
-            self.keys.done(slot)
-            return t + 1, excess + weighted_sum
+                return excess + weighted.sum(axis=1), self.parts(weighted)
+            weighted, weighted_sum = rounded(weighted, self.env.shape.dtype)
+            return excess + weighted_sum, (weighted,)
 
-        (t, excess), (image,) = arithmetic.summing(
-            1, self.env.shape.head_dim, self.over_tiles, step, (t, self.zeros(rows=True))
+        t, excess, image = self.sum_over_tiles(
+            self.keys, t, self.query, scores_along, weigh, 0, self.zeros(rows=True)
         )
-        self.keys.done_before(t, first)
         return t, image - by_row(excess, self.matrix) * self.centre()
 
     def parts(self, array) -> tuple[jax.Array, ...]:

@@ -9,6 +9,7 @@ an array (`ROWS`), vectors of columns likewise (`COLS`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -58,6 +59,8 @@ class Arithmetic:
 
     interpreted: bool = False
     hold_sums: bool = True
+    # Products issued so far while a kernel is traced, in program order.
+    issued: list[int] = dataclasses.field(default_factory=lambda: [0], compare=False)
 
     def load(self, ref, layout=MATRIX):
         if self.interpreted:
@@ -65,23 +68,40 @@ class Arithmetic:
         # A vector has no access wider than its elements to be coalesced into.
         return plgpu.load(ref, layout=layout, optimized=layout is MATRIX)
 
-    def products(self, columns: int, *sums):
-        """Each of `sums` is a list of pairs ``(a, b)``: returns the float32 sums of ``a @ b^T``.
+    def with_products(self, columns: int, use, *sums):
+        """Calls ``use(*reads)`` while products run; returns what it returned.
 
-        ``a [64, d]`` in shared memory or registers, ``b [columns, d]`` in shared memory. All are
-        issued before the first is waited for.
+        Each of `sums` is a list of pairs ``(a, b)``, and the function at the same place in `reads`
+        waits for and returns the float32 sum of its ``a @ b^T``: ``a [64, d]`` in shared memory or
+        registers, ``b [columns, d]`` in shared memory. All products are issued before the call;
+        when a read returns, all products issued before those of its sum are done, too.
         """
         if self.interpreted:
-            return tuple(sum(self._dot(a, b, True) for a, b in pairs) for pairs in sums)
+            results = [sum(self._dot(a, b, True) for a, b in pairs) for pairs in sums]
+            return use(*(lambda result=result: result for result in results))
 
         def issue(*accumulators):
+            reads = []
             for accumulator, pairs in zip(accumulators, sums, strict=True):
                 for a, b in pairs:
-                    plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
-            return tuple(accumulator[...] for accumulator in accumulators)
+                    self._issue(accumulator, a, b.transpose((1, 0)))
+                reads.append(functools.partial(self._read, accumulator, self.issued[0]))
+            return use(*reads)
 
         scratch = [plgpu.ACC((ROW_BLOCK, columns), jnp.float32) for _ in sums]
         return pl.run_scoped(issue, *scratch)
+
+    def _issue(self, accumulator, a, b):
+        plgpu.wgmma(accumulator, a, b)
+        self.issued[0] += 1
+
+    def _read(self, accumulator, number: int):
+        """Waits until no product runs but those issued after the first `number`."""
+        return plgpu.wgmma_accumulator_load(accumulator, wait_n=self.issued[0] - number)
+
+    def products(self, columns: int, *sums):
+        """The results of `with_products`, waited for."""
+        return self.with_products(columns, lambda *reads: tuple(read() for read in reads), *sums)
 
     def accumulate(self, totals, *sums):
         """Adds the products ``a @ b`` of every list of pairs to the total at the same place.
@@ -97,7 +117,7 @@ class Arithmetic:
         def issue(accumulators):
             for accumulator, pairs in zip(accumulators, sums, strict=True):
                 for a, b in pairs:
-                    plgpu.wgmma(accumulator, a, b)
+                    self._issue(accumulator, a, b)
 
         return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))
 
@@ -129,7 +149,7 @@ class Arithmetic:
             def add(*sums):
                 for accumulator, pairs in zip(accumulators, sums, strict=True):
                     for a, b in pairs:
-                        plgpu.wgmma(accumulator, a, b)
+                        self._issue(accumulator, a, b)
 
             last = loop(lambda j, carry, masked: body(j, carry, masked, add), carry)
             return last, tuple(accumulator[...] for accumulator in accumulators)
