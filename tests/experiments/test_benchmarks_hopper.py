@@ -177,7 +177,7 @@ def test_tables(bench):
     assert "| 65536 | 1 |  |  | 51.5 (51.5); 2e-03 | 64 |" in text
     assert "forward + backward, 2 times the heads: 1.00 times as long" in text
     assert "| mosaic_gpu, lla, ridge 1 as an array | normal | 3.2 | 2.0e-03 | 1.0e-02 |" in text
-    assert text.count("within bounds") == 2 * (4 + 3) + 4 + 1
+    assert text.count("within bounds") == 2 * (4 + 3) + 4 * 4 + 1
 
 
 def test_tables_of_what_failed(bench):
