@@ -193,7 +193,7 @@ class _AttendRows(QueryRows):
 
     def softmax(self, query):
         def round_weights(weights):
-            return weights.astype(self.env.shape.dtype), weights.sum(axis=1)
+            return (weights.astype(self.env.shape.dtype),), weights.sum(axis=1)
 
         _, largest, total, out = self.online_softmax(self.ring, query, 1, round_weights)
         inverse = self.store_log_sum_exp(largest, total)

@@ -144,7 +144,7 @@ class QueryRows:
 
         Args:
           ring, query, summed: as for `sum_over_tiles`.
-          round_weights: weights to weights in 16 bits and the sums of their rows.
+          round_weights: weights to 16-bit parts of them and to the sums of their rows.
 
         Returns:
           the number of tiles, the largest logit, the sum of the weights relative to it, and that of
@@ -159,9 +159,10 @@ class QueryRows:
             (scores,) = arithmetic.products(block, _logits(ring, query, slot))
             new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
             shrink = jnp.exp2(largest - new)
-            weights, weights_sum = round_weights(weights)
+            parts, weights_sum = round_weights(weights)
             mean = mean * by_row(shrink, mean.shape)
-            (mean,) = arithmetic.accumulate((mean,), [(weights, ring.tiles[summed].at[slot])])
+            products = [(part, ring.tiles[summed].at[slot]) for part in parts]
+            (mean,) = arithmetic.accumulate((mean,), products)
             ring.release(slot)
             return t + 1, new, total * shrink + weights_sum, mean
 

@@ -34,8 +34,9 @@ class Iteration:
     """When to stop: at the estimated relative error `tol`, or after `max_iters`.
 
     ``tol=None`` runs exactly `max_iters` iterations; ``max_iters=0`` computes the right-hand side
-    only. `precise` uses directions and weighted scores in two 16-bit parts: five products an
-    iteration instead of three, for systems that the rounding of one part would spoil.
+    only. `precise` uses two 16-bit parts for directions and for all weights (of the mean key, the
+    adjoint target and the scores): five products an iteration instead of three, for systems that
+    the rounding of one part would spoil.
     """
 
     tol: float | None
@@ -164,9 +165,7 @@ class SolveRows(QueryRows):
 
     def statistics(self):
         """Log-sum-exp and mean key by the online softmax; the target is ``k_mean - q``."""
-        t, largest, total, mean = self.online_softmax(
-            self.keys, self.query, 0, lambda weights: rounded(weights, self.env.shape.dtype)
-        )
+        t, largest, total, mean = self.online_softmax(self.keys, self.query, 0, self.rounded_parts)
         # The sum of the weights as rounded serves both: the error of the log-sum-exp is that of the
         # rounding, averaged over the keys, and only scales the weights of a row.
         some = total > 0
@@ -201,16 +200,16 @@ class SolveRows(QueryRows):
                 self.keys.done_before(t, 0)
                 c = c()
                 weighted = weights * (c - by_row(delta, c.shape))
-                both = rounded(weighted, dtype), weighted.sum(axis=1)
-                return (*both, rounded(weights, dtype)) if with_mean else both
+                target = *self.rounded_parts(weighted), weighted.sum(axis=1)
+                return (*target, rounded(weights, dtype)) if with_mean else target
 
-            (weighted, weighted_sum), exact_sum, *rounded_weights = arithmetic.with_products(
+            parts, parts_sum, exact_sum, *rounded_weights = arithmetic.with_products(
                 block, use, [(self.query, keys)], [(self.cotangent, values)]
             )
             self.values.release(slot)
             excess = excess + exact_sum
-            rounded_excess = rounded_excess + weighted_sum
-            products = [[(weighted, keys)]]
+            rounded_excess = rounded_excess + parts_sum
+            products = [[(part, keys) for part in parts]]
             for weights, weights_sum in rounded_weights:
                 rounded_total = rounded_total + weights_sum
                 products.append([(weights, keys)])
@@ -322,10 +321,8 @@ class SolveRows(QueryRows):
             weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
             along = along()
             weighted = weights * (along - by_row(centre, along.shape))
-            if self.iteration.precise:
-                return excess + weighted.sum(axis=1), self.parts(weighted)
-            weighted, weighted_sum = rounded(weighted, self.env.shape.dtype)
-            return excess + weighted_sum, (weighted,)
+            parts, parts_sum = self.rounded_parts(weighted)
+            return excess + parts_sum, parts
 
         t, excess, image = self.sum_over_tiles(
             self.keys, t, self.query, scores_along, weigh, 0, self.zeros(rows=True)
@@ -340,6 +337,13 @@ class SolveRows(QueryRows):
             return (high,)
         high = lax.optimization_barrier(high)
         return high, (array - high.astype(jnp.float32)).astype(dtype)
+
+    def rounded_parts(self, array):
+        """`parts`, and the sums of the rows of what they represent."""
+        if self.iteration.precise:
+            return self.parts(array), array.sum(axis=1)
+        array, total = rounded(array, self.env.shape.dtype)
+        return (array,), total
 
     # -- Results
 

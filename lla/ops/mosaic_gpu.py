@@ -22,13 +22,13 @@ _MAX_HEAD_DIM = 128
 # Estimated relative error of the effective weights at which a tile stops; see kernels/README.md.
 _TOLERANCES = {"large": (1e-3, 3e-3), "medium": (1.5e-3, 5e-3), "small": (1e-3, 1e-3)}
 _LARGE_RIDGE = 10.0
-_MAX_ITERS = 64
+_MAX_ITERS, _MAX_PRECISE_ITERS = 64, 256
 # Above this ridge the probe is small enough to be used in one 16-bit part.
 _SPLIT_BELOW = 5.0
-# Below this one the gradients of keys and values need both parts of the directions as well.
-_SPLIT_GRADIENTS_BELOW = 0.5
-# Below this ridge the solve needs directions and weighted scores in two 16-bit parts.
-_PRECISE_BELOW = 0.05
+# Below this ridge, or where a tolerance below this one is asked for, directions and weights of the
+# solve, and directions in the gradients of keys and values, have two 16-bit parts.
+_PRECISE_RIDGE = 0.5
+_PRECISE_TOL = 1e-3
 
 
 def refuse(problem: Problem) -> str | None:
@@ -170,8 +170,8 @@ def mosaic_gpu(
         configs=table.choose(dim) if configs is None else configs,
         forward=forward,
         backward=backward,
-        split=problem.static_ridge is None or problem.static_ridge < _SPLIT_BELOW,
-        split_gradients=(problem.static_ridge or _LARGE_RIDGE) < _SPLIT_GRADIENTS_BELOW,
+        split=(problem.static_ridge or 0) < _SPLIT_BELOW or forward.precise,
+        split_gradients=backward.precise,
         interpret=interpret,
     )
     leaves, tree = jax.tree.flatten((operands, masking))
@@ -189,17 +189,18 @@ def iterations(problem: Problem):
     from lla.kernels.mosaic_gpu.solve import Iteration
 
     solver: Solver = problem.solver
-    precise = problem.static_ridge is not None and problem.static_ridge < _PRECISE_BELOW
-    if solver.num_iters is not None:
-        return (Iteration(None, solver.num_iters, precise),) * 2
+    small = problem.static_ridge is not None and problem.static_ridge < _PRECISE_RIDGE
     # A ridge that is not known may be large, where the result is exact enough to notice.
     large = problem.static_ridge is None or problem.static_ridge >= _LARGE_RIDGE
-    tol, backward_tol = _TOLERANCES["small" if precise else "large" if large else "medium"]
+    tol, backward_tol = _TOLERANCES["small" if small else "large" if large else "medium"]
     if solver.tol is not None:
         tol, backward_tol = solver.tol, min(10 * solver.tol, 0.5)
     if solver.backward_tol is not None:
         backward_tol = solver.backward_tol
-    max_iters = solver.max_iters or _MAX_ITERS
+    precise = small or tol < _PRECISE_TOL
+    if solver.num_iters is not None:
+        return (Iteration(None, solver.num_iters, precise),) * 2
+    max_iters = solver.max_iters or (_MAX_PRECISE_ITERS if precise else _MAX_ITERS)
     return (
         Iteration(tol, max_iters, precise),
         Iteration(backward_tol, max_iters, precise),

@@ -29,12 +29,14 @@ class Solver:
         is traced, `num_iters` is given or the platform was not measured.
       tol: forward tolerance; None means 1e-6 for float32 inputs, 5e-4 for bfloat16, 1e-4 for
         float16, 1e-12 for float64. The Hopper kernels compare it with an estimate, averaged over
-        64 queries, instead of a bound; their defaults are 1e-3 to 3e-3 (``kernels/README.md``).
+        64 queries, instead of a bound; their defaults are 1e-3 and 1.5e-3, and below 1e-3 they
+        multiply in two 16-bit parts what rounding would spoil, as they do below a ridge of 0.5
+        (``kernels/README.md``).
       backward_tol: tolerance of the adjoint solve; None means ten times ``tol`` where that is
         given, else 1e-5, 5e-4, 1e-4 and 1e-11 (Hopper kernels: 1e-3 to 1e-2).
-      max_iters: bound on the iterations of a solve; None means ``max(64, 4 * head_dim)``, and 64
-        in the Hopper kernels. A row
-        that reaches it returns its last iterate; ``Stats.residual`` shows how far it got.
+      max_iters: bound on the iterations of a solve; None means ``max(64, 4 * head_dim)``, in the
+        Hopper kernels 64, or 256 where they multiply in two parts. A row that reaches it returns
+        its last iterate; ``Stats.residual`` shows how far it got.
       num_iters: if given, run exactly this many iterations without any test (a fixed cost under
         ``jit``); excludes ``tol``, ``backward_tol`` and ``max_iters``.
 

@@ -83,6 +83,7 @@ def kernels(head_dim: int):
     yield "solve", *solving(False, False)
     yield "solve_precise", *solving(True, False)
     yield "adjoint", *solving(False, True)
+    yield "adjoint_precise", *solving(True, True)
     yield "softmax", *attending(None, None)
     yield "parallax", *attending(query, None)
     yield "solved", *attending(query, attend.Solved(row, row, query))

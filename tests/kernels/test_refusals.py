@@ -48,7 +48,7 @@ def test_named_implementation_says_why():
 
 @pytest.mark.parametrize(
     ("ridge", "forward", "backward", "precise"),
-    [(10.0, 1e-3, 3e-3, False), (1.0, 1.5e-3, 5e-3, False), (0.01, 1e-3, 1e-3, True)],
+    [(10.0, 1e-3, 3e-3, False), (1.0, 1.5e-3, 5e-3, False), (0.1, 1e-3, 1e-3, True)],
 )
 def test_tolerances(ridge, forward, backward, precise):
     if jax.__version_info__ < (0, 11):
@@ -60,3 +60,9 @@ def test_tolerances(ridge, forward, backward, precise):
     assert found[0].precise == precise
     fixed = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(num_iters=3))
     assert [(i.tol, i.max_iters) for i in mosaic_gpu.iterations(fixed)] == [(None, 3)] * 2
+    asked = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(tol=5e-4))
+    found = mosaic_gpu.iterations(asked)
+    assert [(i.tol, i.max_iters, i.precise) for i in found] == [
+        (5e-4, 256, True),
+        (5e-3, 256, True),
+    ]
