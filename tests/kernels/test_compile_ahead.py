@@ -26,9 +26,11 @@ pytestmark = [
 SPILLS = {
     "solve_precise_64": 256,
     "adjoint_64": 64,
+    "adjoint_precise_64": 128,
     "solve_128": 640,
-    "solve_precise_128": 1100,
+    "solve_precise_128": 1300,
     "adjoint_128": 768,
+    "adjoint_precise_128": 1300,
     "parallax_128": 256,
     "query_gradients_128": 384,
     "key_gradients_64": 64,
