@@ -18,8 +18,8 @@ from lla.ops.problem import Problem
 # experiments/benchmarks/results; tests/ops/test_auto.py compares.
 CROSSINGS: Mapping[str, Mapping[str, Mapping[int, float]]] = {
     "cpu": {
-        "float32": {16: 0.55, 32: 0.048, 64: 0.0, 128: 0.0},
-        "bfloat16": {16: 0.26, 32: 0.016, 64: 0.0, 128: 0.0},
+        "float32": {16: 0.047, 32: 0.023, 64: 0.0075, 128: 0.0},
+        "bfloat16": {16: 0.02, 32: 0.0047, 64: 0.0, 128: 0.0},
     },
 }
 
