@@ -133,15 +133,9 @@ def cg_solve(
       x ``[..., R, H]``, iterations int32 ``[..., R, 1]``, relative residual ``[..., R, 1]`` (the
       one before the last step if left out).
     """
-    looped = max_iters if tol is not None else max_iters - 1
 
-    def running(carry):
-        count, state = carry
-        return (count < looped) & ~state.done.all()
-
-    def body(carry):
-        count, state = carry
-        return count + 1, cg_step(state, product, precondition, smallest, tol)
+    def step(state):
+        return cg_step(state, product, precondition, smallest, tol)
 
     start = cg_start(
         b,
@@ -151,9 +145,18 @@ def cg_solve(
         zeros=zeros,
         active=active,
     )
-    _, state = jax.lax.while_loop(running, body, (jnp.int32(0), start))
     if tol is None:
+        # A few steps without a loop: compilers overlap the operations of independent tiles.
+        state = jax.lax.fori_loop(
+            0, max_iters - 1, lambda _, state: step(state), start, unroll=max_iters <= 4
+        )
         state = cg_last_step(state, curvature, product if with_residual else None)
+    else:
+        _, state = jax.lax.while_loop(
+            lambda carry: (carry[0] < max_iters) & ~carry[1].done.all(),
+            lambda carry: (carry[0] + 1, step(carry[1])),
+            (jnp.int32(0), start),
+        )
     norm = row_dot(b, b)
     ratio = row_dot(state.r, state.r) / jnp.where(norm > 0, norm, jnp.ones_like(norm))
     return state.x, state.iterations, jnp.sqrt(ratio)
