@@ -1,11 +1,8 @@
 """The benchmarks: result files, refusal of wrong implementations, fits, and README tables."""
 
-import importlib
 import json
 import math
 import pathlib
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +15,6 @@ NAMES = ("measure", "subjects", "report", "operator_scaling", "solver_choice")
 SCALING = ["--min_length=16", "--head_dims=8", "--heads=2", "--repeats=2", "--budget=0.1"]
 SMALL = ["--max_length=16", "--implementations", "reference", "xla_cg", "jax_softmax"]
 CHOICE = ["--length=16", "--head_dims=8", "--heads=2", "--repeats=2", "--budget=0.1"]
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The scripts' modules, imported as the scripts import each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-        for name in NAMES:
-            del sys.modules[name]
 
 
 def scaling(bench, path, *extra):

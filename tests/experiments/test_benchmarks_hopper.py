@@ -1,11 +1,8 @@
 """The benchmark of the Hopper kernels: its cells, its rules, a run on a CPU, and its tables."""
 
-import importlib
 import itertools
 import json
 import pathlib
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -17,16 +14,6 @@ SMALL = [
     "--accuracy_length=16", "--growth_lengths", "--long_length=0", "--matmul_size=16",
     "--repeats=2", "--budget=0.1", "--workers=2",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The scripts' modules, imported as the scripts import each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-        for name in NAMES:
-            del sys.modules[name]
 
 
 def made_up(bench, **changes):

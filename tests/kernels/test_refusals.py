@@ -46,6 +46,7 @@ def test_named_implementation_says_why():
     assert expected in lla.explain(query, query, query)["mosaic_gpu"]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("ridge", "forward", "backward", "precise"),
     [(10.0, 1e-3, 3e-3, False), (1.0, 1.5e-3, 5e-3, False), (0.1, 1e-3, 1e-3, True)],
