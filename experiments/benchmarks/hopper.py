@@ -208,7 +208,7 @@ def run_accuracy(options, cells: Sequence[Cell], compiled: Mapping, results) -> 
     """Errors of `cells` and whether two runs agree in every bit."""
     records, calls, truths = {}, {}, {}
     for cell in cells:
-        program, found = cell.program, compiled[cell.program]
+        program, found = cell.program, compiled[cell.program.compiled_as()]
         record = records[cell] = {**cell.fields(), **found.memory}
         try:
             if found.call is None:
@@ -296,7 +296,7 @@ def run_speed(options, cells: Sequence[Cell], compiled: Mapping, results) -> Non
     records, calls, iterations = {}, {}, {}
     shared: dict[Any, dict[str, jax.Array]] = {}
     for cell in cells:
-        program, found = cell.program, compiled[cell.program]
+        program, found = cell.program, compiled[cell.program.compiled_as()]
         record = records[cell] = {**cell.fields(), **found.memory}
         amount = flops(program)
         if amount is not None:
@@ -315,7 +315,10 @@ def run_speed(options, cells: Sequence[Cell], compiled: Mapping, results) -> Non
                     widest = program._replace(member="parallax", which="forward_backward")
                 arrays = make_inputs(widest, cell.inputs, options.seed)
                 shared[sizes] = on_device(widest, arrays)
-            inputs = {name: shared[sizes][name] for name in input_shapes(program)}
+            shapes = input_shapes(program)
+            inputs = {name: shared[sizes][name] for name in shapes if name != "ridge"}
+            if "ridge" in shapes:
+                inputs["ridge"] = jnp.full(shapes["ridge"], program.ridge, jnp.float32)
             out = jax.block_until_ready(found.call(inputs))
             if program.member == "matmul":
                 record |= check_matmul(out["output"], inputs)
@@ -448,8 +451,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure_all(options, cells, compiled: Mapping, results, end: float) -> int:
     """Runs all groups until the time `end`; returns the exit status."""
-    missing = [cell for cell in cells if cell.program not in compiled]
-    cells = [cell for cell in cells if cell.program in compiled]
+    missing = [cell for cell in cells if cell.program.compiled_as() not in compiled]
+    cells = [cell for cell in cells if cell.program.compiled_as() in compiled]
     late = False
     for group, run in (("accuracy", run_accuracy), ("speed", run_speed), ("growth", run_speed)):
         for n, head_dim in dict.fromkeys(

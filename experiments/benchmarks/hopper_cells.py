@@ -19,7 +19,6 @@ KEY_FIELDS = (
 )  # fmt: skip
 HOSTILE = ("anisotropic", "clustered", "offset", "sharp")
 _HOSTILE_DIM = 64
-_TRACED_RIDGE = 1.0  # a case whose ridge is an array
 _GROWTH_CASE = (64, 10.0)
 _PROBE = 1 / 8
 
@@ -43,6 +42,10 @@ class Program(NamedTuple):
     def differentiable(self) -> tuple[str, ...]:
         extra = {"parallax": ("probe",), "lla": ("ridge",) if self.ridge_kind == "array" else ()}
         return ("query", "key", "value", *extra.get(self.member, ()))
+
+    def compiled_as(self) -> Program:
+        """The program to compile: a ridge that is an argument may have any value."""
+        return self._replace(ridge=1.0) if self.ridge_kind == "array" else self
 
     def truth(self) -> Program:
         """The same problem for the exact reference, with one program for all ridges."""
@@ -89,13 +92,15 @@ def make_cells(options: argparse.Namespace) -> list[Cell]:
             for kind in HOSTILE:
                 case = programs(both[:1], *small, d, options.ridges, ())
                 cells += [Cell("accuracy", kind, program) for program in case]
-            case = programs(both[:1], *small, d, [_TRACED_RIDGE], (), "array")
-            cells += [Cell("accuracy", "normal", program) for program in case]
+        case = programs(both[:1], *small, d, options.ridges, (), "array")
+        cells += [Cell("accuracy", "normal", program) for program in case]
     for d in options.head_dims:
         sizes = (options.batch, options.heads, options.heads, options.length, d)
         cells += [
             Cell("speed", "normal", p) for p in programs(both, *sizes, options.ridges, others)
         ]
+        traced = programs(both, *sizes, options.ridges, (), "array")
+        cells += [Cell("speed", "normal", p) for p in traced]
     size = options.matmul_size
     matmul = Program("xla", "matmul", "forward", 1, 1, 1, size, size, None, None, options.dtype)
     cells.append(Cell("speed", "normal", matmul))

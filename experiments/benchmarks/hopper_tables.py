@@ -155,7 +155,9 @@ def draw(records, axes) -> None:
         for head_dim in sorted({r["head_dim"] for r in speed if r["member"] == "lla"}):
             here = [r for r in speed if r["head_dim"] == head_dim and r["status"] == "timed"]
             floor = [r["time_median_s"] for r in here if r["implementation"] == "cudnn"]
-            lla = sorted((r["ridge"], r["time_median_s"]) for r in here if r["member"] == "lla")
+            lla = sorted(
+                (r["ridge"], r["time_median_s"]) for r in here if r["ridge_kind"] == "static"
+            )
             if floor and lla:
                 axes[1].plot(
                     [ridge for ridge, _ in lla], [time / floor[0] for _, time in lla],

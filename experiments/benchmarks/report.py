@@ -221,6 +221,9 @@ def _growth(records, names: Sequence[str], head_dim: int) -> str:
     )
 
 
+SOLVERS = {"xla_cg": "cg", "xla_direct": "direct", "mosaic_gpu": "kernel (cg)"}
+
+
 def choice_markdown(document: Mapping) -> str:
     """Tables of `solver_choice.py`."""
     records = document["records"]
@@ -233,18 +236,20 @@ def choice_markdown(document: Mapping) -> str:
     )
     for dtype in sorted({record["dtype"] for record in records}, reverse=True):
         rows = []
+        measured = {r["implementation"] for r in records if r["dtype"] == dtype}
+        solvers = [name for name in SOLVERS if name in measured]
         for system in systems:
             if system[0] != dtype:
                 continue
             row = [str(system[1]), f"{system[2]:g}"]
-            for name in ("xla_cg", "xla_direct"):
+            for name in solvers:
                 pair = [cells.get((*system, name, which)) for which in PASSES]
                 count = next((f"{r['mean_iterations']:.1f}" for r in pair if r), "")
                 row += [count, *map(cell_text, pair)]
             rows.append(row)
         head = ["d", "ridge"]
-        for name in ("cg", "direct"):
-            head += [f"{name}: iterations", "forward", "forward + backward"]
+        for name in solvers:
+            head += [f"{SOLVERS[name]}: iterations", "forward", "forward + backward"]
         parts.append(
             f"**{dtype}**: mean forward iterations; median (fastest) ms; relative error of the "
             "output, or of the worst gradient.\n\n" + table(head, rows)
@@ -278,10 +283,12 @@ def times_by_ridge(records, name: str, which: str, head_dim: int, dtype: str) ->
     }
 
 
-def measured_break_even(records, which: str, head_dim: int, dtype: str) -> dict:
+def measured_break_even(
+    records, which: str, head_dim: int, dtype: str, iterative: str = "xla_cg"
+) -> dict:
     """`break_even` over the ridges at which both solvers were timed, and their "range"."""
     cg, direct = (
-        times_by_ridge(records, name, which, head_dim, dtype) for name in ("xla_cg", "xla_direct")
+        times_by_ridge(records, name, which, head_dim, dtype) for name in (iterative, "xla_direct")
     )
     both = {r for r in set(cg) & set(direct) if math.isfinite(cg[r] + direct[r])}
     found = break_even({r: direct[r] for r in both}, {r: cg[r] for r in both})
@@ -290,11 +297,15 @@ def measured_break_even(records, which: str, head_dim: int, dtype: str) -> dict:
 
 def _break_even_table(records) -> str:
     rows = []
-    systems = {(r["head_dim"], r["dtype"]) for r in records if r["ridge"] is not None}
-    for head_dim, dtype in sorted(systems, key=lambda system: (system[1] != "float32", system)):
-        row = [dtype, str(head_dim)]
+    systems = {
+        (r["head_dim"], r["dtype"], r["implementation"])
+        for r in records
+        if r["ridge"] is not None and r["implementation"] != "xla_direct"
+    }
+    for head_dim, dtype, name in sorted(systems, key=lambda s: (s[1] != "float32", s[2], *s[:2])):
+        row = [dtype, str(head_dim), SOLVERS[name]]
         for which in PASSES:
-            found = measured_break_even(records, which, head_dim, dtype)
+            found = measured_break_even(records, which, head_dim, dtype, name)
             if found["range"] is None:
                 text = "not measured"
             elif found["measured"] is None:
@@ -305,8 +316,8 @@ def _break_even_table(records) -> str:
                 text = f"<= {found['measured']:g}, crossing near {found['estimate']:.2g}"
             row.append(text)
         rows.append(row)
-    return "Ridge below which the direct solver is faster than cg.\n\n" + table(
-        ["dtype", "d", *PASSES.values()], rows
+    return "Ridge below which the direct solver is faster.\n\n" + table(
+        ["dtype", "d", "than", *PASSES.values()], rows
     )
 
 

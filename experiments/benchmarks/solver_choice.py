@@ -21,7 +21,10 @@ import report
 import subjects
 from subjects import SUBJECTS
 
+import lla
+
 SOLVERS = {"xla_cg": "cg", "xla_direct": "direct"}
+KERNEL = "mosaic_gpu"  # conjugate gradients, too; measured where it can serve
 KEY_FIELDS = ("implementation", "pass", "head_dim", "dtype", "ridge")
 
 
@@ -71,23 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_solvers(options, results: measure.Results, inputs) -> None:
     """Both solvers and passes for every ridge, which is an argument of the compiled calls."""
-    todo = {ridge: _cells(results, inputs, SOLVERS, ridge) for ridge in options.ridges}
+    names = [*SOLVERS, KERNEL] if _kernel_serves(inputs) else list(SOLVERS)
+    todo = {ridge: _cells(results, inputs, names, ridge) for ridge in options.ridges}
     if not any(todo.values()):
         return
     example = subjects.with_ridge(inputs, options.ridges[0])
     compiled = {
         (which, name): subjects.compile_call(SUBJECTS[name], which, example)
         for which in subjects.PASSES
-        for name in SOLVERS
+        for name in names
     }
-    count = jax.jit(subjects.mean_iterations, static_argnames="method")
+    count = jax.jit(_count, static_argnames="name")
     for ridge, cells in todo.items():
         if not cells:
             continue
         given = subjects.with_ridge(inputs, ridge)
         truths = {"lla": subjects.exact("lla", given)}
         arrays = [given[name] for name in ("query", "key", "value", "ridge")]
-        iterations = {name: float(count(*arrays, method=m)) for name, m in SOLVERS.items()}
+        iterations = {name: float(count(*arrays, name=name)) for name in names}
         for which in subjects.PASSES:
             chosen = {
                 name: {**cell, "mean_iterations": iterations[name]}
@@ -99,6 +103,17 @@ def run_solvers(options, results: measure.Results, inputs) -> None:
                 ridge=ridge, repeats=options.repeats, budget=options.budget,
             )  # fmt: skip
             _add(results, records)
+
+
+def _kernel_serves(inputs) -> bool:
+    arrays = [inputs[name] for name in ("query", "key", "value")]
+    return lla.explain(*arrays, implementation=KERNEL)[KERNEL] is None
+
+
+def _count(query, key, value, ridge, name: str) -> jax.Array:
+    implementation = KERNEL if name == KERNEL else "xla"
+    method = SOLVERS.get(name, "cg")
+    return subjects.mean_iterations(query, key, value, ridge, method, implementation)
 
 
 def run_softmax(options, results: measure.Results, inputs) -> None:

@@ -26,6 +26,7 @@ from lla.kernels.mosaic_gpu.launch import (
     query_place,
     ring_scratch,
     row_tile,
+    run_by_tile,
     stream_keys_and_values,
 )
 from lla.kernels.mosaic_gpu.rows import QueryRows
@@ -39,7 +40,7 @@ from lla.kernels.mosaic_gpu.tile import (
     by_column,
     by_row,
     full,
-    rounded,
+    rounded_parts,
     row_dot,
 )
 
@@ -61,6 +62,7 @@ class Solved(NamedTuple):
     log_sum_exp: jax.Array
     shift: jax.Array  # of the parts that are used
     low: jax.Array | None  # None: the high part alone
+    marked: jax.Array | None = None  # int32 [B, N, T/64], where to be precise; None: everywhere
 
 
 def attend(
@@ -75,6 +77,7 @@ def attend(
     probe: jax.Array | None = None,
     solved: Solved | None = None,
     *,
+    precise: bool = False,
     interpret: Any = None,
 ) -> Attended:
     """``sum_j p_ij (1 + (k_j - k_mean_i) . probe_i) v_j``.
@@ -83,6 +86,8 @@ def attend(
       probe: ``[B, T, N, D]`` in 16 bits, *negated* with respect to the operator; None for softmax
         attention.
       solved: what the solve knows about that probe.
+      precise: whether to use the weights of a solved probe in two 16-bit parts, in the tiles that
+        ``solved.marked`` names. Where the probe is large these weights cancel each other.
       interpret: parameters of the interpreter, or None to compile.
     """
     env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
@@ -110,7 +115,7 @@ def attend(
         "rows": plgpu.SMEM((count, 2, ROW_BLOCK), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=len(inputs), num_barriers=count),
     }
-    body = functools.partial(_body, env, inputs)
+    body = functools.partial(_body, env, inputs, precise)
     results = launch(
         body, outputs, scratch, operands,
         programs=env.query_programs, config=config, interpret=interpret,
@@ -118,7 +123,7 @@ def attend(
     return Attended(**results)
 
 
-def _body(env: Environment, inputs: list[str], given, out, scratch):
+def _body(env: Environment, inputs: list[str], precise: bool, given, out, scratch):
     count = env.config.warpgroups
     place = query_place(env.shape, count * ROW_BLOCK)
     tiles = env.key_tiles(given["masking"], place)
@@ -129,8 +134,14 @@ def _body(env: Environment, inputs: list[str], given, out, scratch):
     @pl.when(warpgroup < count)
     def _():
         env.set_registers(compute=True)
-        rows = _AttendRows(env, given, out, scratch, place, tiles, warpgroup, ring)
-        rows.run(inputs)
+
+        def run(precise):
+            _AttendRows(env, given, out, scratch, place, tiles, warpgroup, ring, precise).run(
+                inputs
+            )
+
+        marked = given["solved"].marked if precise else None
+        run_by_tile(marked, place, warpgroup, run, precise and marked is None, True)
 
     @pl.when(warpgroup == count)
     def _():
@@ -143,6 +154,7 @@ class _AttendRows(QueryRows):
     """The output of one compute warpgroup."""
 
     ring: Ring
+    precise: bool
     parts: Any = ()
 
     def run(self, inputs: list[str]):
@@ -182,8 +194,8 @@ class _AttendRows(QueryRows):
             weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
             along = along()
             weights = weights * (along + by_row(constant, along.shape))
-            weights, weights_sum = rounded(weights, self.env.shape.dtype)
-            return total + weights_sum, (weights,)
+            parts, parts_sum = rounded_parts(weights, self.env.shape.dtype, self.precise)
+            return total + parts_sum, parts
 
         _, total, out = self.sum_over_tiles(
             self.ring, jnp.int32(0), query, scores_along, weigh, 1, self.zeros(rows=True)

@@ -256,6 +256,26 @@ def row_tile(shape: Shape, config: Config, copies: int = 1):
     )
 
 
+def run_by_tile(marked, place: Place, w, run, usual, other) -> None:
+    """``run(other)`` in a warpgroup whose 64 rows ``marked [B, N, T/64]`` holds nonzero for.
+
+    Elsewhere, and without `marked`, ``run(usual)``.
+    """
+    if marked is None:
+        run(usual)
+        return
+    tile = lax.div(place.first, jnp.int32(ROW_BLOCK)) + w
+    mark = marked[place.b, place.head, tile]
+
+    @pl.when(mark == 0)
+    def _():
+        run(usual)
+
+    @pl.when(mark != 0)
+    def _():
+        run(other)
+
+
 def launch(body, outputs, scratch, operands, *, programs: int, config: Config, interpret) -> dict:
     """Runs a kernel body on `programs` instances of ``config.warpgroups + 1`` warpgroups.
 

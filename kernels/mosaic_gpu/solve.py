@@ -29,6 +29,7 @@ from lla.kernels.mosaic_gpu.launch import (
     query_place,
     ring_scratch,
     row_tile,
+    run_by_tile,
 )
 from lla.kernels.mosaic_gpu.solve_rows import ROW_OUTPUTS, Iteration, SolveRows, any_flag
 from lla.kernels.mosaic_gpu.tile import (
@@ -77,6 +78,16 @@ class Adjoint(NamedTuple):
     key_mean: jax.Array | None
 
 
+class Choice(NamedTuple):
+    """Another iteration for some tiles of 64 rows: those with a nonzero in ``marked [B, N, T/64]``.
+
+    `marked` is int32. Both iterations must be able to move, or neither.
+    """
+
+    iteration: Iteration
+    marked: jax.Array
+
+
 def solve(
     shape: Shape,
     mask: MaskSpec,
@@ -88,10 +99,14 @@ def solve(
     ridge: jax.Array | None,
     masking: Masking,
     adjoint: Adjoint | None = None,
+    choice: Choice | None = None,
     *,
     interpret: Any = None,
 ) -> Solution:
-    """Solves for all rows; `scale` and `ridge` are ``[B, N, T]`` float32."""
+    """Solves for all rows; `scale` and `ridge` are ``[B, N, T]`` float32.
+
+    With a `choice`, the tiles it marks follow its iteration instead of `iteration`.
+    """
     env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups
     forward = adjoint is None
@@ -135,8 +150,9 @@ def solve(
         "ridge": ridge,
         "masking": masking.operands(),
         "adjoint": adjoint,
+        "marked": None if choice is None else choice.marked,
     }
-    body = functools.partial(_body, env, iteration)
+    body = functools.partial(_body, env, iteration, None if choice is None else choice.iteration)
     results = launch(
         body, outputs, scratch, operands,
         programs=env.query_programs, config=config, interpret=interpret,
@@ -144,7 +160,7 @@ def solve(
     return Solution(**results)
 
 
-def _body(env: Environment, iteration: Iteration, given, out, scratch):
+def _body(env: Environment, iteration: Iteration, other: Iteration | None, given, out, scratch):
     count = env.config.warpgroups
     place = query_place(env.shape, count * ROW_BLOCK)
     tiles = env.key_tiles(given["masking"], place)
@@ -160,7 +176,13 @@ def _body(env: Environment, iteration: Iteration, given, out, scratch):
     @pl.when(warpgroup < count)
     def _():
         env.set_registers(compute=True)
-        SolveRows(env, given, out, scratch, place, tiles, warpgroup, iteration, keys, values).run()
+
+        def run(iteration):
+            SolveRows(
+                env, given, out, scratch, place, tiles, warpgroup, iteration, keys, values
+            ).run()
+
+        run_by_tile(given["marked"], place, warpgroup, run, iteration, other)
 
     @pl.when(warpgroup == count)
     def _():

@@ -21,12 +21,17 @@ from lla.kernels.mosaic_gpu.tile import (
     by_column,
     by_row,
     full,
+    in_parts,
     rounded,
+    rounded_parts,
     row_dot,
 )
 
 WORST_ROW = 4.0
 """No row of a tile may have more than this multiple of the tolerance, which is for their mean."""
+
+WORST_BOUND = 10.0
+"""Where `Iteration.precise`, no row's error bound may exceed this multiple of the tolerance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +269,7 @@ class SolveRows(QueryRows):
             fast = contraction < 0.3
             free = jnp.where(fast, length * jnp.where(state.count == 0, 0.75, 1.0), 0.0)
             error = length * rz * jnp.where(fast, rate, one) / (1 - rate)
-            go = self.decide(state.count, error, energy)
+            go = self.decide(state.count, error, rz / ridge, energy)
             return _CG(state.count + 1, go, t, self.parts(next_p), rz, energy, contraction, free)
 
         zero = self.zeros(rows=True)
@@ -280,7 +285,7 @@ class SolveRows(QueryRows):
         )
         return lax.while_loop(lambda state: state.go > 0, step, start)
 
-    def decide(self, count, error, energy):
+    def decide(self, count, error, error_bound, energy):
         """Whether to go on after iteration `count`; the same for all warpgroups.
 
         The sum over the rows of a warpgroup goes through memory of its own: the scratch memory of
@@ -293,6 +298,10 @@ class SolveRows(QueryRows):
             bound = self.iteration.tol**2
             # Mean over the rows of the relative error, or of the error relative to the mean.
             excess = error / energy - bound if self.forward else error - bound * energy
+            if self.forward and self.iteration.precise:
+                # The estimate is blind to small eigenvalues that the iteration has not met yet.
+                far = error_bound > WORST_BOUND**2 * bound * energy
+                excess = jnp.where(far, 1.0, excess)
             # A row that is not finite must not decide for the others.
             excess = jnp.where(jnp.abs(excess) < 1e30, excess, 0.0)
             self.store_row("iterations", excess)
@@ -331,19 +340,11 @@ class SolveRows(QueryRows):
 
     def parts(self, array) -> tuple[jax.Array, ...]:
         """`array` in as many 16-bit parts as the iteration uses."""
-        dtype = self.env.shape.dtype
-        high = array.astype(dtype)
-        if not self.iteration.precise:
-            return (high,)
-        high = lax.optimization_barrier(high)
-        return high, (array - high.astype(jnp.float32)).astype(dtype)
+        return in_parts(array, self.env.shape.dtype, self.iteration.precise)
 
     def rounded_parts(self, array):
         """`parts`, and the sums of the rows of what they represent."""
-        if self.iteration.precise:
-            return self.parts(array), array.sum(axis=1)
-        array, total = rounded(array, self.env.shape.dtype)
-        return (array,), total
+        return rounded_parts(array, self.env.shape.dtype, self.iteration.precise)
 
     # -- Results
 

@@ -189,6 +189,23 @@ def rounded(array, dtype):
     return array, array.astype(jnp.float32).sum(axis=1)
 
 
+def in_parts(array, dtype, precise: bool) -> tuple[jax.Array, ...]:
+    """`array` in one 16-bit part, or as the sum of two if `precise`."""
+    high = array.astype(dtype)
+    if not precise:
+        return (high,)
+    high = lax.optimization_barrier(high)
+    return high, (array - high.astype(jnp.float32)).astype(dtype)
+
+
+def rounded_parts(array, dtype, precise: bool):
+    """`in_parts`, and the sums of the rows of what the parts represent."""
+    if precise:
+        return in_parts(array, dtype, True), array.sum(axis=1)
+    array, total = rounded(array, dtype)
+    return (array,), total
+
+
 def row_dot(a, b):
     return (a * b).sum(axis=1)
 

@@ -25,8 +25,9 @@ _LARGE_RIDGE = 10.0
 _MAX_ITERS, _MAX_PRECISE_ITERS = 64, 256
 # Above this ridge the probe is small enough to be used in one 16-bit part.
 _SPLIT_BELOW = 5.0
-# Below this ridge, or where a tolerance below this one is asked for, directions and weights of the
-# solve, and directions in the gradients of keys and values, have two 16-bit parts.
+# Below this ridge, or where a tolerance below this one is asked for, directions and weights have two
+# 16-bit parts. The ridge is relative to the mean square of the key coordinates where that is looked
+# at: for a ridge that is traced, or known to be between these two numbers.
 _PRECISE_RIDGE = 0.5
 _PRECISE_TOL = 1e-3
 
@@ -79,9 +80,16 @@ class _Spec:
     configs: Any
     forward: Any
     backward: Any
+    # The same for the tiles that need two parts; None if all tiles are alike.
+    precise_forward: Any
+    precise_backward: Any
     split: bool
-    split_gradients: bool
     interpret: Any
+
+    @property
+    def precise(self) -> bool:
+        """Whether any tile may need two parts."""
+        return self.forward.precise or self.precise_forward is not None
 
 
 class _Operands(NamedTuple):
@@ -162,7 +170,11 @@ def mosaic_gpu(
             pad(a, b, n, fill=-1) for a, n in zip(segments, (padded_t, padded_s), strict=True)
         ]
     masking = launch.Masking(jnp.stack([offset, length], axis=1), *segments)
-    forward, backward = iterations(problem)
+    forward, backward = iterations(problem, precise=False)
+    precise_forward = precise_backward = marked = None
+    if choose_by_tile(problem):
+        precise_forward, precise_backward = iterations(problem, precise=True)
+        marked = mark_small(operands.ridge, operands.key, masking.numbers, mask.is_causal, h)
     spec = _Spec(
         member=problem.member,
         shape=launch.Shape(b, padded_t, padded_s, k, g, dim, problem.query.dtype),
@@ -170,13 +182,14 @@ def mosaic_gpu(
         configs=table.choose(dim) if configs is None else configs,
         forward=forward,
         backward=backward,
+        precise_forward=precise_forward,
+        precise_backward=precise_backward,
         split=(problem.static_ridge or 0) < _SPLIT_BELOW or forward.precise,
-        split_gradients=backward.precise,
         interpret=interpret,
     )
-    leaves, tree = jax.tree.flatten((operands, masking))
-    operands, masking = jax.tree.unflatten(tree, match_varying(*leaves))
-    out, stats = _attend(spec, operands, masking)
+    leaves, tree = jax.tree.flatten((operands, (masking, marked)))
+    operands, tiles = jax.tree.unflatten(tree, match_varying(*leaves))
+    out, stats = _attend(spec, operands, tiles)
 
     def restore(array):  # [B, N, T] -> [B, T, K, G]
         return jnp.swapaxes(array[:, :, :t], 1, 2).reshape(b, t, k, g)
@@ -184,14 +197,60 @@ def mosaic_gpu(
     return out[:, :t, :, :hv].reshape(b, t, k, g, hv), Stats(*(restore(a) for a in stats))
 
 
-def iterations(problem: Problem):
-    """When the forward and the adjoint solve stop."""
+def choose_by_tile(problem: Problem) -> bool:
+    """Whether the ridges and keys of a tile decide if it needs two parts."""
+    if problem.member != "lla" or iterations(problem, precise=False)[0].precise:
+        return False
+    return problem.static_ridge is None or problem.static_ridge < _SPLIT_BELOW
+
+
+def mark_small(
+    ridge: jax.Array, key: jax.Array, numbers: jax.Array, is_causal: bool, head_dim: int
+) -> jax.Array:
+    """The tiles of 64 queries, int32 ``[B, N, T/64]``, with a ridge that is small for their keys.
+
+    The smallest ridge of a tile is compared with the mean square of the coordinates of the keys up
+    to the last one that the tile sees: no tile depends on later keys.
+
+    Args:
+      ridge: ``[B, N, T]``, padded.
+      key: ``[B, S, K, D]``, padded.
+      numbers: int32 ``[B, 2]``, the offset and the number of keys of each sequence.
+      is_causal: whether later keys are invisible.
+      head_dim: D before padding.
+    """
+    rows = 64
+    b, s, k, _ = key.shape
+    n, t = ridge.shape[1:]
+    offset, length = (numbers[:, i, None, None] for i in range(2))
+    exists = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None, None], (b, 1, s)) < length
+    squares = jnp.square(key.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
+    squares = jnp.where(exists, squares, 0.0).reshape(b, k, s // rows, rows).sum(-1)
+    first = jnp.arange(s // rows, dtype=jnp.int32)[None, None] * rows
+    counts = jnp.clip(length - first, 0, rows).astype(jnp.float32) * head_dim
+    if is_causal:
+        squares, counts = jnp.cumsum(squares, axis=-1), jnp.cumsum(counts, axis=-1)
+        end = (jnp.arange(t // rows, dtype=jnp.int32)[None, None] + 1) * rows + offset
+        last = jnp.clip((end + (rows - 1)) // rows - 1, 0, s // rows - 1)
+        squares = jnp.take_along_axis(squares, jnp.broadcast_to(last, (b, k, t // rows)), axis=-1)
+        counts = jnp.take_along_axis(counts, last, axis=-1)
+    else:
+        squares, counts = squares.sum(-1, keepdims=True), counts.sum(-1, keepdims=True)
+    mean = squares / jnp.maximum(counts, 1.0)
+    mean = jnp.broadcast_to(jnp.repeat(mean, n // k, axis=1), (b, n, t // rows))
+    smallest = ridge.reshape(b, n, t // rows, rows).min(-1)
+    return (smallest < _PRECISE_RIDGE * mean).astype(jnp.int32)
+
+
+def iterations(problem: Problem, *, precise: bool):
+    """When the forward and the adjoint solve stop; `precise` asks for two parts."""
     from lla.kernels.mosaic_gpu.solve import Iteration
 
     solver: Solver = problem.solver
-    small = problem.static_ridge is not None and problem.static_ridge < _PRECISE_RIDGE
+    ridge = problem.static_ridge
+    small = precise or (ridge is not None and ridge < _PRECISE_RIDGE)
     # A ridge that is not known may be large, where the result is exact enough to notice.
-    large = problem.static_ridge is None or problem.static_ridge >= _LARGE_RIDGE
+    large = ridge is None or ridge >= _LARGE_RIDGE
     tol, backward_tol = _TOLERANCES["small" if small else "large" if large else "medium"]
     if solver.tol is not None:
         tol, backward_tol = solver.tol, min(10 * solver.tol, 0.5)
@@ -212,25 +271,25 @@ def iterations(problem: Problem):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: _Spec, operands: _Operands, masking) -> tuple[jax.Array, Stats]:
-    saved, stats = _forward(spec, operands, masking)
+def _attend(spec: _Spec, operands: _Operands, tiles) -> tuple[jax.Array, Stats]:
+    saved, stats = _forward(spec, operands, *tiles)
     return saved.out, stats
 
 
-def _attend_fwd(spec: _Spec, operands: _Operands, masking):
-    saved, stats = _forward(spec, operands, masking)
-    return (saved.out, stats), (operands, masking, saved)
+def _attend_fwd(spec: _Spec, operands: _Operands, tiles):
+    saved, stats = _forward(spec, operands, *tiles)
+    return (saved.out, stats), (operands, tiles, saved)
 
 
 def _attend_bwd(spec: _Spec, residuals, cotangents):
-    operands, masking, saved = residuals
-    return _backward(spec, operands, masking, saved, cotangents[0]), None
+    operands, tiles, saved = residuals
+    return _backward(spec, operands, *tiles, saved, cotangents[0]), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
+def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved, Stats]:
     from lla.kernels.mosaic_gpu import attend as attend_kernel
     from lla.kernels.mosaic_gpu import solve as solve_kernel
     from lla.kernels.mosaic_gpu.tile import LN2
@@ -245,15 +304,16 @@ def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
     if spec.member == "lla":
         solution = solve_kernel.solve(
             spec.shape, spec.mask, spec.configs.solve, spec.forward, query, key, scale, ridge,
-            masking, interpret=spec.interpret,
+            masking, choice=_choice(spec.precise_forward, marked), interpret=spec.interpret,
         )  # fmt: skip
         solved = attend_kernel.Solved(
             solution.log_sum_exp,
             solution.shift if spec.split else solution.shift_high,
             solution.low if spec.split else None,
+            marked,
         )
         saved = _Saved(
-            out=attend(solution.high, solved).out,
+            out=attend(solution.high, solved, precise=spec.precise).out,
             log_sum_exp=solution.log_sum_exp,
             shift_high=solution.shift_high,
             shift=solution.shift,
@@ -274,7 +334,15 @@ def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
     return saved, Stats(natural, iterations, residual)
 
 
-def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangent) -> _Operands:
+def _choice(iteration, marked):
+    from lla.kernels.mosaic_gpu.solve import Choice
+
+    return None if iteration is None else Choice(iteration, marked)
+
+
+def _backward(
+    spec: _Spec, operands: _Operands, masking, marked, saved: _Saved, cotangent
+) -> _Operands:
     from lla.kernels.mosaic_gpu import gradients
     from lla.kernels.mosaic_gpu import solve as solve_kernel
 
@@ -292,6 +360,7 @@ def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangen
             solve_kernel.Adjoint(
                 value, cotangent, saved.log_sum_exp, delta, saved.key_mean
             ),
+            _choice(spec.precise_backward, marked),
             interpret=spec.interpret,
         )  # fmt: skip
         cotangent_mean = adjoint.cotangent_mean
@@ -315,7 +384,7 @@ def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangen
         directions, masking, interpret=spec.interpret,
     )  # fmt: skip
     config = spec.configs.key_gradients
-    if spec.member == "lla" and spec.split_gradients:
+    if spec.member == "lla" and spec.precise:
         config = spec.configs.key_gradients_split
         directions = directions._replace(probe_shift=saved.shift, probe_low=saved.low)
         rows = rows._replace(cotangent_mean=full_mean)

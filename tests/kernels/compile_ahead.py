@@ -60,17 +60,25 @@ def kernels(head_dim: int):
     rows = gradients.Rows(row, row, row)
     directions = gradients.Directions(query, row, query, query, mean)
 
-    def solving(precise, adjoint):
-        iteration = solve.Iteration(3e-3, 32, precise)
-        extra = (solve.Adjoint(key, query, row, row, mean),) if adjoint else ()
-        return (
-            lambda *a: solve.solve(shape, mask, chosen.solve, iteration, *a),
-            (query, key, row, row, masking, *extra),
-        )
+    marked = jax.ShapeDtypeStruct((b, n, t // 64), jnp.int32)
 
-    def attending(probe, solved):
+    def solving(mode, adjoint):
+        iteration = solve.Iteration(3e-3, 32, mode == "precise")
+        extra = (solve.Adjoint(key, query, row, row, mean),) if adjoint else (None,)
+        if mode == "chosen":
+            extra = *extra, marked
+
+        def run(*arrays):
+            if mode == "chosen":
+                *arrays, mark = arrays
+                arrays = *arrays, solve.Choice(solve.Iteration(1e-3, 256, True), mark)
+            return solve.solve(shape, mask, chosen.solve, iteration, *arrays)
+
+        return run, (query, key, row, row, masking, *extra)
+
+    def attending(probe, solved, precise=False):
         return (
-            lambda *a: attend.attend(shape, mask, chosen.attend, *a),
+            lambda *a: attend.attend(shape, mask, chosen.attend, *a, precise=precise),
             (query, key, key, row, masking, probe, solved),
         )
 
@@ -80,13 +88,16 @@ def kernels(head_dim: int):
             (query, key, key, query, rows, row, directions, masking),
         )
 
-    yield "solve", *solving(False, False)
-    yield "solve_precise", *solving(True, False)
-    yield "adjoint", *solving(False, True)
-    yield "adjoint_precise", *solving(True, True)
+    for mode in ("plain", "precise", "chosen"):
+        suffix = "" if mode == "plain" else f"_{mode}"
+        yield f"solve{suffix}", *solving(mode, False)
+        yield f"adjoint{suffix}", *solving(mode, True)
     yield "softmax", *attending(None, None)
     yield "parallax", *attending(query, None)
-    yield "solved", *attending(query, attend.Solved(row, row, query))
+    solved = attend.Solved(row, row, query)
+    yield "solved", *attending(query, solved)
+    yield "solved_precise", *attending(query, solved, precise=True)
+    yield "solved_chosen", *attending(query, solved._replace(marked=marked), precise=True)
     yield (
         "query_gradients",
         lambda *a: gradients.query_gradients(shape, mask, chosen.query_gradients, *a),

@@ -32,7 +32,11 @@ DIVIDED_MEMBERS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes and options of one call; `ridge` None passes an array, unknown when tracing."""
+    """Sizes and options of one call.
+
+    `ridge` None and "mixed" pass an array, unknown when tracing: ones; or tiles with small and large
+    numbers, of one program instance, too.
+    """
 
     member: str
     queries: int = 128
@@ -43,7 +47,7 @@ class Case:
     head_dim: int = 64
     value_dim: int = 64
     dtype: str = "bfloat16"
-    ridge: float | None = None
+    ridge: float | str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -73,6 +77,7 @@ CASES = {
     "lla_ridge_10": Case("lla", ridge=10.0),
     "lla_ridge_0.1": Case("lla", ridge=0.1),
     "lla_ridge_0.01": Case("lla", ridge=0.01),
+    "lla_mixed_ridge": Case("lla", ridge="mixed"),
 }  # fmt: skip
 
 
@@ -143,8 +148,11 @@ def run(case: Case, races: bool) -> dict[str, Any]:
         if name in options:
             options[name] = np.asarray(options[name], np.int32)
     if case.member == "lla":
-        if case.ridge is None:
+        if not isinstance(case.ridge, float):
             arrays["ridge"] = np.ones(rows, np.float32)
+            if case.ridge == "mixed":
+                arrays["ridge"][:, :64] = 0.1
+                arrays["ridge"][..., 0] = 0.1
         else:
             options["ridge"] = case.ridge
 

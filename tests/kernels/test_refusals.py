@@ -56,14 +56,65 @@ def test_tolerances(ridge, forward, backward, precise):
         pytest.skip("the kernels need JAX 0.11")
     query = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     given = make_problem("lla", query, query, query, ridge=ridge)
-    found = mosaic_gpu.iterations(given)
+    found = mosaic_gpu.iterations(given, precise=False)
     assert [i.tol for i in found] == [forward, backward]
     assert found[0].precise == precise
     fixed = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(num_iters=3))
-    assert [(i.tol, i.max_iters) for i in mosaic_gpu.iterations(fixed)] == [(None, 3)] * 2
+    found = mosaic_gpu.iterations(fixed, precise=False)
+    assert [(i.tol, i.max_iters) for i in found] == [(None, 3)] * 2
     asked = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(tol=5e-4))
-    found = mosaic_gpu.iterations(asked)
+    found = mosaic_gpu.iterations(asked, precise=False)
     assert [(i.tol, i.max_iters, i.precise) for i in found] == [
         (5e-4, 256, True),
         (5e-3, 256, True),
     ]
+
+
+@pytest.mark.compat
+def test_which_calls_choose_by_tile():
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("the kernels need JAX 0.11")
+    query = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+
+    def chosen(ridge, **options):
+        solver = lla.Solver(**options) if options else None
+        return mosaic_gpu.choose_by_tile(
+            make_problem("lla", query, query, query, ridge=ridge, solver=solver)
+        )
+
+    assert chosen(jnp.ones((1, 8, 2))) and chosen(1.0) and chosen(1.0, num_iters=3)
+    # Precise everywhere, whatever the keys are; or large enough for any usual keys.
+    assert not chosen(0.1) and not chosen(jnp.ones((1, 8, 2)), tol=5e-4) and not chosen(10.0)
+    assert not mosaic_gpu.choose_by_tile(make_problem("softmax", query, query, query))
+
+
+def mark(ridge, key, *, offset=(0, 0), length=(192, 192), is_causal=True):
+    numbers = jnp.stack([jnp.array(offset), jnp.array(length)], axis=1).astype(jnp.int32)
+    return np.asarray(mosaic_gpu.mark_small(ridge, key, numbers, is_causal, key.shape[-1]))
+
+
+def test_tiles_with_a_small_ridge_are_marked():
+    key = jnp.ones((2, 192, 2, 16), jnp.bfloat16)  # of mean square 1: below 0.5 is small
+    ridge = np.ones((2, 4, 192), np.float32)
+    ridge[0, 1, 70] = 0.4
+    ridge[1, 3] = 0.6
+    expected = np.zeros((2, 4, 3), np.int32)
+    expected[0, 1, 1] = 1
+    np.testing.assert_array_equal(mark(ridge, key), expected)
+    # Heads 2 and 3 share keys of mean square 4: a ridge of 1 is small for them.
+    scale = jnp.array([1, 2], key.dtype)[None, None, :, None]
+    expected[:, 2:] = 1
+    np.testing.assert_array_equal(mark(ridge, key * scale), expected)
+
+
+def test_marks_depend_on_visible_keys_alone():
+    large = np.ones((2, 192, 1, 16), np.float32)
+    large[:, 64:] = 2.0
+    key, ridge = jnp.asarray(large, jnp.bfloat16), jnp.ones((2, 1, 192))
+    # Mean squares of 1, 2.5 and 3 up to the end of each tile.
+    np.testing.assert_array_equal(mark(ridge, key), [[[0, 1, 1]]] * 2)
+    np.testing.assert_array_equal(mark(ridge, key, is_causal=False), [[[1, 1, 1]]] * 2)
+    np.testing.assert_array_equal(mark(ridge, key, offset=(0, 64)), [[[0, 1, 1]], [[1, 1, 1]]])
+    # What lies beyond the length may be anything.
+    garbage = jnp.asarray(np.where(large > 1, np.nan, large), jnp.bfloat16)
+    np.testing.assert_array_equal(mark(ridge, garbage, length=(64, 0)), [[[0, 0, 0]]] * 2)
