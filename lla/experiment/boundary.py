@@ -1,41 +1,74 @@
-"""From a command line's config to the frozen dataclass that the library works with."""
+"""From a command line's config to the frozen dataclass that the library works with, and back."""
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+
+from ml_collections import ConfigDict, config_dict
 
 T = TypeVar("T")
 
 
-def from_config(cls: type[T], config: Mapping[str, Any]) -> T:
+def from_config(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
     """Builds the dataclass `cls` from a mapping, an `ml_collections.ConfigDict` for one.
 
     Fields that are dataclasses themselves are built from nested mappings; other mappings become
     plain dicts and lists become tuples, so that nothing of the config library travels further.
+    `path` is how messages call `config`.
 
     Raises:
       ValueError: a key that `cls` does not have (the nearest valid one is named), or a field
         without a default that is missing.
     """
-    return _build(cls, config, "config")
+    return _build(cls, config, path)
+
+
+def to_config(settings: Mapping[str, Any]) -> ConfigDict:
+    """A config with the same nested keys, every one of which a command line can override.
+
+    Where the default is None, any literal is accepted: `--config.option=3`.
+    """
+    config = ConfigDict()
+    for key, entry in settings.items():
+        if isinstance(entry, Mapping):
+            entry = to_config(entry)
+        config[key] = config_dict.placeholder(object) if entry is None else entry
+    return config
+
+
+def plain(entry: Any) -> Any:
+    """Nested mappings as dicts and sequences as tuples: nothing of the config library is left."""
+    if isinstance(entry, Mapping) or hasattr(entry, "items"):
+        return {key: plain(inner) for key, inner in entry.items()}
+    if isinstance(entry, (list, tuple)):
+        return tuple(plain(inner) for inner in entry)
+    return entry
+
+
+def check_keys(path: str, given: Iterable[str], valid: Iterable[str]) -> None:
+    """Raises ValueError for the first of `given` that is not valid; names the nearest one that is.
+
+    `path` is the section of the config that they belong to.
+    """
+    valid = list(valid)
+    for key in given:
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
+            hint = f"; did you mean {path}.{near[0]}?" if near else ":"
+            raise ValueError(f"{path}.{key} does not exist{hint} Valid: {', '.join(valid)}.")
 
 
 def _build(cls, config, path):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     given = {}
+    check_keys(path, config, fields)
     for key, entry in config.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"{path}.{key} does not exist; did you mean {path}.{near}? "
-                f"Valid: {', '.join(fields)}."
-            )
         kind = fields[key].type
         if dataclasses.is_dataclass(kind):
             given[key] = _build(kind, entry, f"{path}.{key}")
         else:
-            given[key] = _plain(entry)
+            given[key] = plain(entry)
     missing = [
         name
         for name, field in fields.items()
@@ -46,11 +79,3 @@ def _build(cls, config, path):
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
     return cls(**given)
-
-
-def _plain(entry):
-    if isinstance(entry, Mapping) or hasattr(entry, "items"):
-        return {key: _plain(inner) for key, inner in entry.items()}
-    if isinstance(entry, (list, tuple)):
-        return tuple(_plain(inner) for inner in entry)
-    return entry

@@ -1,14 +1,14 @@
 """A directory that holds one experiment: its resolved config and its records.
 
-`config.json` is written once and never changed; `metrics.jsonl` only grows, one JSON object a
-line. A run that is started again with the same directory and config finds what is finished; one
-with another config is refused before anything is written.
+`config.json` is written once and never changed; `metrics.jsonl` grows, one JSON object a line. A
+run that is started again with the same directory and config finds what is finished; one with
+another config is refused before anything is written.
 """
 
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -38,7 +38,7 @@ class Workdir:
         elif self.metrics.exists() and self.metrics.stat().st_size:
             raise WorkdirError(f"{self.metrics} exists without a config.json beside it.")
         else:
-            _write_whole(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+            write_whole(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
         self._drop_torn_line()
 
     @property
@@ -57,6 +57,18 @@ class Workdir:
     def read(self) -> list[dict[str, Any]]:
         """All records, oldest first."""
         return read_records(self.path)
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drops the records that are not `wanted`: a resumed run will compute them again.
+
+        Lines that stay are not rewritten, and the file is replaced as a whole.
+        """
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line, record in zip(lines, self.read(), strict=True) if wanted(record)]
+        if len(kept) < len(lines):
+            write_whole(self.metrics, "".join(kept))
 
     def _drop_torn_line(self) -> None:
         # A run that was killed while it wrote leaves half a line: that piece is not finished.
@@ -115,7 +127,9 @@ def _flat(entry, prefix=""):
     return {prefix: json.dumps(entry)}
 
 
-def _write_whole(file, text):
-    temporary = file.with_suffix(".tmp")
+def write_whole(file: pathlib.Path, text: str) -> None:
+    """Writes `file` so that at any instant it holds all of the old or all of the new text."""
+    # Processes that share a directory must not write into each other's temporary files.
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)

@@ -75,12 +75,26 @@ def _inverse_softplus(y: float) -> float:
     return y + math.log(-math.expm1(-y))
 
 
+class NoDecay(nnx.Param):
+    """A parameter that weight decay must leave alone: it sets a rate, a step or a threshold.
+
+    `nnx.state(model, nnx.Param)` contains it, and `weight_decay_mask` spares it.
+    """
+
+
+# The names of such parameters in trees that hold bare arrays, whose types are lost.
+_SPARED = frozenset({"ridge", "A_log", "D", "dt_bias", "frequency"})
+
+
 def weight_decay_mask(params: Any) -> Any:
-    """True for every parameter that weight decay may shrink: all but those of a ridge.
+    """True for every parameter that weight decay may shrink: all but ridges, rates and steps.
 
     Decay would pull a learned ridge back to its initial value, and a per-token kernel is a matrix,
-    so the usual rule "decay whatever has two axes" does not spare it. The parameters are found by
-    their path: the layer keeps them under the name ``ridge``. Meant for
+    so the usual rule "decay whatever has two axes" does not spare it. Spared are parameters of the
+    type `lla.mixers.parts.NoDecay`, wherever `params` holds Flax variables, as
+    ``nnx.state(model, nnx.Param)`` does; and in every tree those below a name that tells: ``ridge``
+    (of a layer), ``A_log``, ``D``, ``dt_bias`` and ``frequency`` (of the mixers). A tree of bare
+    arrays, such as ``nnx.to_pure_dict`` returns, has names only. Meant for
     ``optax.adamw(..., mask=lla.nn.weight_decay_mask)``; combine it with a rule of your own for
     norms and biases.
 
@@ -91,10 +105,13 @@ def weight_decay_mask(params: Any) -> Any:
       The same tree with a bool in place of each array.
     """
 
-    def decays(path, _):
-        return not any(_name(entry) == "ridge" for entry in path)
+    def decays(path, leaf):
+        spared = isinstance(leaf, NoDecay) or any(_name(entry) in _SPARED for entry in path)
+        return jax.tree.map(lambda _: not spared, leaf)
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return jax.tree_util.tree_map_with_path(
+        decays, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
 
 
 def _name(entry) -> Any:

@@ -25,9 +25,9 @@ _LARGE_RIDGE = 10.0
 _MAX_ITERS, _MAX_PRECISE_ITERS = 64, 256
 # Above this ridge the probe is small enough to be used in one 16-bit part.
 _SPLIT_BELOW = 5.0
-# Below this ridge, or where a tolerance below this one is asked for, directions and weights have two
-# 16-bit parts. The ridge is relative to the mean square of the key coordinates where that is looked
-# at: for a ridge that is traced, or known to be between these two numbers.
+# Below this ridge, or where a tolerance below this one is asked for, directions and weights have
+# two 16-bit parts. The ridge is relative to the mean square of the key coordinates where that is
+# looked at: for a ridge that is traced, or known to be between this number and the one above.
 _PRECISE_RIDGE = 0.5
 _PRECISE_TOL = 1e-3
 

@@ -16,14 +16,13 @@ one at t included.
 """
 
 import dataclasses
-import itertools
 import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lla import estimators
+from lla.tasks import piecewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,46 +98,26 @@ def oracle(batch: Batch, task: Task) -> jax.Array:
     """
     if task.target != "piecewise_linear":
         raise ValueError("the oracle exists for target='piecewise_linear' only.")
-    pad = task.segments * task.segment_length - task.length
-
-    def split(array):
-        array = jnp.pad(array, ((0, 0), (0, pad), (0, 0)))
-        return array.reshape(-1, task.segment_length, task.dim)
-
-    # Without noise least squares is exact; the floor only keeps the factorisation positive.
-    ridge = max(task.noise**2, 1e-5)
-    fit = estimators.create("mesanet", relative_ridge=ridge, form="recurrent")
-    out = fit(split(batch.queries), split(batch.keys), split(batch.values))
-    return out.reshape(len(batch.keys), -1, task.dim)[:, : task.length]
+    return piecewise.ridge_by_segment(
+        batch.queries, batch.keys, batch.values, task.segment_length, task.noise
+    )
 
 
 def _sequence(key, task, dtype):
-    # All random numbers of a sequence come from one draw: on a CPU the generator is most of what
-    # there is to compile, and it would be compiled again for every further call.
     shapes = {
         "pairs": (3, task.length, task.dim),
         "centres": (1 if task.iid_keys else task.segments, task.dim),
         **_MAPS[task.target][0](task),
     }
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    ends = list(itertools.accumulate(sizes))
-    flat = jax.random.normal(key, (ends[-1],), dtype)
-    parts = (flat[end - size : end] for end, size in zip(ends, sizes, strict=True))
-    draw = {
-        name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
-    }
+    draw = piecewise.draw_normal(key, shapes, dtype)
     segment = jnp.arange(task.length) // task.segment_length
     centres = jnp.broadcast_to(draw["centres"], (task.segments, task.dim))[segment]
     for_key, for_query, for_value = draw["pairs"]
-    keys = _rms_norm(centres + task.spread * for_key)
-    queries = _rms_norm(centres + task.spread * for_query)
+    keys = piecewise.rms_norm(centres + task.spread * for_key)
+    queries = piecewise.rms_norm(centres + task.spread * for_query)
     apply = _MAPS[task.target][1]
     targets, clean = apply(draw, task, queries), apply(draw, task, keys)
     return queries, keys, clean + task.noise * for_value, targets
-
-
-def _rms_norm(x):
-    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True))
 
 
 def _piecewise_linear_shapes(task):
@@ -146,12 +125,7 @@ def _piecewise_linear_shapes(task):
 
 
 def _piecewise_linear(draw, task, x):
-    # One product a segment, not one gathered map a position.
-    pad = task.segments * task.segment_length - task.length
-    x = jnp.pad(x, ((0, pad), (0, 0))).reshape(task.segments, task.segment_length, task.dim)
-    maps = draw["maps"] / math.sqrt(task.dim)
-    out = jnp.einsum("sij,stj->sti", maps, x, precision="highest")
-    return out.reshape(-1, task.dim)[: task.length]
+    return piecewise.linear_by_segment(draw["maps"], x, task.segment_length)
 
 
 def _smooth_shapes(task):

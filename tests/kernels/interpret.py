@@ -34,8 +34,8 @@ DIVIDED_MEMBERS = 2
 class Case:
     """Sizes and options of one call.
 
-    `ridge` None and "mixed" pass an array, unknown when tracing: ones; or tiles with small and large
-    numbers, of one program instance, too.
+    `ridge` None and "mixed" pass an array, unknown when tracing: ones; or tiles with small and
+    large numbers, of one program instance, too.
     """
 
     member: str

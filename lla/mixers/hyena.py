@@ -1,0 +1,183 @@
+"""Hyena: a long convolution between two gates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lla.mixers.delta_rule import check_form
+from lla.mixers.long_convolution import long_convolution
+from lla.mixers.parts import NoDecay, project
+from lla.ops.problem import compute_dtype
+
+# Widths of the window, as fractions of `filter_length` after which it has fallen to `_FALLEN`, and
+# the number of hidden layers behind the first one: the values of the authors' code.
+_FASTEST, _SLOWEST, _FALLEN = 0.3, 1.5, 1e-2
+_HIDDEN_LAYERS = 2
+
+
+class Hyena(nnx.Module):
+    """Hyena of order 2 (Poli et al., arXiv 2302.10866).
+
+    ``x [B, T, width] -> [B, T, width]``, causal. With W for projections with biases and * for the
+    causal convolution over time of each channel with its filter h,
+
+        v, x1, x2 = W x;  u = v x1;  y = W (x2 (h * u + D u))
+
+    and h_t an MLP of t with sines, times a window that decays exponentially: `HyenaFilter`. The
+    convolution runs in float32 or better whatever the dtype.
+
+    Departures [ours]: no convolution of 3 taps on v, x1 and x2 unless `short_conv` says so; the
+    filter is a function of the position in tokens rather than of the fraction of the sequence, so
+    that a prefix gets the outputs of the whole; its positional features are fixed, where the
+    authors' code trains the table of their values, with a learning rate of their own; kernels of
+    the projections start LeCun normal.
+
+    Channels have a filter each and there are no heads: `num_heads` has no effect.
+
+    Parameters: ``inputs``, ``filter``, ``out``; ``D`` [width], standard normal at the start, is
+    kept out of weight decay.
+
+    Args:
+      width: of the tokens.
+      num_heads: has no effect.
+      short_conv: taps of a causal convolution on v, x1 and x2, without activation; 0 for none.
+      filter_length: tokens over which the filter's features complete one period and the window
+        decays; longer sequences work, the filter goes on.
+      filter_width: width of the filter's hidden layers.
+      filter_features: positional features, odd and at least 3: the position, and cosines and sines.
+      filter_frequency: initial frequency of the sines in the MLP.
+      form: ``"parallel"`` or ``"recurrent"``, see `lla.mixers.long_convolution`.
+      dtype, param_dtype, rngs: as in `lla.mixers.create`.
+
+    Raises:
+      ValueError: for options outside their range.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        short_conv: int = 0,
+        filter_length: int = 1024,
+        filter_width: int = 64,
+        filter_features: int = 33,
+        filter_frequency: float = 14.0,
+        form: str = "parallel",
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check_form(form, 1)
+        self.form = form
+        options = dict(use_bias=True, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.inputs = project(width, (3, width), short_conv=short_conv, activation=False, **options)
+        self.filter = HyenaFilter(
+            width,
+            length=filter_length,
+            hidden=filter_width,
+            features=filter_features,
+            frequency=filter_frequency,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.D = NoDecay(jax.random.normal(rngs.params(), (width,), param_dtype))
+        self.out = project(width, width, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``."""
+        v, x1, x2 = jnp.unstack(self.inputs(x), axis=-2)
+        dtype = compute_dtype(v.dtype)
+        u = v.astype(dtype) * x1.astype(dtype)
+        convolved = long_convolution(u, self.filter(x.shape[1]), form=self.form)
+        y = x2.astype(dtype) * (convolved + self.D[...].astype(dtype)[None, None] * u)
+        return self.out(y.astype(v.dtype))
+
+
+class HyenaFilter(nnx.Module):
+    """The filter of every channel as a function of the position: an MLP times a window.
+
+        h(t) = mlp(t, cos(w f t), sin(w f t)) exp(-r t / length),   w = 2 pi / length
+
+    with frequencies f from 1e-4 to ``(features - 1) / 2 - 1``, sines with trained frequencies for
+    activations, and rates r that differ between channels, evenly spaced, such that the window falls
+    to 1 % after between 0.3 and 1.5 times `length`; all as in the authors' code. In float32.
+
+    Parameters: ``layers`` (kernels and biases uniform in ±1/sqrt(fan-in)) and ``frequency``
+    [hidden], shared by the layers and kept out of weight decay.
+
+    Args:
+      width: channels.
+      length, hidden, features, frequency: `filter_length`, `filter_width`, `filter_features` and
+        `filter_frequency` of `Hyena`.
+      param_dtype, rngs: as in `lla.mixers.create`.
+
+    Raises:
+      ValueError: for options outside their range.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        length: int,
+        hidden: int,
+        features: int,
+        frequency: float,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        if length < 1 or hidden < 1:
+            raise ValueError(
+                f"filter_length and filter_width must be at least 1, got {length} and {hidden}."
+            )
+        if features < 3 or features % 2 == 0:
+            raise ValueError(f"filter_features must be odd and at least 3, got {features}.")
+        self.length = length
+        self.features = features
+        self.width = width
+
+        def layer(inputs, outputs, use_bias=True):
+            bound = 1 / math.sqrt(inputs)
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=use_bias,
+                kernel_init=_uniform(bound),
+                bias_init=_uniform(bound),
+                dtype=jnp.float32,
+                param_dtype=param_dtype,
+                precision="highest",
+                rngs=rngs,
+            )
+
+        inner = [layer(hidden, hidden) for _ in range(_HIDDEN_LAYERS)]
+        self.layers = nnx.List([layer(features, hidden), *inner, layer(hidden, width, False)])
+        self.frequency = NoDecay(jnp.full((hidden,), frequency, jnp.float32))
+
+    def __call__(self, length: int) -> jax.Array:
+        """The first `length` taps, float32 ``[length, width]``."""
+        position = jnp.arange(length, dtype=jnp.float32)[:, None] / self.length
+        bands = (self.features - 1) // 2
+        band = jnp.linspace(1e-4, bands - 1, bands, dtype=jnp.float32)[None]
+        angle = 2 * math.pi * band * position
+        h = jnp.concatenate([position, jnp.cos(angle), -jnp.sin(angle)], axis=-1)
+        frequency = self.frequency[...][None]
+        for layer in self.layers[:-1]:
+            h = jnp.sin(frequency * layer(h))
+        slowest, fastest = (-math.log(_FALLEN) / fraction for fraction in (_SLOWEST, _FASTEST))
+        rate = jnp.linspace(slowest, fastest, self.width, dtype=jnp.float32)[None]
+        return self.layers[-1](h) * jnp.exp(-rate * position)
+
+
+def _uniform(bound: float) -> nnx.Initializer:
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        del out_sharding
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

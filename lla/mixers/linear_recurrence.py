@@ -1,0 +1,203 @@
+"""Decayed linear attention: the recurrence behind linear attention, RetNet, GLA and Mamba-2.
+
+Per token and head, with key k, value v, query q and gates a in (0, 1],
+
+    S = Diag(a) S + k v^T;  o = S^T q                               S: [H, Hv], S = 0 at the start
+
+The gates are one number per head (RetNet, arXiv 2307.08621; Mamba-2, arXiv 2405.21060), one per
+coordinate of the key (GLA, arXiv 2312.06635), or absent (linear attention, arXiv 2006.16236).
+
+`"recurrent"` is a scan over tokens and the reference. `"parallel"` treats a chunk of tokens with
+matrix products. With a_ij the product of the gates after j up to i, a_i0 that of all gates of the
+chunk up to i, S0 the state before the chunk:
+
+    o_i = S0^T (a_i0 q_i) + sum_{j <= i} (q_i . Diag(a_ij) k_j) v_j
+
+With one gate per head a_ij is a factor of q_i . k_j. With a gate per coordinate it would be one
+scalar product if a_ij were split into a_i0 / a_j0, and 1 / a_j0 overflows. Here a chunk is cut into
+blocks of 16 tokens instead: within a block all a_ij are formed, and between blocks a_ij is the
+product of three factors, each at most 1: from j to the end of its block, over the blocks between,
+and from the start of the block of i to i. No positive number is ever exponentiated, and no
+exponent is the difference of running sums (`chunks.decays` says why).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from lla.mixers import chunks
+from lla.mixers.delta_rule import check_form
+from lla.ops.problem import compute_dtype
+
+_einsum = partial(jnp.einsum, precision="highest")
+
+# Tokens of a chunk between which gates per coordinate are formed pair by pair.
+_BLOCK = 16
+
+
+def linear_recurrence(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    state: jax.Array | None = None,
+    form: str = "parallel",
+    chunk: int = 64,
+    return_state: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Outputs of decayed linear attention.
+
+    Args:
+      query, key: ``[B, T, N, H]``, taken as they are; there is no other scale.
+      value: ``[B, T, N, Hv]``.
+      log_decay: logarithm of the gates, finite and <= 0: ``[B, T, N]``, or ``[B, T, N, H]`` for a
+        gate per coordinate of the key; None for no decay.
+      state: ``[B, N, H, Hv]``, the state before the first token; None for zero.
+      form: ``"parallel"`` or ``"recurrent"``.
+      chunk: tokens per chunk of the parallel form; with gates per coordinate rounded up to a
+        multiple of 16.
+      return_state: also return the state after the last token.
+
+    Returns:
+      ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the state ``[B, N, H, Hv]``. States,
+      gates and everything between are float32 (float64 for float64 values).
+
+    Raises:
+      ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
+    """
+    check_form(form, chunk)
+    if key.ndim != 4 or query.shape != key.shape or 0 in key.shape:
+        raise ValueError(
+            "query and key must both be [B, T, N, H] and not empty, "
+            f"got {query.shape} and {key.shape}."
+        )
+    if value.ndim != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must be [B, T, N, Hv] with the leading axes of key {key.shape}, "
+            f"got {value.shape}."
+        )
+    if log_decay is not None and log_decay.shape not in (key.shape[:3], key.shape):
+        raise ValueError(
+            f"log_decay must have shape {key.shape[:3]} or {key.shape}, got {log_decay.shape}."
+        )
+    batch, length, heads, dim = key.shape
+    dtype = compute_dtype(value.dtype)
+    state_shape = (batch, heads, dim, value.shape[-1])
+    if state is None:
+        state = jnp.zeros(state_shape, dtype)
+    elif state.shape != state_shape:
+        raise ValueError(f"state must have shape {state_shape}, got {state.shape}.")
+    if log_decay is None:
+        log_decay = jnp.zeros(key.shape[:3], dtype)
+    arrays = tuple(array.astype(dtype) for array in (query, key, value, log_decay))
+    compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
+    out, state = compute(state.astype(dtype), *arrays)
+    out = out.astype(value.dtype)
+    return (out, state) if return_state else out
+
+
+def linear_recurrence_step(
+    state: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of the recurrence; all arrays in the dtype of the state.
+
+    Args:
+      state: ``[B, N, H, Hv]``.
+      query, key: ``[B, N, H]``.
+      value: ``[B, N, Hv]``.
+      log_decay: ``[B, N]`` or ``[B, N, H]``.
+
+    Returns:
+      The new state and the output ``[B, N, Hv]``.
+    """
+    decay = jnp.exp(log_decay)
+    decay = decay[..., None, None] if log_decay.ndim == 2 else decay[..., None]
+    state = decay * state + key[..., None] * value[..., None, :]
+    return state, _einsum("bnhv,bnh->bnv", state, query)
+
+
+def _recurrent(state, *arrays):
+    by_time = tuple(jnp.moveaxis(array, 1, 0) for array in arrays)
+    state, out = jax.lax.scan(
+        lambda state, token: linear_recurrence_step(state, *token), state, by_time
+    )
+    return jnp.moveaxis(out, 0, 1), state
+
+
+def _parallel(state, query, key, value, log_decay, *, chunk):
+    length = query.shape[1]
+    per_head = log_decay.ndim == 3
+    if not per_head:
+        chunk = -(-chunk // _BLOCK) * _BLOCK if chunk > _BLOCK else chunk
+    q, k, v, log_decay = (chunks.split(a, chunk) for a in (query, key, value, log_decay))
+
+    def advance(state, block):
+        q, k, v, scores, total = block
+        out = _einsum("bnih,bnhv->bniv", q, state) + _einsum("bnij,bnjv->bniv", scores, v)
+        state = total[..., None] * state + _einsum("bnih,bniv->bnhv", k, v)
+        return state, out
+
+    if per_head:
+        q, k, scores, total = _gates_per_head(q, k, log_decay)
+        state, out = jax.lax.scan(advance, state, (q, k, v, scores, total))
+    else:
+        # The gates between pairs of tokens are 16 times as large as the keys: they exist for one
+        # chunk at a time, in the backward pass as well.
+        @jax.checkpoint
+        def gate_and_advance(state, block):
+            q, k, v, log_decay = block
+            q, k, scores, total = _gates_per_coordinate(q, k, log_decay)
+            return advance(state, (q, k, v, scores, total))
+
+        state, out = jax.lax.scan(gate_and_advance, state, (q, k, v, log_decay))
+    return chunks.merge(out, length), state
+
+
+def _gates_per_head(q, k, log_decay):
+    """What a chunk needs: q from S0, k up to its end, scores, and the decay of S0.
+
+    ``[..., C, H]``, ``[..., C, H]``, ``[..., C, C]``, ``[..., 1]``.
+    """
+    decays = chunks.decays(log_decay)
+    scores = _einsum("...ih,...jh->...ij", q, k) * decays.pair
+    return (
+        decays.start[..., None] * q,
+        decays.end[..., None] * k,
+        scores,
+        decays.start[..., -1:],
+    )
+
+
+def _gates_per_coordinate(q, k, log_decay):
+    """The same from log_decay ``[..., C, H]``; the decay of S0 is ``[..., H]``."""
+    *leading, chunk, dim = q.shape
+    block = min(_BLOCK, chunk)
+    count = chunk // block
+    q, k, log_decay = (a.reshape(*leading, count, block, dim) for a in (q, k, log_decay))
+
+    # Inside blocks: [..., I, H, i, j] for pairs, [..., I, i, H] for the way to either end.
+    inner = chunks.decays(jnp.swapaxes(log_decay, -1, -2))
+    near_keys = inner.pair * jnp.swapaxes(k, -1, -2)[..., None, :]
+    near = _einsum("...ih,...hij->...ij", q, near_keys)
+    q = jnp.swapaxes(inner.start, -1, -2) * q
+    k = jnp.swapaxes(inner.end, -1, -2) * k
+
+    # Over whole blocks, with an empty one in front: over[..., H, I, J] takes blocks J, ..., I - 1.
+    # Column J + 1 leaves out block J, and is 0 unless I > J.
+    totals = jnp.swapaxes(log_decay.sum(-2), -1, -2)
+    over = chunks.decays(jnp.pad(totals, [(0, 0)] * (totals.ndim - 1) + [(1, 0)])).pair
+    far_keys = _einsum("...hIJ,...Jjh->...IJjh", over[..., :-1, 1:], k)
+    far = _einsum("...Iih,...IJjh->...IiJj", q, far_keys)
+
+    same = jnp.eye(count, dtype=q.dtype).reshape(*(1,) * len(leading), count, 1, count, 1)
+    scores = (far + same * near[..., :, :, None, :]).reshape(*leading, chunk, chunk)
+    q = q * jnp.swapaxes(over[..., :-1, 0], -1, -2)[..., None, :]
+    k = k * jnp.swapaxes(over[..., -1, 1:], -1, -2)[..., None, :]
+    q, k = (a.reshape(*leading, chunk, dim) for a in (q, k))
+    return q, k, scores, over[..., -1, 0]

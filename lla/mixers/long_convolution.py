@@ -1,0 +1,163 @@
+"""Causal convolution of every channel with a filter as long as the sequence.
+
+    y_t = sum_{s = 0 .. min(t, L - 1)} filter_s u_{t - s}
+
+`"parallel"` multiplies Fourier transforms, zero-padded so that nothing wraps around. `"recurrent"`
+is a scan over tokens whose state is a window of the last inputs, O(T L), and the reference.
+
+A transform of n = n1 n2 points is done in two steps by matrix products (Cooley and Tukey; for
+convolutions on tensor cores Fu et al., arXiv 2311.05908). With t = n2 t1 + t2, k = k1 + n1 k2 and
+W_n = exp(-2 pi i / n),
+
+    X[k] = sum_t2 W_n2^(t2 k2) W_n^(t2 k1) sum_t1 W_n1^(t1 k1) x[t]
+
+which costs O(n^1.5) and, x being real, needs k1 up to n1 / 2 only. Not by `jnp.fft`: on a CPU with
+JAX 0.11 its calls wait for threads of the pool that they run in, and two at once can block each
+other for good.
+
+Rounding spreads over a transform: an output changes by rounding errors (1e-7 of the largest input
+of its channel in float32) when later inputs change.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lla.mixers.delta_rule import check_form
+from lla.ops.problem import compute_dtype
+
+
+def long_convolution(
+    inputs: jax.Array,
+    filter: jax.Array,
+    *,
+    state: jax.Array | None = None,
+    form: str = "parallel",
+    return_state: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Causal convolution over time.
+
+    Args:
+      inputs: u, ``[B, T, D]``.
+      filter: ``[L, D]``, the tap of the current token first; taps beyond what precedes a token
+        meet zeros.
+      state: ``[B, L - 1, D]``, the inputs before the first token, oldest first; None for zeros.
+      form: ``"parallel"`` or ``"recurrent"``.
+      return_state: also return the last L - 1 inputs.
+
+    Returns:
+      ``[B, T, D]`` in the dtype of `inputs`, or a pair with the state. Both are computed in float32
+      (float64 for float64 inputs), which is the state's dtype.
+
+    Raises:
+      ValueError: for shapes that do not fit, or an unknown form.
+    """
+    if inputs.ndim != 3 or 0 in inputs.shape:
+        raise ValueError(f"inputs must be [B, T, D] and not empty, got {inputs.shape}.")
+    batch, length, width = inputs.shape
+    if filter.ndim != 2 or filter.shape[0] < 1 or filter.shape[1] != width:
+        raise ValueError(f"filter must be [L, {width}], got {filter.shape}.")
+    check_form(form, 1)
+    taps = filter.shape[0]
+    if state is not None and state.shape != (batch, taps - 1, width):
+        raise ValueError(f"state must have shape {(batch, taps - 1, width)}, got {state.shape}.")
+    dtype = compute_dtype(inputs.dtype)
+    u, filter = inputs.astype(dtype), filter.astype(dtype)
+    if form == "recurrent":
+        window = jnp.zeros((batch, taps - 1, width), dtype) if state is None else state
+        out, window = _recurrent(window.astype(dtype), u, filter)
+    else:
+        # With a state, the outputs are those behind it in the longer sequence.
+        behind = 0 if state is None else taps - 1
+        whole = u if state is None else jnp.concatenate([state.astype(dtype), u], axis=1)
+        out = _parallel(whole, filter)[:, behind:]
+        window = jnp.pad(whole, [(0, 0), (taps - 1, 0), (0, 0)])[:, whole.shape[1] :]
+    out = out.astype(inputs.dtype)
+    return (out, window) if return_state else out
+
+
+def _recurrent(window, u, filter):
+    newest_last = jnp.flip(filter, axis=0)
+
+    def advance(window, token):
+        window = jnp.concatenate([window, token[:, None]], axis=1)
+        out = jnp.einsum("bld,ld->bd", window, newest_last, precision="highest")
+        return window[:, 1:], out
+
+    window, out = jax.lax.scan(advance, window, jnp.moveaxis(u, 1, 0))
+    return jnp.moveaxis(out, 0, 1), window
+
+
+def _parallel(u, filter):
+    length = u.shape[1]
+    filter = filter[:length]  # later taps meet nothing
+    transform = _Transform(length + filter.shape[0] - 1, u.dtype)
+    real, imag = transform.forward(u)
+    filter_real, filter_imag = transform.forward(filter[None])
+    product = (real * filter_real - imag * filter_imag, real * filter_imag + imag * filter_real)
+    return transform.backward(product, length)
+
+
+class _Transform:
+    """Fourier transforms over axis 1 of real ``[B, T, D]``, zero-padded to at least `points`.
+
+    A spectrum is a pair ``[B, n1 / 2 + 1, n2, D]`` of real and imaginary parts at (k1, k2).
+    """
+
+    def __init__(self, points: int, dtype):
+        self.dtype = dtype
+        self.columns = 1 << (points.bit_length() // 2)  # n2
+        self.rows = 2 * -(-points // (2 * self.columns))  # n1, even
+        half = np.arange(self.rows // 2 + 1)
+        self.outer = self._roots(self.rows, half, np.arange(self.rows))
+        self.twiddle = self._roots(self.rows * self.columns, half, np.arange(self.columns))
+        self.inner = self._roots(self.columns, np.arange(self.columns), np.arange(self.columns))
+        # Every k1 but the first and the last of the half stands for its conjugate as well.
+        self.weight = np.where(half % (self.rows // 2) == 0, 1.0, 2.0) / (self.rows * self.columns)
+
+    def _roots(self, points, left, right):
+        """cos and -sin of 2 pi left right / points, in float64 and without large angles."""
+        angle = 2 * np.pi * (np.outer(left, right) % points) / points
+        return np.cos(angle), -np.sin(angle)
+
+    def forward(self, x):
+        """``[B, T, D]`` to its spectrum."""
+        batch, length, width = x.shape
+        filled = -(-length // self.columns)  # rows that hold more than padding
+        x = jnp.pad(x, [(0, 0), (0, filled * self.columns - length), (0, 0)])
+        x = x.reshape(batch, filled, self.columns, width)
+        real, imag = (self._product("kt,btsd->bksd", part[:, :filled], x) for part in self.outer)
+        real, imag = self._twist(real, imag, 1)
+        return self._rotate("qs,bksd->bkqd", real, imag, 1)
+
+    def backward(self, spectrum, length):
+        """A spectrum to the first `length` of its real sequence, ``[B, length, D]``."""
+        real, imag = self._rotate("qs,bkqd->bksd", *spectrum, -1)
+        real, imag = self._twist(real, imag, -1)
+        filled = -(-length // self.columns)
+        cosine, sine = (self.weight[:, None] * part[:, :filled] for part in self.outer)
+        # The real part of a product with conjugate roots.
+        x = self._product("kt,bksd->btsd", cosine, real) + self._product(
+            "kt,bksd->btsd", sine, imag
+        )
+        batch, _, _, width = x.shape
+        return x.reshape(batch, filled * self.columns, width)[:, :length]
+
+    def _twist(self, real, imag, sign):
+        """Times W_n^(t2 k1), or its conjugate for sign = -1."""
+        cosine, sine = (jnp.asarray(part, self.dtype)[None, :, :, None] for part in self.twiddle)
+        sine = sign * sine
+        return real * cosine - imag * sine, real * sine + imag * cosine
+
+    def _rotate(self, subscripts, real, imag, sign):
+        """The complex transform along columns, or its conjugate for sign = -1."""
+        cosine, sine = self.inner
+        sine = sign * sine
+        return (
+            self._product(subscripts, cosine, real) - self._product(subscripts, sine, imag),
+            self._product(subscripts, sine, real) + self._product(subscripts, cosine, imag),
+        )
+
+    def _product(self, subscripts, constant, x):
+        constant = jnp.asarray(constant, self.dtype)
+        return jnp.einsum(subscripts, constant, x, precision="highest")

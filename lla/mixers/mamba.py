@@ -1,0 +1,112 @@
+"""Mamba: a selective diagonal state space model for every channel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lla.mixers import parts
+from lla.mixers.delta_rule import check_form
+from lla.mixers.selective_scan import selective_scan
+from lla.ops.problem import compute_dtype
+
+
+class Mamba(nnx.Module):
+    """Mamba, S6 (arXiv 2312.00752): ``h = exp(Delta A) h + Delta B u; y = C.h + D u``.
+
+    ``u = silu(W x)`` has `expand` times the width of x, and every channel of it its own state h of
+    `state_size` numbers. ``Delta = softplus(W2 W1 u + dt_bias)`` per channel, B and C are
+    projections of u that all channels share, ``A = -exp(A_log)``. The output is
+    ``W_out (y * silu(z))`` with another projection z of x. Every channel is on its own: there are
+    no heads, and `num_heads` changes nothing.
+
+    Departure: without a short convolution (the default; the paper has four taps) SiLU follows the
+    projection itself.
+
+    Initialisation: ``A_log = log(1..state_size)`` for every channel, D = 1, ``softplus(dt_bias)``
+    log-uniform in [0.001, 0.1], the second factor of Delta uniform in ``±rank^(-1/2)``.
+
+    Parameters: ``inputs``, ``gate``, ``step`` (``down``, ``up``), ``dt_bias``, ``B``, ``C``,
+    ``A_log``, ``D``, ``out``; `NoDecay`: ``dt_bias``, ``A_log`` and ``D``, which are float32.
+
+    Args:
+      width: of the input and output.
+      num_heads: not used, see above.
+      expand: channels, as a multiple of `width`.
+      state_size: numbers in the state of a channel.
+      step_rank: rank of the projection to Delta; None for ``ceil(width / 16)``.
+      short_conv: taps of the causal convolution with a bias between projection and SiLU; 0 for
+        none.
+      form, chunk: as in `lla.mixers.selective_scan`.
+      dtype, param_dtype, rngs: as in `lla.mixers.create`.
+
+    Raises:
+      ValueError: sizes or options outside their range.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        expand: float = 2.0,
+        state_size: int = 16,
+        step_rank: int | None = None,
+        short_conv: int = 0,
+        form: str = "parallel",
+        chunk: int = 32,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del num_heads
+        check_form(form, chunk)
+        if state_size < 1:
+            raise ValueError(f"state_size must be at least 1, got {state_size}.")
+        channels = parts.expanded_head_size(width, 1, expand, "expand")
+        rank = math.ceil(width / 16) if step_rank is None else step_rank
+        if rank < 1:
+            raise ValueError(f"step_rank must be at least 1, got {step_rank}.")
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.inputs = parts.project(
+            width, channels, short_conv=short_conv, conv_bias=True, activation=False, **options
+        )
+        self.gate = parts.project(width, channels, **options)
+        uniform = parts.symmetric_uniform(rank**-0.5)
+        self.step = parts.LowRank(
+            channels, rank, channels, use_bias=False, up_init=uniform, **options
+        )
+        self.dt_bias = parts.NoDecay(parts.step_bias(rngs.params(), (channels,)))
+        self.B = parts.project(channels, state_size, **options)
+        self.C = parts.project(channels, state_size, **options)
+        rates = jnp.log(jnp.arange(1, state_size + 1, dtype=jnp.float32))
+        self.A_log = parts.NoDecay(jnp.tile(rates, (channels, 1)))
+        self.D = parts.NoDecay(jnp.ones((channels,), jnp.float32))
+        self.out = parts.project(channels, width, **options)
+        self.form, self.chunk = form, chunk
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        u = jax.nn.silu(self.inputs(x))
+        gate, step, b, c = self.gate(x), self.step(u), self.B(u), self.C(u)
+        dtype = compute_dtype(u.dtype)
+        wide = u.astype(dtype)
+        y = selective_scan(
+            wide,
+            jax.nn.softplus(step.astype(dtype) + _row(self.dt_bias, dtype)),
+            -jnp.exp(self.A_log[...].astype(dtype)),
+            b,
+            c,
+            form=self.form,
+            chunk=self.chunk,
+        )
+        y = (y + _row(self.D, dtype) * wide) * jax.nn.silu(gate.astype(dtype))
+        return self.out(y.astype(u.dtype))
+
+
+def _row(parameter, dtype):
+    """``[D] -> [1, 1, D]``."""
+    return parameter[...].astype(dtype)[None, None]

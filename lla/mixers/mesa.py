@@ -1,0 +1,318 @@
+"""The mesa layer: at every token the ridge regression of all values on all keys so far.
+
+Per token and head, with key k, value v, query q, weight beta, gate g in (0, 1] and a positive
+diagonal Lambda (MesaNet, arXiv 2506.05233),
+
+    H = g H + beta k k^T;  G = g G + beta k v^T;  o = G^T (H + Lambda)^-1 q
+
+`"recurrent"` is a scan over tokens with the state (H, G). `"parallel"` keeps (H, G) only between
+chunks. With g_ij the product of the gates after j up to i, g_i0 that of all gates of the chunk up
+to i, and H0, G0 the state before the chunk, both H and G act as a linear attention:
+
+    (H_i + Lambda) x = g_i0 H0 x + sum_{j <= i} g_ij beta_j k_j (k_j.x) + Lambda x
+    o_i = g_i0 G0^T x_i + sum_{j <= i} g_ij beta_j v_j (k_j.x_i),   (H_i + Lambda) x_i = q_i
+
+so conjugate gradients solve for all tokens at once with matrix products, and no H_i is formed.
+
+Gradients come from implicit differentiation (`jax.lax.custom_linear_solve`), not from the
+iterations: the derivative of x = (H + Lambda)^-1 q needs one more solve with the same symmetric
+matrix. That is exact up to the tolerance of the solves, whereas the derivative of the iterates
+lags behind them (they depend on the keys through every step size), and it stores x instead of every
+iterate.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lla.kernels import spd
+from lla.mixers import chunks
+from lla.mixers.delta_rule import check_form, check_sequences
+from lla.ops.problem import compute_dtype
+
+_einsum = partial(jnp.einsum, precision="highest")
+
+# Tokens for which the exact parallel solver holds H at once.
+_EXACT_BLOCK = 16
+
+
+class MesaState(NamedTuple):
+    """Statistics of the tokens so far, float32 or better.
+
+    Attributes:
+      moment: H, ``[B, N, H, H]``.
+      target: G, ``[B, N, H, Hv]``.
+    """
+
+    moment: jax.Array
+    target: jax.Array
+
+
+def mesa(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    ridge: jax.Array,
+    state: MesaState | None = None,
+    form: str = "parallel",
+    solver: str = "cg",
+    max_iters: int = 30,
+    tol: float = 1e-6,
+    chunk: int = 64,
+    return_state: bool = False,
+) -> jax.Array | tuple[jax.Array, MesaState]:
+    """Outputs of the mesa layer.
+
+    Args:
+      query, key: ``[B, T, N, H]``, taken as they are: normalise them before.
+      value: ``[B, T, N, Hv]``.
+      beta: ``[B, T, N]``, weight of each pair, >= 0.
+      log_decay: ``[B, T, N]``, logarithm of the gates, finite and <= 0; None for no decay.
+      ridge: ``[N, H]``, the diagonal Lambda, > 0.
+      state: the state before the first token; None for zero.
+      form: ``"parallel"`` or ``"recurrent"``.
+      solver: ``"cg"``, conjugate gradients, or ``"exact"``, Cholesky factorisations, for which H
+        is formed for every token (for 16 at a time in the parallel form). The reference is
+        ``form="recurrent", solver="exact"``.
+      max_iters: bound on the iterations of ``"cg"``; the paper takes 30. A token that reaches it
+        keeps its last iterate. With unit keys and Lambda = 1, 15 are enough for an error of 1e-4
+        unless the keys share a direction and nothing decays, which takes the 30.
+      tol: a token stops when its residual, in the norm of the preconditioner, is below `tol` times
+        that of its query. The paper iterates a fixed number of times [ours].
+      chunk: tokens per chunk of the parallel form.
+      return_state: also return the state after the last token.
+
+    Returns:
+      ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the `MesaState`.
+
+    Raises:
+      ValueError: for shapes that do not fit, or options outside their range.
+    """
+    check_sequences(query, key, value, beta, log_decay)
+    check_form(form, chunk)
+    batch, length, heads, dim = key.shape
+    if ridge.shape != (heads, dim):
+        raise ValueError(f"ridge must have shape {(heads, dim)}, got {ridge.shape}.")
+    solve = make_solver(solver, max_iters, tol)
+    dtype = compute_dtype(value.dtype)
+    shapes = MesaState((batch, heads, dim, dim), (batch, heads, dim, value.shape[-1]))
+    if state is None:
+        state = MesaState(*(jnp.zeros(shape, dtype) for shape in shapes))
+    elif (state[0].shape, state[1].shape) != shapes:
+        raise ValueError(
+            f"state must have shapes {shapes[0]} and {shapes[1]}, "
+            f"got {state[0].shape} and {state[1].shape}."
+        )
+    if log_decay is None:
+        log_decay = jnp.zeros_like(beta)
+    state = MesaState(*(array.astype(dtype) for array in state))
+    arrays = (array.astype(dtype) for array in (query, key, value, beta, log_decay))
+    ridge = ridge.astype(dtype)
+    if form == "recurrent":
+        out, state = _recurrent(state, *arrays, ridge=ridge, solve=solve)
+    else:
+        out, state = _parallel(state, *arrays, ridge=ridge, solve=solve, chunk=min(chunk, length))
+    out = out.astype(value.dtype)
+    return (out, state) if return_state else out
+
+
+def mesa_step(
+    state: MesaState,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array,
+    *,
+    ridge: jax.Array,
+    solve,
+) -> tuple[MesaState, jax.Array]:
+    """One token of the recurrence; all arrays in the dtype of the state.
+
+    Args:
+      state: before the token.
+      query, key: ``[B, N, H]``.
+      value: ``[B, N, Hv]``.
+      beta, log_decay: ``[B, N]``.
+      ridge: ``[N, H]``.
+      solve: from `make_solver`.
+
+    Returns:
+      The new state and the output ``[B, N, Hv]``.
+    """
+    decay = jnp.exp(log_decay)[..., None, None]
+    weighted = beta[..., None] * key
+    moment = decay * state.moment + _einsum("bnh,bng->bnhg", weighted, key)
+    target = decay * state.target + _einsum("bnh,bnv->bnhv", weighted, value)
+    solution = solve.dense(moment, jnp.broadcast_to(ridge[None], query.shape), query)
+    return MesaState(moment, target), _einsum("bnhv,bnh->bnv", target, solution)
+
+
+def make_solver(solver: str = "cg", max_iters: int = 30, tol: float = 1e-6):
+    """The solver that `mesa_step` wants; arguments as in `mesa`.
+
+    Raises:
+      ValueError: for an unknown solver, `max_iters` below 1 or `tol` outside [0, 1).
+    """
+    if solver not in ("cg", "exact"):
+        raise ValueError(f"solver must be 'cg' or 'exact', got {solver!r}.")
+    if max_iters < 1:
+        raise ValueError(f"max_iters must be at least 1, got {max_iters}.")
+    if not 0 <= tol < 1:
+        raise ValueError(f"tol must be in [0, 1), got {tol}.")
+    return _Exact() if solver == "exact" else _ConjugateGradients(max_iters, tol)
+
+
+class _Exact(NamedTuple):
+    """Cholesky factorisation of every system, of matrix products (`lla.kernels.spd`).
+
+    Not by `jnp.linalg.cholesky`: on a CPU its LAPACK calls wait for threads of the pool that they
+    run in, and two at once can block each other for good.
+    """
+
+    def dense(self, moment, ridge, right):
+        """(moment + diag(ridge))^-1 right for [..., H, H], [..., H] and [..., H]."""
+        apply = partial(_apply, moment, ridge)
+
+        def factorise(_, right):
+            dim = right.shape[-1]
+            eye = jnp.eye(dim, dtype=right.dtype).reshape((1,) * (right.ndim - 1) + (dim, dim))
+            inverse, positive = spd.inverse(moment + ridge[..., None] * eye, "highest")
+            solution = _einsum("...hg,...g->...h", inverse, right)
+            # A system that is not positive definite has no answer, rather than a wrong one.
+            return jnp.where(positive[..., None], solution, jnp.nan)
+
+        return jax.lax.custom_linear_solve(apply, right, factorise, symmetric=True)
+
+
+class _ConjugateGradients(NamedTuple):
+    """Conjugate gradients for every system, preconditioned by its diagonal.
+
+    The paper starts them, unpreconditioned, from ``q / diag(H + Lambda)``. From zero with this
+    preconditioner the first step is the best multiple of that, and a Lambda that differs between
+    channels costs nothing [ours].
+    """
+
+    max_iters: int
+    tol: float
+
+    def dense(self, moment, ridge, right):
+        """(moment + diag(ridge))^-1 right for [..., H, H], [..., H] and [..., H]."""
+        diagonal = jnp.diagonal(moment, axis1=-2, axis2=-1) + ridge
+        return self(partial(_apply, moment, ridge), diagonal, right)
+
+    def __call__(self, apply, diagonal, right):
+        """Solves ``apply(x) = right``, one system for each row ``[..., H]``."""
+        inverse = jax.lax.stop_gradient(1 / diagonal)
+        return jax.lax.custom_linear_solve(
+            apply, right, partial(self._iterate, inverse=inverse), symmetric=True
+        )
+
+    def _iterate(self, apply, right, *, inverse):
+        def product(x, y):
+            return jnp.sum(x * y, axis=-1, keepdims=True)
+
+        def unfinished(carry):
+            count, _, _, _, square = carry
+            return (count < self.max_iters) & jnp.any(square > bound)
+
+        def advance(carry):
+            count, x, residual, direction, square = carry
+            image = apply(direction)
+            curvature = product(direction, image)
+            # A finished row stays as it is; so does one whose curvature has underflown.
+            active = (square > bound) & (curvature > 0)
+            step = jnp.where(active, square / jnp.where(active, curvature, 1), 0)
+            x = x + step * direction
+            residual = residual - step * image
+            scaled = inverse * residual
+            new = product(residual, scaled)
+            ratio = jnp.where(active, new / jnp.where(active, square, 1), 0)
+            direction = scaled + ratio * direction
+            return count + 1, x, residual, direction, jnp.where(active, new, 0)
+
+        scaled = inverse * right
+        square = product(right, scaled)
+        bound = self.tol**2 * square
+        start = (0, jnp.zeros_like(right), right, scaled, square)
+        return jax.lax.while_loop(unfinished, advance, start)[1]
+
+
+def _apply(moment, ridge, x):
+    return _einsum("...hg,...g->...h", moment, x) + ridge * x
+
+
+def _recurrent(state, *arrays, ridge, solve):
+    def advance(state, token):
+        return mesa_step(state, *token, ridge=ridge, solve=solve)
+
+    by_time = tuple(jnp.moveaxis(array, 1, 0) for array in arrays)
+    state, out = jax.lax.scan(advance, state, by_time)
+    return jnp.moveaxis(out, 0, 1), state
+
+
+def _parallel(state, query, key, value, beta, log_decay, *, ridge, solve, chunk):
+    length, dim = query.shape[1], key.shape[-1]
+    exact = isinstance(solve, _Exact)
+    if exact:
+        query = _solve_exactly(state.moment, query, key, beta, log_decay, ridge, solve)
+
+    q, k, v, beta, log_decay = (
+        chunks.split(array, chunk) for array in (query, key, value, beta, log_decay)
+    )
+    decays = chunks.decays(log_decay)
+    weighted = beta[..., None] * k
+
+    # The states before every chunk, H and G side by side.
+    def advance(state, block):
+        total, contribution = block
+        return total[..., None, None] * state + contribution, state
+
+    pairs = jnp.concatenate([k, v], axis=-1)
+    contribution = _einsum("...ih,...iv->...hv", decays.end[..., None] * weighted, pairs)
+    joined, before = jax.lax.scan(
+        advance, jnp.concatenate(state, axis=-1), (decays.start[..., -1], contribution)
+    )
+    moment, target = before[..., :dim], before[..., dim:]
+    start = decays.start[..., None]
+    pair = decays.pair * beta[..., None, :]
+
+    def attend(x, state, value):
+        scores = _einsum("...ih,...jh->...ij", x, k) * pair
+        incoming = _einsum("...ih,...hv->...iv", start * x, state)
+        return incoming + _einsum("...ij,...jv->...iv", scores, value)
+
+    if exact:
+        solution = q
+    else:
+        diagonal = start * jnp.diagonal(moment, axis1=-2, axis2=-1)[..., None, :]
+        diagonal = diagonal + _einsum("...ij,...jh->...ih", pair, k * k)
+        lam = ridge[None, None, :, None, :]
+        solution = solve(lambda x: attend(x, moment, k) + lam * x, diagonal + lam, q)
+    out = chunks.merge(attend(solution, target, v), length)
+    return out, MesaState(joined[..., :dim], joined[..., dim:])
+
+
+def _solve_exactly(moment, query, key, beta, log_decay, ridge, solve):
+    """x [B, T, N, H] with (H + Lambda) x = query at every token, from the moment before them."""
+    length = query.shape[1]
+    block = min(_EXACT_BLOCK, length)
+    arrays = (chunks.split(array, block) for array in (query, key, beta, log_decay))
+
+    @jax.checkpoint  # or the backward pass would hold H for every token
+    def advance(moment, arrays):
+        q, k, beta, log_decay = arrays
+        decays = chunks.decays(log_decay)
+        pairs = (beta[..., None] * k)[..., :, None] * k[..., None, :]
+        moments = decays.start[..., None, None] * moment[..., None, :, :]
+        moments = moments + _einsum("bnij,bnjhg->bnihg", decays.pair, pairs)
+        lam = jnp.broadcast_to(ridge[None, :, None, :], q.shape)
+        return moments[..., -1, :, :], solve.dense(moments, lam, q)
+
+    _, solution = jax.lax.scan(advance, moment, tuple(arrays))
+    return chunks.merge(solution, length)

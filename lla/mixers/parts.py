@@ -1,0 +1,280 @@
+"""Pieces that several mixers share: projections, short convolutions, norms, initialisers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lla.nn.layer import HeadNorm
+from lla.nn.ridge import NoDecay
+from lla.ops.problem import compute_dtype
+
+__all__ = [
+    "GatedNorm",
+    "HeadNorm",
+    "LowRank",
+    "NoDecay",
+    "Projected",
+    "ShortConvolution",
+    "expanded_head_size",
+    "head_size",
+    "l2_normalize",
+    "merge_heads",
+    "project",
+    "step_bias",
+    "symmetric_uniform",
+]
+
+
+def head_size(
+    width: int, num_heads: int, head_dim: int | None = None, name: str = "head_dim"
+) -> int:
+    """`head_dim`, or where it is None the width of one of `num_heads` equal parts of `width`.
+
+    Raises:
+      ValueError: `width` is not a multiple of `num_heads`, or `head_dim` is below 1.
+    """
+    if head_dim is None:
+        if width % num_heads:
+            raise ValueError(
+                f"width ({width}) must be a multiple of num_heads ({num_heads}) unless {name} is "
+                "given."
+            )
+        return width // num_heads
+    if head_dim < 1:
+        raise ValueError(f"{name} must be at least 1, got {head_dim}.")
+    return head_dim
+
+
+def expanded_head_size(width: int, num_heads: int, expand: float, name: str) -> int:
+    """Width of one of `num_heads` equal parts of ``expand * width``.
+
+    Raises:
+      ValueError: that is not a positive integer.
+    """
+    total = round(expand * width)
+    if not math.isclose(total, expand * width) or total < 1 or total % num_heads:
+        raise ValueError(
+            f"{name} ({expand}) times width ({width}) must be a positive multiple of num_heads "
+            f"({num_heads})."
+        )
+    return total // num_heads
+
+
+def project(
+    width: int,
+    shape: int | tuple[int, ...],
+    *,
+    short_conv: int = 0,
+    activation: bool = True,
+    conv_bias: bool = False,
+    use_bias: bool = False,
+    kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """A linear map ``[B, T, width] -> [B, T, *shape]``, with a short convolution behind it.
+
+    Args:
+      width: of the input.
+      shape: axes of the output, such as ``(num_heads, head_dim)``.
+      short_conv: size of a `ShortConvolution` behind the map; 0 for none.
+      activation: whether SiLU follows the convolution. Nothing follows without a convolution.
+      conv_bias: whether the convolution has a bias.
+      use_bias: whether the map has a bias.
+      kernel_init: initialiser of its kernel.
+      dtype, param_dtype, rngs: as in `lla.mixers.create`.
+
+    Returns:
+      `nnx.LinearGeneral`, or `Projected` with a convolution.
+    """
+    linear = nnx.LinearGeneral(
+        width,
+        shape,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+    if short_conv == 0:
+        return linear
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    convolution = ShortConvolution(
+        shape,
+        short_conv,
+        activation=activation,
+        use_bias=conv_bias,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+    return Projected(linear, convolution)
+
+
+def merge_heads(
+    num_heads: int, head_dim: int, width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+) -> nnx.LinearGeneral:
+    """The output projection ``[B, T, num_heads, head_dim] -> [B, T, width]``."""
+    return nnx.LinearGeneral(
+        (num_heads, head_dim),
+        width,
+        axis=(-2, -1),
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+class Projected(nnx.Module):
+    """A projection with a short convolution behind it."""
+
+    def __init__(self, projection: nnx.Module, convolution: ShortConvolution):
+        self.projection = projection
+        self.convolution = convolution
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.convolution(self.projection(x))
+
+
+class ShortConvolution(nnx.Module):
+    """Causal convolution over time of every channel by itself: ``y_t = sum_i w_i x_{t-size+1+i}``.
+
+    ``[B, T, *shape] -> [B, T, *shape]`` in the dtype of the input, accumulated in float32 or
+    better. Zeros precede the sequence.
+
+    Parameters: ``filter`` ``[size, *shape]`` and, where it is asked for, ``bias`` ``[*shape]``,
+    both uniform in ``±1 / sqrt(size)`` as in Mamba's published code (arXiv 2312.00752); the last
+    tap is that of the current token.
+
+    Args:
+      shape: axes behind batch and time.
+      size: number of taps, at least 1.
+      activation: whether SiLU follows.
+      use_bias: whether a bias is added before it.
+      param_dtype, rngs: as in `lla.mixers.create`.
+
+    Raises:
+      ValueError: `size` is below 1.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        size: int,
+        *,
+        activation: bool = True,
+        use_bias: bool = False,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if size < 1:
+            raise ValueError(f"a short convolution needs at least one tap, got {size}.")
+        self.size = size
+        self.activation = activation
+        self.use_bias = use_bias
+        init = symmetric_uniform(size**-0.5)
+        self.filter = nnx.Param(init(rngs.params(), (size, *shape), param_dtype))
+        if use_bias:
+            self.bias = nnx.Param(init(rngs.params(), shape, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = compute_dtype(x.dtype)
+        length = x.shape[1]
+        pad = [(0, 0), (self.size - 1, 0)] + [(0, 0)] * (x.ndim - 2)
+        padded = jnp.pad(x.astype(dtype), pad)
+        taps = self.filter[...].astype(dtype)
+        y = sum(taps[i][None, None] * padded[:, i : i + length] for i in range(self.size))
+        if self.use_bias:
+            y = y + self.bias[...].astype(dtype)[None, None]
+        return (jax.nn.silu(y) if self.activation else y).astype(x.dtype)
+
+
+class LowRank(nnx.Module):
+    """Two linear maps ``[B, T, width] -> [B, T, rank] -> [B, T, *shape]``, the second with a bias.
+
+    Parameters: ``down.kernel``, ``up.kernel`` (initialised by `up_init`) and, unless
+    ``use_bias=False``, ``up.bias``, zero at the start.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        shape: int | tuple[int, ...],
+        *,
+        use_bias: bool = True,
+        up_init: nnx.Initializer = nnx.initializers.lecun_normal(),
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}.")
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.down = project(width, rank, **options)
+        self.up = project(rank, shape, use_bias=use_bias, kernel_init=up_init, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.up(self.down(x))
+
+
+class GatedNorm(nnx.Module):
+    """``HeadNorm(x) * silu(gate)`` over the last axis, or ``HeadNorm(x * silu(gate))``.
+
+    In float32 or better, returned in the dtype of `gate`. Parameters: ``norm.scale`` ``[dim]``.
+
+    Args:
+      dim: length of the last axis.
+      gate_first: whether the gate acts before the norm, as in Mamba-2.
+      param_dtype: dtype of the scale.
+    """
+
+    def __init__(self, dim: int, *, gate_first: bool = False, param_dtype: Any = jnp.float32):
+        self.gate_first = gate_first
+        self.norm = HeadNorm(dim, param_dtype=param_dtype)
+
+    def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
+        dtype = compute_dtype(gate.dtype)
+        x, opening = x.astype(dtype), jax.nn.silu(gate.astype(dtype))
+        x = self.norm(x * opening) if self.gate_first else self.norm(x) * opening
+        return x.astype(gate.dtype)
+
+
+def l2_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """``x / sqrt(|x|^2 + epsilon)`` over the last axis, in float32 or better, in the dtype of x."""
+    y = x.astype(compute_dtype(x.dtype))
+    y = y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + epsilon)
+    return y.astype(x.dtype)
+
+
+def symmetric_uniform(bound: float) -> nnx.Initializer:
+    """Initialiser with values uniform in ``±bound``."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def step_bias(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    *,
+    smallest: float = 1e-3,
+    largest: float = 1e-1,
+    floor: float = 1e-4,
+) -> jax.Array:
+    """Biases b, float32, with ``softplus(b)`` log-uniform between `smallest` and `largest`.
+
+    The initial step sizes of Mamba (arXiv 2312.00752, section 3.6) and its relatives; none is below
+    `floor`.
+    """
+    logarithm = jax.random.uniform(key, shape, jnp.float32, math.log(smallest), math.log(largest))
+    step = jnp.maximum(jnp.exp(logarithm), floor)
+    return step + jnp.log(-jnp.expm1(-step))  # the inverse of softplus

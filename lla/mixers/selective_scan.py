@@ -1,0 +1,147 @@
+"""The selective scan of Mamba (S6): a diagonal state space model whose steps depend on the token.
+
+Per token and channel, with input x, step size Delta >= 0, and vectors B, C of the token that all
+channels share,
+
+    h = exp(Delta A) h + Delta B x;  y = C . h                         h: [N], h = 0 at the start
+
+where A <= 0 is a vector of N rates for each channel (Mamba, arXiv 2312.00752; as in its published
+code, A is discretised exactly and B by Euler's rule).
+
+`"recurrent"` is a scan over tokens and the reference. `"parallel"` runs an associative scan over
+the tokens of one chunk after the other, since pairs (a, b) that stand for h -> a h + b compose to
+pairs of that kind. All a are products of numbers in [0, 1]. States of all tokens exist for one
+chunk at a time, in the backward pass as well.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from lla.mixers.delta_rule import check_form
+from lla.ops.problem import compute_dtype
+
+_einsum = partial(jnp.einsum, precision="highest")
+
+
+def selective_scan(
+    x: jax.Array,
+    delta: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    *,
+    state: jax.Array | None = None,
+    form: str = "parallel",
+    chunk: int = 32,
+    return_state: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Outputs of the selective scan.
+
+    Args:
+      x: ``[B, T, D]``, one input per channel.
+      delta: ``[B, T, D]``, step sizes, >= 0.
+      a: ``[D, N]``, rates, <= 0.
+      b, c: ``[B, T, N]``, into and out of the state.
+      state: ``[B, D, N]``, the state before the first token; None for zero.
+      form: ``"parallel"`` or ``"recurrent"``.
+      chunk: tokens per chunk of the parallel form, which holds some arrays ``[B, chunk, D, N]``.
+      return_state: also return the state after the last token.
+
+    Returns:
+      ``[B, T, D]`` in the dtype of `x`, or a pair with the state ``[B, D, N]``. States, gates and
+      everything between are float32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
+    """
+    check_form(form, chunk)
+    if x.ndim != 3 or delta.shape != x.shape or 0 in x.shape:
+        raise ValueError(
+            f"x and delta must both be [B, T, D] and not empty, got {x.shape} and {delta.shape}."
+        )
+    batch, length, channels = x.shape
+    if a.ndim != 2 or a.shape[0] != channels:
+        raise ValueError(f"a must be [D, N] with the D of x {x.shape}, got {a.shape}.")
+    for name, array in (("b", b), ("c", c)):
+        if array.shape != (batch, length, a.shape[1]):
+            raise ValueError(
+                f"{name} must have shape {(batch, length, a.shape[1])}, got {array.shape}."
+            )
+    dtype = compute_dtype(x.dtype)
+    state_shape = (batch, *a.shape)
+    if state is None:
+        state = jnp.zeros(state_shape, dtype)
+    elif state.shape != state_shape:
+        raise ValueError(f"state must have shape {state_shape}, got {state.shape}.")
+    arrays = tuple(array.astype(dtype) for array in (x, delta, b, c))
+    compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
+    y, state = compute(state.astype(dtype), a.astype(dtype), *arrays)
+    y = y.astype(x.dtype)
+    return (y, state) if return_state else y
+
+
+def selective_scan_step(
+    state: jax.Array,
+    a: jax.Array,
+    x: jax.Array,
+    delta: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of the recurrence; all arrays in the dtype of the state.
+
+    Args:
+      state: ``[B, D, N]``.
+      a: ``[D, N]``.
+      x, delta: ``[B, D]``.
+      b, c: ``[B, N]``.
+
+    Returns:
+      The new state and the output ``[B, D]``.
+    """
+    decay, inflow = _discretise(a, x, delta, b)
+    state = decay * state + inflow
+    return state, _einsum("bdn,bn->bd", state, c)
+
+
+def _discretise(a, x, delta, b):
+    """exp(Delta A) and Delta B x, both ``[..., D, N]``, from ``[..., D]`` and ``[..., N]``."""
+    leading = (1,) * (x.ndim - 1)
+    decay = jnp.exp(delta[..., None] * a.reshape(*leading, *a.shape))
+    return decay, (delta * x)[..., None] * b[..., None, :]
+
+
+def _recurrent(state, a, *arrays):
+    by_time = tuple(jnp.moveaxis(array, 1, 0) for array in arrays)
+    state, y = jax.lax.scan(
+        lambda state, token: selective_scan_step(state, a, *token), state, by_time
+    )
+    return jnp.moveaxis(y, 0, 1), state
+
+
+def _parallel(state, a, *arrays, chunk):
+    batch, length, channels = arrays[0].shape
+    count = -(-length // chunk)
+
+    def split(array):
+        # Steps of zero, behind the end, leave the state as it is.
+        array = jnp.pad(array, [(0, 0), (0, count * chunk - length), (0, 0)])
+        return jnp.moveaxis(array.reshape(batch, count, chunk, -1), 1, 0)
+
+    @jax.checkpoint
+    def advance(state, block):
+        x, delta, b, c = block
+        decay, inflow = _discretise(a, x, delta, b)
+        decay, inflow = jax.lax.associative_scan(_compose, (decay, inflow), axis=1)
+        states = decay * state[:, None] + inflow
+        return states[:, -1], _einsum("bcdn,bcn->bcd", states, c)
+
+    state, y = jax.lax.scan(advance, state, tuple(split(array) for array in arrays))
+    return jnp.moveaxis(y, 0, 1).reshape(batch, count * chunk, channels)[:, :length], state
+
+
+def _compose(first, second):
+    """h -> a2 (a1 h + b1) + b2."""
+    return first[0] * second[0], second[0] * first[1] + second[1]

@@ -1,0 +1,59 @@
+"""The one place where trained tasks have names."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from lla.tasks.in_context_regression import InContextRegression
+from lla.tasks.mqar import MQAR
+from lla.tasks.state_tracking import StateTracking
+from lla.tasks.task import Task
+
+_TASKS: dict[str, type] = {
+    "in_context_regression": InContextRegression,
+    "mqar": MQAR,
+    "state_tracking": StateTracking,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names that `create` accepts."""
+    return tuple(_TASKS)
+
+
+def options(name: str) -> dict[str, Any]:
+    """Options of the task `name` with their default values."""
+    return {field.name: field.default for field in dataclasses.fields(_lookup(name))}
+
+
+def create(name: str, **given: Any) -> Task:
+    """Builds a task.
+
+    Args:
+      name: one of `names()`.
+      **given: its options; `options(name)` lists them with their defaults, the docstring of the
+        class explains them.
+
+    Raises:
+      ValueError: an unknown name or option (the nearest valid one is named), or an option outside
+        its range.
+    """
+    task = _lookup(name)
+    valid = [field.name for field in dataclasses.fields(task)]
+    for option in given:
+        if option not in valid:
+            raise ValueError(_unknown(f"option of task {name!r}", option, valid))
+    return task(**given)
+
+
+def _lookup(name: str) -> type:
+    if name not in _TASKS:
+        raise ValueError(_unknown("task", name, names()))
+    return _TASKS[name]
+
+
+def _unknown(kind: str, word: str, valid: Iterable[str]) -> str:
+    valid = list(valid)
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.0)
+    return f"unknown {kind}: {word!r}; did you mean {near[0]!r}? Valid: {', '.join(valid)}."

@@ -1,0 +1,94 @@
+"""Random streams of the tasks, and sampling that is quick inside a compiled step."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+_DATA_STREAM = 0x64617461  # keeps the data apart from whatever else is drawn from the same seed
+_ROUNDS = 6
+
+
+def split_key(seed: int | jax.Array, splits: tuple[str, ...], split: str) -> jax.Array:
+    """The key of one split of the data with this seed."""
+    return jax.random.fold_in(
+        jax.random.fold_in(jax.random.key(seed), _DATA_STREAM), splits.index(split)
+    )
+
+
+def fold_each(key: jax.Array, data: jax.Array) -> jax.Array:
+    """One key [n] for each of the integers `data` [n]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, data)
+
+
+def fresh_keys(key: jax.Array, step: int | jax.Array, size: int) -> jax.Array:
+    """Keys [size] of the sequences of a batch that never comes again."""
+    return fold_each(jax.random.fold_in(key, as_uint32(step)), jnp.arange(size, dtype=jnp.uint32))
+
+
+def as_uint32(number: int | jax.Array) -> jax.Array:
+    """Python integers and traced int32 or uint32 alike, as uint32."""
+    return jnp.asarray(number).astype(jnp.uint32)
+
+
+def distinct(key: jax.Array, populations: tuple[int, ...], count: int) -> jax.Array:
+    """Ordered uniform samples without replacement, one from each `range(population)`.
+
+    The i-th entry is uniform among those that are left: its rank among them is drawn, and the
+    ranks are turned into numbers against the sorted list of those already taken. That costs
+    `count` steps of `count` comparisons, however large the population is, where a permutation or
+    the largest of one random number each would pay for all of it.
+
+    Returns:
+      int32 [len(populations), count]
+    """
+    left = jnp.asarray([[p - i for i in range(count)] for p in populations], jnp.int32)
+    ranks = jax.random.randint(key, left.shape, 0, left)
+    slot = jnp.arange(count, dtype=jnp.int32)[None, :]
+
+    def take(taken, rank):
+        # taken[j] - j numbers are left below taken[j], so these are the ones below the new number.
+        below = jnp.sum((taken - slot <= rank).astype(jnp.int32), axis=1, keepdims=True)
+        number = rank + below
+        after = jnp.concatenate([taken[:, :1], taken[:, :-1]], axis=1)
+        taken = jnp.where(slot < below, taken, jnp.where(slot == below, number, after))
+        return taken, number[:, 0]
+
+    empty = jnp.full((len(populations), count), jnp.iinfo(jnp.int32).max, jnp.int32)
+    _, numbers = jax.lax.scan(take, empty, ranks.T[:, :, None], unroll=min(4, count))
+    return numbers.T
+
+
+def permuted(key: jax.Array, index: jax.Array, count: int) -> jax.Array:
+    """Where a random permutation of `range(count)` sends `index`, without making the permutation.
+
+    A Feistel network on pairs of digits in base ceil(sqrt(count)) is a bijection of a square no
+    smaller than `range(count)`; applied until it comes back into the range it is one of the range
+    (Black and Rogaway, 2002: "cycle walking"), and that seldom takes more than one application.
+
+    Args:
+      key: chooses the permutation.
+      index: uint32 scalar below `count`.
+      count: at most 2^31.
+
+    Returns:
+      uint32 scalar.
+    """
+    side = math.isqrt(count - 1) + 1
+    base = jnp.uint32(side)
+    # An array, because keys made inside the loops below would be made at every turn.
+    keys = fold_each(key, jnp.arange(_ROUNDS, dtype=jnp.uint32))
+
+    def shuffle(number):
+        def turn(i, digits):
+            left, right = digits
+            mixed = jax.random.bits(jax.random.fold_in(keys[i], right), dtype=jnp.uint32)
+            return right, (left + mixed % base) % base
+
+        left, right = jax.lax.fori_loop(0, _ROUNDS, turn, (number // base, number % base))
+        return left * base + right
+
+    def outside(number):
+        return number >= jnp.uint32(count)
+
+    return jax.lax.while_loop(outside, shuffle, shuffle(index))

@@ -1,0 +1,194 @@
+"""What every trained task promises, whatever it draws."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lla import tasks
+
+SMALL = {
+    "in_context_regression": dict(dim=4, value_dim=3, length=20, segment_length=8),
+    "mqar": dict(vocab_size=40, length=24, pairs=(2, 5), train_examples=37, test_examples=11),
+    "state_tracking": dict(num_items=4, min_swaps=3, max_swaps=9, queries=2),
+}
+TASKS = {name: tasks.create(name, **options) for name, options in SMALL.items()}
+each = pytest.mark.parametrize("name", SMALL)
+SIZE = 6
+BATCHES = {
+    (name, split): jax.jit(
+        lambda seed, step, task=task, split=split: task.batch(seed, step, SIZE, split)
+    )
+    for name, task in TASKS.items()
+    for split in task.splits
+}
+
+
+def outputs_for(task, batch, seed=0):
+    shape = (*batch["inputs"].shape[:2], task.output_dim)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def counted(task, batch):
+    """Positions whose outputs count, [B, Q]."""
+    if "positions" in batch:
+        return np.asarray(batch["positions"])
+    return np.broadcast_to(np.arange(0, task.max_length, 2), (SIZE, task.max_length // 2))
+
+
+def same(a, b):
+    return all(np.array_equal(a[name], b[name]) for name in a.keys() | b.keys())
+
+
+def test_names_and_options():
+    assert tasks.names() == tuple(SMALL)
+    for name in tasks.names():
+        task = tasks.create(name)
+        assert tasks.create(name, **tasks.options(name)) == task
+        assert hash(task) == hash(tasks.create(name))
+        assert tasks.options(name) == {
+            key: parameter.default
+            for key, parameter in inspect.signature(type(task)).parameters.items()
+        }
+
+
+def test_unknown_words_name_the_nearest():
+    with pytest.raises(ValueError, match=r"'mqra'.*did you mean 'mqar'"):
+        tasks.create("mqra")
+    with pytest.raises(ValueError, match=r"'mqar'.*'lenght'.*did you mean 'length'"):
+        tasks.create("mqar", lenght=64)
+    with pytest.raises(ValueError, match=r"task.*did you mean 'state_tracking'"):
+        tasks.options("state_trackin")
+
+
+@each
+def test_shapes_of_every_split(name):
+    task = TASKS[name]
+    lengths = []
+    assert task.splits[:2] == ("train", "test")
+    assert (task.vocab_size is None) != (task.input_dim is None)
+    for split in task.splits:
+        batch = BATCHES[name, split](0, 1)
+        assert all(array.shape[0] == SIZE for array in batch.values())
+        assert {array.dtype for array in batch.values()} <= {np.dtype("f4"), np.dtype("i4")}
+        inputs = np.asarray(batch["inputs"])
+        lengths.append(inputs.shape[1])
+        if task.vocab_size is None:
+            assert inputs.shape[2:] == (task.input_dim,) and inputs.dtype == np.float32
+        else:
+            assert inputs.ndim == 2 and inputs.dtype == np.int32
+            assert inputs.min() >= 0 and inputs.max() < task.vocab_size == task.output_dim
+    assert max(lengths) == task.max_length
+
+
+@each
+def test_pure_and_new_at_every_step_seed_and_split(name):
+    task = TASKS[name]
+    drawn = {(split, *at): BATCHES[name, split](*at) for split in task.splits for at in [(3, 1)]}
+    drawn["train", 3, 0], drawn["train", 4, 1] = (
+        BATCHES[name, "train"](*at) for at in [(3, 0), (4, 1)]
+    )
+    assert same(drawn["train", 3, 1], BATCHES[name, "train"](3, 1))
+    unsigned = BATCHES[name, "train"](jnp.uint32(3), jnp.uint32(1))
+    assert same(drawn["train", 3, 1], unsigned)
+    seen = [np.asarray(batch["inputs"]) for batch in drawn.values()]
+    for i, first in enumerate(seen):
+        for second in seen[:i]:
+            assert first.shape != second.shape or not np.array_equal(first, second)
+    inputs = seen[0]
+    assert len(np.unique(inputs.reshape(SIZE, -1), axis=0)) == SIZE
+
+
+@each
+def test_batches_under_vmap_and_in_a_loop(name):
+    task = TASKS[name]
+    seeds, step = jnp.asarray([3, 9], jnp.uint32), jnp.int32(2)
+
+    def second_of_two(seed):
+        def body(step, _):
+            return task.batch(seed, step, SIZE)
+
+        return jax.lax.fori_loop(1, 3, body, task.batch(seed, 0, SIZE))
+
+    mapped = jax.jit(jax.vmap(second_of_two))(seeds)
+    for i, seed in enumerate((3, 9)):
+        alone = BATCHES[name, "train"](seed, step)
+        for key, array in alone.items():
+            np.testing.assert_allclose(mapped[key][i], array, rtol=1e-6, atol=1e-6)
+
+
+@each
+def test_metrics_add_up_over_batches(name):
+    task = TASKS[name]
+    metrics = jax.jit(task.metrics)
+    batches = [BATCHES[name, "test"](0, step) for step in (0, 1)]
+    outputs = [outputs_for(task, batch, step) for step, batch in enumerate(batches)]
+    both = metrics(
+        jnp.concatenate(outputs), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
+    )
+    parts = [metrics(*pair) for pair in zip(outputs, batches, strict=True)]
+    assert {"loss", task.headline} <= both.keys()
+    for key, (total, weight) in both.items():
+        assert total.shape == weight.shape == () and total.dtype == weight.dtype == np.float32
+        np.testing.assert_allclose(total, sum(part[key][0] for part in parts), rtol=1e-5)
+        np.testing.assert_allclose(weight, sum(part[key][1] for part in parts), rtol=1e-6)
+
+
+@each
+def test_slices_are_parts_of_the_headline(name):
+    task = TASKS[name]
+    for split in task.splits:
+        batch = BATCHES[name, split](5, 0)
+        sums = task.metrics(outputs_for(task, batch), batch)
+        total, weight = sums.pop(task.headline)
+        kinds = {key.rsplit("_", 1)[0] for key in sums if "/" in key}
+        assert kinds
+        for kind in kinds:
+            parts = [pair for key, pair in sums.items() if key.rsplit("_", 1)[0] == kind]
+            assert len(parts) > 1
+            np.testing.assert_allclose(sum(part[0] for part in parts), total, rtol=1e-5)
+            np.testing.assert_allclose(sum(part[1] for part in parts), weight, rtol=1e-6)
+
+
+@each
+def test_loss_is_that_of_the_metrics_and_reads_what_counts_alone(name):
+    task = TASKS[name]
+    batch = BATCHES[name, "test"](0, 1)  # the test set of MQAR ends within this batch
+    outputs = outputs_for(task, batch)
+    loss, gradient = jax.jit(jax.value_and_grad(task.loss))(outputs, batch)
+    total, weight = task.metrics(outputs, batch)["loss"]
+    assert loss.shape == () and loss.dtype == np.float32
+    np.testing.assert_allclose(loss, total / weight, rtol=1e-6)
+
+    read = np.zeros(outputs.shape[:2], bool)
+    weights = np.asarray(batch.get("weights", np.ones_like(counted(task, batch))))
+    for b in range(SIZE):
+        read[b, counted(task, batch)[b][weights[b] > 0]] = True
+    assert (np.abs(gradient).max(axis=-1) > 0).tolist() == read.tolist()
+
+    at_those = jnp.take_along_axis(outputs, jnp.asarray(counted(task, batch))[:, :, None], axis=1)
+    np.testing.assert_array_equal(task.loss(at_those, batch), task.loss(outputs, batch))
+    for key, pair in task.metrics(at_those, batch).items():
+        np.testing.assert_array_equal(pair, task.metrics(outputs, batch)[key])
+    low = task.loss(outputs.astype(jnp.bfloat16), batch)
+    assert low.dtype == np.float32 and abs(low - loss) < 0.02 * loss
+
+
+@each
+def test_baselines_are_on_the_scale_of_the_headline(name):
+    found = TASKS[name].baselines()
+    assert found and all(type(number) is float and 0 <= number <= 2 for number in found.values())
+
+
+@each
+def test_wrong_calls_are_refused(name):
+    task = TASKS[name]
+    with pytest.raises(ValueError, match=r"'tets'.*did you mean 'test'"):
+        task.batch(0, 0, 4, "tets")
+    with pytest.raises(ValueError, match="size"):
+        task.batch(0, 0, 0)
+    batch = BATCHES[name, "train"](0, 0)
+    with pytest.raises(ValueError, match="outputs must be"):
+        task.loss(outputs_for(task, batch)[:, :, :-1], batch)
