@@ -30,8 +30,8 @@ class Solver:
       tol: forward tolerance; None means 1e-6 for float32 inputs, 5e-4 for bfloat16, 1e-4 for
         float16, 1e-12 for float64. The Hopper kernels compare it with an estimate, averaged over
         64 queries, instead of a bound; their defaults are 1e-3 and 1.5e-3, and below 1e-3 they
-        multiply in two 16-bit parts what rounding would spoil, as they do below a ridge of 0.5
-        that is not traced (``kernels/README.md``).
+        multiply in two 16-bit parts what rounding would spoil, as they do where the ridge is small
+        for the keys (``kernels/README.md``).
       backward_tol: tolerance of the adjoint solve; None means ten times ``tol`` where that is
         given, else 1e-5, 5e-4, 1e-4 and 1e-11 (Hopper kernels: 1e-3 to 5e-3).
       max_iters: bound on the iterations of a solve; None means ``max(64, 4 * head_dim)``, in the
