@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from lla.experiment.boundary import check_keys
 
@@ -23,22 +23,30 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def _parse(argv):
     try:
-        return flags.FLAGS(argv)
+        positional = flags.FLAGS(argv)
     except flags.Error as error:
         _exit(error)
     except (AttributeError, KeyError, ValueError) as error:
         # The config library names a key only where it is similar, and with its own traceback.
         _exit(_unknown_key(argv) or error)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # the checkpoint library tells every rename
+    return positional
 
 
 def _unknown_key(argv):
-    paths = {argument: match.group(1) for argument in argv if (match := _OVERRIDE.match(argument))}
-    flags.FLAGS.unparse_flags()
+    """What is wrong with the overrides, found by reading the config without them."""
+    paths = [match.group(1) for argument in argv if (match := _OVERRIDE.match(argument))]
+    plain = [argument for argument in argv if not _OVERRIDE.match(argument)]
+    given, sys.argv = sys.argv, plain  # where the config library looks for overrides
     try:
-        flags.FLAGS([argument for argument in argv if argument not in paths])
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(plain)
     except (flags.Error, AttributeError, KeyError, ValueError) as error:
         return error
-    for path in paths.values():
+    finally:
+        sys.argv = given
+    for path in paths:
         section, at = flags.FLAGS["config"].value, "config"
         for key in path.split("."):
             if not hasattr(section, "keys"):

@@ -1,0 +1,77 @@
+"""In-context regression, trained: predict y_t at x_t from the pairs of the segment before it.
+
+    python experiments/train.py --config=configs/in_context_regression.py \\
+        --workdir=runs/in_context_regression
+    python experiments/sweep.py --config=configs/in_context_regression.py \\
+        --workdir=runs/in_context_regression_sweep
+
+The mechanism is one name: `--config.model.mixer.name=gla`, its options are under
+`--config.mixers.gla`. The headline metric is the squared error against the noiseless map, where
+predicting zero has 1; `lla.tasks.create("in_context_regression").baselines()` has the error of the
+oracle that knows the segments.
+
+Variant: `--config=configs/in_context_regression.py:smoke` (seconds, numbers mean nothing).
+"""
+
+from lla import training
+from lla.experiment import to_config
+
+
+def get_config(variant: str = ""):
+    """The config; `variant` is "" or "smoke"."""
+    config = to_config(training.defaults("in_context_regression"))
+
+    # See lla/tasks/in_context_regression.py. Dimensions are the paper's, the rest is ours.
+    config.task.dim = 32  # of x and y
+    config.task.length = 512  # pairs, two tokens each
+    config.task.segment_length = 128  # pairs
+    config.task.noise = 0.1
+
+    config.model.width = 128
+    config.model.depth = 2  # [paper]
+    config.model.num_heads = 4
+    config.model.mlp_ratio = 0.0  # none [paper]
+
+    config.optimizer.learning_rate = 1e-3
+    config.training.steps = 10_000
+    config.training.batch_size = 32
+    config.training.log_every = 50
+    config.training.eval_every = 500
+    config.training.eval_batches = 8
+    config.training.eval_batch_size = 64
+    config.training.checkpoint_every = 1000
+    config.training.steps_per_call = 50
+
+    config.sweep.seeds = (0, 1, 2)
+    config.sweep.learning_rates = (3e-4, 1e-3, 3e-3, 1e-2)
+    config.sweep.grid = {
+        "model": {
+            "mixer": {
+                "name": (
+                    "lla",
+                    "softmax",
+                    "mesanet",
+                    "gated_deltanet",
+                    "deltanet",
+                    "gla",
+                    "mamba",
+                    "mamba2",
+                    "hyena",
+                )
+            }
+        },
+        "task": {"segment_length": (32, 64, 128, 256, 512)},
+    }
+
+    if variant == "smoke":
+        config.task.dim, config.task.length, config.task.segment_length = 4, 16, 8
+        config.model.width, config.model.num_heads = 16, 2
+        config.training.update(steps=8, batch_size=8, log_every=2, eval_every=4)
+        config.training.update(eval_batches=2, eval_batch_size=8, checkpoint_every=4)
+        config.training.steps_per_call = 2
+        config.sweep.seeds, config.sweep.learning_rates = (0, 1), (1e-3, 3e-3)
+        config.sweep.grid.model.mixer.name = ("softmax", "linear")
+        config.sweep.grid.task.segment_length = (8,)
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}; valid: smoke.")
+    return config.lock()

@@ -1,0 +1,100 @@
+"""Multi-query associative recall, Zoology's task and training (arXiv 2312.04927).
+
+    python experiments/train.py --config=configs/mqar.py --workdir=runs/mqar
+    python experiments/sweep.py --config=configs/mqar.py --workdir=runs/mqar_sweep
+
+The mechanism is one name: `--config.model.mixer.name=gla`, its options are under
+`--config.mixers.gla`. The headline metric is the accuracy at the queries. The sweep has every pair
+of length and number of pairs, with Zoology's batch sizes, at every width.
+
+Variant: `--config=configs/mqar.py:smoke` (seconds, numbers mean nothing).
+"""
+
+from lla import training
+from lla.experiment import to_config
+
+
+def get_config(variant: str = ""):
+    """The config; `variant` is "" or "smoke"."""
+    config = to_config(training.defaults("mqar"))
+
+    # See lla/tasks/mqar.py. Zoology's values where nothing else is said.
+    config.task.vocab_size = 8192
+    config.task.length = 64  # tokens
+    config.task.pairs = 4
+    config.task.train_examples = 100_000
+    config.task.test_examples = 3_000
+
+    config.model.width = 64
+    config.model.depth = 2
+    config.model.num_heads = 1
+    config.model.mlp_ratio = 0.0  # none
+    config.model.tie_embeddings = True
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_fraction = 0.05  # [ours]
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.decay_embeddings = True
+    config.optimizer.clip_norm = 1.0  # [ours]
+    config.training.steps = _steps(512)
+    config.training.batch_size = 512
+    config.training.log_every = 100
+    config.training.eval_every = 500
+    config.training.eval_batches = 6  # of 512: all test examples, once
+    config.training.eval_batch_size = 512
+    config.training.checkpoint_every = 2500
+    config.training.steps_per_call = 50
+    config.training.stop_at = 0.99
+
+    config.sweep.seeds = (0, 1, 2)
+    config.sweep.learning_rates = (1e-4, 10 ** (-10 / 3), 10 ** (-8 / 3), 1e-2)
+    config.sweep.cases = {
+        f"length_{length}": {
+            "task": {"length": length, "pairs": pairs},
+            "training": {"batch_size": batch_size, "steps": _steps(batch_size)},
+        }
+        for length, pairs, batch_size in (
+            (64, 4, 512),
+            (128, 8, 512),
+            (256, 16, 256),
+            (512, 64, 128),
+        )
+    }
+    config.sweep.grid = {
+        "model": {
+            "mixer": {
+                "name": (
+                    "lla",
+                    "softmax",
+                    "mesanet",
+                    "gated_deltanet",
+                    "deltanet",
+                    "gla",
+                    "mamba",
+                    "mamba2",
+                    "hyena",
+                )
+            },
+            "width": (64, 128, 256, 512),
+        },
+    }
+
+    if variant == "smoke":
+        config.task.update(vocab_size=32, length=16, pairs=2, train_examples=64, test_examples=12)
+        config.model.width, config.model.num_heads = 16, 2
+        config.training.update(steps=8, batch_size=8, log_every=2, eval_every=4)
+        config.training.update(eval_batches=2, eval_batch_size=8, checkpoint_every=4)
+        config.training.steps_per_call = 2
+        config.sweep.seeds, config.sweep.learning_rates = (0, 1), (1e-3, 3e-3)
+        config.sweep.grid.model.mixer.name = ("softmax", "linear")
+        config.sweep.grid.model.width = (16,)
+        with config.sweep.unlocked():
+            config.sweep.cases = {"length_16": {"task": {"length": 16, "pairs": 2}}}
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}; valid: smoke.")
+    return config.lock()
+
+
+def _steps(batch_size: int) -> int:
+    """Those of 64 epochs."""
+    return 64 * 100_000 // batch_size

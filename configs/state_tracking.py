@@ -1,0 +1,67 @@
+"""Permutation state tracking: which item is where after a series of swaps.
+
+    python experiments/train.py --config=configs/state_tracking.py --workdir=runs/state_tracking
+    python experiments/sweep.py --config=configs/state_tracking.py \\
+        --workdir=runs/state_tracking_sweep
+
+The mechanism is one name: `--config.model.mixer.name=gla`, its options are under
+`--config.mixers.gla`. The headline metric is the accuracy of the answer, chance is 1 / num_items;
+"test_long" has up to twice as many swaps as training.
+
+Variant: `--config=configs/state_tracking.py:smoke` (seconds, numbers mean nothing).
+"""
+
+from lla import training
+from lla.experiment import to_config
+
+
+def get_config(variant: str = ""):
+    """The config; `variant` is "" or "smoke"."""
+    config = to_config(training.defaults("state_tracking"))
+
+    # See lla/tasks/state_tracking.py. All of it is ours.
+    config.task.num_items = 5
+    config.task.min_swaps = 16
+    config.task.max_swaps = 64
+    config.task.queries = 1
+
+    config.model.width = 128
+    config.model.depth = 2
+    config.model.num_heads = 4
+    config.model.mlp_ratio = 0.0  # none: the mixers alone have to carry the state
+    # What can have a negative eigenvalue can swap: the positive control.
+    config.mixers.gated_deltanet.allow_neg_eigval = True
+
+    config.optimizer.learning_rate = 1e-3
+    config.training.steps = 10_000
+    config.training.batch_size = 256
+    config.training.log_every = 50
+    config.training.eval_every = 500
+    config.training.eval_batches = 8
+    config.training.eval_batch_size = 256
+    config.training.checkpoint_every = 1000
+    config.training.steps_per_call = 50
+
+    config.sweep.seeds = (0, 1, 2)
+    config.sweep.learning_rates = (3e-4, 1e-3, 3e-3, 1e-2)
+    config.sweep.grid = {
+        "model": {
+            "mixer": {
+                "name": ("lla", "softmax", "mesanet", "gated_deltanet", "deltanet", "gla", "mamba2")
+            }
+        },
+        "task": {"num_items": (2, 3, 4, 5, 6, 8)},
+    }
+
+    if variant == "smoke":
+        config.task.update(num_items=3, min_swaps=2, max_swaps=4)
+        config.model.width, config.model.num_heads = 16, 2
+        config.training.update(steps=8, batch_size=8, log_every=2, eval_every=4)
+        config.training.update(eval_batches=2, eval_batch_size=8, checkpoint_every=4)
+        config.training.steps_per_call = 2
+        config.sweep.seeds, config.sweep.learning_rates = (0, 1), (1e-3, 3e-3)
+        config.sweep.grid.model.mixer.name = ("softmax", "linear")
+        config.sweep.grid.task.num_items = (3,)
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}; valid: smoke.")
+    return config.lock()

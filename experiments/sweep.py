@@ -1,0 +1,49 @@
+"""Trains the grid that the section `sweep` of a config describes.
+
+    python experiments/sweep.py --config=configs/mqar.py --workdir=runs/mqar_sweep
+
+Every point of the grid trains all its seeds and learning rates at once on one device. The same
+command goes on where a killed sweep was and skips what is finished; results are in
+WORKDIR/results.csv. With several devices, start one process on each:
+`CUDA_VISIBLE_DEVICES=2 python experiments/sweep.py ... --part=2/8`.
+"""
+
+import re
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from lla.experiment import WorkdirError, command
+from lla.training import sweep
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
+_PART = flags.DEFINE_string("part", "0/1", "I/N: every N-th point of the grid, from the I-th on.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    part = re.fullmatch(r"(\d+)/(\d+)", _PART.value)
+    if part is None:
+        raise app.UsageError(f"--part must be I/N, such as 0/8; got {_PART.value!r}.")
+    index, parts = map(int, part.groups())
+    if index >= parts:
+        raise app.UsageError(f"--part must be I/N with I < N; got {_PART.value!r}.")
+    config = _CONFIG.value.to_dict()
+    try:
+        sweep.cells(config)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    try:
+        results = sweep.run(config, _WORKDIR.value, part=(index, parts))
+    except WorkdirError as error:
+        raise app.UsageError(str(error)) from error
+    for line in sweep.summary(sweep.read_results(results)):
+        print(line)
+    print(results)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    command.run(main)

@@ -1,0 +1,49 @@
+"""Trains one model on one task.
+
+    python experiments/train.py --config=configs/mqar.py --workdir=runs/mqar
+
+The same command goes on where a killed run was. Any field of the config can be overridden:
+`--config.model.mixer.name=gla --config.mixers.gla.expand_k=1.0`.
+"""
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from lla import training
+from lla.experiment import WorkdirError, command
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
+_PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Calls of the compiled step to trace into WORKDIR/profile.", lower_bound=0
+)
+_MULTI_HOST = flags.DEFINE_bool(
+    "multi_host", False, "Start JAX's distributed runtime: one process per host, one command each."
+)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if _MULTI_HOST.value:
+        jax.distributed.initialize()
+    try:
+        program = training.Program(training.resolve(_CONFIG.value.to_dict()))
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    try:
+        result = training.train(program, _WORKDIR.value, profile=_PROFILE.value)
+    except WorkdirError as error:
+        raise app.UsageError(str(error)) from error
+    except training.NonFiniteError as error:
+        raise SystemExit(str(error)) from error
+    print(
+        f"{result['status']} at step {result['steps']}: {result['headline']} "
+        f"{result['final']:.6g}, best {result['best']:.6g}"
+    )
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    command.run(main)

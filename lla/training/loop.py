@@ -1,0 +1,294 @@
+"""The host's side of training: when to evaluate, record, save, stop, and where to go on."""
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lla.experiment import Progress, Workdir, environment
+from lla.experiment.workdir import read_records, write_whole
+from lla.training.checkpoint import Checkpoints
+from lla.training.program import Program, Sums, means
+from lla.training.records import NoRecords, Records, plain_numbers
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a loss or a gradient that is not finite; the message says where it is saved."""
+
+
+def train(
+    program: Program,
+    path: str | os.PathLike,
+    *,
+    profile: int = 0,
+    stream: TextIO | None = None,
+) -> dict[str, Any]:
+    """Trains one run in the work directory `path`, or goes on with what it holds.
+
+    Args:
+      program: what to train.
+      path: for `config.json`, `metrics.jsonl`, `timing.jsonl`, `environment.json`, `checkpoints/`
+        and, at the end, `result.json`.
+      profile: calls of the compiled step to trace into `profile/`, from the second one on.
+      stream: for the line of progress; standard error if None.
+
+    Returns:
+      What `fit` returns.
+
+    Raises:
+      WorkdirError: the directory belongs to another config.
+      NonFiniteError: see there; also when a directory with such an end is used again.
+    """
+    result = fit(program, path, program.settings.record(), profile=profile, stream=stream)
+    if result["status"] == "non_finite":
+        raise NonFiniteError(
+            f"the loss or its gradient was not finite at step {result['failed_at']}: the state "
+            f"before that update is in {pathlib.Path(path) / 'non_finite'}, and the batch is a "
+            "function of seed and step."
+        )
+    return result
+
+
+def fit(
+    program: Program,
+    path: str | os.PathLike,
+    record: Mapping[str, Any],
+    *,
+    profile: int = 0,
+    stream: TextIO | None = None,
+) -> dict[str, Any]:
+    """Runs `program` to its end: one run, or several at once.
+
+    `metrics.jsonl` gets a record of kind "train" every `log_every` steps, averaged over them, and
+    one of kind "eval" before the first step, every `eval_every` and after the last step. A run that
+    is killed goes on from its latest checkpoint: records after that are dropped and computed again,
+    so that on one device the file is equal, byte by byte, to that of a run that was never killed.
+
+    Args:
+      program: what to run.
+      path: the work directory.
+      record: the resolved config that belongs to it.
+      profile, stream: as in `train`.
+
+    Returns:
+      {"status", "steps", "headline", "mode", "final", "best", "failed_at"}, as in `result.json`;
+      "status" is "finished" (all steps), "stopped" (`stop_at` is reached) or "non_finite"; "final"
+      and "best" are values of the headline metric, and nested lists like "failed_at" where there
+      are several runs.
+    """
+    path = pathlib.Path(path)
+    if jax.process_index() == 0:
+        workdir = Workdir(path, record)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("work directory")
+    finished = path / "result.json"
+    if finished.exists():
+        return json.loads(finished.read_text(encoding="utf-8"))
+    with Checkpoints(
+        path / "checkpoints", program.settings.training.keep_checkpoints
+    ) as checkpoints:
+        state = checkpoints.restore(program.abstract_state)
+        start = -1 if state is None else int(state.step)
+        known = [entry for entry in read_records(path) if entry["step"] <= start]
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("records read")
+        if jax.process_index() == 0:
+            records = Records(workdir, start)
+            write_whole(path / "environment.json", _pretty(environment.describe()))
+        else:
+            records = NoRecords()
+        state = program.init() if state is None else state
+        job = _Fit(program, path, records, checkpoints, known, profile, stream)
+        try:
+            result = job.run(state, start)
+        finally:
+            job.close()
+            records.close()
+    if jax.process_index() == 0:
+        write_whole(finished, _pretty(result))
+    return result
+
+
+class _Fit:
+    """One pass from a state to the end; the fields are what changes on the way."""
+
+    def __init__(self, program, path, records, checkpoints, known, profile, stream):
+        self.program, self.options = program, program.settings.training
+        self.path, self.records, self.checkpoints = path, records, checkpoints
+        self.evaluations = [entry for entry in known if entry["kind"] == "eval"]
+        self.profile, self.stream = profile, stream
+        self.window: list[Sums] = []  # of the steps since the last training record
+        self.pending = None  # (step, metrics) of a call that may still be running
+        self.failed_at = np.full(program.shape, -1)
+        self.clock = (0, time.monotonic())
+        self.tracing = False
+
+    def run(self, state, start: int) -> dict[str, Any]:
+        step, steps = max(start, 0), self.options.steps
+        self.failed_at = jax.device_get(state.failed_at)
+        if start < 0:
+            self._evaluate(0, state)
+        self.progress = Progress(max(steps - step, 1), self.stream)
+        self.clock = (step, time.monotonic())
+        calls = 0
+        while step < steps and not self._over():
+            self._trace(calls)
+            end = min(steps, step + self.options.log_every - step % self.options.log_every)
+            count = min(self.options.steps_per_call, end - step)
+            state, metrics = self.program.advance(state, np.int32(count))
+            step, calls = step + count, calls + 1
+            self._fetch()  # of the call before: the device is busy with this one meanwhile
+            self.pending = (step, metrics)
+            last = step == steps
+            if not (last or step % self.options.log_every == 0):
+                continue
+            evaluates = last or step % self.options.eval_every == 0
+            saves = last or step % self.options.checkpoint_every == 0
+            if evaluates or saves:
+                self._fetch()
+            if evaluates and not self._all_failed():
+                self._evaluate(step, state)
+            if (saves or self._over()) and not self._all_failed():
+                self.checkpoints.save(state)
+                self._restart_clock()
+        self._fetch()
+        return self._finish(state, step)
+
+    def close(self):
+        if self.tracing:
+            jax.profiler.stop_trace()
+            self.tracing = False
+
+    def _fetch(self):
+        """Takes in the metrics of the pending call; writes the record if that ends a window."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        if self._all_failed():
+            return
+        metrics = jax.device_get(metrics)
+        self.failed_at = metrics["failed_at"]
+        self.window.append(metrics["sums"])
+        if step != self.options.steps and step % self.options.log_every:
+            return
+        values = means(_add(self.window))
+        self.window = []
+        self.records.write("train", step, values)
+        self._report(step, values)
+
+    def _report(self, step, values):
+        (before, then), now = self.clock, time.monotonic()
+        self.clock = (step, now)
+        speed = (step - before) / max(now - then, 1e-9)
+        runs = math.prod(self.program.shape)
+        timing = {
+            "seconds": now - then,
+            "steps_per_second": speed,
+            "sequences_per_second": speed * runs * self.program.batch_size,
+        }
+        self.records.time(step, timing)
+        loss = values["loss"]
+        shown = f"loss {float(loss):.4g}" if loss.ndim == 0 else f"loss >= {_lowest(loss):.4g}"
+        if self.evaluations:
+            value = self.evaluations[-1].get(self.program.headline)
+            shown += f"  {self.program.headline} {_short(value)}"
+        self.progress.advance(step - before, f"step {step}  {shown}  {speed:.3g} steps/s")
+
+    def _evaluate(self, step, state):
+        found = means(jax.device_get(self.program.evaluate(state.params)))
+        self.records.write("eval", step, found)
+        values = {name: plain_numbers(value) for name, value in found.items()}
+        self.evaluations.append({"kind": "eval", "step": step, **values})
+        self._restart_clock()
+
+    def _restart_clock(self):
+        self.clock = (self.clock[0], time.monotonic())  # speed is that of the training steps
+
+    def _all_failed(self) -> bool:
+        return bool(np.all(self.failed_at >= 0))
+
+    def _over(self) -> bool:
+        """Whether every run has failed, or is where it was to get."""
+        return self._all_failed() or bool(np.all((self.failed_at >= 0) | self._reached()))
+
+    def _reached(self):
+        goal = self.options.stop_at
+        if goal is None or not self.evaluations:
+            return np.zeros(self.program.shape, bool)
+        value = _array(self.evaluations[-1][self.program.headline])
+        return value >= goal if self._mode() == "max" else value <= goal
+
+    def _mode(self):
+        return self.program.task.headline_mode
+
+    def _trace(self, calls):
+        # The first call compiles; what is traced is the steady state.
+        if self.profile and calls == 1:
+            jax.profiler.start_trace(str(self.path / "profile"))
+            self.tracing = True
+        if self.tracing and calls == 1 + self.profile:
+            self._fetch()
+            self.close()
+
+    def _finish(self, state, step) -> dict[str, Any]:
+        status = "stopped" if step < self.options.steps else "finished"
+        if self._all_failed():
+            status = "non_finite"
+            if not self.program.shape:
+                step = int(self.failed_at)
+                self._save_failure(state, step)
+                self.records.write("non_finite", step, {})
+        history = np.stack([_array(entry[self.program.headline]) for entry in self.evaluations])
+        best = np.fmax if self._mode() == "max" else np.fmin
+        return {
+            "status": status,
+            "steps": step,
+            "headline": self.program.headline,
+            "mode": self._mode(),
+            "final": plain_numbers(history[-1]),
+            "best": plain_numbers(best.reduce(history)),
+            "failed_at": self.failed_at.tolist(),
+        }
+
+    def _save_failure(self, state, step):
+        placed = jax.device_put(np.int32(step), state.step.sharding)
+        with Checkpoints(self.path / "non_finite") as checkpoints:
+            checkpoints.save(type(state)(placed, state.failed_at, state.params, state.moments))
+
+
+def _add(window: list[Sums]) -> Sums:
+    return {
+        name: tuple(
+            np.sum([np.asarray(sums[name][i], np.float64) for sums in window], axis=0)
+            for i in range(2)
+        )
+        for name in window[0]
+    }
+
+
+def _array(value) -> np.ndarray:
+    return np.asarray(value, np.float64)  # None becomes NaN
+
+
+def _lowest(values: np.ndarray) -> float:
+    return float(np.nanmin(values)) if np.isfinite(values).any() else math.nan
+
+
+def _short(value) -> str:
+    array = _array(value)
+    if array.ndim == 0:
+        return f"{float(array):.4g}"
+    if not np.isfinite(array).any():
+        return "nan"
+    return f"{np.nanmin(array):.4g}..{np.nanmax(array):.4g}"
+
+
+def _pretty(entry) -> str:
+    return json.dumps(entry, indent=2, allow_nan=False) + "\n"

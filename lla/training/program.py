@@ -1,0 +1,305 @@
+"""The compiled part of training: init, steps and evaluation of one run, or of many at once.
+
+Nothing here touches a file or waits for the device. Data come from `(seed, step)` inside the
+compiled steps, so that a run is a function of its settings and needs no state of a data loader.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lla.models import ModelConfig, SequenceModel
+from lla.nn import weight_decay_mask
+from lla.training import optimizer
+from lla.training.settings import Settings
+from lla.training.sharding import BATCH, make_mesh, replicated, shard_state
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # name: weighted sum, weight
+_INIT_STREAM = 0x696E6974  # keeps the keys of parameters apart from those of the data
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "failed_at", "params", "moments"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a checkpoint holds.
+
+    Attributes:
+      step: int32, updates so far; one number for all runs.
+      failed_at: int32, for each run the update whose loss or gradient was not finite, -1 if none:
+        from there on the run keeps the parameters and moments that it had before that update.
+      params: by path, such as "blocks.0.mixer.query.kernel".
+      moments: the optimiser's state.
+    """
+
+    step: jax.Array
+    failed_at: jax.Array
+    params: dict[str, jax.Array]
+    moments: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Runs that are trained at once: every seed with every learning rate, in this order of axes."""
+
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+
+
+class Program:
+    """Functions of one setting, compiled at the first call.
+
+    Args:
+      settings: what to train.
+      mesh: the devices; None makes the mesh of `settings.sharding`.
+      runs: seeds and learning rates to train at once, in place of those of `settings`; all arrays
+        of state and metrics then have leading axes [seeds, learning rates]. On one device only.
+
+    Raises:
+      ValueError: a batch that the mesh cannot split, or several runs on several devices.
+    """
+
+    def __init__(self, settings: Settings, mesh: Mesh | None = None, runs: Runs | None = None):
+        self.settings = settings
+        self.task = settings.create_task()
+        self.mesh = make_mesh(settings.sharding) if mesh is None else mesh
+        self.runs = runs
+        self.shape = () if runs is None else (len(runs.seeds), len(runs.learning_rates))
+        self.batch_size = settings.training.batch_size
+        self.eval_batch_size = settings.training.eval_batch_size or self.batch_size
+        if runs is not None and self.mesh.size > 1:
+            raise ValueError(f"several runs at once need a mesh of one device, not {self.mesh}.")
+        for name in ("batch_size", "eval_batch_size"):
+            if getattr(self, name) % self.mesh.size:
+                raise ValueError(
+                    f"training.{name} must be a multiple of the {self.mesh.size} devices of the "
+                    f"mesh, got {getattr(self, name)}."
+                )
+        self.splits = tuple(split for split in self.task.splits if split != "train")
+        self.model_config = settings.model_config(self.task)
+        self._graph, self._variables, spared = abstract_model(self.model_config)
+        self._direction = optimizer.direction(settings.optimizer, spared)
+        self._schedule = optimizer.schedule(settings.optimizer, settings.training.steps)
+
+        placed = functools.partial(shard_state, mesh=self.mesh)
+        abstract = jax.eval_shape(self._init)
+        self._placement = placed(abstract) if runs is None else self._everywhere(abstract)
+        self.init = jax.jit(self._init, out_shardings=self._placement)
+        self.advance = jax.jit(
+            self._advance,
+            donate_argnums=0,
+            in_shardings=(self._placement, None),
+            out_shardings=(self._placement, replicated(self.mesh)),
+        )
+        self.evaluate = jax.jit(self._evaluate, out_shardings=replicated(self.mesh))
+        self.init.__doc__ = "() -> the state before the first step."
+        self.abstract_state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            abstract,
+            self._placement,
+        )
+
+    @property
+    def headline(self) -> str:
+        """Name of the metric that evaluations are compared by, such as "test/accuracy"."""
+        split = "test" if "test" in self.splits else self.splits[0]
+        return f"{split}/{self.task.headline}"
+
+    def model(self, params: Mapping[str, jax.Array]) -> SequenceModel:
+        """The model with these parameters."""
+        variables = {
+            path: variable.replace(params[_name(path)])
+            for path, variable in self._variables.items()
+        }
+        return nnx.merge(self._graph, nnx.from_flat_state(list(variables.items())))
+
+    def _everywhere(self, tree):
+        return jax.tree.map(lambda _: replicated(self.mesh), tree)
+
+    # Each of the three below is the traced body of the public function of that name.
+
+    def _init(self) -> TrainState:
+        def init(seed):
+            key = jax.random.fold_in(jax.random.key(seed), _INIT_STREAM)
+            model = SequenceModel(self.model_config, rngs=nnx.Rngs(key))
+            params = {
+                _name(path): variable[...]
+                for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+            }
+            return params, self._direction.init(params)
+
+        if self.runs is None:
+            params, moments = init(jnp.uint32(self.settings.training.seed))
+        else:
+            rates = len(self.runs.learning_rates)
+            each = jax.vmap(init)(jnp.asarray(self.runs.seeds, jnp.uint32))
+            params, moments = jax.tree.map(
+                lambda leaf: jnp.repeat(leaf[:, None], rates, axis=1), each
+            )
+        return TrainState(jnp.int32(0), jnp.full(self.shape, -1, jnp.int32), params, moments)
+
+    def _advance(self, state: TrainState, count: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+        """`count` updates: the new state, and {"sums": of all of them, "failed_at": as there}.
+
+        An update that fails, or comes after one that did, adds nothing to the sums.
+        """
+        sums = jax.eval_shape(self._step, state)[1]
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
+
+        def body(_, carry):
+            state, sums = carry
+            state, more = self._step(state)
+            return state, jax.tree.map(jnp.add, sums, more)
+
+        state, sums = jax.lax.fori_loop(0, count, body, (state, sums))
+        return state, {"sums": sums, "failed_at": state.failed_at}
+
+    def _evaluate(self, params) -> Sums:
+        """Metrics of every split but the training one, named "split/metric"."""
+        found = {}
+        for split in self.splits:
+            sums = functools.partial(self._evaluate_split, split)
+            if self.runs is None:
+                metrics = sums(jnp.uint32(self.settings.training.seed), params)
+            else:
+                over_rates = jax.vmap(sums, in_axes=(None, 0))
+                seeds = jnp.asarray(self.runs.seeds, jnp.uint32)
+                metrics = jax.vmap(over_rates)(seeds, params)
+            found |= {f"{split}/{name}": pair for name, pair in metrics.items()}
+        return found
+
+    def _evaluate_split(self, split, seed, params) -> Sums:
+        def sums(index):
+            batch = self._batch(seed, index, self.eval_batch_size, split)
+            return self.task.metrics(self._outputs(params, batch), batch)
+
+        def body(index, total):
+            return jax.tree.map(jnp.add, total, sums(index))
+
+        zero = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums, jnp.int32(0))
+        )
+        return jax.lax.fori_loop(0, self.settings.training.eval_batches, body, zero)
+
+    def _step(self, state: TrainState) -> tuple[TrainState, Sums]:
+        factor = self._schedule(state.step)
+        body = (state.params, state.moments, state.failed_at)
+        update = functools.partial(self._update, state.step)
+        if self.runs is None:
+            rate = factor * self.settings.optimizer.learning_rate
+            seed = jnp.uint32(self.settings.training.seed)
+            batch = self._batch(seed, state.step, self.batch_size, "train")
+            new, sums = update(body, rate, batch)
+        else:
+            rates = factor * jnp.asarray(self.runs.learning_rates, jnp.float32)
+
+            def for_seed(body, seed):
+                # The learning rates of a seed share its batch.
+                batch = self._batch(seed, state.step, self.batch_size, "train")
+                return jax.vmap(update, in_axes=(0, 0, None))(body, rates, batch)
+
+            new, sums = jax.vmap(for_seed)(body, jnp.asarray(self.runs.seeds, jnp.uint32))
+        params, moments, failed_at = new
+        return TrainState(state.step + 1, failed_at, params, moments), sums
+
+    def _update(self, step, body, rate, batch):
+        params, moments, failed_at = body
+
+        def loss_of(params):
+            outputs = self._outputs(params, batch)
+            return self.task.loss(outputs, batch), outputs
+
+        (loss, outputs), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        norm = _global_norm(gradients)
+        direction, new_moments = self._direction.update(gradients, moments, params)
+        new_params = jax.tree.map(
+            lambda leaf, change: leaf - (rate * change.astype(jnp.float32)).astype(leaf.dtype),
+            params,
+            direction,
+        )
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        going = finite & (failed_at < 0)
+        new_failed_at = jnp.where(finite | (failed_at >= 0), failed_at, step)
+        # A failed update is not made: the state stays the one that reproduces the failure.
+        new_params, new_moments = jax.tree.map(
+            lambda new, old: jnp.where(going, new, old),
+            (new_params, new_moments),
+            (params, moments),
+        )
+        one = jnp.float32(1)
+        sums = dict(self.task.metrics(outputs, batch))
+        sums |= {"gradient_norm": (norm, one), "learning_rate": (rate, one)}
+        sums = jax.tree.map(lambda leaf: jnp.where(going, leaf, jnp.zeros_like(leaf)), sums)
+        return (new_params, new_moments, new_failed_at), sums
+
+    def _batch(self, seed, index, size, split):
+        batch = self.task.batch(seed, index, size, split)
+        if self.mesh.size == 1:
+            return batch
+        place = NamedSharding(self.mesh, BATCH)
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, place), batch)
+
+    def _outputs(self, params, batch) -> jax.Array:
+        """Float32 outputs at the positions that count."""
+
+        def forward(params, *inputs):
+            return self.model(params)(*inputs)
+
+        inputs = (batch["inputs"],)
+        if "positions" in batch:
+            inputs += (batch["positions"],)
+        if self.mesh.size > 1:
+            # Sequences are independent, and kernels cannot be split by the compiler: each device
+            # runs the whole model on its share of the batch, gathering parameters as it needs them.
+            # The mixers' loops start from constants, which the check for varying values refuses.
+            forward = jax.shard_map(
+                forward,
+                mesh=self.mesh,
+                in_specs=(PartitionSpec(), *[BATCH] * len(inputs)),
+                out_specs=BATCH,
+                check_vma=False,
+            )
+        return forward(params, *inputs).astype(jnp.float32)
+
+
+def means(sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Weighted means in float64; NaN where nothing was counted."""
+    found = {}
+    for name, (total, weight) in sums.items():
+        total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
+        found[name] = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight != 0)
+    return found
+
+
+def abstract_model(config: ModelConfig) -> tuple[Any, dict, frozenset[str]]:
+    """The model without numbers: its graph, its variables by path, and paths that never decay.
+
+    Raises:
+      ValueError: options of the mixer that do not fit the model, or a mixer with state.
+    """
+    model = nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
+    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    if jax.tree.leaves(rest):
+        raise ValueError(f"mixer {config.mixer!r} has variables that are not parameters: {rest}.")
+    variables = dict(nnx.to_flat_state(state))
+    mask = nnx.to_flat_state(weight_decay_mask(state))
+    spared = {_name(path) for path, decays in mask if not decays.get_value()}
+    return graph, variables, frozenset(spared)
+
+
+def _name(path) -> str:
+    return ".".join(map(str, path))
+
+
+def _global_norm(tree) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in tree.values()))

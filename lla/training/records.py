@@ -1,0 +1,83 @@
+"""Metrics of a run: JSON lines that a resumed run continues exactly, and TensorBoard if installed.
+
+`metrics.jsonl` holds numbers that are a function of the settings alone; wall-clock times are in
+`timing.jsonl` beside it.
+"""
+
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lla.experiment import Workdir
+
+
+class Records:
+    """Writes what training and evaluation found.
+
+    Args:
+      workdir: where; its records after step `start` are dropped, because the run is about to
+        compute them again.
+      start: the step that the run continues from; -1 for a run without a checkpoint.
+    """
+
+    def __init__(self, workdir: Workdir, start: int):
+        self._workdir = workdir
+        workdir.keep(lambda record: record["step"] <= start)
+        self._board = _tensorboard(workdir)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Appends {"kind", "step", **values}; what is not finite becomes null."""
+        values = {name: plain_numbers(value) for name, value in values.items()}
+        self._workdir.write({"kind": kind, "step": step, **values})
+        if self._board is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                tag = name if kind == "eval" else f"{kind}/{name}"
+                self._board.add_scalar(tag, value, step)
+        self._board.flush()
+
+    def time(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends to `timing.jsonl`."""
+        with (self._workdir.path / "timing.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+class NoRecords:
+    """What a process writes that is not the first of several: nothing."""
+
+    def write(self, kind, step, values):
+        pass
+
+    def time(self, step, values):
+        pass
+
+    def close(self):
+        pass
+
+
+def plain_numbers(value: Any) -> Any:
+    """Arrays as nested lists and scalars as floats, with None for what is not finite."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain_numbers(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _tensorboard(workdir: Workdir):
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from tensorboard.summary import Writer
+
+    return Writer(str(workdir.path / "tensorboard"))

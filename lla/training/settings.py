@@ -1,0 +1,304 @@
+"""What a run is described by: frozen dataclasses, their defaults, and the way from a config.
+
+A config has the sections `task`, `model`, `mixers`, `optimizer`, `training`, `sharding` and
+`sweep`. `mixers` lists the options of every mechanism, and only those of `model.mixer.name` are
+used and recorded, so that a change of that one name swaps the mechanism.
+"""
+
+import copy
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lla import mixers, tasks
+from lla.experiment.boundary import check_keys, from_config, plain
+from lla.models import ModelConfig
+
+_SECTIONS = ("task", "model", "mixers", "optimizer", "training", "sharding", "sweep")
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A registered name with all its options."""
+
+    name: str
+    options: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The part of `lla.models.ModelConfig` that the task does not determine."""
+
+    mixer: Named
+    width: int = 128
+    depth: int = 2
+    num_heads: int = 4
+    mlp_ratio: float = 0.0
+    positions: str = "auto"
+    tie_embeddings: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW or Muon with warm-up and cosine decay.
+
+    Attributes:
+      name: "adamw", or "muon" for the weights of linear maps (AdamW for all else).
+      learning_rate: the peak of the schedule.
+      warmup_fraction: share of all steps in which the rate rises linearly from 0.
+      final_fraction: rate after the last step over the peak.
+      weight_decay: decoupled, multiplied by the rate; of linear maps alone.
+      decay_embeddings: whether it shrinks embedding tables, too.
+      clip_norm: largest norm of all gradients together; 0 for no clipping.
+      b1, b2: decay of the moments per step.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.05
+    final_fraction: float = 0.0
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+
+    def __post_init__(self):
+        _choice("optimizer.name", self.name, ("adamw", "muon"))
+        _range("optimizer.learning_rate", self.learning_rate, 0.0, math.inf, open_low=True)
+        _range("optimizer.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
+        _range("optimizer.final_fraction", self.final_fraction, 0.0, 1.0)
+        _range("optimizer.weight_decay", self.weight_decay, 0.0, math.inf)
+        _range("optimizer.clip_norm", self.clip_norm, 0.0, math.inf)
+        _range("optimizer.b1", self.b1, 0.0, 1.0)
+        _range("optimizer.b2", self.b2, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How long, how often, how much.
+
+    Attributes:
+      steps: updates.
+      batch_size: sequences per update, over all devices.
+      seed: of the parameters and of the data.
+      log_every: steps that one record of training metrics averages over.
+      eval_every: steps between evaluations; one comes before the first step, one after the last.
+      eval_batches: batches per evaluation and split, the same ones every time.
+      eval_batch_size: sequences per batch of an evaluation; 0 for `batch_size`.
+      checkpoint_every: steps between checkpoints; one comes after the last step.
+      keep_checkpoints: how many of the latest checkpoints stay.
+      steps_per_call: steps that the device makes without the host; a call ends at every record.
+      stop_at: value of the task's headline metric at which training ends early; None for never.
+        Runs of a sweep that are trained at once end when all of them are there.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 8
+    eval_batch_size: int = 0
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    steps_per_call: int = 10
+    stop_at: float | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                low = 0 if field.name in ("seed", "eval_batch_size") else 1
+                _range(f"training.{field.name}", getattr(self, field.name), low, math.inf)
+        for name in ("eval_every", "checkpoint_every"):
+            if getattr(self, name) % self.log_every:
+                raise ValueError(
+                    f"training.{name} must be a multiple of training.log_every, got "
+                    f"{getattr(self, name)} and {self.log_every}."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """Devices along the two axes of the mesh; -1, in one of them, stands for all that are left.
+
+    The batch is split over both axes; parameters and moments are split over `fsdp` and copied
+    along `data`.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+    def __post_init__(self):
+        for name in ("data", "fsdp"):
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise ValueError(f"sharding.{name} must be >= 1 or -1, got {getattr(self, name)}.")
+        if self.data == self.fsdp == -1:
+            raise ValueError("only one of sharding.data and sharding.fsdp may be -1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A grid of settings, and the seeds and learning rates of every point.
+
+    Attributes:
+      seeds, learning_rates: trained at once, each seed with each rate, at every point of the grid.
+      grid: nested like the config; its leaves are tuples of values, and every combination of them
+        is a point. An option of a mechanism multiplies the points of that mechanism alone.
+      cases: name -> nested overrides that belong together; multiplied with the grid. Empty for a
+        single case without overrides.
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    learning_rates: tuple[float, ...] = (1e-3,)
+    grid: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cases: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("seeds", "learning_rates"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not values or len(set(values)) != len(values):
+                raise ValueError(f"sweep.{name} must be different values, got {values!r}.")
+        for rate in self.learning_rates:
+            _range("sweep.learning_rates", rate, 0.0, math.inf, open_low=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One run."""
+
+    task: Named
+    model: Model
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    training: Training = dataclasses.field(default_factory=Training)
+    sharding: Sharding = dataclasses.field(default_factory=Sharding)
+
+    def __post_init__(self):
+        model = self.model_config(self.create_task())  # their own checks
+        options = dict(model.mixer_options)
+        if mixers.options(model.mixer).keys() != options.keys():
+            raise ValueError(f"incomplete options of mixer {model.mixer!r}: {options}.")
+
+    def create_task(self):
+        """The task, see `lla.tasks`."""
+        return tasks.create(self.task.name, **self.task.options)
+
+    def model_config(self, task) -> ModelConfig:
+        """The model for `task`."""
+        fields = {
+            field.name: getattr(self.model, field.name) for field in dataclasses.fields(Model)
+        }
+        mixer = fields.pop("mixer")
+        return ModelConfig(
+            mixer=mixer.name,
+            mixer_options=mixer.options,
+            vocab_size=task.vocab_size,
+            input_dim=task.input_dim,
+            output_dim=task.output_dim,
+            max_length=task.max_length,
+            **fields,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """All of it in plain dicts, as the work directory keeps it."""
+        record = dataclasses.asdict(self)
+        record["task"] = self.task.record()
+        record["model"]["mixer"] = self.model.mixer.record()
+        return record
+
+
+def defaults(task: str) -> dict[str, Any]:
+    """Every key that a config may have, with its default, as nested dicts."""
+    model = {
+        field.name: field.default for field in dataclasses.fields(Model) if field.name != "mixer"
+    }
+    return {
+        "task": {"name": task, **tasks.options(task)},
+        "model": {"mixer": {"name": "lla"}, **model},
+        "mixers": {name: dict(mixers.options(name)) for name in mixers.names()},
+        "optimizer": dataclasses.asdict(Optimizer()),
+        "training": dataclasses.asdict(Training()),
+        "sharding": dataclasses.asdict(Sharding()),
+        "sweep": dataclasses.asdict(Sweep()),
+    }
+
+
+def resolve(config: Mapping[str, Any]) -> Settings:
+    """The settings of the single run that `config` describes; its section `sweep` is not read.
+
+    Args:
+      config: nested mappings, such as `defaults(task)`; sections and fields may be missing.
+
+    Raises:
+      ValueError: an unknown key or name (the nearest valid one is named), or an impossible value.
+    """
+    config = copy.deepcopy({key: plain(entry) for key, entry in config.items()})
+    check_keys("config", config, _SECTIONS)
+    for key in ("task", "model"):
+        if "name" not in (config.get(key, {}).get("mixer", {}) if key == "model" else config[key]):
+            raise ValueError(f"config.{key}{'.mixer' if key == 'model' else ''} lacks a name.")
+    table, mixer = config.pop("mixers", {}), config["model"].pop("mixer")
+    check_keys("config.model.mixer", mixer, ("name",))
+    check_keys("config.mixers", table, mixers.names())
+    sections = {
+        name: from_config(kind, config.get(name, {}), f"config.{name}")
+        for name, kind in (("optimizer", Optimizer), ("training", Training), ("sharding", Sharding))
+    }
+    task = config["task"].pop("name")
+    fields = {field.name for field in dataclasses.fields(Model)} - {"mixer"}
+    check_keys("config.model", config["model"], fields)
+    return Settings(
+        task=_named("config.task", task, tasks.options(task), config["task"]),
+        model=Model(
+            mixer=_named(
+                f"config.mixers.{mixer['name']}",
+                mixer["name"],
+                mixers.options(mixer["name"]),
+                table.get(mixer["name"], {}),
+            ),
+            **config["model"],
+        ),
+        **sections,
+    )
+
+
+def override(config: Mapping[str, Any], changes: Mapping[str, Any], path: str = "config") -> dict:
+    """`config` with the leaves that `changes` names; both are nested mappings.
+
+    Raises:
+      ValueError: `changes` has a key that `config` lacks; the nearest one is named.
+    """
+    check_keys(path, changes, config)
+    merged = {key: plain(entry) for key, entry in config.items()}
+    for key, entry in changes.items():
+        inner = isinstance(merged[key], dict)
+        if inner != isinstance(entry, Mapping):
+            raise ValueError(f"{path}.{key} is {'a section' if inner else 'no section'}.")
+        merged[key] = override(merged[key], entry, f"{path}.{key}") if inner else plain(entry)
+    return merged
+
+
+def _named(path, name, valid, given) -> Named:
+    check_keys(path, given, valid)
+    return Named(name, {**valid, **given})
+
+
+def _choice(name, value, valid) -> None:
+    if value not in valid:
+        near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{name} is {value!r}; did you mean {near!r}? Valid: {', '.join(valid)}.")
+
+
+def _range(name, value, low, high, open_low=False) -> None:
+    if not low <= value <= high or (open_low and value == low):
+        raise ValueError(
+            f"{name} must be {'>' if open_low else '>='} {low}"
+            f"{'' if high == math.inf else f' and <= {high}'}, got {value}."
+        )

@@ -1,0 +1,201 @@
+"""Compiled steps: they learn, stay finite with every mixer, and do not depend on the devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lla import mixers, tasks, training
+from lla.training.program import means
+from lla.training.settings import override
+
+pytestmark = pytest.mark.slow  # every test compiles a program of its own
+
+SMALL = {
+    "mqar": {"vocab_size": 16, "length": 8, "pairs": 2, "train_examples": None},
+    "in_context_regression": {"dim": 3, "length": 6, "segment_length": 3},
+    "state_tracking": {"num_items": 3, "min_swaps": 1, "max_swaps": 3},
+}
+
+
+def resolve(task="mqar", mixer="linear", options=None, **sections):
+    """Settings of a small model on one device; `sections` override them."""
+    base = override(
+        training.defaults(task),
+        {
+            "task": SMALL[task],
+            "model": {"mixer": {"name": mixer}, "width": 16, "num_heads": 2, "depth": 1},
+            "mixers": {mixer: options or {}},
+            "training": {
+                "steps": 8,
+                "batch_size": 8,
+                "log_every": 2,
+                "eval_every": 4,
+                "eval_batches": 2,
+                "checkpoint_every": 4,
+                "steps_per_call": 2,
+            },
+            "sharding": {"data": 1},
+        },
+    )
+    return training.resolve(override(base, sections))
+
+
+def run(program, count=8):
+    """State after `count` steps, and the means of their metrics."""
+    state, metrics = program.advance(program.init(), np.int32(count))
+    return state, means(jax.device_get(metrics["sums"]))
+
+
+def assert_finite_and_changed(settings):
+    program = training.Program(settings)
+    before = jax.device_get(program.init().params)
+    state, values = run(program, 1)
+    assert int(state.step) == 1 and int(state.failed_at) == -1
+    for name in ("loss", "gradient_norm"):
+        assert np.isfinite(values[name]) and values[name] > 0
+    for path, leaf in jax.device_get(state.params).items():
+        assert np.isfinite(leaf).all(), path
+        # A biased table may hold rows that no token asks for, but every array takes part.
+        assert np.any(leaf != before[path]), path
+
+
+@pytest.mark.parametrize("mixer", [name for name in mixers.names() if name != "lla"])
+def test_a_step_is_finite_with_every_mixer(mixer):
+    assert_finite_and_changed(resolve(mixer=mixer))
+
+
+@pytest.mark.parametrize("task", tasks.names())
+def test_a_step_is_finite_in_every_task(task):
+    assert_finite_and_changed(resolve(task, "lla"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", mixers.names())
+@pytest.mark.parametrize("task", tasks.names())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_is_finite_with_every_mixer_in_every_task(task, mixer, dtype):
+    assert_finite_and_changed(resolve(task, mixer, model={"depth": 2, "dtype": dtype}))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_training_learns(name):
+    # Two items and no swaps: the answer stands in the input.
+    settings = resolve(
+        "state_tracking",
+        "softmax",
+        task={"num_items": 2, "min_swaps": 0, "max_swaps": 1},
+        training={"steps": 150, "batch_size": 32},
+        optimizer={"name": name, "learning_rate": 1e-2},
+        model={"depth": 2},
+    )
+    program = training.Program(settings)
+    chance = means(jax.device_get(program.evaluate(program.init().params)))
+    state, _ = run(program, 150)
+    after = means(jax.device_get(program.evaluate(state.params)))
+    assert chance["test/loss"] > 0.6
+    assert after["test/loss"] < 0.5 * chance["test/loss"]
+    assert after["test/accuracy"] > 0.85
+
+
+def test_the_number_of_steps_in_a_call_changes_nothing():
+    program = training.Program(resolve())
+    at_once, _ = run(program, 6)
+    state = program.init()
+    for count in (1, 2, 3):
+        state, _ = program.advance(state, np.int32(count))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(at_once), jax.device_get(state))
+
+
+def test_a_step_is_the_rule_written_out():
+    """One update by hand: the batch of step 0, the loss of the task, AdamW's first step."""
+    settings = resolve(optimizer={"learning_rate": 1e-2, "warmup_fraction": 0.0, "clip_norm": 0.0})
+    program = training.Program(settings)
+    task, state = program.task, program.init()
+    batch = task.batch(0, 0, 8)
+
+    def loss(params):
+        return task.loss(program.model(params)(batch["inputs"]), batch)
+
+    params = jax.device_get(state.params)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    after, values = run(program, 1)
+    np.testing.assert_allclose(values["loss"], value, rtol=1e-5)
+    rate = 1e-2 * 0.5 * (1 + np.cos(np.pi / 9))
+    np.testing.assert_allclose(values["learning_rate"], rate, rtol=1e-5)
+    for path, gradient in gradients.items():
+        step = gradient / (np.abs(gradient) + 1e-8)
+        decay = 0.1 * params[path] if path.endswith(".kernel") else np.zeros_like(params[path])
+        expected = params[path] - rate * (step + decay)
+        # Where a gradient is rounding noise its sign is, too.
+        sure = np.abs(gradient) > 1e-6
+        np.testing.assert_allclose(
+            np.asarray(after.params[path])[sure], np.asarray(expected)[sure], atol=2e-6
+        )
+
+
+def test_evaluation_is_the_mean_over_all_batches():
+    program = training.Program(resolve(training={"eval_batches": 3, "eval_batch_size": 4}))
+    params = program.init().params
+    found = means(jax.device_get(program.evaluate(params)))
+    model, losses = program.model(params), []
+    for index in range(3):
+        batch = program.task.batch(0, index, 4, "test")
+        losses.append(float(program.task.loss(model(batch["inputs"]), batch)))
+    np.testing.assert_allclose(found["test/loss"], np.mean(losses), rtol=1e-5)
+    assert program.headline == "test/accuracy"
+
+
+@pytest.mark.parametrize(
+    "mixer, data, fsdp", [("linear", 8, 1), ("linear", 2, 4), ("lla", -1, 2), ("gla", 1, 8)]
+)
+def test_eight_devices_compute_what_one_does(mixer, data, fsdp):
+    single = training.Program(resolve(mixer=mixer))
+    sharded = training.Program(resolve(mixer=mixer, sharding={"data": data, "fsdp": fsdp}))
+    assert sharded.mesh.size == 8
+    one, values = run(single, 3)
+    many, others = run(sharded, 3)
+    for path, leaf in jax.device_get(one.params).items():
+        np.testing.assert_allclose(jax.device_get(many.params)[path], leaf, atol=1e-5, err_msg=path)
+    for name, value in values.items():
+        np.testing.assert_allclose(others[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    evaluation = means(jax.device_get(single.evaluate(one.params)))
+    for name, value in means(jax.device_get(sharded.evaluate(many.params))).items():
+        np.testing.assert_allclose(value, evaluation[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    # Parameters and moments are really split.
+    query = many.params["blocks.0.mixer.query.kernel"]
+    shard = query.addressable_shards[0].data
+    assert query.size == shard.size * sharded.mesh.shape["fsdp"]
+    moments = {leaf.sharding for leaf in jax.tree.leaves(many.moments) if leaf.shape == query.shape}
+    assert moments == {query.sharding}
+
+
+def test_meshes_that_do_not_fit_are_errors():
+    for sharding, message in (
+        ({"data": 16}, "needs 16 devices, 8 are visible"),
+        ({"data": -1, "fsdp": 3}, "cannot be split into groups of 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training.Program(resolve(sharding=sharding))
+    with pytest.raises(ValueError, match="mesh of one device"):
+        runs = training.Runs((0,), (1e-3,))
+        training.Program(resolve(sharding={"data": 2}), runs=runs)
+
+
+def test_a_failed_update_is_not_made():
+    # The first update makes the parameters so large that the second has no finite loss.
+    settings = resolve(optimizer={"learning_rate": 1e38, "warmup_fraction": 0.0})
+    program = training.Program(settings)
+    state, metrics = program.advance(program.init(), np.int32(5))
+    failed = int(state.failed_at)
+    assert 0 < failed < 5 and int(metrics["failed_at"]) == failed and int(state.step) == 5
+    before, _ = program.advance(program.init(), np.int32(failed))
+    jax.tree.map(np.testing.assert_array_equal, before.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, before.moments, state.moments)
+    # Sums are of the updates that were made.
+    assert float(metrics["sums"]["learning_rate"][1]) == failed
+    again = dataclasses.replace(before, failed_at=jnp.int32(-1))
+    again, _ = program.advance(again, np.int32(1))
+    assert int(again.failed_at) == failed
