@@ -339,12 +339,14 @@ def variants_markdown(document: Mapping) -> str:
 
 def markdown(document: Mapping) -> str:
     """The tables of any result file."""
-    import hopper_tables  # here, because it uses this module
+    import hopper_tables  # here, because they use this module
+    import peers_tables
 
     makers = {
         "operator_scaling": scaling_markdown,
         "solver_choice": choice_markdown,
         "hopper": hopper_tables.markdown,
+        "peers": peers_tables.markdown,
         "blockwise_variants": variants_markdown,
     }
     return makers[document["header"]["benchmark"]](document)

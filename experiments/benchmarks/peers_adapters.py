@@ -1,0 +1,337 @@
+"""The implementations that `peers.py` compares: how each is called, and in which layout."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import hopper
+import hopper_cells
+import jax
+import numpy as np
+import subjects
+from hopper_cells import Program
+
+MEMBERS = ("softmax", "parallax", "lla", "mesanet")
+
+
+class Case(NamedTuple):
+    batch: int
+    heads: int
+    n: int
+    head_dim: int
+    dtype: str
+
+
+def pick(array: np.ndarray, heads: Sequence[tuple[int, int]]) -> np.ndarray:
+    """float64 ``[len(heads), T, H]`` of ``[B, T, N, H]``; numbers without axes stay as they are."""
+    if array.ndim < 4:
+        return array.astype(np.float64)
+    return np.stack([array[b, :, n].astype(np.float64) for b, n in heads])
+
+
+class Adapter:
+    """One implementation of one member, in a framework.
+
+    Attributes:
+      name: the `implementation` of its records.
+      member: which exact result it is compared with.
+      bounds: largest relative errors of output and gradients beside which a time is given.
+    """
+
+    name: str
+    member: str
+    bounds: tuple[float, float] = (1e-2, 1e-1)
+
+    def available(self) -> str | None:
+        """Why it cannot run here, or None."""
+        raise NotImplementedError
+
+    def prepare(self, case: Case, ridge: float | None, arrays: Mapping[str, jax.Array]) -> Any:
+        """Inputs as the implementation wants them, from arrays ``[B, T, N, H]``; not timed."""
+        raise NotImplementedError
+
+    def forward(self, given: Any) -> dict[str, Any]:
+        """``{"output": ...}``, in the layout and framework of the implementation."""
+        raise NotImplementedError
+
+    def forward_backward(self, given: Any) -> dict[str, Any]:
+        """Output and gradients of query, key, value (and probe), by those names."""
+        raise NotImplementedError
+
+    def wait(self, results: Mapping[str, Any]) -> None:
+        """Returns when `results` are computed."""
+        raise NotImplementedError
+
+    def collect(self, results, case: Case, heads: Sequence[tuple[int, int]]) -> dict:
+        """float64 ``[len(heads), T, H]`` of every result; `heads` are pairs (sequence, head)."""
+        raise NotImplementedError
+
+    def limits(self, case: Case, ridge: float | None) -> tuple[float, float]:
+        """The bounds at one size and ridge."""
+        del case, ridge
+        return self.bounds
+
+    def memory(self, case: Case, ridge: float | None, which: str) -> dict[str, int]:
+        """Memory of one pass as fields of a record, where it is known."""
+        del case, ridge, which
+        return {}
+
+
+class JaxAdapter(Adapter):
+    """A call of `hopper_cells.attend`, compiled beforehand into the mapping `compiled`."""
+
+    def __init__(self, name: str, member: str, compiled: Mapping[Program, hopper.Compiled]):
+        self.name, self.member, self.compiled = name, member, compiled
+
+    @property
+    def ours(self) -> bool:
+        return self.name != "cudnn"
+
+    def available(self) -> str | None:
+        if self.name in ("mosaic_gpu", "cudnn") and jax.default_backend() != "gpu":
+            return f"needs a GPU, and JAX has the {jax.default_backend()} only"
+        return None
+
+    def program(self, case: Case, ridge: float | None, which: str) -> Program:
+        sizes = (case.batch, case.heads, case.heads, case.n, case.head_dim)
+        kind = None if ridge is None else "static"
+        return Program(self.name, self.member, which, *sizes, ridge, kind, case.dtype)
+
+    def prepare(self, case, ridge, arrays):
+        given = {}
+        for which in subjects.PASSES:
+            program = self.program(case, ridge, which)
+            found = self.compiled[program]
+            if found.call is None:
+                raise RuntimeError(found.error)
+            inputs = {name: arrays[name] for name in hopper_cells.input_shapes(program)}
+            given[which] = functools.partial(found.call, inputs)
+        return given
+
+    def forward(self, given):
+        return given["forward"]()
+
+    def forward_backward(self, given):
+        return given["forward_backward"]()
+
+    def wait(self, results):
+        jax.block_until_ready(results)
+
+    def collect(self, results, case, heads):
+        return {name: pick(np.asarray(results[name]), heads) for name in results}
+
+    def limits(self, case, ridge):
+        if not self.ours:
+            return self.bounds
+        program = self.program(case, ridge, "forward_backward")
+        limit = hopper.bound(hopper_cells.Cell("speed", "normal", program))
+        return limit, 10 * limit
+
+    def memory(self, case, ridge, which):
+        return self.compiled[self.program(case, ridge, which)].memory
+
+
+class TorchAdapter(Adapter):
+    """What PyTorch can call; a subclass says by which function and in which layout."""
+
+    modules: tuple[str, ...] = ()
+    device = "cuda"
+
+    def available(self) -> str | None:
+        try:
+            import torch
+
+            for name in self.modules:
+                importlib.import_module(name)
+        except Exception as error:  # a broken installation may raise anything
+            return hopper.brief(error)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "PyTorch finds no GPU"
+        return None
+
+    def attend(self, query, key, value, probe, given):
+        raise NotImplementedError
+
+    def to_layout(self, array):
+        """``[B, T, N, H]`` to the implementation's layout; tensors and NumPy arrays alike."""
+        return array
+
+    def from_layout(self, array, case: Case):
+        """The inverse of `to_layout`."""
+        del case
+        return array
+
+    def prepare(self, case, ridge, arrays):
+        import torch
+
+        given = {"case": case, "ridge": ridge}
+        for name, array in arrays.items():
+            # The same bits, whatever either framework knows about 16-bit numbers.
+            bits = torch.from_numpy(np.array(array).view(np.int16))
+            tensor = bits.view(getattr(torch, case.dtype)).to(self.device)
+            given[name] = self.to_layout(tensor).contiguous()
+        given["names"] = ("query", "key", "value", "probe")[: 4 if self.member == "parallax" else 3]
+        for name in given["names"]:
+            given[name].requires_grad_()
+        return given
+
+    def _call(self, given):
+        return self.attend(*(given[name] for name in ("query", "key", "value", "probe")), given)
+
+    def forward(self, given):
+        import torch
+
+        with torch.no_grad():
+            return {"output": self._call(given)}
+
+    def forward_backward(self, given):
+        import torch
+
+        out = self._call(given)
+        inputs = [given[name] for name in given["names"]]
+        gradients = torch.autograd.grad(out, inputs, given["cotangent"])
+        return {"output": out, **dict(zip(given["names"], gradients, strict=True))}
+
+    def wait(self, results):
+        import torch
+
+        del results
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def collect(self, results, case, heads):
+        return {
+            name: pick(self.from_layout(tensor.detach(), case).float().cpu().numpy(), heads)
+            for name, tensor in results.items()
+        }
+
+
+class TorchSoftmax(TorchAdapter):
+    """`torch.nn.functional.scaled_dot_product_attention` with one back end forced."""
+
+    member = "softmax"
+    modules = ("torch.nn.attention",)
+
+    def __init__(self, name: str, backend: str):
+        self.name, self.backend = name, backend
+
+    def to_layout(self, array):
+        return array.swapaxes(1, 2)
+
+    def from_layout(self, array, case):
+        return array.swapaxes(1, 2)
+
+    def attend(self, query, key, value, probe, given):
+        import torch
+        from torch.nn import attention
+
+        with attention.sdpa_kernel(getattr(attention.SDPBackend, self.backend)):
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True
+            )
+
+
+class FlaParallax(TorchAdapter):
+    """The Triton kernels of flash-linear-attention for Parallax; their probe is not scaled."""
+
+    name, member = "fla", "parallax"
+    modules = ("fla.ops.parallax",)
+
+    def attend(self, query, key, value, probe, given):
+        from fla.ops.parallax import parallel_parallax
+
+        return parallel_parallax(query, probe, key, value)
+
+
+class FlaMesaNet(TorchAdapter):
+    """The Triton kernels of flash-linear-attention for MesaNet, with 30 iterations, their default.
+
+    They round queries and keys to float16 after normalising them.
+    """
+
+    name, member = "fla", "mesanet"
+    modules = ("fla.ops.mesa_net",)
+
+    def prepare(self, case, ridge, arrays):
+        import torch
+
+        given = super().prepare(case, ridge, arrays)
+        make = functools.partial(torch.full, dtype=torch.float32, device=self.device)
+        rows = (case.batch, case.n, case.heads)
+        given["constants"] = {
+            "g": make(rows, 0.0), "beta": make(rows, 1.0),
+            "lamb": make((case.heads, case.head_dim), 1.0),
+        }  # fmt: skip
+        return given
+
+    def attend(self, query, key, value, probe, given):
+        from fla.ops.mesa_net import chunk_mesa_net
+
+        constants = given["constants"]
+        return chunk_mesa_net(query, key, value, use_qk_l2norm_in_kernel=True, **constants)[0]
+
+
+class FlashLLA(TorchAdapter):
+    """The kernels published with arXiv 2510.01450, as they are: 32 iterations, bfloat16 only.
+
+    The ridge goes in as float32; given as a Python number, it would be rounded to bfloat16. Its
+    bounds are wide: at small ridges the error is the finding, and what is beyond even these has no
+    digit right.
+    """
+
+    name, member = "flash_lla", "lla"
+    modules = ("flashlla",)
+    bounds = (0.1, 0.5)
+
+    def __init__(self, folder: pathlib.Path | None):
+        self.folder = folder
+
+    def available(self):
+        if self.folder is None:
+            return "no --flash_lla folder was given"
+        path = str(self.folder.expanduser().resolve())
+        if path not in sys.path:
+            sys.path.insert(0, path)
+        return super().available()
+
+    def to_layout(self, array):
+        batch, length, heads, head_dim = array.shape
+        return array.swapaxes(1, 2).reshape(batch * heads, length, head_dim)
+
+    def from_layout(self, array, case):
+        return array.reshape(case.batch, case.heads, case.n, case.head_dim).swapaxes(1, 2)
+
+    def prepare(self, case, ridge, arrays):
+        import torch
+
+        given = super().prepare(case, ridge, arrays)
+        given["ridge"] = torch.tensor(ridge, dtype=torch.float32, device=self.device)
+        return given
+
+    def attend(self, query, key, value, probe, given):
+        from flashlla import lla_attention
+
+        return lla_attention(query, key, value, ridge_lambda=given["ridge"])
+
+
+def make_adapters(options: argparse.Namespace, compiled: Mapping) -> list[Adapter]:
+    """Those that can be relied on first: an error of the device itself ends everything after it."""
+    adapters = [JaxAdapter(options.implementation, m, compiled) for m in MEMBERS[:3]]
+    adapters += [
+        JaxAdapter("cudnn", "softmax", compiled),
+        TorchSoftmax("torch_flash", "FLASH_ATTENTION"),
+        TorchSoftmax("torch_cudnn", "CUDNN_ATTENTION"),
+        FlaParallax(),
+        FlaMesaNet(),
+        FlashLLA(options.flash_lla),
+    ]
+    unknown = set(options.only or ()) - {adapter.name for adapter in adapters}
+    if unknown:
+        raise SystemExit(f"--only: unknown {sorted(unknown)}")
+    return [a for a in adapters if not options.only or a.name in options.only]
