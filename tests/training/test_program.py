@@ -11,8 +11,6 @@ from lla import mixers, tasks, training
 from lla.training.program import means
 from lla.training.settings import override
 
-pytestmark = pytest.mark.slow  # every test compiles a program of its own
-
 SMALL = {
     "mqar": {"vocab_size": 16, "length": 8, "pairs": 2, "train_examples": None},
     "in_context_regression": {"dim": 3, "length": 6, "segment_length": 3},
@@ -20,12 +18,12 @@ SMALL = {
 }
 
 
-def resolve(task="mqar", mixer="linear", options=None, **sections):
+def resolve(task_name="mqar", mixer="linear", options=None, **sections):
     """Settings of a small model on one device; `sections` override them."""
     base = override(
-        training.defaults(task),
+        training.defaults(task_name),
         {
-            "task": SMALL[task],
+            "task": SMALL[task_name],
             "model": {"mixer": {"name": mixer}, "width": 16, "num_heads": 2, "depth": 1},
             "mixers": {mixer: options or {}},
             "training": {
@@ -62,6 +60,7 @@ def assert_finite_and_changed(settings):
         assert np.any(leaf != before[path]), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", [name for name in mixers.names() if name != "lla"])
 def test_a_step_is_finite_with_every_mixer(mixer):
     assert_finite_and_changed(resolve(mixer=mixer))
@@ -80,6 +79,7 @@ def test_a_step_is_finite_with_every_mixer_in_every_task(task, mixer, dtype):
     assert_finite_and_changed(resolve(task, mixer, model={"depth": 2, "dtype": dtype}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_training_learns(name):
     # Two items and no swaps: the answer stands in the input.
@@ -136,6 +136,7 @@ def test_a_step_is_the_rule_written_out():
         )
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_mean_over_all_batches():
     program = training.Program(resolve(training={"eval_batches": 3, "eval_batch_size": 4}))
     params = program.init().params
@@ -149,7 +150,13 @@ def test_evaluation_is_the_mean_over_all_batches():
 
 
 @pytest.mark.parametrize(
-    "mixer, data, fsdp", [("linear", 8, 1), ("linear", 2, 4), ("lla", -1, 2), ("gla", 1, 8)]
+    "mixer, data, fsdp",
+    [
+        pytest.param("linear", 2, 4, marks=pytest.mark.compat),
+        pytest.param("linear", 8, 1, marks=pytest.mark.slow),
+        pytest.param("lla", -1, 2, marks=pytest.mark.slow),
+        pytest.param("gla", 1, 8, marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices_compute_what_one_does(mixer, data, fsdp):
     single = training.Program(resolve(mixer=mixer))

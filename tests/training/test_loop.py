@@ -1,0 +1,279 @@
+"""The host's side: what is recorded when, how a run ends, and that a kill changes nothing."""
+
+import functools
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from lla import training
+from lla.experiment import WorkdirError
+from lla.experiment.workdir import read_config, read_records
+from lla.training.checkpoint import Checkpoints
+from tests.training.test_program import resolve
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@functools.cache
+def default_program():
+    """Compiled once for all tests here."""
+    return training.Program(resolve())
+
+
+def train(path, settings=None, stream=None, **options):
+    program = default_program() if settings is None else training.Program(settings)
+    stream = io.StringIO() if stream is None else stream
+    return training.train(program, path, stream=stream, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 8 steps, and its work directory."""
+    path = tmp_path_factory.mktemp("finished")
+    return train(path), path
+
+
+def test_records_come_at_their_steps_and_evaluation_before_the_first(finished):
+    result, path = finished
+    records = read_records(path)
+    assert [(record["kind"], record["step"]) for record in records] == [
+        ("eval", 0),
+        ("train", 2),
+        ("train", 4),
+        ("eval", 4),
+        ("train", 6),
+        ("train", 8),
+        ("eval", 8),
+    ]
+    assert all(record["test/loss"] > 0 for record in records if record["kind"] == "eval")
+    accuracies = [record["test/accuracy"] for record in records if record["kind"] == "eval"]
+    assert result == {
+        "status": "finished",
+        "steps": 8,
+        "headline": "test/accuracy",
+        "mode": "max",
+        "final": accuracies[-1],
+        "best": max(accuracies),
+        "failed_at": -1,
+    }
+    assert json.loads((path / "result.json").read_text()) == result
+    assert read_config(path)["model"]["mixer"]["name"] == "linear"
+    environment = json.loads((path / "environment.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    times = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in times] == [2, 4, 6, 8]
+
+
+def test_a_record_averages_over_its_window(finished):
+    _, path = finished
+    window = [record for record in read_records(path) if record["kind"] == "train"][1]
+    program = default_program()
+    state, _ = program.advance(program.init(), np.int32(2))
+    losses = []
+    for _ in range(2):
+        state, metrics = program.advance(state, np.int32(1))
+        losses.append(float(metrics["sums"]["loss"][0]) / float(metrics["sums"]["loss"][1]))
+    np.testing.assert_allclose(window["loss"], np.mean(losses), rtol=1e-6)
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    result, path = finished
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
+    assert train(path) == result
+    assert before == {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
+
+
+def test_another_config_is_refused(finished):
+    _, path = finished
+    with pytest.raises(WorkdirError, match=r"training\.seed: 0 there, 1 now"):
+        train(path, resolve(training={"seed": 1}))
+
+
+def test_the_last_checkpoints_stay(finished):
+    _, path = finished
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [4, 8]
+
+
+def test_training_ends_where_it_was_to_get(tmp_path):
+    # Every accuracy reaches 0: the first evaluation ends the run.
+    result = train(tmp_path / "zero", resolve(training={"stop_at": 0.0}))
+    assert (result["status"], result["steps"]) == ("stopped", 0)
+    # A loss-like goal that only training reaches, at the step of an evaluation.
+    settings = resolve(
+        "in_context_regression",
+        training={"steps": 400, "stop_at": 1.05, "checkpoint_every": 200},
+        optimizer={"learning_rate": 1e-2},
+    )
+    result = train(tmp_path / "error", settings)
+    assert result["status"] == "stopped" and result["steps"] % 4 == 0
+    assert 0 < result["steps"] < 400 and result["final"] <= 1.05
+    with Checkpoints(tmp_path / "error" / "checkpoints") as checkpoints:
+        assert checkpoints.steps()[-1] == result["steps"]
+
+
+def test_a_non_finite_loss_ends_training_and_saves_the_step(tmp_path):
+    settings = resolve(optimizer={"learning_rate": 1e38, "warmup_fraction": 0.0})
+    for _ in range(2):  # the second time from what the first one left
+        with pytest.raises(training.NonFiniteError, match="not finite at step"):
+            train(tmp_path, settings)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "non_finite"
+    step = result["failed_at"]
+    assert read_records(tmp_path)[-1] == {"kind": "non_finite", "step": step}
+    program = training.Program(settings)
+    with Checkpoints(tmp_path / "non_finite") as checkpoints:
+        assert checkpoints.steps() == [step]
+        state = checkpoints.restore(program.abstract_state)
+    batch = program.task.batch(0, step, 8)
+    outputs = program.model(jax.device_get(state.params))(batch["inputs"])
+    gradient_of = jax.grad(
+        lambda params: program.task.loss(program.model(params)(batch["inputs"]), batch)
+    )
+    gradients = jax.tree.leaves(gradient_of(jax.device_get(state.params)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert not (
+        np.isfinite(outputs).all() and all(np.isfinite(np.sum(leaf**2)) for leaf in gradients)
+    )
+
+
+def test_progress_shows_speed_and_time_left(tmp_path):
+    stream = io.StringIO()
+    train(tmp_path, stream=stream)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4
+    assert "left" in lines[0] and "step 2" in lines[0] and "steps/s" in lines[0]
+    assert lines[-1].startswith("100%")
+
+
+def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, tag, value, step):
+            written.append((tag, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            pass
+
+    package = types.ModuleType("tensorboard")
+    package.__spec__ = types.SimpleNamespace(name="tensorboard")
+    summary = types.ModuleType("tensorboard.summary")
+    summary.Writer = Writer
+    monkeypatch.setitem(sys.modules, "tensorboard", package)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", summary)
+    train(tmp_path)
+    assert ("train/loss", 2) in written and ("test/accuracy", 0) in written
+
+
+def test_a_profile_is_written(tmp_path):
+    train(tmp_path, profile=1)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+# A real kill.
+
+# Long enough to be killed in the middle; checkpoints do not come at every record.
+_FLAGS = (
+    "--config=configs/mqar.py:smoke",
+    "--config.model.mixer.name=linear",
+    "--config.training.steps=400",
+    "--config.training.log_every=2",
+    "--config.training.eval_every=20",
+    "--config.training.checkpoint_every=40",
+    "--config.sharding.data=1",
+)
+
+
+def start(path):
+    return subprocess.Popen(
+        [sys.executable, "experiments/train.py", *_FLAGS, f"--workdir={path}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(process):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def last_step(path):
+    """Of the records that are on disk; -1 if none."""
+    try:
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["step"]
+    except (OSError, IndexError, json.JSONDecodeError):
+        return -1
+
+
+def kill_after(path, step):
+    process = start(path)
+    deadline = time.monotonic() + 300
+    while last_step(path) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (path / "result.json").exists()
+
+
+def parameters(path):
+    """Every array of the last checkpoint, as bytes."""
+    manager = Checkpoints(path / "checkpoints")
+    config = read_config(path)
+    given = {
+        "task": config["task"],
+        "model": {**config["model"], "mixer": {"name": config["model"]["mixer"]["name"]}},
+        **{name: config[name] for name in ("optimizer", "training", "sharding")},
+    }
+    state = manager.restore(training.Program(training.resolve(given)).abstract_state)
+    manager.close()
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+    return {jax.tree_util.keystr(name): np.asarray(leaf).tobytes() for name, leaf in leaves}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (2, 90),  # before the first checkpoint, and then between two
+        (46, 222, 396),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, steps):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ended(start(whole))
+    for step in steps:
+        kill_after(killed, step)
+    # What a kill in the middle of a checkpoint or of a line leaves behind.
+    unfinished = killed / "checkpoints" / "399.orbax-checkpoint-tmp-1"
+    unfinished.mkdir(parents=True)
+    (unfinished / "data").write_text("half")
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"kind":"train","st')
+    assert "finished at step 400" in ended(start(killed))
+    for name in ("metrics.jsonl", "result.json", "config.json"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert parameters(whole) == parameters(killed)

@@ -1,0 +1,182 @@
+"""Many runs in one program are the single runs, and a sweep does each point once."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lla import training
+from lla.experiment import WorkdirError
+from lla.experiment.workdir import read_records
+from lla.training import sweep
+from tests.training.test_program import SMALL, resolve
+
+TOO_LARGE = 1e38
+RUNS = training.Runs(seeds=(0, 3), learning_rates=(1e-3, 1e-2, TOO_LARGE))
+CHANGES = {"optimizer": {"warmup_fraction": 0.0}, "sharding": {"data": 1}}
+
+
+@pytest.fixture(scope="module")
+def cell():
+    """State, sums and evaluation of all runs at once after 4 steps."""
+    program = training.Program(resolve(**CHANGES), runs=RUNS)
+    state, metrics = program.advance(program.init(), np.int32(4))
+    return jax.device_get((state, metrics["sums"], program.evaluate(state.params)))
+
+
+@pytest.mark.parametrize("i, j", [(0, 0), (1, 1)])
+def test_a_run_of_a_cell_is_the_single_run(cell, i, j):
+    state, sums, evaluation = cell
+    seed, rate = RUNS.seeds[i], RUNS.learning_rates[j]
+    optimizer = {**CHANGES["optimizer"], "learning_rate": rate}
+    program = training.Program(
+        resolve(training={"seed": seed}, optimizer=optimizer, sharding={"data": 1})
+    )
+    alone, metrics = program.advance(program.init(), np.int32(4))
+    for path, leaf in alone.params.items():
+        np.testing.assert_allclose(state.params[path][i, j], leaf, atol=1e-5, err_msg=path)
+    for name, (total, weight) in metrics["sums"].items():
+        np.testing.assert_allclose(sums[name][0][i, j], total, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(sums[name][1][i, j], weight, rtol=1e-6)
+    for name, (total, _) in program.evaluate(alone.params).items():
+        np.testing.assert_allclose(
+            evaluation[name][0][i, j], total, rtol=1e-4, atol=1e-5, err_msg=name
+        )
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(cell):
+    state, _, evaluation = cell
+    assert (state.failed_at[:, :2] == -1).all() and (state.failed_at[:, 2] > 0).all()
+    assert np.isfinite(evaluation["test/loss"][0][:, :2]).all()
+
+
+def config(**changes):
+    given = training.defaults("mqar")
+    given["task"].update(SMALL["mqar"])
+    given["model"].update(width=16, num_heads=2, depth=1)
+    given["training"].update(
+        steps=4, batch_size=8, log_every=2, eval_every=2, eval_batches=2, checkpoint_every=2
+    )
+    given["optimizer"]["warmup_fraction"] = 0.0
+    given["sweep"].update(
+        seeds=RUNS.seeds,
+        learning_rates=RUNS.learning_rates,
+        grid={"model": {"mixer": {"name": ("linear", "retnet")}}},
+    )
+    given["sweep"].update(changes)
+    return given
+
+
+def run(path, given=None, **options):
+    lines = []
+    given = config() if given is None else given
+    file = sweep.run(given, path, stream=io.StringIO(), report=lines.append, **options)
+    return sweep.read_results(file), lines
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Rows and lines of a sweep over two points, done in two parts, and its directory."""
+    path = tmp_path_factory.mktemp("sweep")
+    rows, _ = run(path, part=(1, 2))
+    assert {row["model.mixer.name"] for row in rows} == {"retnet"}
+    rows, lines = run(path)
+    return rows, lines, path
+
+
+def test_results_have_a_row_for_every_run(swept):
+    rows, _, path = swept
+    found = [(row["model.mixer.name"], row["seed"], row["learning_rate"]) for row in rows]
+    assert found == [
+        (name, seed, rate)
+        for name in ("linear", "retnet")
+        for seed in RUNS.seeds
+        for rate in RUNS.learning_rates
+    ]
+    for row in rows:
+        diverged = row["learning_rate"] == TOO_LARGE
+        assert row["status"] == ("diverged" if diverged else "finished")
+        assert (row["final"] is None) == diverged
+        assert row["headline"] == "test/accuracy" and row["mode"] == "max"
+    history = [
+        record
+        for record in read_records(path / "cells" / "model.mixer.name=linear")
+        if record["kind"] == "eval"
+    ]
+    assert [record["step"] for record in history] == [0, 2, 4]
+    last = np.asarray(history[-1]["test/accuracy"], float)
+    assert last.shape == (2, 3)
+    assert [row["final"] for row in rows[:2]] == list(last[0, :2])
+    assert rows[0]["best"] == max(record["test/accuracy"][0][0] for record in history)
+
+
+def test_finished_points_are_skipped_and_new_ones_added(swept):
+    _, lines, path = swept
+    assert [line.split()[-1] for line in lines] == ["training", "finished"]
+    before = (path / "results.csv").read_bytes()
+    (path / "results.csv").unlink()
+    _, lines = run(path)
+    assert [line.split()[-1] for line in lines] == ["finished", "finished"]
+    assert (path / "results.csv").read_bytes() == before
+
+
+def test_a_point_with_other_settings_is_refused(swept):
+    _, _, path = swept
+    given = config()
+    given["training"]["batch_size"] = 16
+    with pytest.raises(WorkdirError, match=r"training\.batch_size: 8 there, 16 now"):
+        run(path, given)
+    assert json.loads((path / "cells/model.mixer.name=linear/result.json").read_text())
+
+
+def test_parts_outside_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="part must be"):
+        run(tmp_path, part=(2, 2))
+
+
+def row(mixer, seed, rate, final, status="finished", mode="min", **choices):
+    return {
+        "model.mixer.name": mixer,
+        **choices,
+        "seed": seed,
+        "learning_rate": rate,
+        "status": status,
+        "headline": "test/mse",
+        "mode": mode,
+        "final": final,
+        "best": final,
+    }
+
+
+def test_selection_takes_the_best_mean_over_seeds():
+    rows = [
+        row("a", 0, 0.1, 1.0),
+        row("a", 1, 0.1, 3.0),  # mean 2
+        row("a", 0, 0.2, 0.5),
+        row("a", 1, 0.2, None, "diverged"),  # best single run, but it diverges
+        row("a", 0, 0.3, 2.4),
+        row("a", 1, 0.3, 2.6),
+        row("b", 0, 0.1, None, "diverged"),
+    ]
+    a, b = sweep.select(rows, ["model.mixer.name"])
+    assert (a["learning_rate"], a["mean"], a["seeds"], a["diverged"]) == (0.1, 2.0, 2, 1)
+    assert a["std"] == pytest.approx(2**0.5)
+    assert b["mean"] is None and b["diverged"] == 1
+    larger = [{**entry, "mode": "max"} for entry in rows[:2] + rows[4:6]]
+    assert sweep.select(larger, ["model.mixer.name"])[0]["learning_rate"] == 0.3
+    with pytest.raises(ValueError, match="one headline"):
+        sweep.select([rows[0], {**rows[1], "mode": "max"}], ["model.mixer.name"])
+
+
+def test_selection_takes_options_that_are_no_group_like_the_learning_rate():
+    rows = [
+        row("lla", 0, 0.1, 2.0, **{"mixers.lla.ridge": 1.0}),
+        row("lla", 0, 0.1, 1.0, **{"mixers.lla.ridge": 0.1}),
+        row("softmax", 0, 0.1, 3.0, **{"mixers.lla.ridge": None}),
+    ]
+    lla, softmax = sweep.select(rows, ["model.mixer.name"])
+    assert lla["mixers.lla.ridge"] == 0.1 and lla["mean"] == 1.0 and lla["seeds"] == 1
+    assert softmax["mean"] == 3.0
+    assert len(sweep.summary(rows)) == 2 and "0.1" in sweep.summary(rows)[0]
