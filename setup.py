@@ -49,6 +49,8 @@ setup(
         "numpy>=2.4",
         "absl-py>=2.5",
         "ml_collections>=1.1",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
     ],
     extras_require={
         "cuda12": [f"jax[cuda12]{JAX}"],

@@ -1,6 +1,6 @@
 """Error, time and memory of the Hopper kernels; see README.md beside this file.
 
-    python experiments/benchmarks/hopper.py [--limit SECONDS] [--peers] [--output FILE]
+    python experiments/benchmarks/hopper.py [--limit SECONDS] [--output FILE]
 
 Everything is compiled first, then compared with the exact result in float64, and only what is right
 is timed. The exit status is 1 if something was refused, and 0 if the time ran out.
@@ -15,7 +15,6 @@ import functools
 import importlib.metadata
 import os
 import pathlib
-import statistics
 import sys
 import threading
 import time
@@ -40,7 +39,6 @@ from hopper_cells import (
     on_device,
 )
 
-PEERS = ("cudnn", "torch_flash")
 _START = time.monotonic()
 _GRACE = 8.0  # seconds beyond the limit after which the process is ended
 
@@ -71,7 +69,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=8, help="threads that compile")
     add("--limit", type=float, default=1e9, help="seconds after which it stops with what it has")
     add("--compile_share", type=float, default=0.7, help="part of the limit compiling may take")
-    add("--peers", action="store_true", help="also time PyTorch's flash attention, if it is there")
     add("--lock", help="file that processes which measure on one device have in common")
     add("--commit", help="recorded where the repository's history is absent")
     add("--output", type=pathlib.Path, help="default: results/hopper_<device>.json")
@@ -149,7 +146,7 @@ def compile_all(programs: Iterable[Program], workers: int, deadline: float) -> d
 def bound(cell: Cell) -> float:
     """Largest relative error of the output; gradients may have ten times as much."""
     program = cell.program
-    if program.implementation in PEERS or cell.inputs != "normal":
+    if program.implementation == "cudnn" or cell.inputs != "normal":
         return 1e-2
     easy = program.member != "lla" or (program.ridge >= 1 and program.head_dim <= 64)
     return 4e-3 if easy else 1e-2
@@ -341,88 +338,11 @@ def run_speed(options, cells: Sequence[Cell], compiled: Mapping, results) -> Non
 
 
 # ---------------------------------------------------------------------------------------------
-# PyTorch
-
-
-def run_torch(options, compiled: Mapping, results) -> None:
-    """PyTorch's flash attention on the shapes of the speed cells."""
-    import torch
-    from torch.nn import attention
-
-    if not torch.cuda.is_available():
-        raise RuntimeError("PyTorch finds no GPU")
-    dtype = getattr(torch, options.dtype)
-
-    def tensors(program):
-        arrays = make_inputs(program, "normal", options.seed)
-        return {
-            # [B, T, N, H] -> [B, N, T, H], every query head with keys of its own.
-            name: torch.from_numpy(np.repeat(array, program.heads // array.shape[2], 2))
-            .cuda().to(dtype).transpose(1, 2).contiguous()
-            for name, array in arrays.items()
-        }  # fmt: skip
-
-    def call(given):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            *(given[name] for name in ("query", "key", "value")), is_causal=True
-        )
-        if "cotangent" not in given:
-            return {"output": out}
-        names = ("query", "key", "value")
-        gradients = torch.autograd.grad(out, [given[n] for n in names], given["cotangent"])
-        return {"output": out, **dict(zip(names, gradients, strict=True))}
-
-    def queue(given, count):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
-            call(given)
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / count
-
-    kind = attention.SDPBackend.FLASH_ATTENTION
-    softmax = [cell for cell in make_cells(options) if cell.program.implementation == "cudnn"]
-    for cell in softmax:
-        program = cell.program._replace(implementation="torch_flash")
-        cell = Cell(cell.group, cell.inputs, program)
-        if results.finished(**cell.fields()):
-            continue
-        record = {**cell.fields(), "flops": flops(program)}
-        given = tensors(program)
-        if program.which == "forward_backward":
-            for name in ("query", "key", "value"):
-                given[name].requires_grad_()
-        with attention.sdpa_kernel(kind):
-            if cell.group == "accuracy":
-                arrays = make_inputs(program, "normal", options.seed)
-                got = {}
-                for name, tensor in call(given).items():
-                    array = tensor.detach().float().transpose(1, 2).cpu().numpy()
-                    if name in ("key", "value"):
-                        array = array.reshape(
-                            *array.shape[:2], program.kv_heads, -1, array.shape[-1]
-                        )
-                        array = array.sum(3)
-                    got[name] = array
-                record |= verdict(cell, got, exact(program, arrays, compiled))
-            else:
-                record |= check(cell, results.records)
-            if record["status"] == "timed":
-                queue(given, 1)
-                count = max(1, min(50, round(0.02 / queue(given, 1))))
-                times = [queue(given, count) for _ in range(options.repeats)]
-                timing = measure.Timing(min(times), statistics.median(times), len(times))
-                record |= dataclasses.asdict(timing)
-        results.add([record])
-        say(f"{cell.group} torch_flash {program.head_dim} {report.progress_line(record, ())}")
-
-
-# ---------------------------------------------------------------------------------------------
 # The run
 
 
 def make_header(options: argparse.Namespace) -> dict[str, Any]:
-    unsaid = ("members", "output", "commit", "limit", "compile_share", "workers", "peers", "lock")
+    unsaid = ("members", "output", "commit", "limit", "compile_share", "workers", "lock")
     settings = {name: value for name, value in vars(options).items() if name not in unsaid}
     header = measure.make_header("hopper", settings)
     header["commit"] = options.commit or header["commit"]
@@ -467,11 +387,6 @@ def measure_all(options, cells, compiled: Mapping, results, end: float) -> int:
                 missing += part
             else:
                 run(options, part, compiled, results)
-    if options.peers and time.monotonic() < end:
-        try:
-            run_torch(options, compiled, results)
-        except Exception as error:  # a peer is not needed
-            say(f"PyTorch is left out: {brief(error)}")
     for cell in missing:
         say(f"no time left for {cell.group} {'-'.join(map(str, cell.program))}")
     if results.records:

@@ -27,6 +27,23 @@ class Decays(NamedTuple):
     end: jax.Array
 
 
+def check_form(form: str, chunk: int) -> None:
+    """Raises ValueError unless `form` names a way to compute a recurrence and `chunk` is >= 1."""
+    if form not in ("parallel", "recurrent"):
+        raise ValueError(f"form must be 'parallel' or 'recurrent', got {form!r}.")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}.")
+
+
+def start_state(state: jax.Array | None, shape: tuple[int, ...], dtype) -> jax.Array:
+    """`state` in `dtype`, or zeros for None; ValueError unless it has `shape`."""
+    if state is None:
+        return jnp.zeros(shape, dtype)
+    if state.shape != shape:
+        raise ValueError(f"state must have shape {shape}, got {state.shape}.")
+    return state.astype(dtype)
+
+
 def split(array: jax.Array, chunk: int) -> jax.Array:
     """``[B, T, N, ...] -> [M, B, N, C, ...]`` with C = chunk and zeros behind T."""
     batch, length, heads, *rest = array.shape

@@ -62,18 +62,14 @@ def delta_rule(
       ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
     """
     check_sequences(query, key, value, beta, log_decay)
-    check_form(form, chunk)
+    chunks.check_form(form, chunk)
     batch, length, heads, dim = key.shape
     dtype = compute_dtype(value.dtype)
-    state_shape = (batch, heads, dim, value.shape[-1])
-    if state is None:
-        state = jnp.zeros(state_shape, dtype)
-    elif state.shape != state_shape:
-        raise ValueError(f"state must have shape {state_shape}, got {state.shape}.")
+    state = chunks.start_state(state, (batch, heads, dim, value.shape[-1]), dtype)
     gates = () if log_decay is None else (log_decay,)
     arrays = tuple(array.astype(dtype) for array in (query, key, value, beta, *gates))
     compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
-    out, state = compute(state.astype(dtype), *arrays)
+    out, state = compute(state, *arrays)
     out = out.astype(value.dtype)
     return (out, state) if return_state else out
 
@@ -119,14 +115,6 @@ def check_sequences(query, key, value, beta, log_decay) -> None:
     for name, gate in (("beta", beta), ("log_decay", log_decay)):
         if gate is not None and gate.shape != key.shape[:3]:
             raise ValueError(f"{name} must have shape {key.shape[:3]}, got {gate.shape}.")
-
-
-def check_form(form: str, chunk: int) -> None:
-    """Raises ValueError unless `form` names a way to compute a recurrence and `chunk` is >= 1."""
-    if form not in ("parallel", "recurrent"):
-        raise ValueError(f"form must be 'parallel' or 'recurrent', got {form!r}.")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}.")
 
 
 def _recurrent(state, *arrays):

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lla.mixers.delta_rule import check_form, delta_rule
+from lla.mixers.chunks import check_form
+from lla.mixers.delta_rule import delta_rule
 from lla.mixers.parts import (
     GatedNorm,
     HeadNorm,

@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 
 from lla.mixers import chunks
-from lla.mixers.delta_rule import check_form
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -67,7 +66,7 @@ def linear_recurrence(
     Raises:
       ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
     """
-    check_form(form, chunk)
+    chunks.check_form(form, chunk)
     if key.ndim != 4 or query.shape != key.shape or 0 in key.shape:
         raise ValueError(
             "query and key must both be [B, T, N, H] and not empty, "
@@ -84,16 +83,12 @@ def linear_recurrence(
         )
     batch, length, heads, dim = key.shape
     dtype = compute_dtype(value.dtype)
-    state_shape = (batch, heads, dim, value.shape[-1])
-    if state is None:
-        state = jnp.zeros(state_shape, dtype)
-    elif state.shape != state_shape:
-        raise ValueError(f"state must have shape {state_shape}, got {state.shape}.")
+    state = chunks.start_state(state, (batch, heads, dim, value.shape[-1]), dtype)
     if log_decay is None:
         log_decay = jnp.zeros(key.shape[:3], dtype)
     arrays = tuple(array.astype(dtype) for array in (query, key, value, log_decay))
     compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
-    out, state = compute(state.astype(dtype), *arrays)
+    out, state = compute(state, *arrays)
     out = out.astype(value.dtype)
     return (out, state) if return_state else out
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lla.mixers.delta_rule import check_form
+from lla.mixers.chunks import check_form
 from lla.ops.problem import compute_dtype
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.delta_rule import check_form
+from lla.mixers.chunks import check_form
 from lla.mixers.selective_scan import selective_scan
 from lla.ops.problem import compute_dtype
 

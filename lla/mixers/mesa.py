@@ -29,7 +29,8 @@ import jax.numpy as jnp
 
 from lla.kernels import spd
 from lla.mixers import chunks
-from lla.mixers.delta_rule import check_form, check_sequences
+from lla.mixers.chunks import check_form
+from lla.mixers.delta_rule import check_sequences
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")

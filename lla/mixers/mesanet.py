@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lla.mixers.delta_rule import check_form
+from lla.mixers.chunks import check_form
 from lla.mixers.mesa import make_solver, mesa
 from lla.mixers.parts import (
     GatedNorm,

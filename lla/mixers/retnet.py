@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.delta_rule import check_form
+from lla.mixers.chunks import check_form
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.nn.rope import rotate
 from lla.ops.problem import compute_dtype

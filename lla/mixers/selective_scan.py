@@ -19,7 +19,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from lla.mixers.delta_rule import check_form
+from lla.mixers.chunks import check_form, start_state
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -70,14 +70,10 @@ def selective_scan(
                 f"{name} must have shape {(batch, length, a.shape[1])}, got {array.shape}."
             )
     dtype = compute_dtype(x.dtype)
-    state_shape = (batch, *a.shape)
-    if state is None:
-        state = jnp.zeros(state_shape, dtype)
-    elif state.shape != state_shape:
-        raise ValueError(f"state must have shape {state_shape}, got {state.shape}.")
+    state = start_state(state, (batch, *a.shape), dtype)
     arrays = tuple(array.astype(dtype) for array in (x, delta, b, c))
     compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
-    y, state = compute(state.astype(dtype), a.astype(dtype), *arrays)
+    y, state = compute(state, a.astype(dtype), *arrays)
     y = y.astype(x.dtype)
     return (y, state) if return_state else y
 

@@ -38,6 +38,7 @@ class Softmax(LocalLinearAttention):
     """
 
     uses_positions = True
+    _mechanism = "softmax"
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class Softmax(LocalLinearAttention):
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             value_dim=value_dim,
-            mechanism="softmax",
+            mechanism=self._mechanism,
             qk_norm=qk_norm,
             rope_theta=rope_theta,
             scale=logit_scale(scale, relative_scale, head_dim),

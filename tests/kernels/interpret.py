@@ -62,7 +62,7 @@ CASES = {
     "parallax_segments": Case("parallax", options={"segments": True}),
     "lla_causal": Case("lla"),
     "lla_odd": Case(
-        "lla", 70, 150, batch=2, kv_heads=2, head_dim=32, value_dim=48,
+        "lla", 70, 150, batch=2, kv_heads=2, head_dim=32, value_dim=48, ridge="mixed",
         options={"query_offset": [80, 3]},
     ),
     "lla_window": Case("lla", 200, 200, options={"local_window_size": (40, 0)}),
@@ -77,7 +77,6 @@ CASES = {
     "lla_ridge_10": Case("lla", ridge=10.0),
     "lla_ridge_0.1": Case("lla", ridge=0.1),
     "lla_ridge_0.01": Case("lla", ridge=0.01),
-    "lla_mixed_ridge": Case("lla", ridge="mixed"),
 }  # fmt: skip
 
 

@@ -254,12 +254,11 @@ def parameters(path):
     return {jax.tree_util.keystr(name): np.asarray(leaf).tobytes() for name, leaf in leaves}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps",
     [
         (2, 90),  # before the first checkpoint, and then between two
-        (46, 222, 396),
+        pytest.param((46, 222, 396), marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, steps):
