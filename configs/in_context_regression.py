@@ -72,6 +72,14 @@ def get_config(variant: str = ""):
         config.sweep.seeds, config.sweep.learning_rates = (0, 1), (1e-3, 3e-3)
         config.sweep.grid.model.mixer.name = ("softmax", "linear")
         config.sweep.grid.task.segment_length = (8,)
+    elif variant == "short":
+        config.task.dim, config.task.length, config.task.segment_length = 4, 64, 32
+        config.model.width, config.model.num_heads = 64, 2
+        config.training.update(steps=2000, batch_size=32, log_every=20, eval_every=200)
+        config.training.update(eval_batches=4, checkpoint_every=500, steps_per_call=20)
+        config.sweep.learning_rates = (3e-3,)
+        config.sweep.grid.model.mixer.name = ("lla", "softmax", "parallax", "gated_deltanet")
+        config.sweep.grid.task.segment_length = (32,)
     elif variant:
-        raise ValueError(f"unknown variant {variant!r}; valid: smoke.")
+        raise ValueError(f"unknown variant {variant!r}; valid: smoke, short.")
     return config.lock()

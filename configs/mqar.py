@@ -90,8 +90,26 @@ def get_config(variant: str = ""):
         config.sweep.grid.model.width = (16,)
         with config.sweep.unlocked():
             config.sweep.cases = {"length_16": {"task": {"length": 16, "pairs": 2}}}
+    elif variant == "short":
+        config.task.update(vocab_size=512, length=32, train_examples=6_000, test_examples=500)
+        config.model.width = 32
+        config.training.update(steps=1000, batch_size=128, log_every=20, eval_every=100)
+        config.training.update(eval_batches=4, eval_batch_size=128, checkpoint_every=500)
+        config.training.steps_per_call = 20
+        config.sweep.learning_rates = (6e-3,)
+        config.sweep.grid.model.mixer.name = ("lla", "softmax", "parallax", "gated_deltanet")
+        config.sweep.grid.model.width = (32,)
+        with config.sweep.unlocked():
+            config.sweep.cases = {}
+    elif variant == "anchor":
+        config.training.update(steps=6250, log_every=50, eval_every=250)  # 32 epochs
+        config.sweep.learning_rates = (10 ** (-10 / 3), 10 ** (-8 / 3))
+        config.sweep.grid.model.mixer.name = ("softmax",)
+        config.sweep.grid.model.width = (64,)
+        with config.sweep.unlocked():
+            config.sweep.cases = {}
     elif variant:
-        raise ValueError(f"unknown variant {variant!r}; valid: smoke.")
+        raise ValueError(f"unknown variant {variant!r}; valid: smoke, short, anchor.")
     return config.lock()
 
 

@@ -62,6 +62,14 @@ def get_config(variant: str = ""):
         config.sweep.seeds, config.sweep.learning_rates = (0, 1), (1e-3, 3e-3)
         config.sweep.grid.model.mixer.name = ("softmax", "linear")
         config.sweep.grid.task.num_items = (3,)
+    elif variant == "short":
+        config.task.update(num_items=3, min_swaps=1, max_swaps=6)
+        config.model.width, config.model.num_heads = 64, 2
+        config.training.update(steps=2000, batch_size=128, log_every=20, eval_every=200)
+        config.training.update(checkpoint_every=500, steps_per_call=20)
+        config.sweep.learning_rates = (2e-3,)
+        config.sweep.grid.model.mixer.name = ("lla", "softmax", "mamba2", "gated_deltanet")
+        config.sweep.grid.task.num_items = (3,)
     elif variant:
-        raise ValueError(f"unknown variant {variant!r}; valid: smoke.")
+        raise ValueError(f"unknown variant {variant!r}; valid: smoke, short.")
     return config.lock()

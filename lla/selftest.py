@@ -46,6 +46,7 @@ TIMED_RUNS = 3
 class Case:
     """One shape with its masks; `plan` lists the pairs of member and dtype to run.
 
+    `faint` lets the cotangent of the later queries fall to 1e-30, as behind sharp softmax weights.
     Cases are few because compiling them is what the self test spends its time on.
     """
 
@@ -56,6 +57,7 @@ class Case:
     options: dict[str, Any]
     plan: tuple[tuple[str, str], ...] = (("lla", "float32"),)
     methods: tuple[str, ...] = ("auto",)
+    faint: bool = False
 
 
 _EVERYTHING = tuple((m, d) for m in FUNCTIONS for d in ("float32", "bfloat16"))
@@ -79,6 +81,15 @@ CASES = (
         (3, 70, 1, 32),
         16,
         {"key_value_seq_lengths": np.array([70, 53, 0], np.int32)},
+    ),
+    Case(
+        "faint",
+        (1, 96, 2, 64),
+        (1, 96, 2, 64),
+        64,
+        {},
+        (("lla", "float32"), ("lla", "bfloat16")),
+        faint=True,
     ),
 )
 QUICK_CASES = (
@@ -140,6 +151,10 @@ def make_inputs(case: Case, member: str, dtype: str) -> tuple[dict[str, np.ndarr
     }
     # A probe of length 1 changes the softmax weights by about a quarter of their size.
     probe, cotangent = arrays.pop("probe"), arrays.pop("cotangent")
+    if case.faint:
+        fall = np.ones((t, 1, 1), np.float32)
+        fall[t // 2 :, 0, 0] = np.logspace(0, -30, t - t // 2)
+        cotangent = (cotangent.astype(np.float32) * fall).astype(cotangent.dtype)
     if member == "parallax":
         arrays["probe"] = (probe.astype(np.float32) / 8).astype(probe.dtype)
     return arrays, cotangent

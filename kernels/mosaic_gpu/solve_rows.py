@@ -30,6 +30,13 @@ from lla.kernels.mosaic_gpu.tile import (
 WORST_ROW = 4.0
 """No row of a tile may have more than this multiple of the tolerance, which is for their mean."""
 
+SMALLEST = 1e-36
+"""Rows with a curvature below this stand still: float32 holds no inverse of what is much smaller.
+
+A row that a loss hardly depends on, behind softmax weights of e^-45, say, has an adjoint target
+whose square is of that size.
+"""
+
 WORST_BOUND = 10.0
 """Where `Iteration.precise`, no row's error bound may exceed this multiple of the tolerance."""
 
@@ -253,7 +260,7 @@ class SolveRows(QueryRows):
             p = _sum_of(state.direction)
             image = image + by_row(ridge, p.shape) * p
             curvature = row_dot(p, image)
-            moving = (curvature > 0) & (state.rz > 1e-13 * state.energy)
+            moving = (curvature > SMALLEST) & (state.rz > 1e-13 * state.energy)
             inverse = jnp.where(moving, 1 / jnp.where(moving, curvature, one), 0.0)
             r = self.load("remainder", 0)
             length = row_dot(r, p) * inverse

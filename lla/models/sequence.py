@@ -1,14 +1,15 @@
 """A residual model around any mixer: embeddings, blocks, a head for tokens or for regression."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lla import mixers
-from lla.nn.layer import HeadNorm
+from lla.nn.layer import HeadNorm, Piece
+from lla.ops.cache import check_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,18 @@ class ModelConfig:
         return self.positions == "learned"
 
 
+class ModelState(NamedTuple):
+    """What `SequenceModel.decode` keeps of the tokens so far; all arrays lead with the batch.
+
+    Attributes:
+      layers: the states of the blocks' mixers.
+      lengths: int32 ``[B]``, tokens so far.
+    """
+
+    layers: tuple[Any, ...]
+    lengths: jax.Array
+
+
 class MLP(nnx.Module):
     """Two linear maps with a GELU between them, without biases."""
 
@@ -120,7 +133,16 @@ class Block(nnx.Module):
             self.mlp = MLP(config.width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.mixer(self.mixer_norm(x)).astype(x.dtype)
+        return self._add_mlp(x + self.mixer(self.mixer_norm(x)).astype(x.dtype))
+
+    def decode(
+        self, x: jax.Array, state: Any, new_lengths: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """The next tokens, see `lla.mixers.Mixer`; the state is that of the mixer."""
+        mixed, state = self.mixer.decode(self.mixer_norm(x), state, new_lengths)
+        return self._add_mlp(x + mixed.astype(x.dtype)), state
+
+    def _add_mlp(self, x):
         if self.has_mlp:
             x = x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
         return x
@@ -134,6 +156,9 @@ class SequenceModel(nnx.Module):
     1 / width and are multiplied by sqrt(width), so that the same table gives logits of variance 1
     where it is tied to the head (as in Gemma, arXiv 2403.08295; that of positions is ours).
 
+    `decode` goes on with sequences from a state, token by token or in pieces of any length;
+    `lla.generate` samples with it.
+
     Args:
       config: what to build.
       rngs: Flax random streams; uses ``params``.
@@ -146,12 +171,15 @@ class SequenceModel(nnx.Module):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         self.config = config
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        # Rows are looked up in the parameters' own dtype and cast afterwards: the gradient of a
+        # table sums over all tokens, which 16 bits are too short for, and too slow on a GPU.
+        tables = options | {"dtype": param_dtype}
         if config.vocab_size is not None:
-            self.embed = nnx.Embed(config.vocab_size, config.width, **options)
+            self.embed = nnx.Embed(config.vocab_size, config.width, **tables)
         else:
             self.embed = nnx.Linear(config.input_dim, config.width, use_bias=False, **options)
         if config.learned_positions:
-            self.positions = nnx.Embed(config.max_length, config.width, **options)
+            self.positions = nnx.Embed(config.max_length, config.width, **tables)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.norm = HeadNorm(config.width, param_dtype=param_dtype)
         if not config.tie_embeddings:
@@ -169,6 +197,89 @@ class SequenceModel(nnx.Module):
           ValueError: inputs of another kind, or longer than `max_length` with learned positions.
         """
         config = self.config
+        x = self._embed(inputs)
+        if config.learned_positions:
+            length = inputs.shape[1]
+            if length > config.max_length:
+                raise ValueError(
+                    f"inputs {inputs.shape} are longer than max_length {config.max_length}."
+                )
+            positions = self._position(jnp.arange(length, dtype=jnp.int32))
+            x = x + jnp.broadcast_to(positions[None], x.shape)
+        for block in self.blocks:
+            x = block(x)
+        if at is not None:
+            x = jnp.take_along_axis(x, at[:, :, None], axis=1)
+        return self._read(x)
+
+    @property
+    def length_limit(self) -> int | None:
+        """The longest sequence that the model can read; None if there is no limit."""
+        return self.config.max_length if self.config.learned_positions else None
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> ModelState:
+        """The state of `decode` before the first token.
+
+        Args:
+          batch: number of sequences.
+          max_length: tokens of each sequence that there has to be room for.
+          dtype: of cached keys and values; None means `config.dtype`.
+
+        Raises:
+          ValueError: `max_length` exceeds that of the learned positions, or is below 1.
+        """
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}.")
+        if self.length_limit is not None and max_length > self.length_limit:
+            raise ValueError(
+                f"max_length ({max_length}) exceeds the {self.length_limit} learned positions of "
+                "the model."
+            )
+        layers = tuple(block.mixer.init_state(batch, max_length, dtype) for block in self.blocks)
+        return ModelState(layers, jnp.zeros((batch,), jnp.int32))
+
+    def decode(
+        self, inputs: jax.Array, state: ModelState, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, ModelState]:
+        """The outputs of the next T tokens, equal to theirs in a call on the whole sequence.
+
+        Args:
+          inputs: int ``[B, T]`` or ``[B, T, input_dim]``; T = 1 is a step of decoding.
+          state: from `init_state`, or from the call before. Donate it to a compiled step.
+          new_lengths: int ``[B]``, in 0 ... T: how many of the T tokens of a sequence exist. The
+            others pad it and leave no trace; their outputs have no meaning. None for all.
+
+        Returns:
+          ``[B, T, output_dim]`` in `config.dtype`, and the new state. Of a sequence with more
+          tokens than there is room for, outputs are NaN from then on.
+
+        Raises:
+          ValueError: inputs of another kind, or tokens that are known not to fit.
+        """
+        x = self._embed(inputs)
+        piece = Piece(self, x, {}, new_lengths)
+        x = piece.x
+        if self.config.learned_positions:
+            x = x + piece.keep(self._positions_behind(state.lengths, piece.counts, x.shape))
+        layers = []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, layer = block.decode(x, layer, new_lengths)
+            layers.append(layer)
+        return self._read(x), ModelState(tuple(layers), state.lengths + piece.counts)
+
+    def _positions_behind(self, lengths, counts, shape):
+        """The vectors of the next positions, NaN beyond the last one."""
+        room = self.config.max_length
+        check_room(lengths, counts, room)
+        offsets = jnp.arange(shape[1], dtype=jnp.int32)[None]
+        at = jnp.broadcast_to(lengths[:, None], shape[:2]) + jnp.broadcast_to(offsets, shape[:2])
+        positions = self._position(jnp.clip(at, 0, room - 1))
+        lost = jnp.broadcast_to((at >= room)[..., None], positions.shape)
+        return jnp.where(lost, jnp.full_like(positions, jnp.nan), positions)
+
+    def _embed(self, inputs):
+        """Embedded tokens or numbers ``[B, T, width]``, without positions."""
+        config = self.config
         tokens = config.vocab_size is not None
         if tokens and (inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer)):
             raise ValueError(
@@ -178,19 +289,19 @@ class SequenceModel(nnx.Module):
             raise ValueError(
                 f"inputs must have shape [B, T, {config.input_dim}], got {inputs.shape}."
             )
-        root = config.width**0.5
-        x = self.embed(inputs) * root if tokens else self.embed(inputs)
-        if config.learned_positions:
-            length = inputs.shape[1]
-            if length > config.max_length:
-                raise ValueError(
-                    f"inputs {inputs.shape} are longer than max_length {config.max_length}."
-                )
-            positions = self.positions(jnp.arange(length, dtype=jnp.int32)) * root
-            x = x + jnp.broadcast_to(positions[None], x.shape)
-        for block in self.blocks:
-            x = block(x)
-        if at is not None:
-            x = jnp.take_along_axis(x, at[:, :, None], axis=1)
+        embedded = self.embed(inputs)
+        return self._scaled(embedded) if tokens else embedded
+
+    def _position(self, at):
+        return self._scaled(self.positions(at))
+
+    def _scaled(self, rows):
+        """Rows of a table as they enter the residual stream."""
+        return (rows * self.config.width**0.5).astype(jnp.dtype(self.config.dtype))
+
+    def _read(self, x):
         x = self.norm(x)
-        return self.embed.attend(x) if config.tie_embeddings else self.head(x)
+        if self.config.tie_embeddings:
+            table = self.embed.embedding[...].astype(jnp.dtype(self.config.dtype))
+            return jnp.matmul(x, table.T)
+        return self.head(x)

@@ -35,7 +35,8 @@ class Case:
     """Sizes and options of one call.
 
     `ridge` None and "mixed" pass an array, unknown when tracing: ones; or tiles with small and
-    large numbers, of one program instance, too.
+    large numbers, of one program instance, too. `faint` lets the cotangent fall from row to row,
+    down to where float32 cannot hold its square.
     """
 
     member: str
@@ -48,6 +49,7 @@ class Case:
     value_dim: int = 64
     dtype: str = "bfloat16"
     ridge: float | str | None = None
+    faint: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -74,6 +76,7 @@ CASES = {
     ),
     "lla_segments": Case("lla", options={"segments": True}),
     "lla_head_dim_128": Case("lla", head_dim=128, value_dim=128),
+    "lla_faint": Case("lla", faint=True),
     "lla_ridge_10": Case("lla", ridge=10.0),
     "lla_ridge_0.1": Case("lla", ridge=0.1),
     "lla_ridge_0.01": Case("lla", ridge=0.01),
@@ -137,6 +140,9 @@ def run(case: Case, races: bool) -> dict[str, Any]:
         "scale": np.full(rows, case.head_dim**-0.5, np.float32),
     }
     cotangent = normal(*rows, case.value_dim)
+    if case.faint:
+        fall = np.logspace(0, -30, case.queries, dtype=np.float32)[:, None, None]
+        cotangent = (cotangent.astype(np.float32) * fall).astype(cotangent.dtype)
     if case.member == "parallax":
         arrays["probe"] = (normal(*rows, case.head_dim) / 8).astype(arrays["query"].dtype)
     options = {name: option for name, option in case.options.items() if name != "segments"}
