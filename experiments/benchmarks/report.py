@@ -340,6 +340,7 @@ def variants_markdown(document: Mapping) -> str:
 def markdown(document: Mapping) -> str:
     """The tables of any result file."""
     import hopper_tables  # here, because they use this module
+    import mixers_tables
     import peers_tables
 
     makers = {
@@ -347,6 +348,7 @@ def markdown(document: Mapping) -> str:
         "solver_choice": choice_markdown,
         "hopper": hopper_tables.markdown,
         "peers": peers_tables.markdown,
+        "mixers": mixers_tables.markdown,
         "blockwise_variants": variants_markdown,
     }
     return makers[document["header"]["benchmark"]](document)
