@@ -276,7 +276,10 @@ def run_by_tile(marked, place: Place, w, run, usual, other) -> None:
         run(other)
 
 
-def launch(body, outputs, scratch, operands, *, programs: int, config: Config, interpret) -> dict:
+def launch(
+    body, outputs, scratch, operands, *, programs: int, config: Config, interpret,
+    reduction_bytes: int = 0,
+) -> dict:  # fmt: skip
     """Runs a kernel body on `programs` instances of ``config.warpgroups + 1`` warpgroups.
 
     Args:
@@ -284,6 +287,7 @@ def launch(body, outputs, scratch, operands, *, programs: int, config: Config, i
       outputs: `jax.ShapeDtypeStruct` by name.
       scratch: scratch types by name.
       operands: a pytree of arrays.
+      reduction_bytes: memory for reductions across warps, which all warpgroups share.
 
     Returns:
       the results by name.
@@ -302,8 +306,9 @@ def launch(body, outputs, scratch, operands, *, programs: int, config: Config, i
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
-        # No scratch memory for reductions across warps: all warpgroups would share it.
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=reduction_bytes
+        ),
         interpret=interpret if interpret is not None else False,
     )(*leaves)
     # The results of a kernel carry no varying axes of their own.

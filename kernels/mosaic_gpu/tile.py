@@ -121,6 +121,24 @@ class Arithmetic:
 
         return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))
 
+    def accumulate_transposed(self, totals, *sums):
+        """Adds the products ``a^T @ b`` of every list of pairs to the total at the same place.
+
+        ``a [n, 64]`` and ``b [n, c]`` in shared memory. Waits for the result.
+        """
+        if self.interpreted:
+            return tuple(
+                total + sum(self._dot(a[...].T, b, False) for a, b in pairs)
+                for total, pairs in zip(totals, sums, strict=True)
+            )
+
+        def issue(accumulators):
+            for accumulator, pairs in zip(accumulators, sums, strict=True):
+                for a, b in pairs:
+                    self._issue(accumulator, a.transpose((1, 0)), b)
+
+        return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))
+
     def summing(self, count: int, columns: int, loop, body, carry):
         """Runs `body` over a `loop` of tiles while `count` sums ``[64, columns]`` stay in place.
 

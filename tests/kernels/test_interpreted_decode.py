@@ -1,0 +1,49 @@
+"""The decoding kernels in the GPU interpreter against the exact reference."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tests.kernels.interpret_decode import CASES
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the GPU interpreter needs JAX 0.11"
+)
+
+ROOT = Path(__file__).parents[2]
+TIME_LIMIT = 240  # seconds
+ROUNDING = 2.0**-9  # of bfloat16, which the result is rounded to once
+
+
+def check(case: str, *arguments: str, factor: float = 1.2):
+    command = [sys.executable, "-m", "tests.kernels.interpret_decode", case, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    assert report["races"] == 0
+    assert report["error"] <= factor * ROUNDING
+    assert report["log_sum_exp"] <= 1e-5
+
+
+@pytest.mark.compat
+def test_equals_reference():
+    check("lla")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name in CASES if name != "lla"])
+def test_every_case_equals_reference(case):
+    # One part rounds the weighted keys once, too.
+    check(case, factor=3 if case == "lla_one_part" else 1.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["softmax", "parallax", "lla", "lla_head_dim_128"])
+def test_no_races(case):
+    check(case, "--races")
