@@ -8,7 +8,8 @@ The mechanism is one name: `--config.model.mixer.name=gla`, its options are unde
 `--config.mixers.gla`. The headline metric is the accuracy of the answer, chance is 1 / num_items;
 "test_long" has up to twice as many swaps as training.
 
-Variant: `--config=configs/state_tracking.py:smoke` (seconds, numbers mean nothing).
+Variants: `:smoke` (seconds, numbers mean nothing); `:short` (26 minutes on two CPU cores: accuracy
+0.68 for LLA, 0.53 for softmax attention, 1.0 for Gated DeltaNet). See experiments/trained_tasks.
 """
 
 from lla import training
@@ -68,7 +69,13 @@ def get_config(variant: str = ""):
         config.training.update(steps=2000, batch_size=128, log_every=20, eval_every=200)
         config.training.update(checkpoint_every=500, steps_per_call=20)
         config.sweep.learning_rates = (2e-3,)
-        config.sweep.grid.model.mixer.name = ("lla", "softmax", "mamba2", "gated_deltanet")
+        config.sweep.grid.model.mixer.name = (
+            "lla",
+            "softmax",
+            "parallax",
+            "mamba2",
+            "gated_deltanet",
+        )
         config.sweep.grid.task.num_items = (3,)
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; valid: smoke, short.")
