@@ -8,8 +8,8 @@ The mechanism is one name: `--config.model.mixer.name=gla`, its options are unde
 of length and number of pairs, with Zoology's batch sizes, at every width.
 
 Variants: `:smoke` (seconds, numbers mean nothing); `:short` (9 minutes on two CPU cores, small
-data: accuracy 0.993 for LLA, 0.818 for softmax attention); `:anchor` (softmax attention at the smallest
-size, 5.5 minutes on an H200: one of three seeds at 0.995, two at 0.48). See
+data: accuracy 0.993 for LLA, 0.818 for softmax attention); `:anchor` (softmax attention at the
+smallest size, 5.5 minutes on an H200: one of three seeds at 0.995, two at 0.48). See
 experiments/trained_tasks.
 """
 

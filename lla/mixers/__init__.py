@@ -12,6 +12,7 @@ Example::
 ``lla/mixers/README.md`` lists them with their formulas.
 """
 
+from lla.mixers.protocol import Mixer
 from lla.mixers.registry import create, names, options, uses_positions
 
-__all__ = ["create", "names", "options", "uses_positions"]
+__all__ = ["Mixer", "create", "names", "options", "uses_positions"]

@@ -35,6 +35,11 @@ def check_form(form: str, chunk: int) -> None:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
 
 
+def form_of_piece(form: str, length: int) -> str:
+    """How to compute the next `length` tokens: one alone is a step, whatever the form."""
+    return "recurrent" if length == 1 else form
+
+
 def start_state(state: jax.Array | None, shape: tuple[int, ...], dtype) -> jax.Array:
     """`state` in `dtype`, or zeros for None; ValueError unless it has `shape`."""
     if state is None:

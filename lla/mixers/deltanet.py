@@ -8,9 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lla.mixers.chunks import check_form
+from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.delta_rule import delta_rule
-from lla.mixers.parts import HeadNorm, head_size, l2_normalize, merge_heads, project
+from lla.mixers.parts import (
+    HeadNorm,
+    Piece,
+    Project,
+    State,
+    head_size,
+    init_state,
+    l2_normalize,
+    merge_heads,
+    project,
+    whole,
+)
 from lla.ops.problem import compute_dtype
 
 
@@ -65,6 +76,7 @@ class DeltaNet(nnx.Module):
         value_dim = head_size(
             width, num_heads, dim if value_dim is None else value_dim, "value_dim"
         )
+        self.memory = (num_heads, dim, value_dim)
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         # SiLU follows with or without a convolution, so it is applied below.
         conv = dict(short_conv=short_conv, activation=False)
@@ -80,9 +92,36 @@ class DeltaNet(nnx.Module):
         out = delta_rule(*self.sequences(x), form=self.form, chunk=self.chunk)
         return self.out(self.norm(out))
 
-    def sequences(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Arguments of `delta_rule` for `x`: query, key, value and beta (float32 or better)."""
-        query, key = (l2_normalize(jax.nn.silu(heads(x))) for heads in (self.query, self.key))
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> State:
+        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
+        del max_length
+        return init_state(self, batch, self.memory, dtype=dtype)
+
+    def decode(
+        self, x: jax.Array, state: State, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, State]:
+        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
+        piece = Piece(self, x, state.convolutions, new_lengths)
+        query, key, value, beta = self.sequences(piece.x, piece.project)
+        out, memory = delta_rule(
+            query,
+            key,
+            value,
+            piece.keep(beta),
+            state=state.memory,
+            form=form_of_piece(self.form, x.shape[1]),
+            chunk=self.chunk,
+            return_state=True,
+        )
+        return self.out(self.norm(out)), state.advance(memory, piece)
+
+    def sequences(self, x: jax.Array, apply: Project | None = None) -> tuple[jax.Array, ...]:
+        """Arguments of `delta_rule` for `x`: query, key, value and beta (float32 or better).
+
+        `apply` calls a projection by its name; None for those of whole sequences.
+        """
+        apply = whole(self) if apply is None else apply
+        query, key = (l2_normalize(jax.nn.silu(apply(name, x))) for name in ("query", "key"))
         score = self.beta(x)
         beta = self.largest_beta * jax.nn.sigmoid(score.astype(compute_dtype(score.dtype)))
-        return query, key, jax.nn.silu(self.value(x)), beta
+        return query, key, jax.nn.silu(apply("value", x)), beta

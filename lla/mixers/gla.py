@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.chunks import check_form
+from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.ops.problem import compute_dtype
 
@@ -70,19 +70,46 @@ class GatedLinearAttention(nnx.Module):
         self.gate = parts.project(width, (num_heads, value_dim), use_bias=True, **options)
         self.norm = parts.GatedNorm(value_dim, param_dtype=param_dtype)
         self.out = parts.merge_heads(num_heads, value_dim, width, **options)
+        self.memory = (num_heads, head_dim, value_dim)
         self.scale = head_dim**-0.5
         self.gate_temperature, self.form, self.chunk = gate_temperature, form, chunk
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        sequences = self._sequences(x, parts.whole(self))
+        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+        return self.out(self.norm(out, self.gate(x)))
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> parts.State:
+        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
+        del max_length
+        return parts.init_state(self, batch, self.memory, dtype=dtype)
+
+    def decode(
+        self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, parts.State]:
+        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
+        piece = parts.Piece(self, x, state.convolutions, new_lengths)
+        query, key, value, log_decay = self._sequences(piece.x, piece.project)
+        out, memory = linear_recurrence(
+            query,
+            piece.keep(key),
+            value,
+            piece.keep(log_decay),
+            state=state.memory,
+            form=form_of_piece(self.form, x.shape[1]),
+            chunk=self.chunk,
+            return_state=True,
+        )
+        return self.out(self.norm(out, self.gate(piece.x))), state.advance(memory, piece)
+
+    def _sequences(self, x, apply):
+        """Arguments of `linear_recurrence`; `apply` calls a projection by its name."""
+        query, key, value = (apply(name, x) for name in ("query", "key", "value"))
         score = self.decay(x)
         log_decay = jax.nn.log_sigmoid(score.astype(compute_dtype(score.dtype)))
-        out = linear_recurrence(
+        return (
             query.astype(log_decay.dtype) * self.scale,
             key,
             value.astype(log_decay.dtype),
             log_decay / self.gate_temperature,
-            form=self.form,
-            chunk=self.chunk,
         )
-        return self.out(self.norm(out, self.gate(x)))

@@ -11,7 +11,8 @@ from flax import nnx
 
 from lla.mixers.chunks import check_form
 from lla.mixers.long_convolution import long_convolution
-from lla.mixers.parts import NoDecay, project
+from lla.mixers.parts import NoDecay, Piece, State, init_state, project
+from lla.ops.cache import check_room, exists, write_tokens
 from lla.ops.problem import compute_dtype
 
 # Widths of the window, as fractions of `filter_length` after which it has fallen to `_FALLEN`, and
@@ -86,17 +87,61 @@ class Hyena(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
+        self.width = width
         self.D = NoDecay(jax.random.normal(rngs.params(), (width,), param_dtype))
         self.out = project(width, width, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[B, T, width] -> [B, T, width]``."""
-        v, x1, x2 = jnp.unstack(self.inputs(x), axis=-2)
-        dtype = compute_dtype(v.dtype)
-        u = v.astype(dtype) * x1.astype(dtype)
+        u, gate, dtype = self._gated(self.inputs(x))
         convolved = long_convolution(u, self.filter(x.shape[1]), form=self.form)
-        y = x2.astype(dtype) * (convolved + self.D[...].astype(dtype)[None, None] * u)
-        return self.out(y.astype(v.dtype))
+        return self._finish(u, gate, convolved, dtype)
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> State:
+        """The state of `decode` before the first token, room for all u; see `lla.mixers.Mixer`."""
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}.")
+        return init_state(self, batch, (max_length, self.width), dtype=dtype)
+
+    def decode(
+        self, x: jax.Array, state: State, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, State]:
+        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`.
+
+        The convolution starts from all u again: a token costs as much as there is room for.
+        """
+        piece = Piece(self, x, state.convolutions, new_lengths)
+        u, gate, dtype = self._gated(piece.project("inputs", piece.x))
+        room, length = state.memory.shape[1], x.shape[1]
+        check_room(state.lengths, piece.counts, room)
+        memory = write_tokens(
+            state.memory, u.astype(state.memory.dtype), state.lengths, piece.counts
+        )
+        after = state.advance(memory, piece)
+        filter, positions = self.filter(room).astype(memory.dtype), state.positions(length)
+        if length == 1:
+            # The tap of every u so far, by its distance.
+            distance = positions - jnp.arange(room, dtype=jnp.int32)[None]
+            taps = jnp.take(filter, jnp.clip(distance, 0, room - 1), axis=0)
+            taps = jnp.where(distance[..., None] >= 0, taps, jnp.zeros_like(taps))
+            convolved = jnp.einsum("bld,bld->bd", memory, taps, precision="highest")[:, None]
+        else:
+            convolved = long_convolution(memory, filter, form=self.form)
+            rows = jnp.clip(positions, 0, room - 1)[..., None]
+            convolved = jnp.take_along_axis(convolved, rows, axis=1)
+        lost = (after.lengths > room)[:, None] & exists(piece.counts, length)
+        convolved = jnp.where(lost[..., None], jnp.full_like(convolved, jnp.nan), convolved)
+        return self._finish(u, gate, convolved.astype(u.dtype), dtype), after
+
+    def _gated(self, projected):
+        """u, what multiplies the convolved u (both float32 or better), and the dtype before."""
+        v, x1, x2 = jnp.unstack(projected, axis=-2)
+        dtype = compute_dtype(v.dtype)
+        return v.astype(dtype) * x1.astype(dtype), x2.astype(dtype), v.dtype
+
+    def _finish(self, u, gate, convolved, dtype):
+        y = gate * (convolved + self.D[...].astype(u.dtype)[None, None] * u)
+        return self.out(y.astype(dtype))
 
 
 class HyenaFilter(nnx.Module):

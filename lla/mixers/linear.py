@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.chunks import check_form
+from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.nn.rope import rotate
 from lla.ops.problem import compute_dtype
@@ -98,25 +98,60 @@ class LinearAttention(nnx.Module):
             self.out_norm = parts.HeadNorm(value_dim, param_dtype=param_dtype)
         self.out = parts.merge_heads(num_heads, value_dim, width, **options)
         self.has_out_norm, self.qk_norm = out_norm, qk_norm
+        self.memory = (num_heads, head_dim, value_dim + normalize)
         self.scale = head_dim**-0.5
         self.feature_map, self.normalize, self.rope_theta = feature_map, normalize, rope_theta
         self.form, self.chunk = form, chunk
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+        *sequences, dtype = self._sequences(x, parts.whole(self), positions)
+        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+        return self._finish(out, dtype)
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> parts.State:
+        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
+        del max_length
+        return parts.init_state(self, batch, self.memory, dtype=dtype)
+
+    def decode(
+        self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, parts.State]:
+        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
+        piece, length = parts.Piece(self, x, state.convolutions, new_lengths), x.shape[1]
+        query, key, value, dtype = self._sequences(piece.x, piece.project, state.positions(length))
+        out, memory = linear_recurrence(
+            query,
+            piece.keep(key),
+            value,
+            state=state.memory,
+            form=form_of_piece(self.form, length),
+            chunk=self.chunk,
+            return_state=True,
+        )
+        return self._finish(out, dtype), state.advance(memory, piece)
+
+    def _sequences(self, x, apply, positions):
+        """Arguments of `linear_recurrence`, and the dtype of the projections.
+
+        `apply` calls a projection by its name.
+        """
+        query, key, value = (apply(name, x) for name in ("query", "key", "value"))
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         dtype = value.dtype
         query, key, value = (a.astype(compute_dtype(dtype)) for a in (query, key, value))
         query, key = (_FEATURE_MAPS[self.feature_map](a) for a in (query, key))
         if self.rope_theta is not None:
-            positions = jnp.arange(x.shape[1], dtype=jnp.int32)
             query, key = (rotate(a, positions, self.rope_theta) for a in (query, key))
         query = query * self.scale
         if self.normalize:
             # A value of 1 beside the others collects the sum of the weights.
             value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-        out = linear_recurrence(query, key, value, form=self.form, chunk=self.chunk)
+        return query, key, value, dtype
+
+    def _finish(self, out, dtype):
+        """Norms and output projection of ``out [B, T, N, Hv]``, the state as read by the tokens."""
         if self.normalize:
             out = out[..., :-1] / (out[..., -1:] + 1e-6)
         if self.has_out_norm:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.chunks import check_form
+from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.selective_scan import selective_scan
 from lla.ops.problem import compute_dtype
 
@@ -88,21 +88,49 @@ class Mamba(nnx.Module):
         self.D = parts.NoDecay(jnp.ones((channels,), jnp.float32))
         self.out = parts.project(channels, width, **options)
         self.form, self.chunk = form, chunk
+        self.memory = (channels, state_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         u = jax.nn.silu(self.inputs(x))
-        gate, step, b, c = self.gate(x), self.step(u), self.B(u), self.C(u)
-        dtype = compute_dtype(u.dtype)
-        wide = u.astype(dtype)
-        y = selective_scan(
+        y = selective_scan(*self._sequences(u), form=self.form, chunk=self.chunk)
+        return self._finish(x, u, y)
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> parts.State:
+        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
+        del max_length
+        return parts.init_state(self, batch, self.memory, dtype=dtype)
+
+    def decode(
+        self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, parts.State]:
+        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
+        piece = parts.Piece(self, x, state.convolutions, new_lengths)
+        u = jax.nn.silu(piece.project("inputs", piece.x))
+        wide, delta, a, b, c = self._sequences(u)
+        y, memory = selective_scan(
             wide,
-            jax.nn.softplus(step.astype(dtype) + _row(self.dt_bias, dtype)),
-            -jnp.exp(self.A_log[...].astype(dtype)),
+            piece.keep(delta),
+            a,
             b,
             c,
-            form=self.form,
+            state=state.memory,
+            form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
+            return_state=True,
         )
+        return self._finish(piece.x, u, y), state.advance(memory, piece)
+
+    def _sequences(self, u):
+        """Arguments of `selective_scan`."""
+        step, b, c = self.step(u), self.B(u), self.C(u)
+        dtype = compute_dtype(u.dtype)
+        delta = jax.nn.softplus(step.astype(dtype) + _row(self.dt_bias, dtype))
+        return u.astype(dtype), delta, -jnp.exp(self.A_log[...].astype(dtype)), b, c
+
+    def _finish(self, x, u, y):
+        """Skip, gate and output projection of ``y [B, T, D]``, the states that were read."""
+        gate, dtype = self.gate(x), compute_dtype(u.dtype)
+        wide = u.astype(dtype)
         y = (y + _row(self.D, dtype) * wide) * jax.nn.silu(gate.astype(dtype))
         return self.out(y.astype(u.dtype))
 

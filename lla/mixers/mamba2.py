@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.chunks import check_form
+from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.ops.problem import compute_dtype
 
@@ -75,23 +75,52 @@ class Mamba2(nnx.Module):
         self.norm = parts.GatedNorm(num_heads * head_dim, gate_first=True, param_dtype=param_dtype)
         self.out = parts.merge_heads(num_heads, head_dim, width, **options)
         self.form, self.chunk = form, chunk
+        self.memory = (num_heads, state_size, head_dim)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        u, b, c = (jax.nn.silu(module(x)) for module in (self.inputs, self.B, self.C))
-        gate, step = self.gate(x), self.step(x)
+        u, *sequences = self._sequences(x, parts.whole(self))
+        y = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+        return self._finish(x, u, y)
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> parts.State:
+        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
+        del max_length
+        return parts.init_state(self, batch, self.memory, dtype=dtype)
+
+    def decode(
+        self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, parts.State]:
+        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
+        piece = parts.Piece(self, x, state.convolutions, new_lengths)
+        u, query, key, value, log_decay = self._sequences(piece.x, piece.project)
+        y, memory = linear_recurrence(
+            query,
+            piece.keep(key),
+            value,
+            piece.keep(log_decay),
+            state=state.memory,
+            form=form_of_piece(self.form, x.shape[1]),
+            chunk=self.chunk,
+            return_state=True,
+        )
+        return self._finish(piece.x, u, y), state.advance(memory, piece)
+
+    def _sequences(self, x, apply):
+        """u, and the arguments of `linear_recurrence`; `apply` calls a projection by its name."""
+        u, b, c = (jax.nn.silu(apply(name, x)) for name in ("inputs", "B", "C"))
+        step = self.step(x)
         dtype = compute_dtype(u.dtype)
         wide, b, c, step = (array.astype(dtype) for array in (u, b, c, step))
         step = jax.nn.softplus(step + self.dt_bias[...].astype(dtype)[None, None])
         rate = jnp.exp(self.A_log[...].astype(dtype))[None, None]
         heads = (*step.shape, b.shape[-1])
-        y = linear_recurrence(
-            jnp.broadcast_to(c[:, :, None], heads),
-            jnp.broadcast_to(b[:, :, None], heads),
-            step[..., None] * wide,
-            -step * rate,
-            form=self.form,
-            chunk=self.chunk,
-        )
+        c, b = (jnp.broadcast_to(array[:, :, None], heads) for array in (c, b))
+        return u, c, b, step[..., None] * wide, -step * rate
+
+    def _finish(self, x, u, y):
+        """Skip, gate, norm and output projection of ``y [B, T, N, Hv]``, the states as read."""
+        dtype, gate = compute_dtype(u.dtype), self.gate(x)
+        wide = u.astype(dtype)
         y = y + self.D[...].astype(dtype)[None, None, :, None] * wide
         flat = (*x.shape[:2], -1)
         y = self.norm(y.reshape(flat), gate.reshape(flat))

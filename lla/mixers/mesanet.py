@@ -9,16 +9,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lla.mixers.chunks import check_form
-from lla.mixers.mesa import make_solver, mesa
+from lla.mixers.chunks import check_form, form_of_piece
+from lla.mixers.mesa import MesaState, make_solver, mesa
 from lla.mixers.parts import (
     GatedNorm,
     HeadNorm,
     NoDecay,
+    Piece,
+    Project,
+    State,
     head_size,
+    init_state,
     l2_normalize,
     merge_heads,
     project,
+    whole,
 )
 from lla.ops.problem import compute_dtype
 
@@ -91,6 +96,7 @@ class MesaNet(nnx.Module):
         value_dim = head_size(
             width, num_heads, dim if value_dim is None else value_dim, "value_dim"
         )
+        self.memory = ((num_heads, dim, dim), (num_heads, dim, value_dim))
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         # SiLU follows with or without a convolution, so it is applied below.
         conv = dict(short_conv=short_conv, activation=False)
@@ -110,27 +116,54 @@ class MesaNet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[B, T, width] -> [B, T, width]``."""
-        predicted = mesa(
-            *self.sequences(x),
+        return self.finish(x, mesa(*self.sequences(x), form=self.form, **self._options()))
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> State:
+        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
+        del max_length
+        state = init_state(self, batch, *self.memory, dtype=dtype)
+        return state._replace(memory=MesaState(*state.memory))
+
+    def decode(
+        self, x: jax.Array, state: State, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, State]:
+        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
+        piece = Piece(self, x, state.convolutions, new_lengths)
+        query, key, value, beta, log_decay = self.sequences(piece.x, piece.project)
+        predicted, memory = mesa(
+            query,
+            key,
+            value,
+            piece.keep(beta),
+            piece.keep(log_decay),
+            state=state.memory,
+            form=form_of_piece(self.form, x.shape[1]),
+            return_state=True,
+            **self._options(),
+        )
+        return self.finish(piece.x, predicted), state.advance(memory, piece)
+
+    def _options(self):
+        return dict(
             ridge=self.channel_ridge(),
-            form=self.form,
             solver=self.solver,
             max_iters=self.max_iters,
             tol=self.tol,
             chunk=self.chunk,
         )
-        return self.finish(x, predicted)
 
-    def sequences(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    def sequences(self, x: jax.Array, apply: Project | None = None) -> tuple[jax.Array, ...]:
         """Arguments of `mesa` for `x`: query, key, value, beta and log_decay.
 
-        The last two are float32 or better.
+        The last two are float32 or better. `apply` calls a projection by its name; None for those
+        of whole sequences.
         """
-        query, key = (l2_normalize(jax.nn.silu(heads(x))) for heads in (self.query, self.key))
+        apply = whole(self) if apply is None else apply
+        query, key = (l2_normalize(jax.nn.silu(apply(name, x))) for name in ("query", "key"))
         score, forget = self.beta(x), self.decay(x)
         dtype = compute_dtype(score.dtype)
         beta = jax.nn.sigmoid(score.astype(dtype))
-        return query, key, self.value(x), beta, jax.nn.log_sigmoid(forget.astype(dtype))
+        return query, key, apply("value", x), beta, jax.nn.log_sigmoid(forget.astype(dtype))
 
     def channel_ridge(self) -> jax.Array:
         """Lambda, ``[N, H]``."""

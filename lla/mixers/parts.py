@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lla.nn.layer import HeadNorm
+from lla.nn.layer import HeadNorm, Piece, convolution_states
 from lla.nn.ridge import NoDecay
 from lla.ops.problem import compute_dtype
 
@@ -18,16 +20,71 @@ __all__ = [
     "HeadNorm",
     "LowRank",
     "NoDecay",
+    "Piece",
     "Projected",
     "ShortConvolution",
+    "State",
     "expanded_head_size",
     "head_size",
+    "init_state",
     "l2_normalize",
     "merge_heads",
     "project",
     "step_bias",
     "symmetric_uniform",
+    "whole",
 ]
+
+Project = Callable[[str, jax.Array], jax.Array]
+
+
+class State(NamedTuple):
+    """What decoding with a recurrence keeps of the tokens so far; all arrays lead with the batch.
+
+    Attributes:
+      memory: the state of the recurrence, float32 or better.
+      convolutions: by the name of the projection, the last inputs of a short convolution behind it.
+      lengths: int32 ``[B]``, tokens so far.
+    """
+
+    memory: Any
+    convolutions: dict[str, jax.Array]
+    lengths: jax.Array
+
+    def advance(self, memory: Any, piece: Piece) -> State:
+        """The state behind the tokens of `piece`, which left `memory`."""
+        return State(memory, piece.convolutions, self.lengths + piece.counts)
+
+    def positions(self, length: int) -> jax.Array:
+        """Int32 ``[B, length]``, those of the next tokens."""
+        offsets = jnp.arange(length, dtype=jnp.int32)[None]
+        shape = (self.lengths.shape[0], length)
+        return jnp.broadcast_to(self.lengths[:, None], shape) + jnp.broadcast_to(offsets, shape)
+
+
+def init_state(mixer: nnx.Module, batch: int, *shapes: tuple[int, ...], dtype: Any) -> State:
+    """The state of `mixer` before the first token: zeros.
+
+    Args:
+      mixer: has an output projection `out`.
+      batch: number of sequences.
+      *shapes: of the state of its recurrence, without the batch; of several a tuple is made.
+      dtype: float32 states for anything narrower; None means the dtype of the mixer.
+    """
+    if dtype is None:
+        dtype = mixer.out.param_dtype if mixer.out.dtype is None else mixer.out.dtype
+    dtype = compute_dtype(jnp.dtype(dtype))
+    memory = tuple(jnp.zeros((batch, *shape), dtype) for shape in shapes)
+    return State(
+        memory[0] if len(shapes) == 1 else memory,
+        convolution_states(mixer, batch, dtype),
+        jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def whole(mixer: nnx.Module) -> Project:
+    """Projections of whole sequences by name; `Piece.project` is that of pieces."""
+    return lambda name, x: getattr(mixer, name)(x)
 
 
 def head_size(
@@ -141,6 +198,16 @@ class Projected(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.convolution(self.projection(x))
 
+    def init_state(self, batch: int | tuple[int, ...], dtype: Any) -> jax.Array:
+        """See `ShortConvolution.init_state`."""
+        return self.convolution.init_state(batch, dtype)
+
+    def decode(
+        self, x: jax.Array, state: jax.Array, counts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `ShortConvolution.decode`."""
+        return self.convolution.decode(self.projection(x), state, counts)
+
 
 class ShortConvolution(nnx.Module):
     """Causal convolution over time of every channel by itself: ``y_t = sum_i w_i x_{t-size+1+i}``.
@@ -184,15 +251,47 @@ class ShortConvolution(nnx.Module):
             self.bias = nnx.Param(init(rngs.params(), shape, param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = compute_dtype(x.dtype)
-        length = x.shape[1]
         pad = [(0, 0), (self.size - 1, 0)] + [(0, 0)] * (x.ndim - 2)
-        padded = jnp.pad(x.astype(dtype), pad)
+        return self._convolve(jnp.pad(x.astype(compute_dtype(x.dtype)), pad)).astype(x.dtype)
+
+    def init_state(self, batch: int | tuple[int, ...], dtype: Any) -> jax.Array:
+        """The inputs before the first token, zeros ``[batch, size - 1, *shape]``.
+
+        Raises:
+          ValueError: `batch` is several axes.
+        """
+        if isinstance(batch, tuple) and len(batch) != 1:
+            raise ValueError(f"a short convolution needs one batch axis, got {batch}.")
+        leading = batch if isinstance(batch, tuple) else (batch,)
+        shape = (*leading, self.size - 1, *self.filter.shape[1:])
+        return jnp.zeros(shape, compute_dtype(jnp.dtype(dtype)))
+
+    def decode(
+        self, x: jax.Array, state: jax.Array, counts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The outputs of the next tokens ``x [B, T, *shape]``, and the state behind them.
+
+        Args:
+          x: the tokens.
+          state: the last ``size - 1`` inputs before them.
+          counts: int ``[B]``, how many of the tokens exist; None for all.
+        """
+        inputs = jnp.concatenate([state, x.astype(state.dtype)], axis=1)
+        if counts is None:
+            state = inputs[:, x.shape[1] :]
+        else:
+            last = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=self.size - 1)
+            state = jax.vmap(last)(inputs, counts)
+        return self._convolve(inputs).astype(x.dtype), state
+
+    def _convolve(self, padded):
+        """``[B, size - 1 + T, *shape] -> [B, T, *shape]``."""
+        dtype, length = padded.dtype, padded.shape[1] - self.size + 1
         taps = self.filter[...].astype(dtype)
         y = sum(taps[i][None, None] * padded[:, i : i + length] for i in range(self.size))
         if self.use_bias:
             y = y + self.bias[...].astype(dtype)[None, None]
-        return (jax.nn.silu(y) if self.activation else y).astype(x.dtype)
+        return jax.nn.silu(y) if self.activation else y
 
 
 class LowRank(nnx.Module):

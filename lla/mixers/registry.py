@@ -77,7 +77,8 @@ def create(
         of the class explains them.
 
     Returns:
-      A causal module ``x [B, T, width] -> [B, T, width]``.
+      A causal module ``x [B, T, width] -> [B, T, width]``, which can decode: see
+      `lla.mixers.Mixer`.
 
     Raises:
       ValueError: an unknown name or option (the nearest valid one is named), or a size or option

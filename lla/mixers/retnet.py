@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.chunks import check_form
+from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.nn.rope import rotate
 from lla.ops.problem import compute_dtype
@@ -70,28 +70,59 @@ class RetNet(nnx.Module):
         self.gate = parts.project(width, (num_heads, value_dim), **options)
         self.out = parts.merge_heads(num_heads, value_dim, width, **options)
         self.num_heads = num_heads
+        self.memory = (num_heads, head_dim, value_dim)
         self.scale = head_dim**-0.5
         self.rope_theta, self.form, self.chunk = rope_theta, form, chunk
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        query, key, value, gate = self.query(x), self.key(x), self.value(x), self.gate(x)
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+        *sequences, gate, dtype = self._sequences(x, parts.whole(self), positions)
+        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+        return self._finish(out, gate, dtype)
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> parts.State:
+        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
+        del max_length
+        return parts.init_state(self, batch, self.memory, dtype=dtype)
+
+    def decode(
+        self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, parts.State]:
+        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
+        piece, length = parts.Piece(self, x, state.convolutions, new_lengths), x.shape[1]
+        query, key, value, log_decay, gate, dtype = self._sequences(
+            piece.x, piece.project, state.positions(length)
+        )
+        out, memory = linear_recurrence(
+            query,
+            piece.keep(key),
+            value,
+            piece.keep(log_decay),
+            state=state.memory,
+            form=form_of_piece(self.form, length),
+            chunk=self.chunk,
+            return_state=True,
+        )
+        return self._finish(out, gate, dtype), state.advance(memory, piece)
+
+    def _sequences(self, x, apply, positions):
+        """Arguments of `linear_recurrence`, the gate, and the dtype of the projections.
+
+        `apply` calls a projection by its name.
+        """
+        query, key, value, gate = (apply(name, x) for name in ("query", "key", "value", "gate"))
         dtype = value.dtype
         query, key, value, gate = (
             a.astype(compute_dtype(dtype)) for a in (query, key, value, gate)
         )
         if self.rope_theta is not None:
-            positions = jnp.arange(x.shape[1], dtype=jnp.int32)
             query, key = (rotate(a, positions, self.rope_theta) for a in (query, key))
         shape = query.shape[:-1]
         log_decay = jnp.log1p(-(2.0 ** -(5 + jnp.arange(self.num_heads, dtype=value.dtype))))
-        out = linear_recurrence(
-            query * self.scale,
-            key,
-            value,
-            jnp.broadcast_to(log_decay, shape),
-            form=self.form,
-            chunk=self.chunk,
-        )
+        return query * self.scale, key, value, jnp.broadcast_to(log_decay, shape), gate, dtype
+
+    def _finish(self, out, gate, dtype):
+        """Norm, gate and output projection of ``out [B, T, N, Hv]``, the state that was read."""
         out = _standardise(out) * jax.nn.silu(gate)
         return self.out(out.astype(dtype))
 

@@ -268,13 +268,13 @@ class SequenceModel(nnx.Module):
         return self._read(x), ModelState(tuple(layers), state.lengths + piece.counts)
 
     def _positions_behind(self, lengths, counts, shape):
-        """The vectors of the next positions, NaN beyond the last one."""
+        """The vectors of the next positions, NaN for a sequence whose positions are not enough."""
         room = self.config.max_length
         check_room(lengths, counts, room)
         offsets = jnp.arange(shape[1], dtype=jnp.int32)[None]
         at = jnp.broadcast_to(lengths[:, None], shape[:2]) + jnp.broadcast_to(offsets, shape[:2])
         positions = self._position(jnp.clip(at, 0, room - 1))
-        lost = jnp.broadcast_to((at >= room)[..., None], positions.shape)
+        lost = jnp.broadcast_to((lengths + counts > room)[:, None, None], positions.shape)
         return jnp.where(lost, jnp.full_like(positions, jnp.nan), positions)
 
     def _embed(self, inputs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from flax import nnx
 from lla.nn.ridge import Ridge, RidgeType
 from lla.nn.rope import rotate
 from lla.ops.api import local_linear_attention, parallax_attention, softmax_attention
+from lla.ops.cache import KVCache, exists, token_counts
+from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_step
 from lla.ops.dispatch import Implementation
 from lla.ops.options import Solver, Stats
 from lla.ops.problem import compute_dtype
@@ -38,6 +40,68 @@ class HeadNorm(nnx.Module):
         return x.astype(heads.dtype)
 
 
+class AttentionState(NamedTuple):
+    """What decoding with attention keeps of the tokens so far; all arrays lead with the batch.
+
+    Attributes:
+      cache: keys, normalised and rotated, and values.
+      convolutions: by the name of the projection, the last inputs of a short convolution behind it.
+    """
+
+    cache: KVCache
+    convolutions: dict[str, jax.Array]
+
+
+class Piece:
+    """The next tokens of some sequences: which of them exist, and projections that go on with them.
+
+    Args:
+      mixer: the module whose projections are meant.
+      x: ``[*B, T, width]``.
+      convolutions: the last inputs of its short convolutions, from `convolution_states`.
+      new_lengths: int ``[*B]``, in 0 ... T: how many of the T tokens exist; None for all.
+
+    Attributes:
+      x: the tokens, zeros where they only pad.
+      counts: int32 ``[*B]``, the number of tokens that exist.
+      convolutions: after each `project`, the new last inputs.
+    """
+
+    def __init__(self, mixer: nnx.Module, x: jax.Array, convolutions, new_lengths):
+        *leading, length, _ = x.shape
+        self.counts = token_counts(new_lengths, tuple(leading), length)
+        self.convolutions = dict(convolutions)
+        self._mixer = mixer
+        self._ragged = new_lengths is not None
+        self._real = exists(self.counts, length)
+        self.x = self.keep(x)
+
+    def keep(self, array: jax.Array) -> jax.Array:
+        """`array` ``[*B, T, ...]`` with zeros for the tokens that only pad."""
+        if not self._ragged:
+            return array
+        real = self._real.reshape(*self._real.shape, *(1,) * (array.ndim - self._real.ndim))
+        return jnp.where(jnp.broadcast_to(real, array.shape), array, jnp.zeros_like(array))
+
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        """What the projection `name` of the mixer makes of ``x [*B, T, width]``."""
+        module = getattr(self._mixer, name)
+        if name not in self.convolutions:
+            return module(x)
+        counts = self.counts if self._ragged else None
+        y, self.convolutions[name] = module.decode(x, self.convolutions[name], counts)
+        return y
+
+
+def convolution_states(mixer: nnx.Module, batch: int, dtype) -> dict[str, jax.Array]:
+    """The inputs before the first token, zeros, of every short convolution of `mixer`, by name."""
+    return {
+        name: child.init_state(batch, dtype)
+        for name, child in vars(mixer).items()
+        if isinstance(child, nnx.Module) and hasattr(child, "init_state")
+    }
+
+
 class LocalLinearAttention(nnx.Module):
     """Multi-head local linear attention with its projections.
 
@@ -54,6 +118,9 @@ class LocalLinearAttention(nnx.Module):
         ... )
         >>> layer(jnp.ones((2, 10, 64))).shape
         (2, 10, 64)
+
+    `decode` goes on with sequences token by token, or in pieces of any length, from what
+    `init_state` returns for the empty sequence.
 
     Parameters: ``query``, ``key``, ``value`` and ``out`` (Flax `LinearGeneral`, kernels
     ``[in_features, heads, head_dim]`` and ``[num_heads, value_dim, out_features]``, so that heads
@@ -162,6 +229,8 @@ class LocalLinearAttention(nnx.Module):
         self.rope_theta = rope_theta
         self.solver = solver
         self.implementation = implementation
+        self.cached_heads = (num_kv_heads, head_dim, head_dim if value_dim is None else value_dim)
+        self.cached_dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
         def project(features, heads, dim, init=kernel_init):
             return nnx.LinearGeneral(
@@ -285,6 +354,81 @@ class LocalLinearAttention(nnx.Module):
             attended, stats = softmax_attention(query, key, value, **options)
         out = self.out(attended)
         return (out, stats) if return_stats else out
+
+    def init_state(
+        self, batch: int | tuple[int, ...], max_length: int, dtype: Any = None
+    ) -> AttentionState:
+        """The state of `decode` before the first token.
+
+        Args:
+          batch: number of sequences, or the leading axes ``*B`` as a tuple.
+          max_length: tokens, of each sequence, that there is room for.
+          dtype: of the cached keys and values, in which attention computes; None means `dtype` of
+            the layer, or `param_dtype` where that is None.
+
+        Raises:
+          ValueError: `max_length` is below 1, or the layer cannot decode.
+        """
+        self._check_decodes()
+        dtype = self.cached_dtype if dtype is None else jnp.dtype(dtype)
+        return AttentionState(
+            KVCache.create(batch, max_length, *self.cached_heads, dtype),
+            convolution_states(self, batch, dtype),
+        )
+
+    def decode(
+        self, x: jax.Array, state: AttentionState, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, AttentionState]:
+        """The outputs of the next T tokens, as if the layer were called on the whole sequence.
+
+        Args:
+          x: ``[*B, T, in_features]``; T = 1 is a step of decoding.
+          state: from `init_state` or from the call before. Donate it to a compiled step.
+          new_lengths: int ``[*B]``, in 0 ... T: how many of the T tokens of a sequence exist. The
+            others pad it and leave no trace; their outputs have no meaning. None for all.
+
+        Returns:
+          ``[*B, T, out_features]`` and the new state. Where `max_length` is exceeded, see
+          `lla.KVCache`.
+
+        Raises:
+          ValueError: for arguments of wrong shape, tokens that are known not to fit, or a layer
+            that is not causal or needs a context.
+        """
+        self._check_decodes()
+        if x.ndim < 2 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have shape [*B, T, {self.in_features}], got {x.shape}.")
+        piece, cache = Piece(self, x, state.convolutions, new_lengths), state.cache
+        query, key, value = (piece.project(name, piece.x) for name in ("query", "key", "value"))
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = (self._rotate(heads, cache.lengths) for heads in (query, key))
+        dtype = query.dtype
+        query, key, value = (heads.astype(cache.key.dtype) for heads in (query, key, value))
+        options = dict(
+            scale=self.scale,
+            local_window_size=self.local_window_size,
+            new_lengths=new_lengths,
+            implementation=self.implementation,
+        )
+        if self.mechanism == "lla":
+            attended, cache = decode_step(
+                query, key, value, cache, ridge=self.ridge(piece.x), solver=self.solver, **options
+            )
+        elif self.mechanism == "parallax":
+            probe = self._rotate(self.probe(piece.x), cache.lengths).astype(query.dtype)
+            attended, cache = parallax_decode_step(query, probe, key, value, cache, **options)
+        else:
+            attended, cache = softmax_decode_step(query, key, value, cache, **options)
+        return self.out(attended.astype(dtype)), AttentionState(cache, piece.convolutions)
+
+    def _check_decodes(self):
+        if not self.is_causal or self.in_kv_features != self.in_features:
+            raise ValueError(
+                "decoding needs a causal layer whose keys and values come from its own input: "
+                f"is_causal is {self.is_causal}, in_features {self.in_features} and in_kv_features "
+                f"{self.in_kv_features}."
+            )
 
     def heads(
         self,

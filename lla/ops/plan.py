@@ -10,6 +10,8 @@ import jax
 from lla.ops.masks import Mask
 
 _MAX_BUCKETS = 8
+# Bytes of keys and values, converted to the compute dtype, that a tile of few queries spans.
+_KEY_BYTES = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,10 @@ def make_plan(
     `direct` is whether a tile holds the covariances of its rows; `overlap` allows up to eight tiles
     in memory at once where that saves time.
 
-    Block sizes depend on the platform and on the head layout, never on the lengths, so that memory
-    grows linearly with the number of keys.
+    Block sizes depend on the platform and on the head layout, not on the lengths, so that memory
+    grows linearly with the number of keys. The exception is a call of few queries, such as a
+    decoding step, that leaves a tile's rows unfilled: its keys outweigh its rows, and the number of
+    groups keeps them within 256 MiB.
     """
     b, t, k, g, h = shape
     platform = platform or jax.default_backend()
@@ -64,10 +68,14 @@ def make_plan(
         # A row's covariance takes H * H numbers.
         rows = max(16, min(rows, (1 << 20) // (h * h)))
         spanned = min(spanned, max(1, (1 << 25) // (h * h)))
-    block_q = min(_round_up(t, 8), max(8, rows // g))
-    groups = _largest_divisor(b * k, max(1, spanned // (block_q * g)))
+    block_q = min(t if t < 8 else _round_up(t, 8), max(8, rows // g))
     num_tiles = math.ceil(t / block_q)
     buckets = _buckets(t, num_keys, block_q, mask)
+    groups = max(1, spanned // (block_q * g))
+    if block_q * g < rows:
+        # Values are taken to be as wide as keys, and both to become float32.
+        groups = min(groups, max(1, _KEY_BYTES // (buckets[-1] * 2 * h * 4)))
+    groups = _largest_divisor(b * k, groups)
     return Plan(block_q, groups, _segments(num_tiles, block_q, buckets, mask, overlap))
 
 
@@ -94,12 +102,13 @@ def _buckets(t: int, s: int, block_q: int, mask: Mask) -> tuple[int, ...]:
         left, right = mask.window
         longest = min(s, left + (0 if mask.is_causal else right) + block_q)
     ranged = mask.is_causal or mask.lengths is not None
-    if not ranged or longest <= block_q:
+    unit = max(8, block_q)  # a tile of fewer queries is the only one
+    if not ranged or longest <= unit:
         return (longest,)
-    count = min(_MAX_BUCKETS, math.ceil(longest / block_q), max(1, math.ceil(t / block_q)))
+    count = min(_MAX_BUCKETS, math.ceil(longest / unit), max(1, math.ceil(t / block_q)))
     if mask.lengths is not None or mask.offset is not None:
-        count = min(_MAX_BUCKETS, math.ceil(longest / block_q))
-    step = _round_up(math.ceil(longest / count), block_q)
+        count = min(_MAX_BUCKETS, math.ceil(longest / unit))
+    step = _round_up(math.ceil(longest / count), unit)
     return tuple(sorted({min(longest, step * (i + 1)) for i in range(count)}))
 
 

@@ -230,6 +230,71 @@ def test_chunk_with_offset_equals_its_rows_of_the_whole(per_sequence, mechanism)
     close(call(layer, chunk, x, query_offset=offset), expected)
 
 
+@nnx.jit
+def decode(layer, x, state, new_lengths=None):
+    return layer.decode(x, state, new_lengths)
+
+
+DECODING = {
+    "rope": dict(rope_theta=50.0, num_kv_heads=2, value_dim=6, out_features=10, ridge=0.5),
+    "per_token": dict(ridge_type="per_token", qk_norm=False, use_bias=True, use_out_bias=True),
+    "parallax": dict(mechanism="parallax", rope_theta=50.0, local_window_size=4),
+}
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding_in_pieces_equals_the_whole(name):
+    layer = make_layer(implementation=None, **DECODING[name])
+    if name == "parallax":
+        layer.probe.kernel[...] = 0.3 * tokens(WIDTH, 4, 8, seed=5)
+    if name == "per_token":  # the ridge of a token has to be its own
+        layer.ridge.kernel[...] = 0.3 * tokens(WIDTH, 4, seed=6)
+    x = tokens(2, 9, WIDTH)
+    expected = call(layer, x)
+    parts, state = [], layer.init_state(2, 9)
+    for first, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+        out, state = decode(layer, x[:, first:end], state)
+        parts.append(out)
+    close(jnp.concatenate(parts, axis=1), expected, 1e-4)
+    assert state.cache.lengths.tolist() == [9, 9] and not state.convolutions
+
+
+def test_decoding_ragged_sequences_of_any_leading_axes():
+    """Each sequence rotates by its own position, and what pads one is not read."""
+    layer = make_layer(rope_theta=50.0, ridge_type="per_token")
+    x = tokens(2, 1, 8, WIDTH)
+    expected = call(layer, x)
+    out, state = decode(
+        layer, x[..., :4, :], layer.init_state((2, 1), 8), jnp.array([[4], [1]], jnp.int32)
+    )
+    close(out[1, 0, :1], expected[1, 0, :1])
+    out, state = decode(layer, jnp.stack([x[0, :, 4:8], x[1, :, 1:5]]), state)
+    close(out, jnp.stack([expected[0, :, 4:8], expected[1, :, 1:5]]))
+    assert state.cache.lengths.tolist() == [[8], [5]]
+
+
+def test_the_cache_may_be_narrower_than_the_layer():
+    layer, x = make_layer(), tokens(2, 6, WIDTH)
+    out, state = decode(layer, x, layer.init_state(2, 6, jnp.bfloat16))
+    assert state.cache.key.dtype == jnp.bfloat16 and out.dtype == jnp.float32
+    with pytest.raises(AssertionError):
+        close(out, call(layer, x), 1e-4)
+    close(out, call(layer, x), 2e-2)
+
+
+def test_layers_that_cannot_decode_say_so():
+    for options in (dict(is_causal=False), dict(in_kv_features=6)):
+        with pytest.raises(ValueError, match="decoding needs a causal layer"):
+            make_layer(**options).init_state(2, 4)
+    layer = make_layer()
+    with pytest.raises(ValueError, match=rf"x must have shape \[\*B, T, {WIDTH}\]"):
+        layer.decode(tokens(2, 1, 5), layer.init_state(2, 4))
+    with pytest.raises(ValueError, match=r"new_lengths must .* \(2,\)"):
+        layer.decode(tokens(2, 1, WIDTH), layer.init_state(2, 4), jnp.array([1]))
+    with pytest.raises(ValueError, match=r"key must have shape .*\(2, 4, 4, 8\)"):
+        layer.decode(tokens(3, 1, WIDTH), layer.init_state(2, 4))
+
+
 def test_packed_padded_and_masked_sequences_equal_separate_ones():
     layer = make_layer(ridge=0.5)
     a, b = tokens(1, 7, WIDTH, seed=2), tokens(1, 5, WIDTH, seed=3)

@@ -50,3 +50,24 @@ def test_causal_tiles_share_the_work_of_the_triangle():
     plan = make_plan((1, num_tokens, 1, 1, 64), num_tokens, CAUSAL, platform="cpu")
     pairs = sum((end - begin) * plan.block_q * size for begin, end, (size,) in plan.segments)
     assert pairs <= (1 + 1 / 8) * num_tokens**2 / 2
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("num_queries, block", [(1, 1), (3, 3), (7, 7), (8, 8), (9, 16)])
+def test_few_queries_fill_a_tile_of_their_own(num_queries, block, platform):
+    mask = dataclasses.replace(MASKS["offset"], lengths=MASKS["lengths"].lengths)
+    plan = make_plan((2, num_queries, 2, 3, 16), 4096, mask, platform=platform)
+    assert plan.block_q == block
+    # Work follows the length of the cache, not its room.
+    assert plan.segments == ((0, 1, tuple(range(512, 4097, 512))),)
+
+
+@pytest.mark.parametrize("num_keys", [64, 4096, 1 << 17, 1 << 24])
+def test_keys_of_a_tile_of_few_queries_are_bounded_on_accelerators(num_keys):
+    shape = (64, 1, 8, 4, 128)
+    plan = make_plan(shape, num_keys, MASKS["offset"], platform="gpu")
+    group = num_keys * 2 * 128 * 4  # bytes of its keys and values in float32
+    assert plan.groups == 1 or plan.groups * group <= 256 * 2**20
+    assert plan.groups == max(1, min(64 * 8, 2**28 // group))  # all are powers of two
+    full = make_plan((64, 128, 8, 4, 128), num_keys, MASKS["offset"], platform="gpu")
+    assert full.groups == 32  # tiles full of rows are bounded by their rows

@@ -1,0 +1,114 @@
+"""Answers test questions token by token with a model that experiments/train.py has trained.
+
+    python experiments/generate.py --workdir=runs/mqar
+
+Every sequence is read up to its first question as a whole, then token by token, from the state that
+the model keeps. The answers are compared with those of the parallel form, which reads all at once.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from lla import training
+from lla.experiment import command, workdir
+from lla.training.checkpoint import Checkpoints
+from lla.training.settings import Sharding
+from lla.training.sharding import make_mesh
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of experiments/train.py.")
+_EXAMPLES = flags.DEFINE_integer("examples", 4, "Test examples to answer.", lower_bound=1)
+_SPLIT = flags.DEFINE_string("split", "test", "Where they come from, such as test_long.")
+
+# Largest difference of logits, relative to their size: both forms round, TF32 products included.
+_TOLERANCES = {"float32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
+_SHOWN = 40  # tokens of a prompt that are printed
+
+
+def restore(path) -> tuple[training.Program, training.TrainState]:
+    """The run in the work directory `path` as of its last checkpoint, on one device."""
+    record = workdir.read_config(path)
+    mixer = dict(record["model"]["mixer"])
+    name = mixer.pop("name")
+    record["model"]["mixer"], record["mixers"] = {"name": name}, {name: mixer}
+    mesh = make_mesh(Sharding(data=1, fsdp=1))
+    program = training.Program(training.resolve(record), mesh)
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        state = checkpoints.restore(program.abstract_state)
+    if state is None:
+        raise ValueError(f"{path} has no checkpoint yet.")
+    return program, state
+
+
+@nnx.jit
+def in_parallel(model, batch):
+    """Float32 logits ``[B, Q, vocab]`` at the questions."""
+    return model(batch["inputs"], batch["positions"]).astype(jnp.float32)
+
+
+@nnx.jit
+def token_by_token(model, batch, first):
+    """The same; `first` int ``[B]`` is the position of a sequence's first question."""
+    inputs, positions = batch["inputs"], batch["positions"]
+    size, length = inputs.shape
+    # Questions start at different positions: each sequence is read up to its own, and in the end
+    # the longer ones go on alone.
+    _, state = model.decode(inputs, model.init_state(size, length), first)
+
+    def step(state, index):
+        at = first + index
+        token = jnp.take_along_axis(inputs, jnp.minimum(at, length - 1)[:, None], axis=1)
+        logits, state = model.decode(token, state, (at < length).astype(jnp.int32))
+        return state, logits[:, 0].astype(jnp.float32)
+
+    _, logits = jax.lax.scan(step, state, jnp.arange(length, dtype=jnp.int32))
+    since = jnp.maximum(positions - first[:, None], 0)
+    return jnp.take_along_axis(jnp.moveaxis(logits, 0, 1), since[:, :, None], axis=1)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    path = pathlib.Path(_WORKDIR.value)
+    try:
+        program, state = restore(path)
+        batch = program.task.batch(program.settings.training.seed, 0, _EXAMPLES.value, _SPLIT.value)
+    except (OSError, ValueError) as error:
+        raise app.UsageError(str(error)) from error
+    if program.task.vocab_size is None:
+        raise app.UsageError(f"task {program.settings.task.name!r} has no tokens to generate.")
+
+    asked = np.asarray(batch["weights"]) > 0
+    inputs, positions, labels = (
+        np.asarray(batch[name]) for name in ("inputs", "positions", "labels")
+    )
+    first = np.where(asked, positions, inputs.shape[1] - 1).min(axis=1)
+    model = program.model(state.params)
+    found = np.asarray(token_by_token(model, batch, jnp.asarray(first, jnp.int32)))
+    expected = np.asarray(in_parallel(model, batch))
+    answers = found.argmax(-1)
+
+    for row, prompt in enumerate(inputs):
+        prompt = prompt[: first[row]]
+        print("prompt", *prompt[:_SHOWN], "..." if len(prompt) > _SHOWN else "")
+        for at in np.argsort(positions[row]):
+            if asked[row, at]:
+                answer, label = answers[row, at], labels[row, at]
+                wrong = "" if answer == label else f"(not {label})"
+                print(f"  {inputs[row, positions[row, at]]} -> {answer}", wrong)
+    correct = int((answers == labels)[asked].sum())
+    print(f"step {int(state.step)}: {correct} of {int(asked.sum())} answers are right")
+    difference = np.abs(found - expected)[asked].max() / np.abs(expected)[asked].max()
+    equal = int((answers == expected.argmax(-1))[asked].sum())
+    print(f"parallel form: {equal} answers equal, logits differ by {difference:.2g} of the largest")
+    if not difference <= _TOLERANCES[program.model_config.dtype]:
+        raise SystemExit("the two forms do not agree.")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("workdir")
+    command.run(main)

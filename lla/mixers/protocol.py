@@ -1,0 +1,70 @@
+"""What every mixer can do."""
+
+from typing import Any, Protocol
+
+import jax
+
+
+class Mixer(Protocol):
+    """A causal mechanism: on whole sequences, and on sequences that arrive in pieces.
+
+    Example::
+
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from lla import mixers
+        >>> mixer, x = mixers.create("gla", 64, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 10, 64))
+        >>> state = mixer.init_state(2, max_length=10)
+        >>> prompt, state = mixer.decode(x[:, :9], state)
+        >>> last, state = mixer.decode(x[:, 9:], state)
+        >>> bool(jnp.allclose(last, mixer(x)[:, 9:], atol=1e-5))
+        True
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``; an output depends on tokens up to its own."""
+        ...
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> Any:
+        """The state of `decode` before the first token.
+
+        Args:
+          batch: number of sequences.
+          max_length: tokens of each sequence that there has to be room for. Recurrences, whose
+            state does not grow, take any number of them.
+          dtype: of what is kept of single tokens, keys and values; None means that of the
+            mixer's computation. States of recurrences are float32, or float64 for float64.
+
+        Returns:
+          A pytree of arrays, each with a leading axis `batch`.
+
+        Raises:
+          ValueError: `max_length` is below 1, where it matters.
+        """
+        ...
+
+    def decode(
+        self, x: jax.Array, state: Any, new_lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """The outputs of the next T tokens, equal to theirs in ``self(whole sequence)``.
+
+        One token is a step of the recurrence, several are computed in the form that the mixer
+        computes whole sequences in.
+
+        Args:
+          x: ``[B, T, width]``.
+          state: from `init_state`, or from the call before. It is not changed; donate it to a
+            compiled step to have its memory used again.
+          new_lengths: int ``[B]``, in 0 ... T: how many of the T tokens of a sequence exist. The
+            others pad it and leave no trace in the state; their outputs have no meaning. None for
+            all.
+
+        Returns:
+          ``[B, T, width]`` and the state behind these tokens. More tokens than there is room for
+          are a ValueError where lengths are known; otherwise outputs of such a sequence are NaN
+          from then on.
+
+        Raises:
+          ValueError: for arguments of wrong shape, or tokens that are known not to fit.
+        """
+        ...
