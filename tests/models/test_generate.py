@@ -195,9 +195,11 @@ class Calls(list):
 
 def test_the_loop_stops_when_every_sequence_has_ended():
     model = Repeater()
-    found = lla.generate(model, jnp.array([[5], [3]]), max_new_tokens=1000, eos_id=7)
+    found = lla.generate(model, jnp.array([[5], [3]]), max_new_tokens=1000, eos_id=7, pad_id=1)
     jax.effects_barrier()
-    assert found.lengths.tolist() == [2, 4] and found.tokens[1, :5].tolist() == [4, 5, 6, 7, 0]
+    assert found.lengths.tolist() == [2, 4]
+    assert found.tokens[:, :5].tolist() == [[6, 7, 1, 1, 1], [4, 5, 6, 7, 1]]
+    assert (found.tokens[:, 5:] == 1).all()
     assert len(model.calls) == 4  # the prompt and three tokens: the end token is not read
 
 
