@@ -177,7 +177,7 @@ def _attend_cached(
     names = dispatch.check_names(implementation)
     reasons = dispatch.refusals(problem, names)
     served = next((name for name, reason in reasons.items() if reason is None), None)
-    if served == "xla":
+    if served == "xla" and problem.query.size:
         return _by_chunks(problem, with_stats)
     return dispatch.run(problem, implementation, with_stats)
 

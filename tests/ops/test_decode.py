@@ -180,6 +180,12 @@ def test_any_number_of_leading_axes(leading):
     assert relative_error(jnp.concatenate([out, last], axis=-3), expected) < 1e-5
 
 
+def test_no_sequences():
+    arrays = [a[:0] for a in inputs(length=2)]
+    out, cache = step("lla", empty(batch=0), *arrays, ridge=1.0)
+    assert out.shape == (0, 2, HEADS, VALUE_DIM) and cache.lengths.shape == (0,)
+
+
 def test_too_many_tokens_are_an_error_where_lengths_are_known():
     arrays = inputs()
     cache = empty(5).append(*(a[:, :4] for a in arrays[1:]))
