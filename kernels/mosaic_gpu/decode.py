@@ -40,7 +40,7 @@ from lla.kernels.mosaic_gpu.tile import (
 BLOCK = 64
 """Keys of a tile, and columns of a block of the head dimension."""
 
-_SQUARE = (BLOCK, BLOCK)
+SQUARE = (BLOCK, BLOCK)
 _WARPGROUPS = 2
 
 
@@ -149,7 +149,7 @@ def sum_over_cache(
         outputs["along"] = cache.each(parts, ROW_BLOCK)
         outputs["along_value"] = cache.each(parts, cache.head_dim)
     transforms = narrow_transforms()
-    tile = plgpu.SMEM((stages, *_SQUARE), cache.dtype, transforms=transforms)
+    tile = plgpu.SMEM((stages, *SQUARE), cache.dtype, transforms=transforms)
     scratch = {
         "ring": (
             [tile] * (2 * cache.blocks),
@@ -160,7 +160,7 @@ def sum_over_cache(
         "reduced": plgpu.Barrier(num_arrivals=1),
     }
     if member == "lla":
-        weighted = plgpu.SMEM((_WARPGROUPS, *_SQUARE), cache.dtype, transforms=transforms)
+        weighted = plgpu.SMEM((_WARPGROUPS, *SQUARE), cache.dtype, transforms=transforms)
         scratch["weighted"] = [weighted] * (2 if precise else 1)
     operands = {
         "query": query * LOG2E,
@@ -291,7 +291,7 @@ class _PartialSums:
             probe = self.row(self.given["probe"].at[share.b, share.head])
 
         def matrices(count):
-            return tuple(full(_SQUARE, 0, MATRIX) for _ in range(count))
+            return tuple(full(SQUARE, 0, MATRIX) for _ in range(count))
 
         zero = full((ROW_BLOCK,), 0, ROWS)
         start = {
@@ -325,10 +325,10 @@ class _PartialSums:
         logits = along = full((ROW_BLOCK,), 0, ROWS)
         keys = {}
         for c in range(cache.blocks):
-            keys[c] = load(tiles[c]).astype(jnp.float32) - by_column(origin[c], _SQUARE)
-            logits = logits + row_dot(keys[c], by_column(query[c], _SQUARE))
+            keys[c] = load(tiles[c]).astype(jnp.float32) - by_column(origin[c], SQUARE)
+            logits = logits + row_dot(keys[c], by_column(query[c], SQUARE))
             if probe is not None:
-                along = along + row_dot(keys[c], by_column(probe[c], _SQUARE))
+                along = along + row_dot(keys[c], by_column(probe[c], SQUARE))
         position = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)
         position = position + _tile_start(cache, j)
         first = jnp.maximum(self.share.low, j * BLOCK)
@@ -343,12 +343,12 @@ class _PartialSums:
 
         new = {"largest": largest, "total": sums["total"] * shrink + weights}
         values = [load(tiles[cache.blocks + c]).astype(jnp.float32) for c in self.mine]
-        spread = by_row(weights, _SQUARE)
+        spread = by_row(weights, SQUARE)
         new["value"] = tuple(add(a, v * spread) for a, v in zip(sums["value"], values, strict=True))
         if probe is not None:
             weighted = weights * along
             new["along"] = sums["along"] * shrink + weighted
-            spread = by_row(weighted, _SQUARE)
+            spread = by_row(weighted, SQUARE)
             new["along_value"] = tuple(
                 add(a, v * spread) for a, v in zip(sums["along_value"], values, strict=True)
             )
@@ -362,7 +362,7 @@ class _PartialSums:
             for ref, part in zip(refs, parts, strict=True):
                 ref[...] = part
             plgpu.commit_smem()
-            moments = [add(a, 0.0) for a in sums["moments"]]
+            moments = [a * by_row(shrink, SQUARE) for a in sums["moments"]]
             new["moments"] = self.arithmetic.accumulate_transposed(
                 moments, *[[(ref, tile) for ref in refs] for tile in tiles]
             )
@@ -378,7 +378,7 @@ class _PartialSums:
         """
         ref = self.scratch["rows"].at[self.w]
         ref[...] = vector
-        columns = by_column(self.arithmetic.load(ref, COLS), _SQUARE)
+        columns = by_column(self.arithmetic.load(ref, COLS), SQUARE)
         return columns.max(axis=1) if kind == "max" else columns.sum(axis=1)
 
     def store(self, sums):
@@ -399,7 +399,8 @@ class _PartialSums:
         if self.w:
             plgpu.barrier_wait(self.scratch["reduced"])
         for name in ("value", "key", "along_value"):
-            for c, block in zip(self.mine, sums.get(name, ()), strict=False):
-                out[name].at[pl.ds(c * BLOCK, BLOCK)][...] = block.sum(axis=0)
+            if name in out:
+                for c, block in zip(self.mine, sums[name], strict=True):
+                    out[name].at[pl.ds(c * BLOCK, BLOCK)][...] = block.sum(axis=0)
         if not self.w:
             plgpu.barrier_arrive(self.scratch["reduced"])

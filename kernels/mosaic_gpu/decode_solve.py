@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lla.compat import vary_like
-from lla.kernels.mosaic_gpu.decode import BLOCK
+from lla.kernels.mosaic_gpu.decode import BLOCK, SQUARE
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
     MATRIX,
@@ -25,7 +25,6 @@ from lla.kernels.mosaic_gpu.tile import (
     full,
 )
 
-_SQUARE = (BLOCK, BLOCK)
 _FLOOR = 1e-13  # of squared residuals, relative to the energy: nothing below it is information
 
 
@@ -114,9 +113,9 @@ def _body(heads, blocks, tol, max_iters, arithmetic, *refs, row, flag):
     )  # fmt: skip
     x, count, remainder = solver.solve(right)
     for c in range(blocks):
-        total = full(_SQUARE, 0, MATRIX)
+        total = full(SQUARE, 0, MATRIX)
         for h in range(blocks):
-            total = total + matrix(cross, h, c) * by_row(x[h], _SQUARE)
+            total = total + matrix(cross, h, c) * by_row(x[h], SQUARE)
         mean = arithmetic.load(value_mean.at[part(c)], COLS)
         out.at[part(c)][...] = (mean - total.sum(axis=0)).astype(out.dtype)
     iterations[...] = full((ROW_BLOCK,), 0, ROWS) + count.astype(jnp.float32)
@@ -148,7 +147,7 @@ class _Solver:
     def turned(self, vector):
         """A vector of rows as the columns of a matrix."""
         self.row[...] = vector
-        return by_column(self.arithmetic.load(self.row, COLS), _SQUARE)
+        return by_column(self.arithmetic.load(self.row, COLS), SQUARE)
 
     def dot(self, a, b):
         total = sum(x * y for x, y in zip(a, b, strict=True))

@@ -14,9 +14,9 @@ from lla.mixers.parts import (
     HeadNorm,
     Piece,
     Project,
+    Recurrence,
     State,
     head_size,
-    init_state,
     l2_normalize,
     merge_heads,
     project,
@@ -25,7 +25,7 @@ from lla.mixers.parts import (
 from lla.ops.problem import compute_dtype
 
 
-class DeltaNet(nnx.Module):
+class DeltaNet(Recurrence):
     """DeltaNet (Yang et al., arXiv 2406.06484): ``S += beta k (v - S^T k)^T; o = S^T q``.
 
     ``x [B, T, width] -> [B, T, width]``, causal. With W for projections, per head,
@@ -91,11 +91,6 @@ class DeltaNet(nnx.Module):
         """``[B, T, width] -> [B, T, width]``."""
         out = delta_rule(*self.sequences(x), form=self.form, chunk=self.chunk)
         return self.out(self.norm(out))
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> State:
-        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
-        del max_length
-        return init_state(self, batch, self.memory, dtype=dtype)
 
     def decode(
         self, x: jax.Array, state: State, new_lengths: jax.Array | None = None

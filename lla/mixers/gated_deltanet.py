@@ -16,9 +16,9 @@ from lla.mixers.parts import (
     NoDecay,
     Piece,
     Project,
+    Recurrence,
     State,
     head_size,
-    init_state,
     l2_normalize,
     merge_heads,
     project,
@@ -28,7 +28,7 @@ from lla.mixers.parts import (
 from lla.ops.problem import compute_dtype
 
 
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(Recurrence):
     """Gated DeltaNet (Yang et al., arXiv 2412.06464).
 
     ``x [B, T, width] -> [B, T, width]``, causal. With W for projections, per head,
@@ -111,11 +111,6 @@ class GatedDeltaNet(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[B, T, width] -> [B, T, width]``."""
         return self.finish(x, delta_rule(*self.sequences(x), form=self.form, chunk=self.chunk))
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> State:
-        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
-        del max_length
-        return init_state(self, batch, self.memory, dtype=dtype)
 
     def decode(
         self, x: jax.Array, state: State, new_lengths: jax.Array | None = None

@@ -14,7 +14,7 @@ from lla.mixers.linear_recurrence import linear_recurrence
 from lla.ops.problem import compute_dtype
 
 
-class GatedLinearAttention(nnx.Module):
+class GatedLinearAttention(parts.Recurrence):
     """GLA (arXiv 2312.06635): ``S = Diag(a) S + k v^T; o = S^T q / sqrt(head_dim)``.
 
     ``a = sigmoid(W2 W1 x + b)^(1 / gate_temperature)``, of rank 16; heads of the output are
@@ -78,11 +78,6 @@ class GatedLinearAttention(nnx.Module):
         sequences = self._sequences(x, parts.whole(self))
         out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
         return self.out(self.norm(out, self.gate(x)))
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> parts.State:
-        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
-        del max_length
-        return parts.init_state(self, batch, self.memory, dtype=dtype)
 
     def decode(
         self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None

@@ -21,7 +21,7 @@ _FEATURE_MAPS = {
 }
 
 
-class LinearAttention(nnx.Module):
+class LinearAttention(parts.Recurrence):
     """Linear attention (arXiv 2006.16236): ``S += f(k) v^T; o = S^T f(q) / sqrt(head_dim)``.
 
     Departures: by default f is the identity and the sum of the weights is not divided by, as in
@@ -108,11 +108,6 @@ class LinearAttention(nnx.Module):
         *sequences, dtype = self._sequences(x, parts.whole(self), positions)
         out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
         return self._finish(out, dtype)
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> parts.State:
-        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
-        del max_length
-        return parts.init_state(self, batch, self.memory, dtype=dtype)
 
     def decode(
         self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None

@@ -15,7 +15,7 @@ from lla.mixers.selective_scan import selective_scan
 from lla.ops.problem import compute_dtype
 
 
-class Mamba(nnx.Module):
+class Mamba(parts.Recurrence):
     """Mamba, S6 (arXiv 2312.00752): ``h = exp(Delta A) h + Delta B u; y = C.h + D u``.
 
     ``u = silu(W x)`` has `expand` times the width of x, and every channel of it its own state h of
@@ -94,11 +94,6 @@ class Mamba(nnx.Module):
         u = jax.nn.silu(self.inputs(x))
         y = selective_scan(*self._sequences(u), form=self.form, chunk=self.chunk)
         return self._finish(x, u, y)
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> parts.State:
-        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
-        del max_length
-        return parts.init_state(self, batch, self.memory, dtype=dtype)
 
     def decode(
         self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None

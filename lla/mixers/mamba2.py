@@ -14,7 +14,7 @@ from lla.mixers.linear_recurrence import linear_recurrence
 from lla.ops.problem import compute_dtype
 
 
-class Mamba2(nnx.Module):
+class Mamba2(parts.Recurrence):
     """Mamba-2, SSD (arXiv 2405.21060): ``S = a S + Delta B u^T; y = S^T C + D u`` per head.
 
     ``u = silu(W x)`` has `expand` times the width of x, cut into heads; ``B = silu(W_B x)`` and
@@ -81,11 +81,6 @@ class Mamba2(nnx.Module):
         u, *sequences = self._sequences(x, parts.whole(self))
         y = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
         return self._finish(x, u, y)
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> parts.State:
-        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
-        del max_length
-        return parts.init_state(self, batch, self.memory, dtype=dtype)
 
     def decode(
         self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None

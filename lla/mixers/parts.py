@@ -22,6 +22,7 @@ __all__ = [
     "NoDecay",
     "Piece",
     "Projected",
+    "Recurrence",
     "ShortConvolution",
     "State",
     "expanded_head_size",
@@ -80,6 +81,20 @@ def init_state(mixer: nnx.Module, batch: int, *shapes: tuple[int, ...], dtype: A
         convolution_states(mixer, batch, dtype),
         jnp.zeros((batch,), jnp.int32),
     )
+
+
+class Recurrence(nnx.Module):
+    """A mixer whose state does not grow.
+
+    It sets `memory`, the shape of the state of one sequence, and has an output projection `out`.
+    """
+
+    memory: tuple[int, ...]
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> State:
+        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
+        del max_length
+        return init_state(self, batch, self.memory, dtype=dtype)
 
 
 def whole(mixer: nnx.Module) -> Project:

@@ -15,7 +15,7 @@ from lla.nn.rope import rotate
 from lla.ops.problem import compute_dtype
 
 
-class RetNet(nnx.Module):
+class RetNet(parts.Recurrence):
     """Multi-scale retention (arXiv 2307.08621): ``S = g_h S + k v^T; o = S^T q / sqrt(head_dim)``.
 
     The decay of head h = 0, 1, ... is ``g_h = 1 - 2^(-5-h)``; queries and keys are rotated; heads
@@ -79,11 +79,6 @@ class RetNet(nnx.Module):
         *sequences, gate, dtype = self._sequences(x, parts.whole(self), positions)
         out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
         return self._finish(out, gate, dtype)
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> parts.State:
-        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
-        del max_length
-        return parts.init_state(self, batch, self.memory, dtype=dtype)
 
     def decode(
         self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None

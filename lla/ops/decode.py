@@ -14,6 +14,7 @@ from lla.ops.cache import KVCache, exists, token_counts
 from lla.ops.dispatch import Implementation
 from lla.ops.masks import Mask, dense_mask
 from lla.ops.options import Solver, Stats
+from lla.ops.plan import largest_divisor
 from lla.ops.problem import Problem, make_problem
 
 # Bytes of cached keys and values that the blockwise implementation works on at once, each counted
@@ -194,8 +195,8 @@ def _by_chunks(problem: Problem, with_stats: bool) -> tuple[jax.Array, Stats]:
     room = problem.key.shape[1]
     per_head = room * (h + problem.value.shape[-1])
     per_head *= problem.key.dtype.itemsize + problem.compute_dtype.itemsize
-    heads = _largest_divisor(k, max(1, _CHUNK_BYTES // per_head))
-    size = _largest_divisor(b, max(1, _CHUNK_BYTES // (per_head * k))) if heads == k else 1
+    heads = largest_divisor(k, max(1, _CHUNK_BYTES // per_head))
+    size = largest_divisor(b, max(1, _CHUNK_BYTES // (per_head * k))) if heads == k else 1
     sizes = (room,) if inside or t >= _FEW else _sizes(room)
 
     def attend(chunk):
@@ -276,7 +277,3 @@ def _inside_window(problem: Problem) -> Problem:
     return dataclasses.replace(
         problem, key=narrow(problem.key), value=narrow(problem.value), mask=mask
     )
-
-
-def _largest_divisor(n: int, limit: int) -> int:
-    return max((i for i in range(1, min(n, limit) + 1) if n % i == 0), default=1)

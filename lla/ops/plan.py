@@ -75,7 +75,7 @@ def make_plan(
     if block_q * g < rows:
         # Values are taken to be as wide as keys, and both to become float32.
         groups = min(groups, max(1, _KEY_BYTES // (buckets[-1] * 2 * h * 4)))
-    groups = _largest_divisor(b * k, groups)
+    groups = largest_divisor(b * k, groups)
     return Plan(block_q, groups, _segments(num_tiles, block_q, buckets, mask, overlap))
 
 
@@ -116,5 +116,6 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _largest_divisor(n: int, limit: int) -> int:
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most `limit`, 1 if there is none."""
     return max((i for i in range(1, min(n, limit) + 1) if n % i == 0), default=1)

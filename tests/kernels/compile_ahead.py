@@ -18,7 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from lla.kernels.mosaic_gpu import attend, configs, gradients, launch, solve, tile
+from lla.kernels.mosaic_gpu import (
+    attend,
+    configs,
+    decode,
+    decode_solve,
+    gradients,
+    launch,
+    solve,
+    tile,
+)
 
 # What XLA has to know of the card; the numbers are those of its data sheet and CUDA's limits.
 H200 = """
@@ -108,6 +117,28 @@ def kernels(head_dim: int):
     yield "key_gradients_split", *keys(chosen.key_gradients_split, split)
 
 
+def decoding_kernels(head_dim: int):
+    """Name, function and arguments of every kernel for single steps."""
+    cache = decode.Cache(2, 4096, 8, 1, head_dim, jnp.dtype(jnp.bfloat16), 4)
+    keys = jax.ShapeDtypeStruct((2, 4096, 8, head_dim), cache.dtype)
+    row, square = cache.each(head_dim), cache.each(head_dim, head_dim)
+    visible = jax.ShapeDtypeStruct((2, 2), jnp.int32)
+
+    def sums(member, precise):
+        return lambda *a: decode.sum_over_cache(cache, member, *a, precise=precise)
+
+    arguments = (row, keys, keys, visible)
+    yield "decode_softmax", sums("softmax", False), arguments
+    yield "decode_parallax", sums("parallax", False), (*arguments, row)
+    yield "decode_lla", sums("lla", False), arguments
+    yield "decode_lla_precise", sums("lla", True), arguments
+    yield (
+        "decode_fit",
+        lambda *a: decode_solve.fit(*a, cache.dtype, tol=1e-4, max_iters=256),
+        (square, square, row, row, cache.each()),
+    )
+
+
 def main():
     topology = topologies.get_topology_desc(
         topology_name="h200", platform="cuda", target_config=H200, topology="1x1x1"
@@ -115,7 +146,7 @@ def main():
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.P())
     for head_dim in configs.HEAD_DIMS:
-        for name, function, arguments in kernels(head_dim):
+        for name, function, arguments in (*kernels(head_dim), *decoding_kernels(head_dim)):
             print(f"kernel {name}_{head_dim}", flush=True)
             placed = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
