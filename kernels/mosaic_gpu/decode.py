@@ -41,14 +41,15 @@ BLOCK = 64
 """Keys of a tile, and columns of a block of the head dimension."""
 
 SQUARE = (BLOCK, BLOCK)
-_WARPGROUPS = 2
+_TURNS = 2  # warpgroups that take turns
+_VECTORS = ("query", "origin", "probe")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Sizes: key and value ``[B, S, K, D]``, and ``N = K * group`` query heads.
 
-    `splits` is the number of program instances that share the keys of a query head.
+    `splits` is the number ``P`` of program instances that share the keys of a query head.
     """
 
     batch: int
@@ -68,45 +69,39 @@ class Cache:
         """Blocks of a head."""
         return self.head_dim // BLOCK
 
-    def halved(self, member: str) -> bool:
-        """Whether both warpgroups of an instance take every tile, each for a half of the head.
-
-        Otherwise they take turns. The moments of a wide head do not fit one warpgroup's registers.
-        """
-        return member == "lla" and self.blocks == 2
-
-    def parts(self, member: str) -> int:
-        """Parts ``P`` whose sums are kept apart."""
-        return self.splits * (1 if self.halved(member) else _WARPGROUPS)
-
     def each(self, *shape: int) -> jax.ShapeDtypeStruct:
         """An array of every query head, float32."""
         return jax.ShapeDtypeStruct((self.batch, self.heads, *shape), jnp.float32)
 
 
 class Sums(NamedTuple):
-    """Sums over parts of the keys, ``[B, N, P, ...]`` float32, None where a member has none.
+    """Sums over parts of the keys, float32.
 
-    The weights are ``exp2(logit - largest)``; keys are relative to the first visible one, and
-    ``t`` is such a key times the probe.
+    The weights are ``exp2(logit - largest)``; keys are relative to the first visible one, and ``t``
+    is such a key times the probe.
 
     Attributes:
-      largest: ``[64]`` equal numbers, the largest logit of a part in base 2.
-      total: ``[64]`` numbers that add up to the sum of the weights.
-      value: ``[D]``, of the weights times values.
-      key: ``[D]``, of the weights times keys.
-      moments: ``[D, 2 D]``, of the weights times keys times (keys as they are, values).
-      along: ``[64]`` numbers that add up to the sum of the weights times t.
-      along_value: ``[D]``, of the weights times t times values.
+      largest: ``[B, N, P, 64]`` equal numbers, the largest logit of a part in base 2.
+      rows: ``[B, N, P, R, D]``, named by `row_names`: "total" is a row of numbers that add up to
+        the sum of the weights, "value" the sum of the weights times values, "key" of the weights
+        times keys, "along" a row of numbers that add up to the sum of the weights times t,
+        "along_value" the sum of the weights times t times values.
+      moments: ``[B, N, P, D, 2 D]``, of the weights times keys times (keys as they are, values),
+        for "lla" alone.
     """
 
     largest: jax.Array
-    total: jax.Array
-    value: jax.Array
-    key: jax.Array | None = None
+    rows: jax.Array
     moments: jax.Array | None = None
-    along: jax.Array | None = None
-    along_value: jax.Array | None = None
+
+
+def row_names(member: str) -> tuple[str, ...]:
+    """What the rows of `Sums` are."""
+    return (
+        "total",
+        "value",
+        *{"lla": ("key",), "parallax": ("along", "along_value")}.get(member, ()),
+    )
 
 
 def sum_over_cache(
@@ -115,11 +110,11 @@ def sum_over_cache(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    visible: jax.Array,
+    visible: tuple[jax.Array, jax.Array],
+    scale: jax.Array,
     probe: jax.Array | None = None,
     *,
     precise: bool,
-    stages: int = 6,
     interpret: Any = None,
 ) -> Sums:
     """The sums over all visible keys, in parts.
@@ -127,51 +122,62 @@ def sum_over_cache(
     Args:
       cache: sizes; at least 64 keys.
       member: "softmax", "parallax" or "lla".
-      query: float32 ``[B, N, D]``, times the scale of the logits.
+      query, probe: ``[B, N, D]`` in 16 bits, the probe for "parallax".
       key, value: ``[B, S, K, D]`` in 16 bits.
-      visible: int32 ``[B, 2]``, the first visible key and the one after the last.
-      probe: float32 ``[B, N, D]``, for "parallax".
+      visible: int32 ``[B]`` twice, the first visible key and the one after the last.
+      scale: float32 ``[B, N]``, of the logits.
       precise: whether weighted keys have two 16-bit parts in the moments.
-      stages: tiles in flight, an even number.
       interpret: parameters of the interpreter, or None to compile.
     """
-    halved, parts = cache.halved(member), cache.parts(member)
-    config = Config(warpgroups=_WARPGROUPS, block=BLOCK, stages=stages)
+    from lla.kernels.mosaic_gpu import decode_roles
+
+    roles = member == "lla" and cache.blocks == 2
+    readers = decode_roles.READERS if roles else _TURNS
+    # At 64 numbers a head the memory of one instance holds more tiles than are of use.
+    config = Config(warpgroups=readers, block=BLOCK, stages=4 if roles else 6)
+    names = row_names(member)
     outputs = {
-        "largest": cache.each(parts, ROW_BLOCK),
-        "total": cache.each(parts, ROW_BLOCK),
-        "value": cache.each(parts, cache.head_dim),
+        "largest": cache.each(cache.splits, ROW_BLOCK),
+        "rows": cache.each(cache.splits, len(names), cache.head_dim),
     }
-    if member == "lla":
-        outputs["key"] = cache.each(parts, cache.head_dim)
-        outputs["moments"] = cache.each(parts, cache.head_dim, 2 * cache.head_dim)
-    if member == "parallax":
-        outputs["along"] = cache.each(parts, ROW_BLOCK)
-        outputs["along_value"] = cache.each(parts, cache.head_dim)
     transforms = narrow_transforms()
-    tile = plgpu.SMEM((stages, *SQUARE), cache.dtype, transforms=transforms)
+    tile = plgpu.SMEM((config.stages, *SQUARE), cache.dtype, transforms=transforms)
     scratch = {
         "ring": (
             [tile] * (2 * cache.blocks),
-            plgpu.Barrier(num_arrivals=2 * cache.blocks, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=_WARPGROUPS if halved else 1, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2 * cache.blocks, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=readers if roles else 1, num_barriers=config.stages),
         ),
-        "rows": plgpu.SMEM((_WARPGROUPS, ROW_BLOCK), jnp.float32),
-        "reduced": plgpu.Barrier(num_arrivals=1),
+        "exchanged": plgpu.SMEM((_TURNS, ROW_BLOCK), jnp.float32),
     }
+    if cache.blocks == 2:  # too much for registers
+        shape = (_TURNS, len(_VECTORS), cache.blocks, BLOCK)
+        scratch["vectors"] = plgpu.SMEM(shape, jnp.float32)
     if member == "lla":
-        weighted = plgpu.SMEM((_WARPGROUPS, *SQUARE), cache.dtype, transforms=transforms)
-        scratch["weighted"] = [weighted] * (2 if precise else 1)
+        outputs["moments"] = cache.each(cache.splits, cache.head_dim, 2 * cache.head_dim)
+    if roles:
+        scratch |= decode_roles.scratch(cache, precise)
+    else:
+        scratch["handed"] = plgpu.Barrier(num_arrivals=1)
+        scratch["numbers"] = plgpu.SMEM((3, ROW_BLOCK), jnp.float32)
+        scratch["rows"] = plgpu.SMEM((len(names), cache.blocks, BLOCK), jnp.float32)
+        if member == "lla":
+            scratch["moments"] = plgpu.SMEM((2, *SQUARE), jnp.float32)
+            weighted = plgpu.SMEM((_TURNS, *SQUARE), cache.dtype, transforms=transforms)
+            scratch["weighted"] = [weighted] * (2 if precise else 1)
     operands = {
-        "query": query * LOG2E,
+        "query": query,
         "key": key,
         "value": value,
-        "visible": visible,
+        "first": visible[0],
+        "last": visible[1],
+        "scale": scale,
         "probe": probe,
     }
     body = functools.partial(
-        _sum_body, cache, member, precise, config, Arithmetic(interpret is not None)
-    )
+        decode_roles.body if roles else _take_turns,
+        cache, member, precise, config, Arithmetic(interpret is not None),
+    )  # fmt: skip
     results = launch(
         body, outputs, scratch, operands,
         programs=cache.batch * cache.heads * cache.splits, config=config, interpret=interpret,
@@ -180,7 +186,7 @@ def sum_over_cache(
     return Sums(**results)
 
 
-class _Share(NamedTuple):
+class Share(NamedTuple):
     """What a program instance sums over: tiles ``[begin, end)`` of the keys of a head."""
 
     b: jax.Array
@@ -192,22 +198,22 @@ class _Share(NamedTuple):
     begin: jax.Array
     end: jax.Array
 
+    @classmethod
+    def mine(cls, cache: Cache, given) -> Share:
+        """Heads that share keys are next to each other, to meet in the second-level cache."""
 
-def _share(cache: Cache, visible) -> _Share:
-    """Heads that share keys are next to each other, so that they meet in the second-level cache."""
+        def cut(number, size):
+            return lax.div(number, jnp.int32(size)), lax.rem(number, jnp.int32(size))
 
-    def cut(number, size):
-        return lax.div(number, jnp.int32(size)), lax.rem(number, jnp.int32(size))
-
-    rest, g = cut(lax.axis_index("program"), cache.group)
-    rest, split = cut(rest, cache.splits)
-    b, kv_head = cut(rest, cache.kv_heads)
-    low, high = visible[b, 0], visible[b, 1]
-    first, last = lax.div(low, jnp.int32(BLOCK)), lax.div(high + (BLOCK - 1), jnp.int32(BLOCK))
-    each = lax.div(jnp.maximum(last - first, 0) + (cache.splits - 1), jnp.int32(cache.splits))
-    begin = jnp.minimum(first + split * each, last)
-    end = jnp.minimum(begin + each, last)
-    return _Share(b, kv_head * cache.group + g, kv_head, split, low, high, begin, end)
+        rest, g = cut(lax.axis_index("program"), cache.group)
+        rest, split = cut(rest, cache.splits)
+        b, kv_head = cut(rest, cache.kv_heads)
+        low, high = given["first"][b], given["last"][b]
+        first, last = lax.div(low, jnp.int32(BLOCK)), lax.div(high + (BLOCK - 1), jnp.int32(BLOCK))
+        each = lax.div(jnp.maximum(last - first, 0) + (cache.splits - 1), jnp.int32(cache.splits))
+        begin = jnp.minimum(first + split * each, last)
+        end = jnp.minimum(begin + each, last)
+        return cls(b, kv_head * cache.group + g, kv_head, split, low, high, begin, end)
 
 
 def _tile_start(cache: Cache, j):
@@ -215,8 +221,144 @@ def _tile_start(cache: Cache, j):
     return jnp.minimum(j * BLOCK, cache.num_keys - BLOCK)
 
 
-def _sum_body(cache, member, precise, config, arithmetic, given, out, scratch):
-    share = _share(cache, given["visible"])
+def stream(cache: Cache, given, share: Share, ring: Ring) -> None:
+    """The warpgroup that fills the ring with tiles: blocks of the keys, then of the values."""
+
+    def fill(j, t):
+        start = _tile_start(cache, j)
+        sources = [
+            given[name].at[share.b, pl.ds(start, BLOCK), share.kv_head, pl.ds(c * BLOCK, BLOCK)]
+            for name in ("key", "value")
+            for c in range(cache.blocks)
+        ]
+        return ring.fill(t, sources)
+
+    ring.drain(lax.fori_loop(share.begin, share.end, fill, jnp.int32(0)))
+
+
+class Weighed(NamedTuple):
+    """Of a tile: weights ``[64]`` relative to the `largest` logit so far, the factor that makes
+    earlier sums relative to it, t (see `Sums`), and the keys if registers hold them.
+    """
+
+    weights: jax.Array
+    largest: jax.Array
+    shrink: jax.Array
+    along: jax.Array
+    keys: jax.Array | None
+
+
+@dataclasses.dataclass
+class Reader:
+    """A warpgroup, static number `w`, that weighs the keys of tiles."""
+
+    cache: Cache
+    member: str
+    precise: bool
+    arithmetic: Arithmetic
+    given: Any
+    out: Any
+    scratch: Any
+    share: Share
+    ring: Ring
+    w: int
+    held: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    @property
+    def blocks(self) -> range:
+        return range(self.cache.blocks)
+
+    def prepare(self) -> None:
+        """Reads the vectors of the query head, into registers or shared memory."""
+        share, given = self.share, self.given
+        some_key = jnp.minimum(share.low, self.cache.num_keys - 1)
+        sources = {
+            "query": given["query"].at[share.b, share.head],
+            "origin": given["key"].at[share.b, some_key, share.kv_head],
+        }
+        if self.member == "parallax":
+            sources["probe"] = given["probe"].at[share.b, share.head]
+        scale = given["scale"][share.b, share.head] * LOG2E
+        for name, source in sources.items():
+            for c in self.blocks:
+                block = self.arithmetic.load(source.at[pl.ds(c * BLOCK, BLOCK)], COLS)
+                block = block.astype(jnp.float32)
+                if name == "query":
+                    block = block * scale
+                if self.cache.blocks == 1:
+                    self.held[name] = block
+                else:
+                    self.scratch["vectors"].at[self.w, _VECTORS.index(name), c][...] = block
+
+    def vector(self, name: str, c: int):
+        """Block c of a vector as the columns of a matrix."""
+        if name in self.held:
+            return by_column(self.held[name], SQUARE)
+        ref = self.scratch["vectors"].at[self.w, _VECTORS.index(name), c]
+        return by_column(self.arithmetic.load(ref, COLS), SQUARE)
+
+    def keys(self, slot, c: int):
+        """Block c of the keys of a tile, relative to the origin."""
+        tile = self.arithmetic.load(self.ring.tiles[c].at[slot])
+        return tile.astype(jnp.float32) - self.vector("origin", c)
+
+    def values(self, slot, c: int):
+        return self.arithmetic.load(self.ring.tiles[self.cache.blocks + c].at[slot]).astype(
+            jnp.float32
+        )
+
+    def weigh(self, t, slot, largest) -> Weighed:
+        """The weights of tile t, which lies in `slot`."""
+        logits = along = full((ROW_BLOCK,), 0, ROWS)
+        for c in self.blocks:
+            keys = self.keys(slot, c)
+            logits = logits + row_dot(keys, self.vector("query", c))
+            if self.member == "parallax":
+                along = along + row_dot(keys, self.vector("probe", c))
+        j = self.share.begin + t
+        position = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)
+        position = position + _tile_start(self.cache, j)
+        first = jnp.maximum(self.share.low, j * BLOCK)
+        valid = (position >= first) & (position < self.share.high)
+        logits = jnp.where(valid, logits, LOWEST)
+        new = jnp.maximum(largest, self.across(logits).max(axis=1))
+        weights = jnp.where(valid, jnp.exp2(logits - new), 0.0)
+        kept = keys if self.cache.blocks == 1 else None
+        return Weighed(weights, new, jnp.exp2(largest - new), along, kept)
+
+    def across(self, vector):
+        """A vector of rows as the columns of a matrix.
+
+        The memory of reductions across warps is one for all warpgroups, so this has its own.
+        """
+        return by_column(self.turned(vector), SQUARE)
+
+    def turned(self, vector):
+        """A vector of rows as one of columns."""
+        ref = self.scratch["exchanged"].at[self.w]
+        ref[...] = vector
+        return self.arithmetic.load(ref, COLS)
+
+    def part(self, name: str):
+        """The place of this instance's sums in an output."""
+        return self.out[name].at[self.share.b, self.share.head, self.share.split]
+
+    def store_rows(self, rows) -> None:
+        """Writes `rows`: by name a vector of numbers, or a vector for each block."""
+        for r, name in enumerate(row_names(self.member)):
+            blocks = rows[name]
+            if not isinstance(blocks, list):  # numbers to be added up, and nothing beside them
+                blocks = [blocks] + [full((BLOCK,), 0, ROWS)] * (self.cache.blocks - 1)
+            for c, block in enumerate(blocks):
+                self.part("rows").at[r, pl.ds(c * BLOCK, BLOCK)][...] = block
+
+
+# ---------------------------------------------------------------------------------------------
+# Two warpgroups that take turns
+
+
+def _take_turns(cache, member, precise, config, arithmetic, given, out, scratch):
+    share = Share.mine(cache, given)
     tiles, *barriers = scratch["ring"]
     ring = Ring(tuple(tiles), *barriers, config.stages, late=False)
     warpgroup = lax.axis_index("warpgroup")
@@ -226,69 +368,24 @@ def _sum_body(cache, member, precise, config, arithmetic, given, out, scratch):
             action = "decrease" if index else "increase"
             plgpu.set_max_registers(config.registers[index], action=action)
 
-    for w in range(_WARPGROUPS):
+    for w in range(_TURNS):
 
         @pl.when(warpgroup == w)
         def _(w=w):
             registers(0)
-            half = w if cache.halved(member) else None
-            _PartialSums(cache, member, precise, arithmetic, given, out, scratch, share, ring,
-                         w, half).run()  # fmt: skip
+            _Turns(cache, member, precise, arithmetic, given, out, scratch, share, ring, w).run()
 
-    @pl.when(warpgroup == _WARPGROUPS)
+    @pl.when(warpgroup == _TURNS)
     def _():
         registers(1)
-
-        def stream(j, t):
-            start = _tile_start(cache, j)
-            sources = [
-                given[name].at[share.b, pl.ds(start, BLOCK), share.kv_head, pl.ds(c * BLOCK, BLOCK)]
-                for name in ("key", "value")
-                for c in range(cache.blocks)
-            ]
-            return ring.fill(t, sources)
-
-        ring.drain(lax.fori_loop(share.begin, share.end, stream, jnp.int32(0)))
+        stream(cache, given, share, ring)
 
 
-@dataclasses.dataclass
-class _PartialSums:
-    """The sums of one compute warpgroup, static number `w`.
+class _Turns(Reader):
+    """One of the warpgroups that take every other tile each, with sums of its own."""
 
-    With a `half` it takes every tile and keeps the sums of that block of the head; without, every
-    other tile and all blocks.
-    """
-
-    cache: Cache
-    member: str
-    precise: bool
-    arithmetic: Arithmetic
-    given: Any
-    out: Any
-    scratch: Any
-    share: _Share
-    ring: Ring
-    w: int
-    half: int | None
-
-    @property
-    def mine(self) -> range:
-        """Blocks of the head whose sums are kept here."""
-        return range(self.cache.blocks) if self.half is None else range(self.half, self.half + 1)
-
-    def row(self, array):
-        """Blocks of a row ``[D]`` of an array in global memory, float32 vectors of columns."""
-        blocks = [array.at[pl.ds(c * BLOCK, BLOCK)] for c in range(self.cache.blocks)]
-        return [self.arithmetic.load(block, COLS).astype(jnp.float32) for block in blocks]
-
-    def run(self):
-        cache, share = self.cache, self.share
-        query = self.row(self.given["query"].at[share.b, share.head])
-        some_key = jnp.minimum(share.low, cache.num_keys - 1)
-        origin = self.row(self.given["key"].at[share.b, some_key, share.kv_head])
-        probe = None
-        if self.member == "parallax":
-            probe = self.row(self.given["probe"].at[share.b, share.head])
+    def run(self) -> None:
+        self.prepare()
 
         def matrices(count):
             return tuple(full(SQUARE, 0, MATRIX) for _ in range(count))
@@ -297,110 +394,100 @@ class _PartialSums:
         start = {
             "largest": full((ROW_BLOCK,), LOWEST, ROWS),
             "total": zero,
-            "value": matrices(len(self.mine)),
+            "value": matrices(len(self.blocks)),
         }
         if self.member == "lla":
-            start |= {"key": matrices(len(self.mine)), "moments": matrices(2 * cache.blocks)}
+            start |= {"key": matrices(1), "moments": matrices(2)}
         if self.member == "parallax":
-            start |= {"along": zero, "along_value": matrices(len(self.mine))}
-        count = share.end - share.begin
-        if self.half is not None:
-            last = lax.fori_loop(
-                0, count, lambda t, c: self.add_tile(t, c, query, origin, probe), start
-            )
-        else:
-            turns = lax.div(count + (1 - self.w), jnp.int32(_WARPGROUPS))
-            last = lax.fori_loop(
-                0, turns,
-                lambda i, c: self.add_tile(_WARPGROUPS * i + self.w, c, query, origin, probe),
-                start,
-            )  # fmt: skip
-        self.store(last)
+            start |= {"along": zero, "along_value": matrices(len(self.blocks))}
+        count = self.share.end - self.share.begin
+        turns = lax.div(count + (_TURNS - 1 - self.w), jnp.int32(_TURNS))
+        self.finish(lax.fori_loop(0, turns, self.add_tile, start))
 
-    def add_tile(self, t, sums, query, origin, probe):
-        cache, load = self.cache, self.arithmetic.load
+    def add_tile(self, i, sums):
+        t = _TURNS * i + self.w
         slot = self.ring.wait(t)
-        tiles = [tile.at[slot] for tile in self.ring.tiles]
-        j = self.share.begin + t
-        logits = along = full((ROW_BLOCK,), 0, ROWS)
-        keys = {}
-        for c in range(cache.blocks):
-            keys[c] = load(tiles[c]).astype(jnp.float32) - by_column(origin[c], SQUARE)
-            logits = logits + row_dot(keys[c], by_column(query[c], SQUARE))
-            if probe is not None:
-                along = along + row_dot(keys[c], by_column(probe[c], SQUARE))
-        position = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)
-        position = position + _tile_start(cache, j)
-        first = jnp.maximum(self.share.low, j * BLOCK)
-        valid = (position >= first) & (position < self.share.high)
-        logits = jnp.where(valid, logits, LOWEST)
-        largest = jnp.maximum(sums["largest"], self.over_rows(logits, "max"))
-        shrink = jnp.exp2(sums["largest"] - largest)
-        weights = jnp.where(valid, jnp.exp2(logits - largest), 0.0)
+        tile = self.weigh(t, slot, sums["largest"])
+        shrink = by_row(tile.shrink, SQUARE)
 
-        def add(total, term):
-            return total * by_row(shrink, total.shape) + term
+        def add(matrices, terms):
+            return tuple(a * shrink + b for a, b in zip(matrices, terms, strict=True))
 
-        new = {"largest": largest, "total": sums["total"] * shrink + weights}
-        values = [load(tiles[cache.blocks + c]).astype(jnp.float32) for c in self.mine]
-        spread = by_row(weights, SQUARE)
-        new["value"] = tuple(add(a, v * spread) for a, v in zip(sums["value"], values, strict=True))
-        if probe is not None:
-            weighted = weights * along
-            new["along"] = sums["along"] * shrink + weighted
-            spread = by_row(weighted, SQUARE)
-            new["along_value"] = tuple(
-                add(a, v * spread) for a, v in zip(sums["along_value"], values, strict=True)
-            )
+        new = {"largest": tile.largest, "total": sums["total"] * tile.shrink + tile.weights}
+        spread = by_row(tile.weights, SQUARE)
+        values = [self.values(slot, c) for c in self.blocks]
+        new["value"] = add(sums["value"], [v * spread for v in values])
+        if self.member == "parallax":
+            weighted = tile.weights * tile.along
+            new["along"] = sums["along"] * tile.shrink + weighted
+            weighted = by_row(weighted, SQUARE)
+            new["along_value"] = add(sums["along_value"], [v * weighted for v in values])
         if self.member == "lla":
-            (mine,) = self.mine
-            weighted = keys[mine] * spread
-            new["key"] = (add(sums["key"][0], weighted),)
-            parts = in_parts(weighted, cache.dtype, self.precise)
+            weighted = tile.keys * spread
+            new["key"] = add(sums["key"], [weighted])
+            parts = in_parts(weighted, self.cache.dtype, self.precise)
             # An index that is known would become a constant of the products, which do not lower.
             refs = [ref.at[lax.axis_index("warpgroup")] for ref in self.scratch["weighted"]]
             for ref, part in zip(refs, parts, strict=True):
                 ref[...] = part
             plgpu.commit_smem()
-            moments = [a * by_row(shrink, SQUARE) for a in sums["moments"]]
             new["moments"] = self.arithmetic.accumulate_transposed(
-                moments, *[[(ref, tile) for ref in refs] for tile in tiles]
+                [a * shrink for a in sums["moments"]],
+                *[[(ref, tile.at[slot]) for ref in refs] for tile in self.ring.tiles],
             )
         else:
             plgpu.commit_smem()
         self.ring.release(slot)
         return new
 
-    def over_rows(self, vector, kind: str):
-        """The largest number, or the sum, of a vector of rows, in all of its places.
+    def finish(self, sums) -> None:
+        """Adds the sums of both warpgroups and writes them.
 
-        The memory of reductions across warps is one for all warpgroups, so this has its own.
+        Reductions across warps share memory, so the warpgroups reduce one after the other.
         """
-        ref = self.scratch["rows"].at[self.w]
-        ref[...] = vector
-        columns = by_column(self.arithmetic.load(ref, COLS), SQUARE)
-        return columns.max(axis=1) if kind == "max" else columns.sum(axis=1)
-
-    def store(self, sums):
-        share = self.share
-        part = share.split
-        if self.half is None:
-            part = share.split * _WARPGROUPS + self.w
-        out = {name: ref.at[share.b, share.head, part] for name, ref in self.out.items()}
-        for name in ("largest", "total", "along"):
-            if name in out and self.half in (None, 0):
-                out[name][...] = sums[name]
-        if self.member == "lla":
-            (mine,) = self.mine
-            for c, block in enumerate(sums["moments"]):
-                where = pl.ds(mine * BLOCK, BLOCK), pl.ds(c * BLOCK, BLOCK)
-                out["moments"].at[where][...] = block
-        # Reductions across warps share memory: one warpgroup after the other.
+        if self.w == 0:
+            plgpu.barrier_wait(self.scratch["handed"])
+        numbers = {name: sums[name] for name in ("largest", "total", "along") if name in sums}
+        rows = {
+            name: [matrix.sum(axis=0) for matrix in sums[name]]
+            for name in ("value", "key", "along_value")
+            if name in sums
+        }
+        moments = sums.get("moments", ())
+        places = {name: self.scratch["numbers"].at[i] for i, name in enumerate(numbers)}
+        row_places = {
+            (name, c): self.scratch["rows"].at[r, c]
+            for r, name in enumerate(rows)
+            for c in self.blocks
+        }
         if self.w:
-            plgpu.barrier_wait(self.scratch["reduced"])
-        for name in ("value", "key", "along_value"):
-            if name in out:
-                for c, block in zip(self.mine, sums[name], strict=True):
-                    out[name].at[pl.ds(c * BLOCK, BLOCK)][...] = block.sum(axis=0)
-        if not self.w:
-            plgpu.barrier_arrive(self.scratch["reduced"])
+            for name, vector in numbers.items():
+                places[name][...] = vector
+            for (name, c), place in row_places.items():
+                place[...] = rows[name][c]
+            for c, matrix in enumerate(moments):
+                self.scratch["moments"].at[c][...] = matrix
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(self.scratch["handed"])
+            return
+
+        load = self.arithmetic.load
+        others = {name: load(place, ROWS) for name, place in places.items()}
+        largest = jnp.maximum(numbers["largest"], others["largest"])
+        own, other = (jnp.exp2(n["largest"] - largest) for n in (numbers, others))
+        columns = self.turned(own), self.turned(other)
+        joined = {
+            name: [
+                row * columns[0] + load(row_places[name, c], COLS) * columns[1]
+                for c, row in enumerate(blocks)
+            ]
+            for name, blocks in rows.items()
+        }
+        for name in numbers:
+            joined[name] = numbers[name] * own + others[name] * other
+        self.part("largest")[...] = largest
+        self.store_rows(joined)
+        for c, matrix in enumerate(moments):
+            total = matrix * by_row(own, SQUARE)
+            total = total + load(self.scratch["moments"].at[c]) * by_row(other, SQUARE)
+            self.part("moments").at[pl.ds(0, BLOCK), pl.ds(c * BLOCK, BLOCK)][...] = total

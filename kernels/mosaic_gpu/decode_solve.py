@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lla.compat import vary_like
-from lla.kernels.mosaic_gpu.decode import BLOCK, SQUARE
+from lla.kernels.mosaic_gpu.decode import BLOCK, SQUARE, Cache
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
     MATRIX,
@@ -37,46 +37,43 @@ class Fit(NamedTuple):
 
 
 def fit(
-    covariance: jax.Array,
-    cross: jax.Array,
-    target: jax.Array,
-    value_mean: jax.Array,
+    cache: Cache,
+    rows: jax.Array,
+    moments: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    first: jax.Array,
     ridge: jax.Array,
-    dtype: Any,
     *,
     tol: float | None,
     max_iters: int,
     interpret: Any = None,
 ) -> Fit:
-    """``value_mean - cross^T x`` with ``(covariance + ridge) x = target``, by conjugate gradients.
+    """The outputs from the sums over all keys, by conjugate gradients.
+
+    With the weighted means k of the keys and v of the values, their covariances C and S, and
+    ``(C + ridge I) x = k - query``, an output is ``v - S^T x``; zero for a query without keys.
 
     Args:
-      covariance: float32 ``[B, N, D, D]``, of the keys; D is 64 or 128.
-      cross: float32 ``[B, N, D, D]``, covariance of keys and values.
-      target, value_mean: float32 ``[B, N, D]``.
+      cache: sizes.
+      rows: float32 ``[B, N, 3, D]``, see `lla.kernels.mosaic_gpu.decode.row_names`.
+      moments: float32 ``[B, N, D, 2 D]``, see `lla.kernels.mosaic_gpu.decode.Sums`.
+      query: ``[B, N, D]``.
+      key: ``[B, S, K, D]``.
+      first: int32 ``[B]``, the key that the sums are relative to.
       ridge: float32 ``[B, N]``.
-      dtype: of the result.
       tol: the error of x in the norm of the system is at most `tol` times
         ``sqrt(1 + x . A x)``; None for exactly `max_iters` iterations.
       interpret: parameters of the interpreter, or None to compile.
     """
-    b, n, d = target.shape
-
-    def rows(array):  # the kernel reads a number as a vector of equal ones
-        return jnp.broadcast_to(array[..., None], (b, n, ROW_BLOCK))
-
-    operands = (covariance, cross, target, value_mean, rows(ridge))
-    shapes = [
-        jax.ShapeDtypeStruct((b, n, d), dtype),
-        *[jax.ShapeDtypeStruct((b, n, ROW_BLOCK), jnp.float32)] * 2,
-    ]
-    body = functools.partial(
-        _body, n, d // BLOCK, tol, max_iters, Arithmetic(interpret is not None)
-    )
+    operands = (rows, moments, query, key, first, ridge)
+    number = cache.each(ROW_BLOCK)
+    shapes = [jax.ShapeDtypeStruct(query.shape, cache.dtype), number, number]
+    body = functools.partial(_body, cache, tol, max_iters, Arithmetic(interpret is not None))
     results = plgpu.kernel(
         body,
         out_type=shapes,
-        grid=(b * n,),
+        grid=(cache.batch * cache.heads,),
         grid_names=("program",),
         num_threads=1,
         thread_name="warpgroup",
@@ -91,35 +88,74 @@ def fit(
     return Fit(out, iterations[..., 0], residual[..., 0])
 
 
-def _body(heads, blocks, tol, max_iters, arithmetic, *refs, row, flag):
+def _body(cache, tol, max_iters, arithmetic, *refs, row, flag):
     program = lax.axis_index("program")
-    b, n = lax.div(program, jnp.int32(heads)), lax.rem(program, jnp.int32(heads))
-    covariance, cross, target, value_mean, ridge, *outs = (ref.at[b, n] for ref in refs)
-    out, iterations, residual = outs
+    b, n = lax.div(program, jnp.int32(cache.heads)), lax.rem(program, jnp.int32(cache.heads))
+    rows, moments, query, key, first, ridge, *outs = refs
+    rows, moments, query = (ref.at[b, n] for ref in (rows, moments, query))
+    out, iterations, residual = (ref.at[b, n] for ref in outs)
+    some_key = jnp.minimum(first[b], cache.num_keys - 1)
+    origin = key.at[b, some_key, lax.div(n, jnp.int32(cache.group))]
+    total, value, key_sum = (rows.at[i] for i in range(3))
+    blocks = range(cache.blocks)
 
     def part(c):
         return pl.ds(c * BLOCK, BLOCK)
 
-    def matrix(ref, h, c):
-        ref = ref.at[part(h), part(c)]
+    def vector(ref, c, layout):
+        return arithmetic.load(ref.at[part(c)], layout).astype(jnp.float32)
+
+    def matrix(h, c):
+        ref = moments.at[part(h), part(c)]
         if arithmetic.interpreted:
             return ref[...]
         return plgpu.load(ref, layout=MATRIX, optimized=False)
 
-    system = [[matrix(covariance, h, c) for c in range(blocks)] for h in range(blocks)]
-    right = tuple(arithmetic.load(target.at[part(h)], ROWS) for h in range(blocks))
-    solver = _Solver(
-        arithmetic, row, flag, system, arithmetic.load(ridge, ROWS), tol, max_iters
-    )  # fmt: skip
-    x, count, remainder = solver.solve(right)
-    for c in range(blocks):
-        total = full(SQUARE, 0, MATRIX)
-        for h in range(blocks):
-            total = total + matrix(cross, h, c) * by_row(x[h], SQUARE)
-        mean = arithmetic.load(value_mean.at[part(c)], COLS)
-        out.at[part(c)][...] = (mean - total.sum(axis=0)).astype(out.dtype)
+    weight = _row_sums(_columns(vector(total, 0, COLS)))
+    some, one = weight > 0, full((ROW_BLOCK,), 1, ROWS)
+    inverse = jnp.where(some, one / jnp.where(some, weight, one), 0.0)
+    row[...] = inverse
+    scale, scale_columns = _rows(inverse), arithmetic.load(row, COLS)
+    key_means = [vector(key_sum, h, ROWS) * inverse for h in blocks]  # relative to the origin
+    value_means = [vector(value, c, COLS) * scale_columns for c in blocks]
+
+    def centred(h, c, mean):
+        """Block (h, c) of the moments as a covariance with what has the mean `mean`, a vector."""
+        return matrix(h, c) * scale - _rows(key_means[h]) * _columns(mean)
+
+    # No vector is loaded in two layouts: the compiler would make one load of both.
+    means = [vector(origin, h, ROWS) + key_means[h] for h in blocks]
+    turned = []
+    for mean in means:
+        row[...] = mean
+        turned.append(arithmetic.load(row, COLS))
+    system = [[centred(h, c, turned[c]) for c in blocks] for h in blocks]
+    target = tuple(means[h] - vector(query, h, ROWS) for h in blocks)
+    ridge = full((ROW_BLOCK,), 0, ROWS) + ridge[b, n]
+    solver = _Solver(arithmetic, row, flag, system, ridge, tol, max_iters)
+    x, count, remainder = solver.solve(target)
+    for c in blocks:
+        product = full(SQUARE, 0, MATRIX)
+        for h in blocks:
+            product = product + centred(h, cache.blocks + c, value_means[c]) * _rows(x[h])
+        out.at[part(c)][...] = (value_means[c] - product.sum(axis=0)).astype(out.dtype)
     iterations[...] = full((ROW_BLOCK,), 0, ROWS) + count.astype(jnp.float32)
     residual[...] = remainder
+
+
+# The casts spare the compiler a search for layouts, which it would give up.
+
+
+def _rows(vector):
+    return plgpu.layout_cast(by_row(vector, SQUARE), MATRIX)
+
+
+def _columns(vector):
+    return plgpu.layout_cast(by_column(vector, SQUARE), MATRIX)
+
+
+def _row_sums(matrix):
+    return plgpu.layout_cast(matrix.sum(axis=1), ROWS)
 
 
 class _State(NamedTuple):
@@ -147,16 +183,16 @@ class _Solver:
     def turned(self, vector):
         """A vector of rows as the columns of a matrix."""
         self.row[...] = vector
-        return by_column(self.arithmetic.load(self.row, COLS), SQUARE)
+        return _columns(self.arithmetic.load(self.row, COLS))
 
     def dot(self, a, b):
         total = sum(x * y for x, y in zip(a, b, strict=True))
-        return self.turned(total).sum(axis=1)
+        return _row_sums(self.turned(total))
 
     def product(self, vector):
         columns = [self.turned(block) for block in vector]
         return tuple(
-            sum((block * column).sum(axis=1) for block, column in zip(row, columns, strict=True))
+            sum(_row_sums(block * column) for block, column in zip(row, columns, strict=True))
             + self.ridge * own
             for row, own in zip(self.system, vector, strict=True)
         )

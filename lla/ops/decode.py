@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lla.ops import dispatch
+from lla.ops import decode_gpu, dispatch
 from lla.ops.cache import KVCache, exists, token_counts
 from lla.ops.dispatch import Implementation
 from lla.ops.masks import Mask, dense_mask
@@ -180,6 +180,9 @@ def _attend_cached(
     served = next((name for name, reason in reasons.items() if reason is None), None)
     if served == "xla" and problem.query.size:
         return _by_chunks(problem, with_stats)
+    if served == "mosaic_gpu" and decode_gpu.serves(problem):
+        out, stats = decode_gpu.attend(problem)
+        return dispatch.restore(problem, out, stats)
     return dispatch.run(problem, implementation, with_stats)
 
 

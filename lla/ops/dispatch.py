@@ -73,6 +73,12 @@ def refusals(problem: Problem, names: Sequence[str]) -> dict[str, str | None]:
     return {name: _REFUSALS[name](problem) for name in names}
 
 
+def restore(problem: Problem, out: jax.Array, stats: Stats) -> tuple[jax.Array, Stats]:
+    """The results of an implementation in the public layout."""
+    stats = Stats(*(jax.lax.stop_gradient(problem.restore(a)) for a in stats))
+    return problem.restore(out), stats
+
+
 def run(
     problem: Problem, implementation: Implementation, with_stats: bool
 ) -> tuple[jax.Array, Stats]:
@@ -87,8 +93,6 @@ def run(
     reasons = refusals(problem, names)
     for name, reason in reasons.items():
         if reason is None:
-            out, stats = _run(name, problem, with_stats)
-            stats = Stats(*(jax.lax.stop_gradient(problem.restore(a)) for a in stats))
-            return problem.restore(out), stats
+            return restore(problem, *_run(name, problem, with_stats))
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no implementation can serve this call ({listed}).")

@@ -121,21 +121,22 @@ def decoding_kernels(head_dim: int):
     """Name, function and arguments of every kernel for single steps."""
     cache = decode.Cache(2, 4096, 8, 1, head_dim, jnp.dtype(jnp.bfloat16), 4)
     keys = jax.ShapeDtypeStruct((2, 4096, 8, head_dim), cache.dtype)
-    row, square = cache.each(head_dim), cache.each(head_dim, head_dim)
-    visible = jax.ShapeDtypeStruct((2, 2), jnp.int32)
+    query = jax.ShapeDtypeStruct((2, 8, head_dim), cache.dtype)
+    place = jax.ShapeDtypeStruct((2,), jnp.int32)
 
     def sums(member, precise):
         return lambda *a: decode.sum_over_cache(cache, member, *a, precise=precise)
 
-    arguments = (row, keys, keys, visible)
+    arguments = (query, keys, keys, (place, place), cache.each())
     yield "decode_softmax", sums("softmax", False), arguments
-    yield "decode_parallax", sums("parallax", False), (*arguments, row)
+    yield "decode_parallax", sums("parallax", False), (*arguments, query)
     yield "decode_lla", sums("lla", False), arguments
     yield "decode_lla_precise", sums("lla", True), arguments
+    rows, moments = cache.each(3, head_dim), cache.each(head_dim, 2 * head_dim)
     yield (
         "decode_fit",
-        lambda *a: decode_solve.fit(*a, cache.dtype, tol=1e-4, max_iters=256),
-        (square, square, row, row, cache.each()),
+        lambda *a: decode_solve.fit(cache, *a, tol=1e-4, max_iters=256),
+        (rows, moments, query, keys, place, cache.each()),
     )
 
 

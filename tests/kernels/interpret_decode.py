@@ -75,7 +75,7 @@ def run(case: Case, races: bool) -> dict:
         extra["ridge"] = np.full(rows, case.ridge, np.float32)
     states = record_race_detectors()
     got = attend_cache(
-        cache, case.member, query, key, value, visible,
+        cache, case.member, query, key, value, (visible[:, 0], visible[:, 1]),
         np.full(rows, d**-0.5, np.float32), **extra, precise=case.precise,
         interpret=plgpu.InterpretGPUParams(detect_races=races),
     )  # fmt: skip

@@ -1,0 +1,71 @@
+"""Tables of `decoding.py`, for `report.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import report
+
+_FLOOR = "softmax"
+
+
+def markdown(document: Mapping) -> str:
+    """Provenance and tables of a result file of `decoding.py`."""
+    return f"{report.provenance(document)}\n\n{tables(document['records'])}"
+
+
+def copy_speed(records: Sequence[Mapping]) -> float | None:
+    """Bytes read and written in a second by a copy, where it was measured."""
+    found = [record["bytes_per_s"] for record in records if record["pass"] == "copy"]
+    return max(found) if found else None
+
+
+def tables(records: Sequence[Mapping]) -> str:
+    """One table a size of the model, with a row for every batch, length and implementation."""
+    speed = copy_speed(records)
+    cells = [record for record in records if record["pass"] == "decode"]
+    fields = ("dtype", "kv_heads", "group", "head_dim")
+    parts = [] if speed is None else [f"A copy reads and writes {speed / 1e12:.2f} TB/s."]
+    for size in dict.fromkeys(tuple(record[name] for name in fields) for record in cells):
+        here = [r for r in cells if tuple(r[name] for name in fields) == size]
+        dtype, kv_heads, group, head_dim = size
+        parts.append(
+            f"**{dtype}, head_dim {head_dim}**, {kv_heads} key heads, {kv_heads * group} query "
+            "heads: time of a step, its ratio to softmax attention, the bytes of the cache over "
+            "that time (as a part of the copy), relative error of the output, and memory beside "
+            "cache and tokens.\n\n" + _table(here, speed)
+        )
+    missing = [
+        f"- {r['implementation']}, head_dim {r['head_dim']}, batch {r['batch']}, {r['n']} tokens: "
+        f"{r['status']}: {r['reason']}"
+        for r in cells
+        if r["status"] != "timed"
+    ]
+    return "\n\n".join([*parts, "\n".join(missing)] if missing else parts)
+
+
+def _table(records: Sequence[Mapping], speed: float | None) -> str:
+    places = ("batch", "n")
+    timed = [record for record in records if record["status"] == "timed"]
+    rows = []
+    for batch, n in dict.fromkeys(tuple(record[name] for name in places) for record in timed):
+        here = [r for r in timed if (r["batch"], r["n"]) == (batch, n)]
+        floor = next((r["time_median_s"] for r in here if r["implementation"] == _FLOOR), None)
+        for record in here:
+            seconds = record["time_median_s"]
+            rate = record["cache_bytes"] / seconds
+            part = "" if speed is None else f" ({rate / speed:.0%})"
+            rows.append(
+                [
+                    str(batch),
+                    str(n),
+                    record["implementation"].replace("lla_", "lla, ridge "),
+                    f"{seconds * 1e6:.4g}",
+                    "" if floor is None else f"{seconds / floor:.2f}",
+                    f"{rate / 1e12:.3g}{part}",
+                    f"{record['errors']['output']:.1e}",
+                    f"{record['temp_bytes'] / 2**20:.3g}",
+                ]
+            )
+    head = ["batch", "tokens", "attention", "µs", "/ softmax", "TB/s", "error", "MiB"]
+    return report.table(head, rows)

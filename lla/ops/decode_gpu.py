@@ -1,0 +1,166 @@
+"""One new token per sequence on a Hopper GPU: the kernels that read the cache once.
+
+The kernels themselves are in `lla.kernels.mosaic_gpu.decode`, their design in
+``kernels/README.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lla.compat import match_varying
+from lla.ops import mosaic_gpu
+from lla.ops.masks import Mask
+from lla.ops.options import Solver, Stats
+from lla.ops.problem import Member, Problem, resolve_solver
+
+_HEAD_DIMS = (64, 128)
+_BLOCK = 64  # keys of a tile
+# Program instances that an H100 or H200 runs at once, one per multiprocessor.
+_INSTANCES = 132
+# At this ridge and above, weighted keys may have one 16-bit part.
+_LARGE_RIDGE = 5.0
+
+
+def serves(problem: Problem) -> bool:
+    """Whether the kernels can serve a problem that `mosaic_gpu.refuse` accepts.
+
+    It is one of decoding: causal, with an offset and lengths, without segments.
+    """
+    _, t, _, _, h = problem.query.shape
+    return (
+        t == 1
+        and problem.query.size > 0
+        and h in _HEAD_DIMS
+        and problem.value.shape[-1] == h
+        and problem.key.shape[1] >= _BLOCK
+    )
+
+
+def choose_splits(queries: int, num_keys: int, instances: int = _INSTANCES) -> int:
+    """Program instances that share the keys of one of `queries` query heads of all sequences.
+
+    The fewest with which the last round of instances is nearly full, as every share adds sums to
+    join; a share has at least four tiles.
+    """
+    most = max(1, num_keys // (4 * _BLOCK))
+
+    def use(splits):
+        programs = queries * splits
+        return programs / (-(-programs // instances) * instances)
+
+    best = max(use(splits) for splits in range(1, most + 1))
+    return next(splits for splits in range(1, most + 1) if use(splits) >= 0.9 * best)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    member: Member
+    window: tuple[int, int] | None
+    solver: Solver
+    static_ridge: float | None
+    static_scale: float | None
+    interpret: Any
+
+
+class _Floats(NamedTuple):
+    """As in `Problem`."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    probe: jax.Array | None
+    ridge: jax.Array | None
+    scale: jax.Array
+
+
+class _Places(NamedTuple):
+    """Int32 ``[B]``: the position of the query, and the tokens in the cache."""
+
+    offset: jax.Array
+    lengths: jax.Array
+
+
+def attend(problem: Problem, *, interpret: Any = None) -> tuple[jax.Array, Stats]:
+    """Output ``[B, 1, K, G, H]`` in the query's dtype, and the statistics.
+
+    Where a gradient is taken, it is that of the kernels for whole sequences.
+
+    Args:
+      problem: one that `serves` accepts.
+      interpret: parameters of Pallas's GPU interpreter, or None to compile.
+    """
+    static = _Static(
+        problem.member, problem.mask.window, problem.solver, problem.static_ridge,
+        problem.static_scale, interpret,
+    )  # fmt: skip
+    floats = _Floats(*(getattr(problem, name) for name in _Floats._fields))
+    places = _Places(problem.mask.offset, problem.mask.lengths)
+    leaves, tree = jax.tree.flatten((floats, places))
+    return _attend(static, *jax.tree.unflatten(tree, match_varying(*leaves)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Array, Stats]:
+    from lla.kernels.mosaic_gpu.decode import Cache
+    from lla.kernels.mosaic_gpu.decode_attend import attend_cache
+
+    b, _, k, g, h = floats.query.shape
+    s = floats.key.shape[1]
+    cache = Cache(b, s, k, g, h, floats.query.dtype, choose_splits(b * k * g, s))
+    high = jnp.clip(jnp.minimum(places.offset + 1, places.lengths), 0, s)
+    low = jnp.zeros_like(high)
+    if static.window is not None:
+        low = jnp.clip(places.offset - static.window[0], 0, high)
+
+    def rows(array):
+        """``[B, 1, K, G, ...] -> [B, N, ...]``."""
+        return None if array is None else array.reshape(b, k * g, *array.shape[4:])
+
+    ridge = rows(floats.ridge)
+    solver = resolve_solver(_problem(static, floats, places), "cg")
+    found = attend_cache(
+        cache, static.member, rows(floats.query), floats.key, floats.value,
+        (low, high), rows(floats.scale), ridge, rows(floats.probe),
+        tol=solver.tol if solver.adaptive else None, max_iters=solver.max_iters,
+        precise=(static.static_ridge or 0) < _LARGE_RIDGE or solver.tol < 1e-4,
+        interpret=static.interpret,
+    )  # fmt: skip
+    out = found.out
+    if ridge is not None:
+        bad = jnp.broadcast_to(jnp.isnan(ridge)[..., None], out.shape)
+        out = jnp.where(bad, jnp.full_like(out, jnp.nan), out)
+    shape = (b, 1, k, g)
+    iterations = found.iterations.astype(jnp.int32).reshape(shape)
+    stats = Stats(found.log_sum_exp.reshape(shape), iterations, found.residual.reshape(shape))
+    return out.reshape(*shape, h), stats
+
+
+def _problem(static: _Static, floats: _Floats, places: _Places) -> Problem:
+    mask = Mask(True, static.window, places.offset, places.lengths, None, None, None)
+    return Problem(
+        static.member, **floats._asdict(), mask=mask, solver=static.solver,
+        static_ridge=static.static_ridge, static_scale=static.static_scale,
+        leading=floats.query.shape[:1],
+    )  # fmt: skip
+
+
+def _forward(static: _Static, floats: _Floats, places: _Places):
+    def whole(floats):
+        problem = _problem(static, floats, places)
+        return mosaic_gpu.mosaic_gpu(problem, interpret=static.interpret)[0]
+
+    return _attend(static, floats, places), jax.vjp(whole, floats)[1]
+
+
+def _backward(static: _Static, pullback, cotangents):
+    del static
+    return *pullback(cotangents[0]), None
+
+
+_attend.defvjp(_forward, _backward)
