@@ -25,14 +25,11 @@ from lla.kernels.mosaic_gpu.tile import (
     COLS,
     LOG2E,
     LOWEST,
-    MATRIX,
     ROW_BLOCK,
     ROWS,
     Arithmetic,
     by_column,
-    by_row,
     full,
-    in_parts,
     narrow_transforms,
     row_dot,
 )
@@ -41,8 +38,8 @@ BLOCK = 64
 """Keys of a tile, and columns of a block of the head dimension."""
 
 SQUARE = (BLOCK, BLOCK)
-_TURNS = 2  # warpgroups that take turns
-_VECTORS = ("query", "origin", "probe")
+# Rows of the scratch "vectors": for `Reader.turned`, for `decode_roles`, and `_shared_vectors`.
+EXCHANGED, SHRINK, FIRST_VECTOR = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +101,15 @@ def row_names(member: str) -> tuple[str, ...]:
     )
 
 
+def _shared_vectors(cache: Cache, member: str, precise: bool) -> tuple[str, ...]:
+    """Vectors of a query head that wait in shared memory, as they are too much for registers."""
+    if cache.blocks == 1:
+        return ()
+    if member == "lla" and precise:
+        return ("origin",)  # there is no room for the query, which is read again and again
+    return ("origin", "query", *(("probe",) if member == "parallax" else ()))
+
+
 def sum_over_cache(
     cache: Cache,
     member: str,
@@ -129,10 +135,10 @@ def sum_over_cache(
       precise: whether weighted keys have two 16-bit parts in the moments.
       interpret: parameters of the interpreter, or None to compile.
     """
-    from lla.kernels.mosaic_gpu import decode_roles
+    from lla.kernels.mosaic_gpu import decode_roles, decode_turns
 
     roles = member == "lla" and cache.blocks == 2
-    readers = decode_roles.READERS if roles else _TURNS
+    readers, weighers = (decode_roles.READERS, 1) if roles else (decode_turns.TURNS,) * 2
     # At 64 numbers a head the memory of one instance holds more tiles than are of use.
     config = Config(warpgroups=readers, block=BLOCK, stages=4 if roles else 6)
     names = row_names(member)
@@ -148,23 +154,16 @@ def sum_over_cache(
             plgpu.Barrier(num_arrivals=2 * cache.blocks, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=readers if roles else 1, num_barriers=config.stages),
         ),
-        "exchanged": plgpu.SMEM((_TURNS, ROW_BLOCK), jnp.float32),
     }
-    if cache.blocks == 2:  # too much for registers
-        shape = (_TURNS, len(_VECTORS), cache.blocks, BLOCK)
-        scratch["vectors"] = plgpu.SMEM(shape, jnp.float32)
     if member == "lla":
         outputs["moments"] = cache.each(cache.splits, cache.head_dim, 2 * cache.head_dim)
     if roles:
         scratch |= decode_roles.scratch(cache, precise)
     else:
-        scratch["handed"] = plgpu.Barrier(num_arrivals=1)
-        scratch["numbers"] = plgpu.SMEM((3, ROW_BLOCK), jnp.float32)
-        scratch["rows"] = plgpu.SMEM((len(names), cache.blocks, BLOCK), jnp.float32)
-        if member == "lla":
-            scratch["moments"] = plgpu.SMEM((2, *SQUARE), jnp.float32)
-            weighted = plgpu.SMEM((_TURNS, *SQUARE), cache.dtype, transforms=transforms)
-            scratch["weighted"] = [weighted] * (2 if precise else 1)
+        scratch |= decode_turns.scratch(cache, member, precise)
+    # Last, and one: every array before another fills a multiple of a kilobyte.
+    rows = FIRST_VECTOR + len(_shared_vectors(cache, member, precise)) * cache.blocks
+    scratch["vectors"] = plgpu.SMEM((weighers, rows, BLOCK), jnp.float32)
     operands = {
         "query": query,
         "key": key,
@@ -175,7 +174,7 @@ def sum_over_cache(
         "probe": probe,
     }
     body = functools.partial(
-        decode_roles.body if roles else _take_turns,
+        (decode_roles if roles else decode_turns).body,
         cache, member, precise, config, Arithmetic(interpret is not None),
     )  # fmt: skip
     results = launch(
@@ -221,8 +220,11 @@ def _tile_start(cache: Cache, j):
     return jnp.minimum(j * BLOCK, cache.num_keys - BLOCK)
 
 
-def stream(cache: Cache, given, share: Share, ring: Ring) -> None:
-    """The warpgroup that fills the ring with tiles: blocks of the keys, then of the values."""
+def stream(cache: Cache, given, share: Share, ring: Ring, even: bool = False) -> None:
+    """The warpgroup that fills the ring with tiles: blocks of the keys, then of the values.
+
+    If `even`, one more than there are where their number is odd.
+    """
 
     def fill(j, t):
         start = _tile_start(cache, j)
@@ -233,17 +235,19 @@ def stream(cache: Cache, given, share: Share, ring: Ring) -> None:
         ]
         return ring.fill(t, sources)
 
-    ring.drain(lax.fori_loop(share.begin, share.end, fill, jnp.int32(0)))
+    end = share.end
+    if even:
+        end = share.begin + 2 * lax.div(share.end - share.begin + 1, jnp.int32(2))
+    ring.drain(lax.fori_loop(share.begin, end, fill, jnp.int32(0)))
 
 
-class Weighed(NamedTuple):
-    """Of a tile: weights ``[64]`` relative to the `largest` logit so far, the factor that makes
-    earlier sums relative to it, t (see `Sums`), and the keys if registers hold them.
+class Scores(NamedTuple):
+    """Of a tile, for each key: the logit in base 2, whether it counts, and t (see `Sums`); and the
+    keys if registers hold them.
     """
 
-    weights: jax.Array
-    largest: jax.Array
-    shrink: jax.Array
+    logits: jax.Array
+    valid: jax.Array
     along: jax.Array
     keys: jax.Array | None
 
@@ -270,32 +274,44 @@ class Reader:
 
     def prepare(self) -> None:
         """Reads the vectors of the query head, into registers or shared memory."""
-        share, given = self.share, self.given
-        some_key = jnp.minimum(share.low, self.cache.num_keys - 1)
-        sources = {
-            "query": given["query"].at[share.b, share.head],
-            "origin": given["key"].at[share.b, some_key, share.kv_head],
-        }
-        if self.member == "parallax":
-            sources["probe"] = given["probe"].at[share.b, share.head]
-        scale = given["scale"][share.b, share.head] * LOG2E
-        for name, source in sources.items():
+        for name in ("origin", "query", *(("probe",) if self.member == "parallax" else ())):
             for c in self.blocks:
-                block = self.arithmetic.load(source.at[pl.ds(c * BLOCK, BLOCK)], COLS)
-                block = block.astype(jnp.float32)
-                if name == "query":
-                    block = block * scale
-                if self.cache.blocks == 1:
-                    self.held[name] = block
-                else:
-                    self.scratch["vectors"].at[self.w, _VECTORS.index(name), c][...] = block
+                if name in self.shared:
+                    self.place(name, c)[...] = self.read(name, c)
+                elif self.cache.blocks == 1:
+                    self.held[name] = self.read(name, c)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return _shared_vectors(self.cache, self.member, self.precise)
+
+    def read(self, name: str, c: int):
+        """Block c of a vector in global memory."""
+        share, given = self.share, self.given
+        if name == "origin":
+            some_key = jnp.minimum(share.low, self.cache.num_keys - 1)
+            source = given["key"].at[share.b, some_key, share.kv_head]
+        else:
+            source = given[name].at[share.b, share.head]
+        block = self.arithmetic.load(source.at[pl.ds(c * BLOCK, BLOCK)], COLS).astype(jnp.float32)
+        if name == "query":
+            block = block * (given["scale"][share.b, share.head] * LOG2E)
+        return block
+
+    def place(self, name: str, c: int):
+        """Where shared memory holds block c of a vector."""
+        row = FIRST_VECTOR + self.shared.index(name) * self.cache.blocks + c
+        return self.scratch["vectors"].at[self.w, row]
 
     def vector(self, name: str, c: int):
         """Block c of a vector as the columns of a matrix."""
         if name in self.held:
-            return by_column(self.held[name], SQUARE)
-        ref = self.scratch["vectors"].at[self.w, _VECTORS.index(name), c]
-        return by_column(self.arithmetic.load(ref, COLS), SQUARE)
+            block = self.held[name]
+        elif name in self.shared:
+            block = self.arithmetic.load(self.place(name, c), COLS)
+        else:
+            block = self.read(name, c)
+        return by_column(block, SQUARE)
 
     def keys(self, slot, c: int):
         """Block c of the keys of a tile, relative to the origin."""
@@ -307,24 +323,33 @@ class Reader:
             jnp.float32
         )
 
-    def weigh(self, t, slot, largest) -> Weighed:
-        """The weights of tile t, which lies in `slot`."""
+    def score(self, t, slot) -> Scores:
+        """Tile t, which lies in `slot`."""
         logits = along = full((ROW_BLOCK,), 0, ROWS)
         for c in self.blocks:
             keys = self.keys(slot, c)
             logits = logits + row_dot(keys, self.vector("query", c))
             if self.member == "parallax":
                 along = along + row_dot(keys, self.vector("probe", c))
-        j = self.share.begin + t
+        share, j = self.share, self.share.begin + t
         position = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)
         position = position + _tile_start(self.cache, j)
-        first = jnp.maximum(self.share.low, j * BLOCK)
-        valid = (position >= first) & (position < self.share.high)
+        first = jnp.maximum(share.low, j * BLOCK)
+        last = jnp.minimum(share.high, share.end * BLOCK)
+        valid = (position >= first) & (position < last)
         logits = jnp.where(valid, logits, LOWEST)
+        return Scores(logits, valid, along, keys if self.cache.blocks == 1 else None)
+
+    def weigh(self, largest, *tiles: Scores):
+        """The largest logit so far, and what it makes of sums so far and of the tiles.
+
+        Returns:
+          the largest logit, the factor of sums relative to the one before, each tile's weights.
+        """
+        logits = functools.reduce(jnp.maximum, [tile.logits for tile in tiles])
         new = jnp.maximum(largest, self.across(logits).max(axis=1))
-        weights = jnp.where(valid, jnp.exp2(logits - new), 0.0)
-        kept = keys if self.cache.blocks == 1 else None
-        return Weighed(weights, new, jnp.exp2(largest - new), along, kept)
+        weights = [jnp.where(tile.valid, jnp.exp2(tile.logits - new), 0.0) for tile in tiles]
+        return new, jnp.exp2(largest - new), weights
 
     def across(self, vector):
         """A vector of rows as the columns of a matrix.
@@ -335,7 +360,7 @@ class Reader:
 
     def turned(self, vector):
         """A vector of rows as one of columns."""
-        ref = self.scratch["exchanged"].at[self.w]
+        ref = self.scratch["vectors"].at[self.w, EXCHANGED]
         ref[...] = vector
         return self.arithmetic.load(ref, COLS)
 
@@ -351,143 +376,3 @@ class Reader:
                 blocks = [blocks] + [full((BLOCK,), 0, ROWS)] * (self.cache.blocks - 1)
             for c, block in enumerate(blocks):
                 self.part("rows").at[r, pl.ds(c * BLOCK, BLOCK)][...] = block
-
-
-# ---------------------------------------------------------------------------------------------
-# Two warpgroups that take turns
-
-
-def _take_turns(cache, member, precise, config, arithmetic, given, out, scratch):
-    share = Share.mine(cache, given)
-    tiles, *barriers = scratch["ring"]
-    ring = Ring(tuple(tiles), *barriers, config.stages, late=False)
-    warpgroup = lax.axis_index("warpgroup")
-
-    def registers(index: int):
-        if not arithmetic.interpreted:
-            action = "decrease" if index else "increase"
-            plgpu.set_max_registers(config.registers[index], action=action)
-
-    for w in range(_TURNS):
-
-        @pl.when(warpgroup == w)
-        def _(w=w):
-            registers(0)
-            _Turns(cache, member, precise, arithmetic, given, out, scratch, share, ring, w).run()
-
-    @pl.when(warpgroup == _TURNS)
-    def _():
-        registers(1)
-        stream(cache, given, share, ring)
-
-
-class _Turns(Reader):
-    """One of the warpgroups that take every other tile each, with sums of its own."""
-
-    def run(self) -> None:
-        self.prepare()
-
-        def matrices(count):
-            return tuple(full(SQUARE, 0, MATRIX) for _ in range(count))
-
-        zero = full((ROW_BLOCK,), 0, ROWS)
-        start = {
-            "largest": full((ROW_BLOCK,), LOWEST, ROWS),
-            "total": zero,
-            "value": matrices(len(self.blocks)),
-        }
-        if self.member == "lla":
-            start |= {"key": matrices(1), "moments": matrices(2)}
-        if self.member == "parallax":
-            start |= {"along": zero, "along_value": matrices(len(self.blocks))}
-        count = self.share.end - self.share.begin
-        turns = lax.div(count + (_TURNS - 1 - self.w), jnp.int32(_TURNS))
-        self.finish(lax.fori_loop(0, turns, self.add_tile, start))
-
-    def add_tile(self, i, sums):
-        t = _TURNS * i + self.w
-        slot = self.ring.wait(t)
-        tile = self.weigh(t, slot, sums["largest"])
-        shrink = by_row(tile.shrink, SQUARE)
-
-        def add(matrices, terms):
-            return tuple(a * shrink + b for a, b in zip(matrices, terms, strict=True))
-
-        new = {"largest": tile.largest, "total": sums["total"] * tile.shrink + tile.weights}
-        spread = by_row(tile.weights, SQUARE)
-        values = [self.values(slot, c) for c in self.blocks]
-        new["value"] = add(sums["value"], [v * spread for v in values])
-        if self.member == "parallax":
-            weighted = tile.weights * tile.along
-            new["along"] = sums["along"] * tile.shrink + weighted
-            weighted = by_row(weighted, SQUARE)
-            new["along_value"] = add(sums["along_value"], [v * weighted for v in values])
-        if self.member == "lla":
-            weighted = tile.keys * spread
-            new["key"] = add(sums["key"], [weighted])
-            parts = in_parts(weighted, self.cache.dtype, self.precise)
-            # An index that is known would become a constant of the products, which do not lower.
-            refs = [ref.at[lax.axis_index("warpgroup")] for ref in self.scratch["weighted"]]
-            for ref, part in zip(refs, parts, strict=True):
-                ref[...] = part
-            plgpu.commit_smem()
-            new["moments"] = self.arithmetic.accumulate_transposed(
-                [a * shrink for a in sums["moments"]],
-                *[[(ref, tile.at[slot]) for ref in refs] for tile in self.ring.tiles],
-            )
-        else:
-            plgpu.commit_smem()
-        self.ring.release(slot)
-        return new
-
-    def finish(self, sums) -> None:
-        """Adds the sums of both warpgroups and writes them.
-
-        Reductions across warps share memory, so the warpgroups reduce one after the other.
-        """
-        if self.w == 0:
-            plgpu.barrier_wait(self.scratch["handed"])
-        numbers = {name: sums[name] for name in ("largest", "total", "along") if name in sums}
-        rows = {
-            name: [matrix.sum(axis=0) for matrix in sums[name]]
-            for name in ("value", "key", "along_value")
-            if name in sums
-        }
-        moments = sums.get("moments", ())
-        places = {name: self.scratch["numbers"].at[i] for i, name in enumerate(numbers)}
-        row_places = {
-            (name, c): self.scratch["rows"].at[r, c]
-            for r, name in enumerate(rows)
-            for c in self.blocks
-        }
-        if self.w:
-            for name, vector in numbers.items():
-                places[name][...] = vector
-            for (name, c), place in row_places.items():
-                place[...] = rows[name][c]
-            for c, matrix in enumerate(moments):
-                self.scratch["moments"].at[c][...] = matrix
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(self.scratch["handed"])
-            return
-
-        load = self.arithmetic.load
-        others = {name: load(place, ROWS) for name, place in places.items()}
-        largest = jnp.maximum(numbers["largest"], others["largest"])
-        own, other = (jnp.exp2(n["largest"] - largest) for n in (numbers, others))
-        columns = self.turned(own), self.turned(other)
-        joined = {
-            name: [
-                row * columns[0] + load(row_places[name, c], COLS) * columns[1]
-                for c, row in enumerate(blocks)
-            ]
-            for name, blocks in rows.items()
-        }
-        for name in numbers:
-            joined[name] = numbers[name] * own + others[name] * other
-        self.part("largest")[...] = largest
-        self.store_rows(joined)
-        for c, matrix in enumerate(moments):
-            total = matrix * by_row(own, SQUARE)
-            total = total + load(self.scratch["moments"].at[c]) * by_row(other, SQUARE)
-            self.part("moments").at[pl.ds(0, BLOCK), pl.ds(c * BLOCK, BLOCK)][...] = total

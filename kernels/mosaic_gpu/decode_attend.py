@@ -83,6 +83,9 @@ def attend_cache(
 def _join(sums: Sums) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Rows and moments of all parts, relative to the largest logit; and that logit."""
     largest = sums.largest[..., 0]
+    if largest.shape[-1] == 1:
+        rows, moments = sums.rows[:, :, 0], sums.moments
+        return rows, None if moments is None else moments[:, :, 0], largest[..., 0]
     highest = largest.max(-1)
     factor = jnp.exp2(largest - highest[..., None])
 

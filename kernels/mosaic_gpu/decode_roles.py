@@ -1,10 +1,13 @@
 """The sums of `lla.kernels.mosaic_gpu.decode` for wide heads, whose moments fill the registers.
 
 One warpgroup weighs the keys of every tile and leaves them in shared memory; two multiply them,
-each with half of the rows of the moments and with nothing else in its registers.
+each with half of the rows of the moments and with nothing else in its registers. Tiles come in
+pairs: the first warpgroup has no other to hide its latencies, but two chains of its own.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -13,6 +16,7 @@ from jax import lax
 
 from lla.kernels.mosaic_gpu.decode import (
     BLOCK,
+    SHRINK,
     SQUARE,
     Cache,
     Reader,
@@ -29,25 +33,26 @@ from lla.kernels.mosaic_gpu.tile import (
     full,
     in_parts,
     narrow_transforms,
+    wide_transforms,
 )
 
 _HALVES = 2
 READERS = 1 + _HALVES
 """Warpgroups that read tiles: the one that weighs, and one for each half of the moments."""
 
-_SLOTS = 2  # weighted tiles in flight
+_PAIR = 2  # tiles that are weighed together, and weighted tiles in flight
 # Registers of a thread of the warpgroups that weigh, multiply and stream: 512 in all.
 _REGISTERS = {"weigh": 168, "multiply": 160, "stream": 24}
 
 
 def scratch(cache: Cache, precise: bool) -> dict:
     """Scratch types of this body alone."""
-    weighted = plgpu.SMEM((_SLOTS, *SQUARE), cache.dtype, transforms=narrow_transforms())
+    weighted = plgpu.SMEM((_PAIR, *SQUARE), cache.dtype, transforms=narrow_transforms())
     return {
+        "keys": plgpu.SMEM((_HALVES, *SQUARE), jnp.float32, transforms=wide_transforms()),
         "weighted": [[weighted] * (2 if precise else 1) for _ in range(_HALVES)],
-        "shrink": plgpu.SMEM((_SLOTS, ROW_BLOCK), jnp.float32),
-        "ready": plgpu.Barrier(num_arrivals=1, num_barriers=_SLOTS),
-        "free": plgpu.Barrier(num_arrivals=_HALVES, num_barriers=_SLOTS),
+        "ready": plgpu.Barrier(num_arrivals=1, num_barriers=_PAIR),
+        "free": plgpu.Barrier(num_arrivals=_HALVES, num_barriers=_PAIR),
     }
 
 
@@ -80,85 +85,105 @@ def body(cache, member, precise, config, arithmetic, given, out, scratch):
     @pl.when(warpgroup == READERS)
     def _():
         registers("stream", "decrease")
-        stream(cache, given, share, ring)
+        stream(cache, given, share, ring, even=True)
 
 
-def _slot(t):
-    return lax.rem(t, jnp.int32(_SLOTS))
+@dataclasses.dataclass
+class _PairReader(Reader):
+    @property
+    def pairs(self):
+        count = self.share.end - self.share.begin
+        return lax.div(count + 1, jnp.int32(_PAIR))
 
 
-class _Weigher(Reader):
+class _Weigher(_PairReader):
     def run(self) -> None:
         self.prepare()
-
-        def matrices():
-            return tuple(full(SQUARE, 0, MATRIX) for _ in self.blocks)
 
         start = {
             "largest": full((ROW_BLOCK,), LOWEST, ROWS),
             "total": full((ROW_BLOCK,), 0, ROWS),
-            "value": matrices(),
-            "key": matrices(),
+            "value": tuple(full(SQUARE, 0, MATRIX) for _ in self.blocks),
         }
-        count = self.share.end - self.share.begin
-        sums = lax.fori_loop(0, count, self.add_tile, start)
+        for c in self.blocks:
+            self.scratch["keys"].at[c][...] = full(SQUARE, 0, MATRIX)
+        sums = lax.fori_loop(0, self.pairs, self.add_pair, start)
 
-        def wait(t, _):
-            plgpu.barrier_wait(self.scratch["free"].at[_slot(t)])
+        @pl.when(self.pairs > 0)
+        def _():
+            for place in range(_PAIR):
+                plgpu.barrier_wait(self.scratch["free"].at[place])
 
-        lax.fori_loop(jnp.maximum(count - _SLOTS, 0), count, wait, None)
         self.part("largest")[...] = sums["largest"]
-        rows = {name: [matrix.sum(axis=0) for matrix in sums[name]] for name in ("value", "key")}
+        keys = [self.arithmetic.load(self.scratch["keys"].at[c]) for c in self.blocks]
+        rows = {"value": sums["value"], "key": keys}
+        rows = {name: [matrix.sum(axis=0) for matrix in blocks] for name, blocks in rows.items()}
         self.store_rows(rows | {"total": sums["total"]})
 
-    def add_tile(self, t, sums):
-        slot, place = self.ring.wait(t), _slot(t)
-        tile = self.weigh(t, slot, sums["largest"])
-        shrink, spread = by_row(tile.shrink, SQUARE), by_row(tile.weights, SQUARE)
+    def add_pair(self, pair, sums):
+        times = [_PAIR * pair + i for i in range(_PAIR)]
+        slots = [self.ring.wait(t) for t in times]
+        tiles = [self.score(t, slot) for t, slot in zip(times, slots, strict=True)]
+        largest, shrink_rows, weights = self.weigh(sums["largest"], *tiles)
+        shrink, spread = by_row(shrink_rows, SQUARE), [by_row(w, SQUARE) for w in weights]
 
-        @pl.when(t >= _SLOTS)
+        @pl.when(pair > 0)
         def _():
-            plgpu.barrier_wait(self.scratch["free"].at[place])
+            for place in range(_PAIR):
+                plgpu.barrier_wait(self.scratch["free"].at[place])
 
-        keys = []
         for c in self.blocks:
-            weighted = self.keys(slot, c) * spread
-            keys.append(sums["key"][c] * shrink + weighted)
-            parts = in_parts(weighted, self.cache.dtype, self.precise)
-            for ref, part in zip(self.scratch["weighted"][c], parts, strict=True):
-                ref.at[place][...] = part
-        self.scratch["shrink"].at[place][...] = tile.shrink
+            # In shared memory, as the registers hold the values.
+            total = self.arithmetic.load(self.scratch["keys"].at[c]) * shrink
+            for place, slot in enumerate(slots):
+                weighted = self.keys(slot, c) * spread[place]
+                total = total + weighted
+                parts = in_parts(weighted, self.cache.dtype, self.precise)
+                for ref, part in zip(self.scratch["weighted"][c], parts, strict=True):
+                    ref.at[place][...] = part
+            self.scratch["keys"].at[c][...] = total
+        self.scratch["vectors"].at[0, SHRINK][...] = shrink_rows
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.scratch["ready"].at[place])
-        values = [sums["value"][c] * shrink + self.values(slot, c) * spread for c in self.blocks]
+        for place in range(_PAIR):
+            plgpu.barrier_arrive(self.scratch["ready"].at[place])
+        values = []
+        for c, total in enumerate(sums["value"]):
+            total = total * shrink
+            for place, slot in enumerate(slots):
+                total = total + self.values(slot, c) * spread[place]
+            values.append(total)
         plgpu.commit_smem()
-        self.ring.release(slot)
-        total = sums["total"] * tile.shrink + tile.weights
-        return {
-            "largest": tile.largest, "total": total, "value": tuple(values), "key": tuple(keys),
-        }  # fmt: skip
+        for slot in slots:
+            self.ring.release(slot)
+        total = sums["total"] * shrink_rows + sum(weights)
+        return {"largest": largest, "total": total, "value": tuple(values)}
 
 
-class _Multiplier(Reader):
+class _Multiplier(_PairReader):
     """Rows ``[64 w, 64 w + 64)`` of the moments."""
 
     def run(self) -> None:
         start = tuple(full(SQUARE, 0, MATRIX) for _ in self.ring.tiles)
-        count = self.share.end - self.share.begin
-        moments = lax.fori_loop(0, count, self.add_tile, start)
+        moments = lax.fori_loop(0, self.pairs, self.add_pair, start)
         for c, matrix in enumerate(moments):
             where = pl.ds(self.w * BLOCK, BLOCK), pl.ds(c * BLOCK, BLOCK)
             self.part("moments").at[where][...] = matrix
 
-    def add_tile(self, t, moments):
-        slot, place = self.ring.wait(t), _slot(t)
-        plgpu.barrier_wait(self.scratch["ready"].at[place])
-        shrink = by_row(self.arithmetic.load(self.scratch["shrink"].at[place], ROWS), SQUARE)
-        refs = [ref.at[place] for ref in self.scratch["weighted"][self.w]]
-        moments = self.arithmetic.accumulate_transposed(
-            [matrix * shrink for matrix in moments],
-            *[[(ref, tile.at[slot]) for ref in refs] for tile in self.ring.tiles],
-        )
-        plgpu.barrier_arrive(self.scratch["free"].at[place])
-        self.ring.release(slot)
+    def add_pair(self, pair, moments):
+        for i in range(_PAIR):
+            slot = self.ring.wait(_PAIR * pair + i)
+            # An index that is known would become a constant of the products, which do not lower.
+            place = lax.rem(_PAIR * pair + i, jnp.int32(_PAIR))
+            plgpu.barrier_wait(self.scratch["ready"].at[place])
+            if i == 0:
+                shrink = by_row(
+                    self.arithmetic.load(self.scratch["vectors"].at[0, SHRINK], ROWS), SQUARE
+                )
+                moments = [matrix * shrink for matrix in moments]
+            refs = [ref.at[place] for ref in self.scratch["weighted"][self.w]]
+            moments = self.arithmetic.accumulate_transposed(
+                moments, *[[(ref, tile.at[slot]) for ref in refs] for tile in self.ring.tiles]
+            )
+            plgpu.barrier_arrive(self.scratch["free"].at[place])
+            self.ring.release(slot)
         return moments

@@ -23,6 +23,8 @@ _HEAD_DIMS = (64, 128)
 _BLOCK = 64  # keys of a tile
 # Program instances that an H100 or H200 runs at once, one per multiprocessor.
 _INSTANCES = 132
+# Time of an instance beside its tiles, in tiles.
+_OVERHEAD = 4
 # At this ridge and above, weighted keys may have one 16-bit part.
 _LARGE_RIDGE = 5.0
 
@@ -45,17 +47,15 @@ def serves(problem: Problem) -> bool:
 def choose_splits(queries: int, num_keys: int, instances: int = _INSTANCES) -> int:
     """Program instances that share the keys of one of `queries` query heads of all sequences.
 
-    The fewest with which the last round of instances is nearly full, as every share adds sums to
-    join; a share has at least four tiles.
+    The fewest that take the least time: rounds of instances, times the tiles of a share and what an
+    instance takes without any. A share has at least four tiles, as its sums have to be joined.
     """
-    most = max(1, num_keys // (4 * _BLOCK))
+    tiles = -(-num_keys // _BLOCK)
 
-    def use(splits):
-        programs = queries * splits
-        return programs / (-(-programs // instances) * instances)
+    def time(splits):
+        return -(-queries * splits // instances) * (-(-tiles // splits) + _OVERHEAD)
 
-    best = max(use(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if use(splits) >= 0.9 * best)
+    return min(range(1, max(1, tiles // 4) + 1), key=time)
 
 
 @dataclasses.dataclass(frozen=True)
