@@ -146,12 +146,12 @@ def sum_over_cache(
         "largest": cache.each(cache.splits, ROW_BLOCK),
         "rows": cache.each(cache.splits, len(names), cache.head_dim),
     }
-    transforms = narrow_transforms()
-    tile = plgpu.SMEM((config.stages, *SQUARE), cache.dtype, transforms=transforms)
+    shape = (config.stages, BLOCK, cache.head_dim)
+    tile = plgpu.SMEM(shape, cache.dtype, transforms=narrow_transforms())
     scratch = {
         "ring": (
-            [tile] * (2 * cache.blocks),
-            plgpu.Barrier(num_arrivals=2 * cache.blocks, num_barriers=config.stages),
+            [tile] * 2,
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=readers if roles else 1, num_barriers=config.stages),
         ),
     }
@@ -221,19 +221,14 @@ def _tile_start(cache: Cache, j):
 
 
 def stream(cache: Cache, given, share: Share, ring: Ring, even: bool = False) -> None:
-    """The warpgroup that fills the ring with tiles: blocks of the keys, then of the values.
+    """The warpgroup that fills the ring with tiles of keys and of values.
 
     If `even`, one more than there are where their number is odd.
     """
 
     def fill(j, t):
-        start = _tile_start(cache, j)
-        sources = [
-            given[name].at[share.b, pl.ds(start, BLOCK), share.kv_head, pl.ds(c * BLOCK, BLOCK)]
-            for name in ("key", "value")
-            for c in range(cache.blocks)
-        ]
-        return ring.fill(t, sources)
+        where = (share.b, pl.ds(_tile_start(cache, j), BLOCK), share.kv_head)
+        return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
 
     end = share.end
     if even:
@@ -315,13 +310,14 @@ class Reader:
 
     def keys(self, slot, c: int):
         """Block c of the keys of a tile, relative to the origin."""
-        tile = self.arithmetic.load(self.ring.tiles[c].at[slot])
-        return tile.astype(jnp.float32) - self.vector("origin", c)
+        return self.block(0, slot, c) - self.vector("origin", c)
 
     def values(self, slot, c: int):
-        return self.arithmetic.load(self.ring.tiles[self.cache.blocks + c].at[slot]).astype(
-            jnp.float32
-        )
+        return self.block(1, slot, c)
+
+    def block(self, tile: int, slot, c: int):
+        ref = self.ring.tiles[tile].at[slot, :, pl.ds(c * BLOCK, BLOCK)]
+        return self.arithmetic.load(ref).astype(jnp.float32)
 
     def score(self, t, slot) -> Scores:
         """Tile t, which lies in `slot`."""

@@ -47,12 +47,14 @@ _REGISTERS = {"weigh": 168, "multiply": 160, "stream": 24}
 
 def scratch(cache: Cache, precise: bool) -> dict:
     """Scratch types of this body alone."""
-    weighted = plgpu.SMEM((_PAIR, *SQUARE), cache.dtype, transforms=narrow_transforms())
+    weighted = plgpu.SMEM((_HALVES, *SQUARE), cache.dtype, transforms=narrow_transforms())
     return {
         "keys": plgpu.SMEM((_HALVES, *SQUARE), jnp.float32, transforms=wide_transforms()),
-        "weighted": [[weighted] * (2 if precise else 1) for _ in range(_HALVES)],
-        "ready": plgpu.Barrier(num_arrivals=1, num_barriers=_PAIR),
-        "free": plgpu.Barrier(num_arrivals=_HALVES, num_barriers=_PAIR),
+        "weighted": [[weighted] * (2 if precise else 1) for _ in range(_PAIR)],
+        "seen": plgpu.Barrier(num_arrivals=_HALVES),
+        # For each half of the moments.
+        "ready": plgpu.Barrier(num_arrivals=1, num_barriers=_HALVES),
+        "free": plgpu.Barrier(num_arrivals=1, num_barriers=_HALVES),
     }
 
 
@@ -111,8 +113,9 @@ class _Weigher(_PairReader):
 
         @pl.when(self.pairs > 0)
         def _():
-            for place in range(_PAIR):
-                plgpu.barrier_wait(self.scratch["free"].at[place])
+            plgpu.barrier_wait(self.scratch["seen"])
+            for c in self.blocks:
+                plgpu.barrier_wait(self.scratch["free"].at[c])
 
         self.part("largest")[...] = sums["largest"]
         keys = [self.arithmetic.load(self.scratch["keys"].at[c]) for c in self.blocks]
@@ -129,23 +132,26 @@ class _Weigher(_PairReader):
 
         @pl.when(pair > 0)
         def _():
-            for place in range(_PAIR):
-                plgpu.barrier_wait(self.scratch["free"].at[place])
+            plgpu.barrier_wait(self.scratch["seen"])
 
+        self.scratch["vectors"].at[0, SHRINK][...] = shrink_rows
         for c in self.blocks:
+
+            @pl.when(pair > 0)
+            def _(c=c):
+                plgpu.barrier_wait(self.scratch["free"].at[c])
+
             # In shared memory, as the registers hold the values.
             total = self.arithmetic.load(self.scratch["keys"].at[c]) * shrink
             for place, slot in enumerate(slots):
                 weighted = self.keys(slot, c) * spread[place]
                 total = total + weighted
                 parts = in_parts(weighted, self.cache.dtype, self.precise)
-                for ref, part in zip(self.scratch["weighted"][c], parts, strict=True):
-                    ref.at[place][...] = part
+                for ref, part in zip(self.scratch["weighted"][place], parts, strict=True):
+                    ref.at[c][...] = part
             self.scratch["keys"].at[c][...] = total
-        self.scratch["vectors"].at[0, SHRINK][...] = shrink_rows
-        plgpu.commit_smem()
-        for place in range(_PAIR):
-            plgpu.barrier_arrive(self.scratch["ready"].at[place])
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(self.scratch["ready"].at[c])
         values = []
         for c, total in enumerate(sums["value"]):
             total = total * shrink
@@ -163,27 +169,33 @@ class _Multiplier(_PairReader):
     """Rows ``[64 w, 64 w + 64)`` of the moments."""
 
     def run(self) -> None:
-        start = tuple(full(SQUARE, 0, MATRIX) for _ in self.ring.tiles)
+        shape = (BLOCK, self.cache.head_dim)
+        start = tuple(full(shape, 0, MATRIX) for _ in self.ring.tiles)
         moments = lax.fori_loop(0, self.pairs, self.add_pair, start)
-        for c, matrix in enumerate(moments):
-            where = pl.ds(self.w * BLOCK, BLOCK), pl.ds(c * BLOCK, BLOCK)
+        for i, matrix in enumerate(moments):
+            where = pl.ds(self.w * BLOCK, BLOCK), pl.ds(i * shape[1], shape[1])
             self.part("moments").at[where][...] = matrix
 
     def add_pair(self, pair, moments):
-        for i in range(_PAIR):
-            slot = self.ring.wait(_PAIR * pair + i)
-            # An index that is known would become a constant of the products, which do not lower.
-            place = lax.rem(_PAIR * pair + i, jnp.int32(_PAIR))
-            plgpu.barrier_wait(self.scratch["ready"].at[place])
-            if i == 0:
-                shrink = by_row(
-                    self.arithmetic.load(self.scratch["vectors"].at[0, SHRINK], ROWS), SQUARE
-                )
-                moments = [matrix * shrink for matrix in moments]
-            refs = [ref.at[place] for ref in self.scratch["weighted"][self.w]]
-            moments = self.arithmetic.accumulate_transposed(
-                moments, *[[(ref, tile.at[slot]) for ref in refs] for tile in self.ring.tiles]
-            )
-            plgpu.barrier_arrive(self.scratch["free"].at[place])
+        # An index that is known would become a constant of the products, which do not lower.
+        half = lax.axis_index("warpgroup") - 1
+        slots = [self.ring.wait(_PAIR * pair + i) for i in range(_PAIR)]
+        plgpu.barrier_wait(self.scratch["ready"].at[half])
+        shrink = self.arithmetic.load(self.scratch["vectors"].at[0, SHRINK], ROWS)
+        moments = [matrix * by_row(shrink, matrix.shape) for matrix in moments]
+        plgpu.barrier_arrive(self.scratch["seen"])
+        moments = self.arithmetic.accumulate_transposed(
+            moments,
+            *[
+                [
+                    (ref.at[half], tile.at[slot])
+                    for refs, slot in zip(self.scratch["weighted"], slots, strict=True)
+                    for ref in refs
+                ]
+                for tile in self.ring.tiles
+            ],
+        )
+        plgpu.barrier_arrive(self.scratch["free"].at[half])
+        for slot in slots:
             self.ring.release(slot)
         return moments
