@@ -70,7 +70,7 @@ def test_quick_run_passes_and_covers_the_family(tmp_path):
         capture_output=True, text=True, check=False, env=os.environ | strict,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
-    assert "mosaic_tpu: not available, this release has no" in process.stdout
+    assert "mosaic_tpu: not available, the kernels need a TPU" in process.stdout
     report = json.loads(file.read_text())
     assert report["environment"]["jax"] == jax.__version__
     rows = report["results"]
@@ -135,6 +135,8 @@ def test_reference_is_float64_and_bounds_are_as_documented(tiny):
     for ridge in (10.0, 0.1, 0.01):
         assert selftest.error_bound(exact, "bfloat16", ridge, False, "mosaic_gpu") == 5e-3
         assert selftest.error_bound(exact, "bfloat16", ridge, True, "mosaic_gpu") == 2e-2
+        plain = selftest.error_bound(exact, "float32", ridge, True)
+        assert selftest.error_bound(exact, "float32", ridge, True, "mosaic_tpu") == plain
     assert selftest.error_bound(exact, "bfloat16", 1.0, False) == pytest.approx(2 * error + 1e-5)
 
 

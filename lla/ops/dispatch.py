@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from lla.ops import mosaic_gpu
+from lla.ops import mosaic_gpu, mosaic_tpu
 from lla.ops.auto import choose_method
 from lla.ops.options import Stats
 from lla.ops.problem import Problem, resolve_solver
@@ -28,15 +28,11 @@ def _refuse_xla(problem: Problem) -> str | None:
     return None
 
 
-def _refuse_kernel(kind: str) -> Callable[[Problem], str]:
-    return lambda problem: f"this release has no {kind} kernel"
-
-
 _REFUSALS: dict[str, Callable[[Problem], str | None]] = {
     "reference": _refuse_reference,
     "xla": _refuse_xla,
     "mosaic_gpu": mosaic_gpu.refuse,
-    "mosaic_tpu": _refuse_kernel("Mosaic TPU"),
+    "mosaic_tpu": mosaic_tpu.refuse,
 }
 
 
@@ -45,12 +41,17 @@ def _run(name: str, problem: Problem, with_stats: bool) -> tuple[jax.Array, Stat
         return reference(problem)
     if name == "mosaic_gpu":
         return mosaic_gpu.mosaic_gpu(problem)
+    if name == "mosaic_tpu":
+        return mosaic_tpu.mosaic_tpu(problem)
     return xla(problem, resolve_solver(problem, choose_method(problem)), with_stats)
 
 
 def preference() -> tuple[str, ...]:
-    """Implementations in the order tried by ``implementation=None`` on this platform."""
-    kernels = {"gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
+    """Implementations in the order tried by ``implementation=None`` on this platform.
+
+    The TPU kernels are not among them: they have never run on hardware, so they have to be named.
+    """
+    kernels = {"gpu": ("mosaic_gpu",)}
     return (*kernels.get(jax.default_backend(), ()), "xla")
 
 

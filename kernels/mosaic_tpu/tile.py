@@ -1,0 +1,176 @@
+"""Arithmetic, masks and layouts on one tile; no references, no control flow.
+
+A tile has queries along its rows and keys along its columns, or the other way round in the kernel
+of the key gradients. What belongs to a row is a column ``[R, 1]``, what belongs to a column a row
+``[1, L]``; arrays in memory hold both kinds as rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+# Below every logit; finite, so that the difference of two of them is a number.
+LOWEST = -1e30
+# The dimension of each operand that a product sums over.
+INNER, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """How products are formed.
+
+    A product has operands of `dtype` only: inputs as they are, and float32 numbers rounded to it,
+    in two parts where `precise` asks for that. With float32 nothing is rounded. Sums are float32.
+    """
+
+    dtype: Any
+    precise: bool
+
+    @property
+    def coarse(self) -> bool:
+        """Whether weights are rounded to bfloat16, in one part."""
+        return self.dtype != jnp.float32 and not self.precise
+
+    def parts(self, array) -> tuple:
+        """float32 `array` as what products take."""
+        if self.dtype == jnp.float32:
+            return (array,)
+        high = round_to_bfloat16(array)
+        if self.coarse:
+            return (high.astype(self.dtype),)
+        low = round_to_bfloat16(array - high)
+        return high.astype(self.dtype), low.astype(self.dtype)
+
+    def rounded(self, array):
+        """The float32 numbers that `parts` stands for."""
+        if self.dtype == jnp.float32:
+            return array
+        high = round_to_bfloat16(array)
+        return high + round_to_bfloat16(array - high) if self.precise else high
+
+    def weighted_sum(self, weights, vectors):
+        """``weights @ vectors`` with rounded weights, and the sums of their rows."""
+        total = self.rounded(weights).sum(-1, keepdims=True)
+        return product(self.parts(weights), (vectors,)), total
+
+
+def round_to_bfloat16(array):
+    """float32 numbers that bfloat16 holds; by bits, as compilers may drop a pair of conversions."""
+    bits = lax.bitcast_convert_type(array, jnp.int32)
+    bits = (bits + 0x8000) & jnp.int32(-0x10000)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def product(a: tuple, b: tuple, contracted=INNER):
+    """Product of two sums of parts in float32, without the terms that are too small to matter."""
+    precision = lax.Precision.HIGHEST if a[0].dtype == jnp.float32 else None
+    total = None
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            if i + j < max(len(a), len(b)):
+                term = lax.dot_general(
+                    x, y, (contracted, ((), ())), precision=precision,
+                    preferred_element_type=jnp.float32,
+                )  # fmt: skip
+                total = term if total is None else total + term
+    return total
+
+
+def to_column(row):
+    """``[1, n] -> [n, 1]`` exactly, by selecting the diagonal."""
+    return _diagonal(row, axis=1)
+
+
+def to_row(column):
+    """``[n, 1] -> [1, n]`` exactly."""
+    return _diagonal(column, axis=0)
+
+
+def _diagonal(vector, axis: int):
+    size = vector.size
+    shape = (size, size)
+    on = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(jnp.int32, shape, 1)
+    spread = jnp.where(on, jnp.broadcast_to(vector, shape), jnp.zeros(shape, vector.dtype))
+    return spread.sum(axis, keepdims=True)
+
+
+def ids_to_column(row):
+    """The same for int32, whose sums hardware may lack: in halves, which float32 holds."""
+    high, low = row >> 16, row & 0xFFFF
+    high, low = (to_column(half.astype(jnp.float32)).astype(jnp.int32) for half in (high, low))
+    return (high << 16) | low
+
+
+# ---------------------------------------------------------------------------------------------
+# Masks
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSpec:
+    """Static part of a mask."""
+
+    is_causal: bool
+    window: tuple[int, int] | None
+    segments: bool
+
+
+class Sequence(NamedTuple):
+    """The sequence that a program instance works on, int32 scalars."""
+
+    offset: Any  # position of query 0 among the keys
+    length: Any  # number of keys that exist
+
+
+def visible(spec: MaskSpec, length, positions, keys, query_ids=None, key_ids=None):
+    """Bool, broadcast of `positions` and `keys`, one of which is a row and the other a column."""
+    valid = keys < length
+    if spec.is_causal or spec.window is not None:
+        distance = keys - positions
+        if spec.is_causal:
+            valid = valid & (distance <= 0)
+        if spec.window is not None:
+            left, right = spec.window
+            valid = valid & (distance >= -left) & (distance <= right)
+    if spec.segments:
+        valid = valid & (query_ids == key_ids)
+    return valid
+
+
+def key_tiles(spec: MaskSpec, sequence: Sequence, first, last, size: int):
+    """Tiles ``[low, high)`` of `size` keys that any of the queries ``first ... last`` sees."""
+    low, high = jnp.int32(0), sequence.length
+    begin, end = first + sequence.offset, last + sequence.offset + 1
+    if spec.is_causal:
+        high = jnp.minimum(high, end)
+    if spec.window is not None:
+        left, right = spec.window
+        low, high = jnp.maximum(low, begin - left), jnp.minimum(high, end + right)
+    return _tiles(low, high, size)
+
+
+def row_tiles(
+    spec: MaskSpec, sequence: Sequence, first, keys: int, queries: int, group: int, size: int
+):
+    """Tiles ``[low, high)`` of `size` rows that see any of the keys ``[first, first + keys)``.
+
+    A query has `group` rows.
+    """
+    low, high = jnp.int32(0), jnp.int32(queries)
+    begin = first - sequence.offset  # the query at the position of the first key
+    end = jnp.minimum(first + keys, sequence.length) - sequence.offset
+    if spec.is_causal:
+        low = jnp.maximum(low, begin)
+    if spec.window is not None:
+        left, right = spec.window
+        low, high = jnp.maximum(low, begin - right), jnp.minimum(high, end + left)
+    high = jnp.where(first < sequence.length, high, 0)
+    return _tiles(low * group, high * group, size)
+
+
+def _tiles(low, high, size: int):
+    high = lax.div(jnp.maximum(high, 0) + (size - 1), jnp.int32(size))
+    return jnp.minimum(lax.div(low, jnp.int32(size)), high), high

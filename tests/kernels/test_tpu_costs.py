@@ -1,0 +1,71 @@
+"""The tables in kernels/TPU.md are those of the committed costs, which are those of the kernels."""
+
+import json
+
+import pytest
+
+from experiments.benchmarks import tpu_costs
+
+
+@pytest.fixture(scope="module")
+def document():
+    return json.loads(tpu_costs.RESULT.read_text(encoding="utf-8"))
+
+
+def test_tables_are_those_of_the_result(document):
+    text = tpu_costs.DOCUMENT.read_text(encoding="utf-8")
+    assert tpu_costs.render(text, document) == text
+    for chip in (*tpu_costs.CHIPS, "Estimates, not measurements", "Nothing was run on a TPU"):
+        assert chip in text
+    with pytest.raises(ValueError, match="no block"):
+        tpu_costs.render("no block", document)
+
+
+@pytest.mark.parametrize("member", ["softmax", "parallax"])
+def test_counts_are_those_of_the_kernels(document, member):
+    check(document, member, 128, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", tpu_costs.HEAD_DIMS)
+@pytest.mark.parametrize("ridge", tpu_costs.RIDGES)
+def test_counts_are_those_of_the_solving_kernels(document, head_dim, ridge):
+    check(document, "lla", head_dim, ridge)
+
+
+def check(document, member, head_dim, ridge):
+    key = {"member": member, "ridge": ridge, "head_dim": head_dim}
+    (case,) = (c for c in document["cases"] if key.items() <= c.items())
+    sizes = {name: document["sizes"][name] for name in ("batch", "heads", "length")}
+    assert tpu_costs.count(member, head_dim, ridge, **sizes) == case["passes"]
+
+
+def test_products_in_one_part_are_the_units_of_the_derivation(document):
+    """Where nothing is padded or split; softmax attention sums the mean key besides."""
+    for case in document["cases"]:
+        if case["head_dim"] != 128 or (case["member"] == "lla" and case["ridge"] is None):
+            continue
+        for record in case["passes"]:
+            extra = (case["member"], record["pass"]) == ("softmax", "query gradient")
+            assert record["products"] == record["units"] + extra, record
+
+
+def test_every_program_fits_into_vector_memory(document):
+    for case in document["cases"]:
+        for compiled in case["compiled"].values():
+            assert len(compiled["vmem_bytes"]) == 3
+            assert max(compiled["vmem_bytes"].values()) < 16 * 2**20
+
+
+def test_visited_tiles():
+    # Rows of 256 see 1, 1, 2, 2, ... tiles of 512 keys.
+    assert tpu_costs.visited_tiles(2048, 256, 512) == 2 * (1 + 2 + 3 + 4)
+    assert tpu_costs.visited_tiles(300, 128, 128) == 1 + 2 + 3
+
+
+def test_estimate_takes_the_slower_of_products_and_copies():
+    _, flops, bandwidth = tpu_costs.CHIPS["v5e"]
+    one = {"kernel": "a", "flops": flops, "bytes": 2 * bandwidth, "iterated": True}
+    other = {"kernel": "b", "flops": 3 * flops, "bytes": bandwidth, "iterated": False}
+    assert tpu_costs.seconds([one, other], "v5e", ["a", "b"], 2.5) == pytest.approx(2 * 2.5 + 3)
+    assert tpu_costs.seconds([one, other], "v5e", ["b"], 2.5) == pytest.approx(3)

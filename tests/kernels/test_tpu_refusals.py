@@ -1,0 +1,50 @@
+"""What the TPU kernels refuse, and that refusing falls through to XLA."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lla
+from lla.ops import dispatch, mosaic_tpu
+from lla.ops.problem import make_problem
+
+
+def problem(dtype=jnp.bfloat16, head_dim=64, value_dim=64, **options):
+    query = jnp.zeros((1, 8, 2, head_dim), dtype)
+    value = jnp.zeros((1, 8, 2, value_dim), dtype)
+    return make_problem("lla", query, query, value, ridge=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"dtype": jnp.float16}, "float16"),
+        ({"head_dim": 264}, "264"),
+        ({"value_dim": 300}, "300"),
+        ({"mask": np.ones((8, 8), bool)}, "mask"),
+        ({"solver": lla.Solver(method="direct")}, "direct"),
+    ],
+)
+def test_reasons(given, reason):
+    assert reason in mosaic_tpu.refuse_shape(problem(**given))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("head_dim", [16, 256])
+def test_served(dtype, head_dim):
+    assert mosaic_tpu.refuse_shape(problem(dtype, head_dim)) is None
+
+
+def test_named_implementation_says_why():
+    query = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="need a TPU, the platform is cpu"):
+        lla.softmax_attention(query, query, query, implementation="mosaic_tpu")
+    out = lla.softmax_attention(query, query, query, implementation=("mosaic_tpu", "xla"))
+    assert out.shape == query.shape
+    assert "TPU" in lla.explain(query, query, query)["mosaic_tpu"]
+
+
+def test_a_tpu_gets_the_kernels_by_name_only(monkeypatch):
+    """They have never run on hardware."""
+    monkeypatch.setattr(dispatch.jax, "default_backend", lambda: "tpu")
+    assert dispatch.preference() == ("xla",)
