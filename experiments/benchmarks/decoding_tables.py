@@ -7,6 +7,14 @@ from collections.abc import Mapping, Sequence
 import report
 
 _FLOOR = "softmax"
+# Okabe and Ito's palette.
+_STYLES = {
+    "softmax": ("softmax", "#0072B2", "s", "-"),
+    "cudnn": ("cuDNN softmax", "#8C8C8C", "D", "--"),
+    "parallax": ("Parallax", "#009E73", "^", "-"),
+    "lla_10": ("LLA, ridge 10", "#E69F00", "o", "-"),
+    "lla_0.1": ("LLA, ridge 0.1", "#D55E00", "o", "-"),
+}
 
 
 def markdown(document: Mapping) -> str:
@@ -69,3 +77,22 @@ def _table(records: Sequence[Mapping], speed: float | None) -> str:
             )
     head = ["batch", "tokens", "attention", "µs", "/ softmax", "TB/s", "error", "MiB"]
     return report.table(head, rows)
+
+
+def draw(records: Sequence[Mapping], axes) -> None:
+    """Time of a step against the length of the cache, one of `axes` for each of two batches."""
+    cells = [r for r in records if r["pass"] == "decode" and r["status"] == "timed"]
+    cells = [r for r in cells if r["group"] == 1 and r["head_dim"] == cells[0]["head_dim"]]
+    for axis, batch in zip(axes, sorted({r["batch"] for r in cells}), strict=False):
+        for name, (label, colour, marker, line) in _STYLES.items():
+            here = [r for r in cells if (r["batch"], r["implementation"]) == (batch, name)]
+            points = sorted((r["n"], 1e6 * r["time_median_s"]) for r in here)
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), label=label, color=colour, marker=marker,
+                    linestyle=line, markersize=5,
+                )  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="time, µs")
+        axis.set_title(f"batch {batch}, d = {cells[0]['head_dim']}", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)

@@ -24,6 +24,7 @@ FIGURES = FOLDER / "figures"
 DRAWN = {
     "operator_scaling": "Time and memory against length",
     "hopper": "Time against length and ridge",
+    "decoding": "Time of a decoding step against the length of the cache",
 }
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
@@ -339,7 +340,8 @@ def variants_markdown(document: Mapping) -> str:
 
 def markdown(document: Mapping) -> str:
     """The tables of any result file."""
-    import hopper_tables  # here, because they use this module
+    import decoding_tables  # here, because they use this module
+    import hopper_tables
     import mixers_tables
     import peers_tables
 
@@ -349,6 +351,7 @@ def markdown(document: Mapping) -> str:
         "hopper": hopper_tables.markdown,
         "peers": peers_tables.markdown,
         "mixers": mixers_tables.markdown,
+        "decoding": decoding_tables.markdown,
         "blockwise_variants": variants_markdown,
     }
     return makers[document["header"]["benchmark"]](document)
@@ -418,6 +421,7 @@ def _draw_scaling(records, plt):
 
 def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
     """The figure of a result file as PNG and SVG; returns the paths."""
+    import decoding_tables
     import hopper_tables
     import matplotlib
 
@@ -427,9 +431,10 @@ def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
     # The same results give the same files.
     plt.rcParams["svg.hashsalt"] = path.stem
     document = measure.load(path)
-    if document["header"]["benchmark"] == "hopper":
+    pairs = {"hopper": hopper_tables.draw, "decoding": decoding_tables.draw}
+    if (draw_pair := pairs.get(document["header"]["benchmark"])) is not None:
         figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
-        hopper_tables.draw(document["records"], axes)
+        draw_pair(document["records"], axes)
     else:
         figure = _draw_scaling(document["records"], plt)
     figure.tight_layout()

@@ -1,9 +1,11 @@
 """One decoding case of the Hopper kernels in the GPU interpreter, as a process of its own.
 
-    python tests/kernels/interpret_decode.py CASE [--races]
+    python -m tests.kernels.interpret_decode CASE [--races]
 
 Prints one line of JSON: errors of the output and of the log-sum-exp against the exact reference in
-float64, and (with ``--races``) the number of kernels in which the detector has found a race.
+float64, and (with ``--races``) the number of kernels in which the detector has found a race. The
+cases `step` and `step_gradient` are `lla.decode_step` with everything that can vary, against the
+blockwise implementation.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ CASES = {
     "lla_grouped": Case("lla", ((0, 130),), num_keys=130, kv_heads=2, group=2, splits=3),
     "lla_one_part": Case("lla", ((0, 200),), ridge=10.0, precise=False),
     "lla_head_dim_128": Case("lla", ((3, 170),), head_dim=128, splits=1),
+    # More tiles than an instance has room for.
+    "softmax_long": Case("softmax", ((10, 1000),), num_keys=1000, splits=1),
+    "lla_long_head_dim_128": Case("lla", ((0, 650),), num_keys=650, head_dim=128, splits=1),
 }
 
 
@@ -108,9 +113,83 @@ def run(case: Case, races: bool) -> dict:
     }
 
 
+def run_step(gradient: bool) -> dict:
+    """One step of sequences of different lengths in a window, one of which only pads."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    import lla
+    from lla.ops import decode_gpu, dispatch, mosaic_gpu
+
+    interpret = plgpu.InterpretGPUParams()
+    dispatch._REFUSALS["mosaic_gpu"] = mosaic_gpu.refuse_shape
+    served = []
+    attend, whole = decode_gpu.attend, mosaic_gpu.mosaic_gpu
+
+    def step_kernels(problem):
+        served.append("step")
+        return attend(problem, interpret=interpret)
+
+    def whole_kernels(problem, **options):
+        served.append("whole")
+        return whole(problem, **{**options, "interpret": interpret})
+
+    decode_gpu.attend, mosaic_gpu.mosaic_gpu = step_kernels, whole_kernels
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+    lengths = jnp.asarray([0, 3, 70, 99], jnp.int32)
+    cache = lla.KVCache(normal(4, 100, 1, 64), normal(4, 100, 1, 64), lengths)
+    query, key, value = normal(4, 1, 2, 64), normal(4, 1, 1, 64), normal(4, 1, 1, 64)
+    ridge = jnp.asarray([[[0.1, 0.5]]] * 4, jnp.float32)
+    options = dict(
+        local_window_size=40, new_lengths=jnp.asarray([1, 0, 1, 1]), return_stats=True,
+        scale=0.1,
+    )  # fmt: skip
+
+    def step(query, ridge, implementation):
+        return lla.decode_step(
+            query, key, value, cache, ridge=ridge, implementation=implementation, **options
+        )
+
+    def compare(got, want):
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+    if gradient:
+
+        def loss(query, ridge, implementation):
+            return step(query, ridge, implementation)[0].astype(jnp.float32).sum()
+
+        found, exact = (
+            jax.grad(loss, (0, 1))(query, ridge, name) for name in ("mosaic_gpu", "xla")
+        )
+        return {"error": compare(found[0], exact[0]), "ridge": compare(found[1], exact[1]),
+                "served": served}  # fmt: skip
+    (out, grown, stats), (exact, _, wanted) = (
+        step(query, ridge, name) for name in ("mosaic_gpu", "xla")
+    )
+    assert not np.asarray(out, np.float32)[1].any() and grown.lengths.tolist() == [1, 3, 71, 100]
+    some = np.isfinite(np.asarray(wanted.lse))
+    assert (np.isfinite(np.asarray(stats.lse)) == some).all()
+    bad, *_ = jax.jit(lambda ridge: step(query, ridge, "mosaic_gpu"))(-ridge)
+    assert np.isnan(np.asarray(bad, np.float32)[[0, 2, 3]]).all()
+    return {
+        "error": compare(out, exact),
+        "log_sum_exp": compare(stats.lse[some], wanted.lse[some]),
+        "iterations": int(stats.iterations.max()),
+        "residual": float(stats.residual.max()),
+        "served": served,
+    }
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=CASES)
+    parser.add_argument("case", choices=[*CASES, "step", "step_gradient"])
     parser.add_argument("--races", action="store_true", help="with the race detector")
     given = parser.parse_args()
-    print(json.dumps(run(CASES[given.case], given.races)))
+    if given.case in CASES:
+        print(json.dumps(run(CASES[given.case], given.races)))
+    else:
+        print(json.dumps(run_step(given.case == "step_gradient")))

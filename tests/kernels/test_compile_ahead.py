@@ -44,11 +44,10 @@ SPILLS = {
     "key_gradients_split_64": 96,
     "key_gradients_128": 96,
     "key_gradients_split_128": 128,
-    "decode_lla_64": 64,
+    "decode_lla_64": 32,
     "decode_lla_precise_64": 96,
-    "decode_parallax_128": 640,
-    "decode_lla_128": 1100,
-    "decode_lla_precise_128": 1300,
+    "decode_lla_128": 64,
+    "decode_lla_precise_128": 288,
 }
 
 

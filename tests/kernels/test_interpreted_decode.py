@@ -19,13 +19,17 @@ TIME_LIMIT = 240  # seconds
 ROUNDING = 2.0**-9  # of bfloat16, which the result is rounded to once
 
 
-def check(case: str, *arguments: str, factor: float = 1.2):
+def interpret(case: str, *arguments: str) -> dict:
     command = [sys.executable, "-m", "tests.kernels.interpret_decode", case, *arguments]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def check(case: str, *arguments: str, factor: float = 1.2):
+    report = interpret(case, *arguments)
     assert report["races"] == 0
     assert report["error"] <= factor * ROUNDING
     assert report["log_sum_exp"] <= 1e-5
@@ -47,3 +51,19 @@ def test_every_case_equals_reference(case):
 @pytest.mark.parametrize("case", ["softmax", "parallax", "lla", "lla_head_dim_128"])
 def test_no_races(case):
     check(case, "--races")
+
+
+@pytest.mark.slow
+def test_step_of_the_operator():
+    """Window, ragged lengths, rows that pad, a scale, a ridge for each head, bad ridges."""
+    report = interpret("step")
+    assert report["served"] == ["step", "step"]
+    assert report["error"] <= 1.2 * ROUNDING and report["log_sum_exp"] <= 1e-5
+    assert 0 < report["iterations"] < 64 and report["residual"] < 1e-2
+
+
+@pytest.mark.slow
+def test_gradient_is_that_of_whole_sequences():
+    report = interpret("step_gradient")
+    assert report["served"] == ["step", "whole"]
+    assert report["error"] < 1e-2 and report["ridge"] < 1e-2

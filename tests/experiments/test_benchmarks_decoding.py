@@ -1,0 +1,65 @@
+"""The benchmark of decoding: records, refusal of what is wrong, table and figure."""
+
+import jax.numpy as jnp
+import pytest
+
+NAMES = (
+    "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "mixers_tables",
+    "peers_tables", "decoding_tables", "decoding",
+)  # fmt: skip
+MEASURED = ("softmax", "lla_10")
+SMALL = [
+    "--implementations", *MEASURED, "cudnn", "--dtype=float32", "--head_dims=8", "--lengths=16",
+    "--batches=3", "--kv_heads=1", "--groups=2", "--steps=2", "--copied=65536", "--repeats=2",
+    "--budget=0.1", "--workers=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(bench, tmp_path_factory):
+    """One small run: exit status, arguments, path."""
+    path = tmp_path_factory.mktemp("decoding") / "decoding_cpu.json"
+    argv = [*SMALL, f"--output={path}"]
+    return bench.decoding.main(argv), argv, path
+
+
+def test_run(bench, measured, monkeypatch, capsys):
+    status, argv, path = measured
+    document = bench.measure.load(path)
+    assert status == 0 and document["header"]["benchmark"] == "decoding"
+    records = {r["implementation"]: r for r in document["records"]}
+    assert set(records) == {*MEASURED, "cudnn", "copy"}
+    assert records["copy"]["bytes_per_s"] == 2 * 65536 / records["copy"]["time_min_s"]
+    assert records["cudnn"]["status"] == "unavailable"
+    for name in MEASURED:
+        record = records[name]
+        assert record["status"] == "timed" and record["errors"]["output"] < 1e-5
+        assert record["cache_bytes"] == 2 * 3 * 16 * 8 * 4
+        assert (record["batch"], record["n"], record["group"]) == (3, 16, 2)
+    # What is timed is kept, unless the code or the sizes change.
+    monkeypatch.setattr(bench.decoding, "compile_cell", None)
+    monkeypatch.setattr(bench.decoding, "copy_bandwidth", None)
+    assert bench.decoding.main(argv) == 0
+    assert bench.measure.load(path)["records"] == document["records"]
+    assert "| 3 | 16 | lla, ridge 10 | " in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_not_timed(bench):
+    options = bench.decoding.parse([*SMALL, "--implementations", "softmax"])
+    ((cell,),) = bench.decoding.make_cells(options)
+    inputs = bench.decoding.make_inputs(cell, options.steps, 0)
+
+    def call(cache, tokens):
+        return cache, tokens["query"][-1], jnp.ones_like(tokens["query"][-1])
+
+    found = bench.hopper.Compiled(call, {"temp_bytes": 0}, 0.0)
+    (record,) = bench.decoding.run_group([cell], {cell: found}, options)
+    assert record["status"] == "refused" and "time_min_s" not in record
+    assert record["errors"]["output"] > 0.1
+    assert inputs[0].key.shape == (3, 16, 1, 8)
+
+
+def test_figure(bench, measured, tmp_path):
+    paths = bench.report.draw(measured[2], tmp_path)
+    assert [path.suffix for path in paths] == [".png", ".svg"]
+    assert all(path.stat().st_size > 1000 for path in paths)
