@@ -139,8 +139,8 @@ def sum_over_cache(
 
     roles = member == "lla" and cache.blocks == 2
     readers, weighers = (decode_roles.READERS, 1) if roles else (decode_turns.TURNS,) * 2
-    # Even, so that warpgroups that take turns always meet the same barriers: one that misses a phase
-    # of a barrier waits forever.
+    # Even, so that warpgroups that take turns always meet the same barriers: one that has missed a
+    # phase of a barrier waits forever.
     config = Config(warpgroups=readers, block=BLOCK, stages=4 if roles else 6)
     names = row_names(member)
     outputs = {
