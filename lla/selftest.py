@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import platform
@@ -47,6 +48,7 @@ class Case:
     """One shape with its masks; `plan` lists the pairs of member and dtype to run.
 
     `faint` lets the cotangent of the later queries fall to 1e-30, as behind sharp softmax weights.
+    `step` decodes one token, the last of the keys, with the others in a cache.
     Cases are few because compiling them is what the self test spends its time on.
     """
 
@@ -58,6 +60,7 @@ class Case:
     plan: tuple[tuple[str, str], ...] = (("lla", "float32"),)
     methods: tuple[str, ...] = ("auto",)
     faint: bool = False
+    step: bool = False
 
 
 _EVERYTHING = tuple((m, d) for m in FUNCTIONS for d in ("float32", "bfloat16"))
@@ -90,6 +93,15 @@ CASES = (
         {},
         (("lla", "float32"), ("lla", "bfloat16")),
         faint=True,
+    ),
+    Case(
+        "step",
+        (2, 1, 4, 64),
+        (2, 200, 2, 64),
+        64,
+        {},
+        (("lla", "float32"), *((member, "bfloat16") for member in FUNCTIONS)),
+        step=True,
     ),
 )
 QUICK_CASES = (
@@ -167,9 +179,19 @@ def with_ridge(inputs: dict, ridge: float | None, dtype) -> dict:
     return inputs | {"ridge": np.full(inputs["query"].shape[:-1], ridge, dtype)}
 
 
-def compile_pass(member: str, options: dict[str, Any]):
+def decode_last(member: str, **inputs):
+    """The output of one step of decoding with the tokens before it in a cache."""
+    key, value = inputs.pop("key"), inputs.pop("value")
+    lengths = jnp.full(key.shape[0], key.shape[1] - 1, jnp.int32)
+    cache = lla.KVCache(key.at[:, -1].set(0), value.at[:, -1].set(0), lengths)
+    name = {"lla": "decode_step"}.get(member, f"{member}_decode_step")
+    return getattr(lla, name)(key=key[:, -1:], value=value[:, -1:], cache=cache, **inputs)[0]
+
+
+def compile_pass(member: str, options: dict[str, Any], step: bool = False):
     """A compiled function of inputs and cotangent: the output and the gradients by name."""
-    function = getattr(lla, FUNCTIONS[member])
+    whole = getattr(lla, FUNCTIONS[member])
+    function = functools.partial(decode_last, member) if step else whole
 
     @jax.jit
     def run(inputs, cotangent):
@@ -192,6 +214,8 @@ class Reference:
             with jax.enable_x64(True), jax.default_device(self.device):
                 if key[:2] not in self.compiled:
                     options = case.options | {"implementation": "reference"}
+                    if case.step:
+                        options["query_offset"] = case.key[1] - 1
                     self.compiled[key[:2]] = compile_pass(member, options)
                 inputs, cotangent = make_inputs(case, member, dtype)
                 inputs = with_ridge(inputs, ridge, np.float64)
@@ -242,7 +266,7 @@ def run_variant(
     options = case.options | {"implementation": implementation}
     if method is not None:
         options["solver"] = lla.Solver(method=method)
-    run = compile_pass(member, options)
+    run = compile_pass(member, options, case.step)
     for ridge in ridges if member == "lla" else (None,):
         result = Result(case.name, member, dtype, implementation, method, ridge)
         inputs, cotangent = make_inputs(case, member, dtype)

@@ -113,6 +113,21 @@ def test_broken_implementation_fails(
     assert "FAIL: 2 within their bounds, 2 failed, 0 refused" in capsys.readouterr().out
 
 
+def test_a_step_of_decoding_is_held_to_the_operator(monkeypatch):
+    case = selftest.Case("step", (2, 1, 2, 8), (2, 9, 1, 8), 4, {}, step=True)
+    reference = selftest.Reference()
+
+    def rows(member):
+        return list(
+            selftest.run_variant(case, member, "float32", "reference", None, (0.5,), reference)
+        )
+
+    assert [row.status for member in selftest.FUNCTIONS for row in rows(member)] == ["pass"] * 3
+    step = lla.decode_step
+    monkeypatch.setattr(lla, "decode_step", lambda *_, **given: (1.01 * step(**given)[0], None))
+    assert [row.status for row in rows("lla")] == ["FAIL"]
+
+
 def test_refusal_is_shown_and_is_no_success_alone(tiny, monkeypatch, tmp_path, capsys):
     patch_xla(monkeypatch, refuse)
     status, rows = run(tmp_path)
