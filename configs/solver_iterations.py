@@ -1,0 +1,37 @@
+"""Error of local linear attention against the number of solver iterations and the ridge.
+
+    python experiments/solver_iterations/main.py --config=configs/solver_iterations.py \\
+        --workdir=runs/solver_iterations
+
+Time: two minutes on one CPU core, half of it for compilation.
+
+Variants: `--config=configs/solver_iterations.py:smoke` (seconds, numbers mean nothing) and `:full`
+(all of `results/full`: clustered inputs and head dimension 128 as well).
+Any field can be overridden: `--config.ridges='(1.0,)' --config.length=256`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; `variant` is one of "", "smoke", "full"."""
+    config = ConfigDict()
+    config.experiment = "solver_iterations"
+    config.seeds = (0, 1, 2)
+    config.length = 512  # keys and queries; the dense reference takes time and memory of n^2 d
+    config.heads = 2
+    config.settings = (("normal", 64), ("anisotropic", 64))  # inputs and head dimension
+    config.dtypes = ("float32", "bfloat16")  # of query, key and value, and so of the output
+    config.ridges = (10.0, 1.0, 0.1, 0.01)
+    config.iterations = (1, 2, 4, 8, 16, 32, 64)
+    config.published_iterations = 32  # of the paper's kernels: a line in the figure
+
+    if variant == "smoke":
+        config.seeds, config.length = (0, 1), 16
+        config.settings, config.ridges = (("normal", 8),), (1.0,)
+        config.dtypes, config.iterations = ("bfloat16",), (1, 4)
+    elif variant == "full":
+        config.settings = (*config.settings, ("clustered", 64), ("normal", 128))
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}; valid: smoke, full.")
+    return config.lock()

@@ -1,0 +1,133 @@
+"""From records to a table: means and ranges over seeds. Reads the files of a work directory.
+
+python experiments/solver_iterations/summary.py runs/solver_iterations
+"""
+
+import csv
+import os
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+from lla.experiment.workdir import read_records
+
+Row = dict[str, Any]
+
+
+def table(path: str | os.PathLike) -> list[Row]:
+    """One row for each kind of inputs, dimension, dtype, ridge, solver and number of iterations.
+
+    `solver` is "fixed" (that many iterations), "adaptive" (`lla.Solver()`, its mean iterations),
+    "softmax" (no iteration) or "rounding" (the exact output rounded to the dtype).
+    """
+    groups: dict[tuple, list[Row]] = {}
+    for record in read_records(path):
+        setting = (record["inputs"], record["dim"])
+        for result in record["results"]:
+            point = (*setting, result["dtype"], record["ridge"])
+            for entry in result["fixed"]:
+                groups.setdefault((*point, "fixed", entry["iterations"]), []).append(entry)
+            for solver in ("adaptive", "softmax", "rounding"):
+                groups.setdefault((*point, solver, 0), []).append(result[solver])
+    return [_row(*key, entries) for key, entries in groups.items()]
+
+
+def _row(inputs, dim, dtype, ridge, solver, iterations, entries):
+    errors = [entry["error"] for entry in entries]
+    most = iterations
+    if solver == "adaptive":
+        iterations = float(np.mean([entry["iterations"] for entry in entries]))
+        most = max(entry["max_iterations"] for entry in entries)
+    return {
+        "inputs": inputs,
+        "dim": dim,
+        "dtype": dtype,
+        "ridge": ridge,
+        "solver": solver,
+        "iterations": iterations,
+        "max_iterations": most,
+        "error": float(np.mean(errors)),
+        "error_min": min(errors),
+        "error_max": max(errors),
+        "worst_row": max(entry["worst_row"] for entry in entries),
+        "seeds": len(entries),
+    }
+
+
+def write_csv(path: str | os.PathLike, rows: list[Row]) -> pathlib.Path:
+    """Writes `rows` as summary.csv into the work directory, four significant digits."""
+    file = pathlib.Path(path) / "summary.csv"
+    with file.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    return file
+
+
+def bound(dtype: str, ridge: float, rounding: float) -> float:
+    """The error that the top-level README allows an output: it says what is enough."""
+    return max(1e-5, 1e-5 / ridge) if dtype == "float32" else 2 * rounding
+
+
+def sufficient(rows: list[Row]) -> dict[tuple, int | None]:
+    """Least count tried whose error is within the bound in all seeds, for each point; else None."""
+    points = _points(rows)
+    found = {}
+    for point, solvers in points.items():
+        limit = bound(point[2], point[3], solvers["rounding"]["error"])
+        within = [n for n, row in solvers["fixed"].items() if row["error_max"] <= limit]
+        found[point] = min(within, default=None)
+    return found
+
+
+def markdown(rows: list[Row]) -> str:
+    """The tables of the README, one for each dtype and one of the counts that suffice."""
+    points, enough = _points(rows), sufficient(rows)
+    parts = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        here = {point: solvers for point, solvers in points.items() if point[2] == dtype}
+        counts = list(next(iter(here.values()))["fixed"])
+        head = ["inputs", "d", "ridge", "softmax", *map(str, counts), "default", "rounding"]
+        lines = [f"**{dtype}**", "", *_head(head)]
+        for (inputs, dim, _, ridge), solvers in here.items():
+            end = solvers["adaptive"]
+            cells = [inputs, str(dim), f"{ridge:g}", _short(solvers["softmax"]["error"])]
+            cells += [_short(solvers["fixed"][count]["error"]) for count in counts]
+            cells += [f"{_short(end['error'])} ({end['iterations']:.1f}; {end['max_iterations']})"]
+            cells += [_short(solvers["rounding"]["error"])]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    ridges = list(dict.fromkeys(row["ridge"] for row in rows))
+    lines = _head(["inputs", "d", "dtype", *(f"ridge {ridge:g}" for ridge in ridges)])
+    for inputs, dim, dtype in dict.fromkeys(point[:3] for point in points):
+        cells = [enough[inputs, dim, dtype, ridge] or "more" for ridge in ridges]
+        lines.append(f"| {inputs} | {dim} | {dtype} | " + " | ".join(map(str, cells)) + " |")
+    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+
+
+def _points(rows):
+    points: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        point = (row["inputs"], row["dim"], row["dtype"], row["ridge"])
+        solvers = points.setdefault(point, {"fixed": {}})
+        if row["solver"] == "fixed":
+            solvers["fixed"][row["iterations"]] = row
+        else:
+            solvers[row["solver"]] = row
+    return points
+
+
+def _head(cells):
+    return ["| " + " | ".join(cells) + " |", "|" + "---|" * len(cells)]
+
+
+def _short(error):
+    return f"{error:.2g}" if error >= 0.01 else f"{error:.1e}".replace("e-0", "e-")
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(markdown(table(argument)), end="")
