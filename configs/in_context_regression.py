@@ -20,7 +20,7 @@ from lla.experiment import to_config
 
 
 def get_config(variant: str = ""):
-    """The config; `variant` is "" or "smoke"."""
+    """The config; `variant` is "", "smoke" or "short"."""
     config = to_config(training.defaults("in_context_regression"))
 
     # See lla/tasks/in_context_regression.py. Dimensions are the paper's, the rest is ours.

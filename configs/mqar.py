@@ -18,7 +18,7 @@ from lla.experiment import to_config
 
 
 def get_config(variant: str = ""):
-    """The config; `variant` is "" or "smoke"."""
+    """The config; `variant` is "", "smoke", "short" or "anchor"."""
     config = to_config(training.defaults("mqar"))
 
     # See lla/tasks/mqar.py. Zoology's values where nothing else is said.

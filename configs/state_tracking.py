@@ -17,7 +17,7 @@ from lla.experiment import to_config
 
 
 def get_config(variant: str = ""):
-    """The config; `variant` is "" or "smoke"."""
+    """The config; `variant` is "", "smoke" or "short"."""
     config = to_config(training.defaults("state_tracking"))
 
     # See lla/tasks/state_tracking.py. All of it is ours.
