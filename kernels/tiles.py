@@ -12,8 +12,28 @@ and the logits change by a constant per row, which the softmax does not see.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSpec:
+    """Static part of a mask of a kernel; the numbers of each sequence are in a `SequenceMask`."""
+
+    is_causal: bool
+    window: tuple[int, int] | None
+    segments: bool
+
+
+class SequenceMask(NamedTuple):
+    """Numbers of the sequence that a program instance works on, int32 scalars."""
+
+    offset: jax.Array  # position of query 0 among the keys
+    length: jax.Array  # number of keys that exist
 
 
 def product(a, b, precision):

@@ -18,6 +18,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from lla.kernels.tiles import MaskSpec, SequenceMask
+
 MATRIX = plgpu.Layout.WGMMA
 ROWS = MATRIX.reduce(1)
 COLS = MATRIX.reduce(0)
@@ -230,22 +232,6 @@ def row_dot(a, b):
 
 # ---------------------------------------------------------------------------------------------
 # Masks
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskSpec:
-    """Static part of a mask; the numbers of each sequence are in a `SequenceMask`."""
-
-    is_causal: bool
-    window: tuple[int, int] | None
-    segments: bool
-
-
-class SequenceMask(NamedTuple):
-    """Numbers of the sequence that a program instance works on, int32 scalars."""
-
-    offset: jax.Array  # position of query 0 among the keys
-    length: jax.Array  # number of keys that exist
 
 
 class TileRange(NamedTuple):

@@ -18,7 +18,7 @@ from lla.kernels.mosaic_tpu import launch, tile
 from lla.kernels.mosaic_tpu.forward import Masking
 from lla.kernels.mosaic_tpu.launch import SUBLANES, Operands, Shape, vectors
 from lla.kernels.mosaic_tpu.row_gradients import ROWS
-from lla.kernels.mosaic_tpu.tile import NT, Arithmetic, MaskSpec, Sequence
+from lla.kernels.mosaic_tpu.tile import NT, Arithmetic, MaskSpec, SequenceMask
 
 
 def key_gradients(
@@ -84,7 +84,7 @@ def _body(shape: Shape, mask: MaskSpec, arithmetic: Arithmetic, given, out, memo
     head, group = pl.program_id(0), jnp.int32(shape.group)
     first = pl.program_id(1) * own
     b = shape.sequence(head)
-    sequence = Sequence(*(given["numbers"][b, i] for i in range(2)))
+    sequence = SequenceMask(*(given["numbers"][b, i] for i in range(2)))
     low, high = tile.row_tiles(
         mask, sequence, first, own, shape.num_queries, shape.group, size
     )  # fmt: skip

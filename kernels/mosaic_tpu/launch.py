@@ -15,7 +15,7 @@ from jax import lax
 
 from lla.compat import assume_tpu, shape_varying
 from lla.kernels.mosaic_tpu import tile
-from lla.kernels.mosaic_tpu.tile import MaskSpec, Sequence
+from lla.kernels.mosaic_tpu.tile import MaskSpec, SequenceMask
 
 LANES = 128
 SUBLANES = 8  # of float32
@@ -214,7 +214,7 @@ class RowTile:
         rows, group = shape.blocks.rows, jnp.int32(shape.group)
         self.head = pl.program_id(0)
         sequence = shape.sequence(self.head)
-        self.sequence = Sequence(*(given["numbers"][sequence, i] for i in range(2)))
+        self.sequence = SequenceMask(*(given["numbers"][sequence, i] for i in range(2)))
         first = pl.program_id(1) * rows
         index = first + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
         self.exists = index < shape.num_queries * shape.group

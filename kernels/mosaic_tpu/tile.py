@@ -8,10 +8,12 @@ of the key gradients. What belongs to a row is a column ``[R, 1]``, what belongs
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+
+from lla.kernels.tiles import MaskSpec, SequenceMask
 
 # Below every logit; finite, so that the difference of two of them is a number.
 LOWEST = -1e30
@@ -109,22 +111,6 @@ def ids_to_column(row):
 # Masks
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskSpec:
-    """Static part of a mask."""
-
-    is_causal: bool
-    window: tuple[int, int] | None
-    segments: bool
-
-
-class Sequence(NamedTuple):
-    """The sequence that a program instance works on, int32 scalars."""
-
-    offset: Any  # position of query 0 among the keys
-    length: Any  # number of keys that exist
-
-
 def visible(spec: MaskSpec, length, positions, keys, query_ids=None, key_ids=None):
     """Bool, broadcast of `positions` and `keys`, one of which is a row and the other a column."""
     valid = keys < length
@@ -140,7 +126,7 @@ def visible(spec: MaskSpec, length, positions, keys, query_ids=None, key_ids=Non
     return valid
 
 
-def key_tiles(spec: MaskSpec, sequence: Sequence, first, last, size: int):
+def key_tiles(spec: MaskSpec, sequence: SequenceMask, first, last, size: int):
     """Tiles ``[low, high)`` of `size` keys that any of the queries ``first ... last`` sees."""
     low, high = jnp.int32(0), sequence.length
     begin, end = first + sequence.offset, last + sequence.offset + 1
@@ -153,7 +139,7 @@ def key_tiles(spec: MaskSpec, sequence: Sequence, first, last, size: int):
 
 
 def row_tiles(
-    spec: MaskSpec, sequence: Sequence, first, keys: int, queries: int, group: int, size: int
+    spec: MaskSpec, sequence: SequenceMask, first, keys: int, queries: int, group: int, size: int
 ):
     """Tiles ``[low, high)`` of `size` rows that see any of the keys ``[first, first + keys)``.
 

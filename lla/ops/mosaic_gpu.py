@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lla.compat import match_varying
+from lla.compat import default_device, match_varying
 from lla.ops.options import Solver, Stats
-from lla.ops.problem import Member, Problem
+from lla.ops.problem import Member, Problem, refuse_for_kernels
 from lla.ops.xla import RESIDUAL_NAMES
 
 _MAX_HEAD_DIM = 128
@@ -43,26 +43,11 @@ def refuse(problem: Problem) -> str | None:
 
 def refuse_shape(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem` on any device, None if they can."""
-    dtype = problem.query.dtype
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the kernels multiply in bfloat16 or float16, the inputs are {dtype}"
-    head_dim, value_dim = problem.query.shape[-1], problem.value.shape[-1]
-    if max(head_dim, value_dim) > _MAX_HEAD_DIM:
-        return (
-            f"the kernels hold head dimensions up to {_MAX_HEAD_DIM}, query has {head_dim} and "
-            f"value {value_dim}"
-        )
-    if problem.mask.dense is not None:
-        return "the kernels take no mask array; use lengths, segment_ids or local_window_size"
-    if problem.member == "lla" and problem.solver.method == "direct":
-        return "the kernels have no direct solver"
-    return None
+    return refuse_for_kernels(problem, ("bfloat16", "float16"), _MAX_HEAD_DIM)
 
 
 def _refuse_device() -> str | None:
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
+    device = default_device()
     if device.platform != "gpu":
         return f"the kernels need a Hopper GPU, the platform is {device.platform}"
     if getattr(device, "compute_capability", None) != "9.0":

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import default_device, match_varying, target_platform
 from lla.ops.options import Stats
-from lla.ops.problem import Member, Problem, resolve_solver
+from lla.ops.problem import Member, Problem, refuse_for_kernels, resolve_solver
 from lla.ops.xla import RESIDUAL_NAMES
 
 _MAX_HEAD_DIM = 256
@@ -35,20 +35,7 @@ def refuse(problem: Problem) -> str | None:
 
 def refuse_shape(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem` on any device, None if they can."""
-    dtype = problem.query.dtype
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        return f"the kernels multiply in bfloat16 or float32, the inputs are {dtype}"
-    head_dim, value_dim = problem.query.shape[-1], problem.value.shape[-1]
-    if max(head_dim, value_dim) > _MAX_HEAD_DIM:
-        return (
-            f"the kernels hold head dimensions up to {_MAX_HEAD_DIM}, query has {head_dim} and "
-            f"value {value_dim}"
-        )
-    if problem.mask.dense is not None:
-        return "the kernels take no mask array; use lengths, segment_ids or local_window_size"
-    if problem.member == "lla" and problem.solver.method == "direct":
-        return "the kernels have no direct solver"
-    return None
+    return refuse_for_kernels(problem, ("bfloat16", "float32"), _MAX_HEAD_DIM)
 
 
 def _refuse_device() -> str | None:

@@ -287,3 +287,24 @@ def resolve_solver(problem: Problem, method: Literal["cg", "direct"]) -> Resolve
     adaptive = solver.num_iters is None
     max_iters = solver.num_iters or solver.max_iters or max(64, 4 * problem.query.shape[-1])
     return ResolvedSolver(method, tol, backward_tol, max_iters, adaptive)
+
+
+def refuse_for_kernels(problem: Problem, dtypes: tuple[str, ...], max_head_dim: int) -> str | None:
+    """Why kernels for `dtypes` and head dimensions up to `max_head_dim` cannot serve `problem`.
+
+    None if they can.
+    """
+    dtype = problem.query.dtype
+    if dtype.name not in dtypes:
+        return f"the kernels multiply in {' or '.join(dtypes)}, the inputs are {dtype}"
+    head_dim, value_dim = problem.query.shape[-1], problem.value.shape[-1]
+    if max(head_dim, value_dim) > max_head_dim:
+        return (
+            f"the kernels hold head dimensions up to {max_head_dim}, query has {head_dim} and "
+            f"value {value_dim}"
+        )
+    if problem.mask.dense is not None:
+        return "the kernels take no mask array; use lengths, segment_ids or local_window_size"
+    if problem.member == "lla" and problem.solver.method == "direct":
+        return "the kernels have no direct solver"
+    return None

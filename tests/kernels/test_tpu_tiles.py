@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lla.kernels.mosaic_tpu import configs, launch, tile
-from lla.kernels.mosaic_tpu.tile import Arithmetic, MaskSpec, Sequence
+from lla.kernels.mosaic_tpu.tile import Arithmetic, MaskSpec, SequenceMask
 
 RNG = np.random.default_rng(0)
 
@@ -83,7 +83,7 @@ def test_tiles_that_see_each_other(mask):
     """
     queries, keys, size = 50, 64, 16
     for group, offset, length in itertools.product((1, 3), (-20, 0, 13, 90), (0, 5, 64)):
-        sequence = Sequence(jnp.int32(offset), jnp.int32(length))
+        sequence = SequenceMask(jnp.int32(offset), jnp.int32(length))
         positions = np.arange(queries * group, dtype=np.int32)[:, None] // group + offset
         seen = tile.visible(mask, length, positions, np.arange(keys, dtype=np.int32)[None])
         seen = np.broadcast_to(seen, (queries * group, keys))
