@@ -25,9 +25,11 @@ from lla.kernels.mosaic_gpu.tile import (
     COLS,
     LOG2E,
     LOWEST,
+    MATRIX,
     ROW_BLOCK,
     ROWS,
     Arithmetic,
+    Turned,
     by_column,
     full,
     narrow_transforms,
@@ -38,8 +40,11 @@ BLOCK = 64
 """Keys of a tile, and columns of a block of the head dimension."""
 
 SQUARE = (BLOCK, BLOCK)
-# Rows of the scratch "vectors": for `Reader.turned`, for `decode_roles`, and `_shared_vectors`.
-EXCHANGED, SHRINK, FIRST_VECTOR = range(3)
+COLUMNS = 8
+"""Columns of the narrowest products, which a vector takes the place of."""
+
+# Rows of the scratch "vectors": for `Reader.turned`, for `decode_roles`, and the origin.
+EXCHANGED, SHRINK, ORIGIN = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +79,15 @@ class Cache:
 class Sums(NamedTuple):
     """Sums over parts of the keys, float32.
 
-    The weights are ``exp2(logit - largest)``; keys are relative to the first visible one, and ``t``
-    is such a key times the probe.
+    The weights are ``exp2(logit - largest)``. Keys are relative to the first visible one in the
+    moments and in ``t``, which is such a key times the probe.
 
     Attributes:
       largest: ``[B, N, P, 64]`` equal numbers, the largest logit of a part in base 2.
       rows: ``[B, N, P, R, D]``, named by `row_names`: "total" is a row of numbers that add up to
         the sum of the weights, "value" the sum of the weights times values, "key" of the weights
-        times keys, "along" a row of numbers that add up to the sum of the weights times t,
-        "along_value" the sum of the weights times t times values.
+        times keys relative to the first one, "along" a row of numbers that add up to the sum of
+        the weights times t, "along_value" the sum of the weights times t times values.
       moments: ``[B, N, P, D, 2 D]``, of the weights times keys times (keys as they are, values),
         for "lla" alone.
     """
@@ -99,15 +104,6 @@ def row_names(member: str) -> tuple[str, ...]:
         "value",
         *{"lla": ("key",), "parallax": ("along", "along_value")}.get(member, ()),
     )
-
-
-def _shared_vectors(cache: Cache, member: str, precise: bool) -> tuple[str, ...]:
-    """Vectors of a query head that wait in shared memory, as they are too much for registers."""
-    if cache.blocks == 1:
-        return ()
-    if member == "lla" and precise:
-        return ("origin",)  # there is no room for the query, which is read again and again
-    return ("origin", "query", *(("probe",) if member == "parallax" else ()))
 
 
 def sum_over_cache(
@@ -141,7 +137,7 @@ def sum_over_cache(
     readers, weighers = (decode_roles.READERS, 1) if roles else (decode_turns.TURNS,) * 2
     # Even, so that warpgroups that take turns always meet the same barriers: one that has missed a
     # phase of a barrier waits forever.
-    config = Config(warpgroups=readers, block=BLOCK, stages=4 if roles else 6)
+    config = Config(warpgroups=readers, block=BLOCK, stages=4 if cache.blocks == 2 else 6)
     names = row_names(member)
     outputs = {
         "largest": cache.each(cache.splits, ROW_BLOCK),
@@ -162,9 +158,14 @@ def sum_over_cache(
         scratch |= decode_roles.scratch(cache, precise)
     else:
         scratch |= decode_turns.scratch(cache, member, precise)
-    # Last, and one: every array before another fills a multiple of a kilobyte.
-    rows = FIRST_VECTOR + len(_shared_vectors(cache, member, precise)) * cache.blocks
-    scratch["vectors"] = plgpu.SMEM((weighers, rows, BLOCK), jnp.float32)
+    tile = plgpu.SMEM(
+        (weighers, BLOCK, cache.head_dim), cache.dtype, transforms=narrow_transforms()
+    )
+    scratch["query"] = tile
+    if member == "lla":
+        scratch["ones"] = plgpu.SMEM(SQUARE, cache.dtype, transforms=narrow_transforms())
+        scratch["ones_written"] = plgpu.Barrier(num_arrivals=1)
+    scratch["vectors"] = plgpu.SMEM((weighers, ORIGIN + cache.blocks, BLOCK), jnp.float32)
     operands = {
         "query": query,
         "key": key,
@@ -238,14 +239,11 @@ def stream(cache: Cache, given, share: Share, ring: Ring, even: bool = False) ->
 
 
 class Scores(NamedTuple):
-    """Of a tile, for each key: the logit in base 2, whether it counts, and t (see `Sums`); and the
-    keys if registers hold them.
-    """
+    """Of a tile, for each key: the logit in base 2, whether it counts, and t (see `Sums`)."""
 
     logits: jax.Array
     valid: jax.Array
     along: jax.Array
-    keys: jax.Array | None
 
 
 @dataclasses.dataclass
@@ -262,56 +260,53 @@ class Reader:
     share: Share
     ring: Ring
     w: int
-    held: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    level: jax.Array | None = None  # the origin times the probe
 
     @property
     def blocks(self) -> range:
         return range(self.cache.blocks)
 
     def prepare(self) -> None:
-        """Reads the vectors of the query head, into registers or shared memory."""
-        for name in ("origin", "query", *(("probe",) if self.member == "parallax" else ())):
-            for c in self.blocks:
-                if name in self.shared:
-                    self.place(name, c)[...] = self.read(name, c)
-                elif self.cache.blocks == 1:
-                    self.held[name] = self.read(name, c)
+        """Brings what belongs to the query head into shared memory.
+
+        The query becomes a matrix of equal rows, half of which are the probe if there is one: its
+        products with a tile of keys have logits in some columns and probe products in the others.
+        """
+        share, given = self.share, self.given
+        some_key = jnp.minimum(share.low, self.cache.num_keys - 1)
+        origin = given["key"].at[share.b, some_key, share.kv_head]
+        level = full((ROW_BLOCK,), 0, ROWS)
+        for c in self.blocks:
+            block = self.read(origin, c)
+            self.scratch["vectors"].at[self.w, ORIGIN + c][...] = block
+            rows = by_column(self.read(given["query"].at[share.b, share.head], c), SQUARE)
+            if self.member == "parallax":
+                probe = by_column(self.read(given["probe"].at[share.b, share.head], c), SQUARE)
+                level = level + row_dot(by_column(block, SQUARE), probe)
+                row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=MATRIX)
+                rows = jnp.where(lax.rem(row, jnp.int32(COLUMNS)) < COLUMNS // 2, rows, probe)
+            tile = self.scratch["query"].at[self.w, :, pl.ds(c * BLOCK, BLOCK)]
+            tile[...] = rows.astype(self.cache.dtype)
+        self.level = level
+        if self.member == "lla" and self.w == 0:
+            self.scratch["ones"][...] = full(SQUARE, 1, MATRIX).astype(self.cache.dtype)
+        plgpu.commit_smem()
+        if self.member == "lla" and self.w == 0:
+            plgpu.barrier_arrive(self.scratch["ones_written"])
+
+    def read(self, source, c: int):
+        """Block c of a vector in global memory."""
+        return self.arithmetic.load(source.at[pl.ds(c * BLOCK, BLOCK)], COLS).astype(jnp.float32)
 
     @property
-    def shared(self) -> tuple[str, ...]:
-        return _shared_vectors(self.cache, self.member, self.precise)
-
-    def read(self, name: str, c: int):
-        """Block c of a vector in global memory."""
-        share, given = self.share, self.given
-        if name == "origin":
-            some_key = jnp.minimum(share.low, self.cache.num_keys - 1)
-            source = given["key"].at[share.b, some_key, share.kv_head]
-        else:
-            source = given[name].at[share.b, share.head]
-        block = self.arithmetic.load(source.at[pl.ds(c * BLOCK, BLOCK)], COLS).astype(jnp.float32)
-        if name == "query":
-            block = block * (given["scale"][share.b, share.head] * LOG2E)
-        return block
-
-    def place(self, name: str, c: int):
-        """Where shared memory holds block c of a vector."""
-        row = FIRST_VECTOR + self.shared.index(name) * self.cache.blocks + c
-        return self.scratch["vectors"].at[self.w, row]
-
-    def vector(self, name: str, c: int):
-        """Block c of a vector as the columns of a matrix."""
-        if name in self.held:
-            block = self.held[name]
-        elif name in self.shared:
-            block = self.arithmetic.load(self.place(name, c), COLS)
-        else:
-            block = self.read(name, c)
-        return by_column(block, SQUARE)
+    def ones(self) -> Turned:
+        """A matrix whose products with keys are their sums."""
+        return Turned(self.scratch["ones"].at[pl.ds(0, COLUMNS)])
 
     def keys(self, slot, c: int):
         """Block c of the keys of a tile, relative to the origin."""
-        return self.block(0, slot, c) - self.vector("origin", c)
+        origin = self.arithmetic.load(self.scratch["vectors"].at[self.w, ORIGIN + c], COLS)
+        return self.block(0, slot, c) - by_column(origin, SQUARE)
 
     def values(self, slot, c: int):
         return self.block(1, slot, c)
@@ -322,12 +317,19 @@ class Reader:
 
     def score(self, t, slot) -> Scores:
         """Tile t, which lies in `slot`."""
-        logits = along = full((ROW_BLOCK,), 0, ROWS)
-        for c in self.blocks:
-            keys = self.keys(slot, c)
-            logits = logits + row_dot(keys, self.vector("query", c))
-            if self.member == "parallax":
-                along = along + row_dot(keys, self.vector("probe", c))
+        # An index that is known would become a constant of the products, which do not lower.
+        w = lax.axis_index("warpgroup")
+        query = self.scratch["query"].at[w, pl.ds(0, COLUMNS)]
+        (products,) = self.arithmetic.products(COLUMNS, [(self.ring.tiles[0].at[slot], query)])
+        logits, along = products, full((ROW_BLOCK,), 0, ROWS)
+        copies = COLUMNS
+        if self.member == "parallax":
+            copies = COLUMNS // 2
+            column = plgpu.broadcasted_iota(jnp.int32, products.shape, 1, layout=MATRIX)
+            logits = jnp.where(column < copies, products, 0.0)
+            along = (products - logits).sum(axis=1) / copies - self.level
+        scale = self.given["scale"][self.share.b, self.share.head] * (LOG2E / copies)
+        logits = logits.sum(axis=1) * scale
         share, j = self.share, self.share.begin + t
         position = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)
         position = position + _tile_start(self.cache, j)
@@ -335,7 +337,7 @@ class Reader:
         last = jnp.minimum(share.high, share.end * BLOCK)
         valid = (position >= first) & (position < last)
         logits = jnp.where(valid, logits, LOWEST)
-        return Scores(logits, valid, along, keys if self.cache.blocks == 1 else None)
+        return Scores(logits, valid, along)
 
     def weigh(self, largest, *tiles: Scores):
         """The largest logit so far, and what it makes of sums so far and of the tiles.
@@ -368,6 +370,8 @@ class Reader:
     def store_rows(self, rows) -> None:
         """Writes `rows`: by name a vector of numbers, or a vector for each block."""
         for r, name in enumerate(row_names(self.member)):
+            if name not in rows:
+                continue
             blocks = rows[name]
             if not isinstance(blocks, list):  # numbers to be added up, and nothing beside them
                 blocks = [blocks] + [full((BLOCK,), 0, ROWS)] * (self.cache.blocks - 1)

@@ -73,9 +73,7 @@ def attend_cache(
             along = named["along"].sum(-1) * inverse
             out = out * (1 + along)[..., None] - named["along_value"] * inverse[..., None]
         out = out.astype(cache.dtype)
-    # The weights are those of keys relative to the origin.
-    shift = (query.astype(jnp.float32) * _origin(cache, key, visible[0])).sum(-1) * scale
-    log_sum_exp = (highest + jnp.log2(jnp.where(some, total, 1.0))) * LN2 + shift
+    log_sum_exp = (highest + jnp.log2(jnp.where(some, total, 1.0))) * LN2
     log_sum_exp = jnp.where(some, log_sum_exp, -jnp.inf)
     return Decoded(out, log_sum_exp, iterations, residual)
 
@@ -95,10 +93,3 @@ def _join(sums: Sums) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         return (array * factor.reshape(*factor.shape, *(1,) * (array.ndim - factor.ndim))).sum(2)
 
     return join(sums.rows), join(sums.moments), highest
-
-
-def _origin(cache: Cache, key: jax.Array, first: jax.Array) -> jax.Array:
-    """The first visible key, float32 ``[B, N, D]``."""
-    first = jnp.minimum(first, cache.num_keys - 1)
-    first = jnp.take_along_axis(key, first[:, None, None, None], axis=1)[:, 0]
-    return jnp.repeat(first.astype(jnp.float32), cache.group, axis=1)

@@ -16,11 +16,13 @@ from jax import lax
 
 from lla.kernels.mosaic_gpu.decode import (
     BLOCK,
+    COLUMNS,
     SHRINK,
     SQUARE,
     Cache,
     Reader,
     Share,
+    row_names,
     stream,
 )
 from lla.kernels.mosaic_gpu.launch import Ring
@@ -33,7 +35,6 @@ from lla.kernels.mosaic_gpu.tile import (
     full,
     in_parts,
     narrow_transforms,
-    wide_transforms,
 )
 
 _HALVES = 2
@@ -49,7 +50,6 @@ def scratch(cache: Cache, precise: bool) -> dict:
     """Scratch types of this body alone."""
     weighted = plgpu.SMEM((_HALVES, *SQUARE), cache.dtype, transforms=narrow_transforms())
     return {
-        "keys": plgpu.SMEM((_HALVES, *SQUARE), jnp.float32, transforms=wide_transforms()),
         "weighted": [[weighted] * (2 if precise else 1) for _ in range(_PAIR)],
         "seen": plgpu.Barrier(num_arrivals=_HALVES),
         # For each half of the moments.
@@ -107,8 +107,6 @@ class _Weigher(_PairReader):
             "total": full((ROW_BLOCK,), 0, ROWS),
             "value": tuple(full(SQUARE, 0, MATRIX) for _ in self.blocks),
         }
-        for c in self.blocks:
-            self.scratch["keys"].at[c][...] = full(SQUARE, 0, MATRIX)
         sums = lax.fori_loop(0, self.pairs, self.add_pair, start)
 
         @pl.when(self.pairs > 0)
@@ -118,10 +116,8 @@ class _Weigher(_PairReader):
                 plgpu.barrier_wait(self.scratch["free"].at[c])
 
         self.part("largest")[...] = sums["largest"]
-        keys = [self.arithmetic.load(self.scratch["keys"].at[c]) for c in self.blocks]
-        rows = {"value": sums["value"], "key": keys}
-        rows = {name: [matrix.sum(axis=0) for matrix in blocks] for name, blocks in rows.items()}
-        self.store_rows(rows | {"total": sums["total"]})
+        values = [matrix.sum(axis=0) for matrix in sums["value"]]
+        self.store_rows({"total": sums["total"], "value": values})
 
     def add_pair(self, pair, sums):
         times = [_PAIR * pair + i for i in range(_PAIR)]
@@ -141,15 +137,11 @@ class _Weigher(_PairReader):
             def _(c=c):
                 plgpu.barrier_wait(self.scratch["free"].at[c])
 
-            # In shared memory, as the registers hold the values.
-            total = self.arithmetic.load(self.scratch["keys"].at[c]) * shrink
             for place, slot in enumerate(slots):
                 weighted = self.keys(slot, c) * spread[place]
-                total = total + weighted
                 parts = in_parts(weighted, self.cache.dtype, self.precise)
                 for ref, part in zip(self.scratch["weighted"][place], parts, strict=True):
                     ref.at[c][...] = part
-            self.scratch["keys"].at[c][...] = total
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.scratch["ready"].at[c])
         values = []
@@ -166,15 +158,18 @@ class _Weigher(_PairReader):
 
 
 class _Multiplier(_PairReader):
-    """Rows ``[64 w, 64 w + 64)`` of the moments."""
+    """Rows ``[64 w, 64 w + 64)`` of the moments, and as many sums of weighted keys."""
 
     def run(self) -> None:
-        shape = (BLOCK, self.cache.head_dim)
-        start = tuple(full(shape, 0, MATRIX) for _ in self.ring.tiles)
-        moments = lax.fori_loop(0, self.pairs, self.add_pair, start)
+        width, mine = self.cache.head_dim, pl.ds(self.w * BLOCK, BLOCK)
+        widths = [width] * len(self.ring.tiles) + [COLUMNS]
+        plgpu.barrier_wait(self.scratch["ones_written"])
+        start = tuple(full((BLOCK, n), 0, MATRIX) for n in widths)
+        *moments, keys = lax.fori_loop(0, self.pairs, self.add_pair, start)
         for i, matrix in enumerate(moments):
-            where = pl.ds(self.w * BLOCK, BLOCK), pl.ds(i * shape[1], shape[1])
-            self.part("moments").at[where][...] = matrix
+            self.part("moments").at[mine, pl.ds(i * width, width)][...] = matrix
+        row = row_names(self.member).index("key")
+        self.part("rows").at[row, mine][...] = keys.sum(axis=1) / COLUMNS
 
     def add_pair(self, pair, moments):
         # An index that is known would become a constant of the products, which do not lower.
@@ -184,15 +179,16 @@ class _Multiplier(_PairReader):
         shrink = self.arithmetic.load(self.scratch["vectors"].at[0, SHRINK], ROWS)
         moments = [matrix * by_row(shrink, matrix.shape) for matrix in moments]
         plgpu.barrier_arrive(self.scratch["seen"])
+        factors = [[tile.at[slot] for slot in slots] for tile in self.ring.tiles]
         moments = self.arithmetic.accumulate_transposed(
             moments,
             *[
                 [
-                    (ref.at[half], tile.at[slot])
-                    for refs, slot in zip(self.scratch["weighted"], slots, strict=True)
+                    (ref.at[half], factor)
+                    for refs, factor in zip(self.scratch["weighted"], by_slot, strict=True)
                     for ref in refs
                 ]
-                for tile in self.ring.tiles
+                for by_slot in (*factors, [self.ones] * _PAIR)
             ],
         )
         plgpu.barrier_arrive(self.scratch["free"].at[half])

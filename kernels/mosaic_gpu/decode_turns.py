@@ -9,6 +9,7 @@ from jax import lax
 
 from lla.kernels.mosaic_gpu.decode import (
     BLOCK,
+    COLUMNS,
     SQUARE,
     Cache,
     Reader,
@@ -88,7 +89,8 @@ class _Turns(Reader):
             "value": matrices(len(self.blocks)),
         }
         if self.member == "lla":
-            start |= {"key": matrices(1), "moments": matrices(2)}
+            plgpu.barrier_wait(self.scratch["ones_written"])
+            start |= {"moments": (*matrices(2), full((BLOCK, COLUMNS), 0, MATRIX))}
         if self.member == "parallax":
             start |= {"along": zero, "along_value": matrices(len(self.blocks))}
         count = self.share.end - self.share.begin
@@ -115,17 +117,16 @@ class _Turns(Reader):
             weighted = by_row(weighted, SQUARE)
             new["along_value"] = add(sums["along_value"], [v * weighted for v in values])
         if self.member == "lla":
-            weighted = tile.keys * spread
-            new["key"] = add(sums["key"], [weighted])
-            parts = in_parts(weighted, self.cache.dtype, self.precise)
+            parts = in_parts(self.keys(slot, 0) * spread, self.cache.dtype, self.precise)
             # An index that is known would become a constant of the products, which do not lower.
             refs = [ref.at[lax.axis_index("warpgroup")] for ref in self.scratch["weighted"]]
             for ref, part in zip(refs, parts, strict=True):
                 ref[...] = part
             plgpu.commit_smem()
+            factors = [*(tile.at[slot] for tile in self.ring.tiles), self.ones]
             new["moments"] = self.arithmetic.accumulate_transposed(
-                [a * shrink for a in sums["moments"]],
-                *[[(ref, tile.at[slot]) for ref in refs] for tile in self.ring.tiles],
+                [a * by_row(shrink_rows, a.shape) for a in sums["moments"]],
+                *[[(ref, factor) for ref in refs] for factor in factors],
             )
         else:
             plgpu.commit_smem()
@@ -142,10 +143,13 @@ class _Turns(Reader):
         numbers = {name: sums[name] for name in ("largest", "total", "along") if name in sums}
         rows = {
             name: [matrix.sum(axis=0) for matrix in sums[name]]
-            for name in ("value", "key", "along_value")
+            for name in ("value", "along_value")
             if name in sums
         }
         moments = sums.get("moments", ())
+        if moments:
+            *moments, keys = moments
+            numbers["key"] = keys.sum(axis=1) / COLUMNS
         places = {name: self.scratch["numbers"].at[i] for i, name in enumerate(numbers)}
         row_places = {
             (name, c): self.scratch["rows"].at[r, c]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -46,6 +46,12 @@ def narrow_transforms(block: int = 64) -> tuple:
 def wide_transforms() -> tuple:
     """Layout in shared memory of float32 tiles with a multiple of 32 columns."""
     return (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
+
+class Turned(NamedTuple):
+    """An operand of a product that lies in shared memory as its transpose."""
+
+    ref: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +132,24 @@ class Arithmetic:
     def accumulate_transposed(self, totals, *sums):
         """Adds the products ``a^T @ b`` of every list of pairs to the total at the same place.
 
-        ``a [n, 64]`` and ``b [n, c]`` in shared memory. Waits for the result.
+        ``a [n, 64]`` and ``b [n, c]`` in shared memory, or ``b [c, n]`` as a `Turned` one. Waits
+        for the result.
         """
         if self.interpreted:
+
+            def product(a, b):
+                turned = isinstance(b, Turned)
+                return self._dot(a[...].T, b.ref if turned else b, turned)
+
             return tuple(
-                total + sum(self._dot(a[...].T, b, False) for a, b in pairs)
+                total + sum(product(a, b) for a, b in pairs)
                 for total, pairs in zip(totals, sums, strict=True)
             )
 
         def issue(accumulators):
             for accumulator, pairs in zip(accumulators, sums, strict=True):
                 for a, b in pairs:
+                    b = b.ref.transpose((1, 0)) if isinstance(b, Turned) else b
                     self._issue(accumulator, a.transpose((1, 0)), b)
 
         return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))

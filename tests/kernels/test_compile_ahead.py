@@ -44,10 +44,8 @@ SPILLS = {
     "key_gradients_split_64": 96,
     "key_gradients_128": 96,
     "key_gradients_split_128": 128,
-    "decode_lla_64": 32,
-    "decode_lla_precise_64": 96,
     "decode_lla_128": 64,
-    "decode_lla_precise_128": 288,
+    "decode_lla_precise_128": 64,
 }
 
 
