@@ -41,6 +41,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--budget", type=float, default=10.0, help="seconds for the repeats of one cell")
     add("--seed", type=int, default=0)
     add("--output", type=pathlib.Path, help="default: results/solver_choice_<platform>.json")
+    add("--lock", help="file that processes which measure on one device have in common")
+    add("--commit", help="recorded where the repository's history is absent")
     add("--resume", action="store_true", help="keep finished cells, whatever code they measured")
     return parser.parse_args(argv)
 
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("length", "batch", "heads", "repeats", "budget", "seed")
     }
     header = measure.make_header("solver_choice", settings)
+    header = {**header, "commit": options.commit or header["commit"]}
     results = measure.Results(output, header, KEY_FIELDS, options.resume)
     for head_dim in options.head_dims:
         for dtype in options.dtypes:
@@ -84,6 +87,11 @@ def run_solvers(options, results: measure.Results, inputs) -> None:
         for which in subjects.PASSES
         for name in names
     }
+    with measure.exclusive(options.lock):
+        _measure_solvers(options, results, inputs, todo, compiled, names)
+
+
+def _measure_solvers(options, results, inputs, todo, compiled, names) -> None:
     count = jax.jit(_count, static_argnames="name")
     for ridge, cells in todo.items():
         if not cells:
@@ -139,10 +147,11 @@ def run_softmax(options, results: measure.Results, inputs) -> None:
                     raise
                 reason = str(error).splitlines()[0][:200]
                 records.append({**cell, "status": "unavailable", "reason": reason})
-        records += subjects.measure_group(
-            chosen, SUBJECTS, inputs, truths, compiled,
-            ridge=1.0, repeats=options.repeats, budget=options.budget,
-        )  # fmt: skip
+        with measure.exclusive(options.lock):
+            records += subjects.measure_group(
+                chosen, SUBJECTS, inputs, truths, compiled,
+                ridge=1.0, repeats=options.repeats, budget=options.budget,
+            )  # fmt: skip
         _add(results, records)
 
 
