@@ -64,7 +64,8 @@ def direct(rows, moments, query, key, first, ridge):
     value, mean = rows[..., 1, :] / weight, rows[..., 2, :] / weight
     both = jnp.concatenate([origin + mean, value], axis=-1)
     covariance = moments / weight[..., None] - mean[..., :, None] * both[..., None, :]
-    system = covariance[..., :d] + ridge[..., None, None].astype(dtype) * jnp.eye(d, dtype=dtype)
+    eye = jnp.eye(d, dtype=dtype)[None, None]
+    system = covariance[..., :d] + ridge[..., None, None].astype(dtype) * eye
     target = origin + mean - query.astype(dtype)
     factor = jax.lax.linalg.cholesky(system)
     solve = functools.partial(jax.lax.linalg.triangular_solve, factor, left_side=True, lower=True)

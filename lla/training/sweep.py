@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from lla.experiment.boundary import from_config, plain
-from lla.experiment.workdir import read_config, write_whole
+from lla.experiment.workdir import read_config, read_records, write_whole
 from lla.training.loop import fit
 from lla.training.program import Program, Runs, abstract_model
 from lla.training.settings import Settings, Sharding, Sweep, override, resolve
@@ -32,6 +32,7 @@ _RESULT_COLUMNS = (
     "final",
     "best",
 )
+_FURTHER = "final:"  # columns of the headline metric's value on other splits begin with this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,8 @@ def run(
     its own; `path/results.csv` is written anew after each point, with a row for every run of every
     finished point: the choices, "seed", "learning_rate", "status" ("finished", "stopped" or
     "diverged"), "steps" (for a diverged run the update that failed), "headline" (name of the
-    metric), "mode" ("max" or "min"), "final" and "best".
+    metric), "mode" ("max" or "min"), "final" and "best"; and where the task has further splits, the
+    last value of the same metric there, such as "final:test_long/accuracy".
 
     Args:
       config: the whole config, section `sweep` included.
@@ -145,11 +147,12 @@ def write_results(path: str | os.PathLike) -> pathlib.Path:
     """Collects every finished point below `path` into `path/results.csv`; returns its path."""
     path = pathlib.Path(path)
     rows = [row for folder in sorted((path / "cells").glob("*")) for row in _rows(folder)]
-    choices = dict.fromkeys(
-        column for row in rows for column in row if column not in _RESULT_COLUMNS
-    )
+    columns = dict.fromkeys(column for row in rows for column in row)
+    choices = [column for column in columns if _is_choice(column)]
+    further = [column for column in columns if column.startswith(_FURTHER)]
+    columns = [*choices, *_RESULT_COLUMNS, *further]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*choices, *_RESULT_COLUMNS], restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     path.mkdir(parents=True, exist_ok=True)
@@ -191,7 +194,7 @@ def select(rows: Iterable[Mapping[str, Any]], by: Sequence[str]) -> list[dict[st
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line of text for every choice but options of mechanisms, with the best learning rate."""
     columns = dict.fromkeys(column for row in rows for column in row)
-    by = [c for c in columns if c not in _RESULT_COLUMNS and not c.startswith("mixers.")]
+    by = [c for c in columns if _is_choice(c) and not c.startswith("mixers.")]
     lines = []
     for found in select(rows, by):
         name = ", ".join(f"{column}={found[column]}" for column in by) or "all"
@@ -207,7 +210,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _selected(members):
     candidates: dict[tuple, list] = {}
     for row in members:
-        choice = {k: v for k, v in row.items() if k not in _RESULT_COLUMNS}
+        choice = {k: v for k, v in row.items() if _is_choice(k)}
         key = (row["learning_rate"], *choice.items())
         candidates.setdefault(key, []).append((choice, row))
     modes = {row["mode"] for row in members}
@@ -251,6 +254,7 @@ def _rows(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
         return
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     config = read_config(folder)
+    further = _further(folder, result["headline"])
     for i, seed in enumerate(config["runs"]["seeds"]):
         for j, rate in enumerate(config["runs"]["learning_rates"]):
             failed = result["failed_at"][i][j]
@@ -266,7 +270,23 @@ def _rows(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
                 # The parameters of a diverged run are those before it: no result of training.
                 "final": "" if diverged else result["final"][i][j],
                 "best": result["best"][i][j],
+                **{k: "" if diverged else values[i][j] for k, values in further.items()},
             }
+
+
+def _further(folder, headline):
+    """Column -> last values [seed][rate] of the headline metric on the other splits."""
+    metric = headline.partition("/")[2]
+    last = [record for record in read_records(folder) if record["kind"] == "eval"][-1]
+    return {
+        f"{_FURTHER}{name}": values
+        for name, values in last.items()
+        if name.partition("/")[2] == metric and name != headline
+    }
+
+
+def _is_choice(column):
+    return column not in _RESULT_COLUMNS and not column.startswith(_FURTHER)
 
 
 def _axes(grid: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

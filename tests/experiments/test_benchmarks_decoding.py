@@ -1,11 +1,15 @@
 """The benchmark of decoding: records, refusal of what is wrong, table and figure."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import lla
 
 NAMES = (
     "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "mixers_tables",
-    "peers_tables", "decoding_tables", "decoding",
+    "peers_tables", "decoding_tables", "decoding", "decoding_solvers", "decoding_traffic",
 )  # fmt: skip
 MEASURED = ("softmax", "lla_10")
 SMALL = [
@@ -63,3 +67,48 @@ def test_figure(bench, measured, tmp_path):
     paths = bench.report.draw(measured[2], tmp_path)
     assert [path.suffix for path in paths] == [".png", ".svg"]
     assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_the_direct_solver_is_the_exact_operator(bench):
+    """On sums in float64."""
+    cache = bench.decoding_solvers.Cache(2, 24, 3, 1, 8, jnp.dtype(jnp.float32), 1)
+    with jax.enable_x64(True):
+        sums = bench.decoding_solvers.make_sums(cache, 24, 0.1, 0)
+        wide = [a if a.dtype == jnp.int32 else a.astype(jnp.float64) for a in sums]
+        got = bench.decoding_solvers.direct(*wide)
+        key = jax.random.split(jax.random.key(0), 3)[2]
+        value = jax.random.normal(key, (2, 24, 3, 8), jnp.float32)
+        want = lla.local_linear_attention(
+            *(a.astype(jnp.float64) for a in (sums[2][:, None], sums[3], value)),
+            ridge=0.1, is_causal=False, implementation="reference",
+        )  # fmt: skip
+    np.testing.assert_allclose(got, want[:, 0], rtol=1e-4, atol=1e-5)
+
+
+COUNTERS = """==PROF== Connected to process 1
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","wrapped_cosine","dram__bytes_read.sum","byte","99"
+"0","wrapped_cosine","dram__bytes_write.sum","byte","99"
+"1","kernel","dram__bytes_read.sum","byte","1,000"
+"1","kernel","dram__bytes_write.sum","byte","10"
+"2","fusion","dram__bytes_read.sum","Kbyte","2"
+"2","fusion","dram__bytes_write.sum","byte","30"
+"3","wrapped_cosine","dram__bytes_read.sum","byte","99"
+"3","wrapped_cosine","dram__bytes_write.sum","byte","99"
+"4","kernel","dram__bytes_read.sum","byte","5"
+"4","kernel","dram__bytes_write.sum","byte","6"
+"""
+
+
+def test_counters_are_added_up_by_cell(bench):
+    traffic = bench.decoding_traffic
+    first, second = traffic.parse_counters(COUNTERS.splitlines())
+    assert first == {traffic.READ: 3000, traffic.WRITTEN: 40, "kernels": 2}
+    assert second == {traffic.READ: 5, traffic.WRITTEN: 6, "kernels": 1}
+    cells = [bench.decoding.Cell("softmax", "bfloat16", 1, 1, g, 64, 128) for g in (1, 4)]
+    record, _ = traffic.records(cells, [first, second], 2)
+    assert (record["read_bytes"], record["written_bytes"], record["kernels"]) == (1500, 20, 1)
+    bench.measure.check_record({**record, "commit": "", "date": ""})
+    with pytest.raises(ValueError, match="unit"):
+        list(traffic.parse_counters(COUNTERS.replace('"Kbyte"', '"sector"').splitlines()))
+    assert not list(traffic.parse_counters(["==ERROR== no counters"]))

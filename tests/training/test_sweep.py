@@ -180,3 +180,23 @@ def test_selection_takes_options_that_are_no_group_like_the_learning_rate():
     assert lla["mixers.lla.ridge"] == 0.1 and lla["mean"] == 1.0 and lla["seeds"] == 1
     assert softmax["mean"] == 3.0
     assert len(sweep.summary(rows)) == 2 and "0.1" in sweep.summary(rows)[0]
+
+
+def test_other_splits_are_further_columns_and_no_choice(tmp_path):
+    given = training.defaults("state_tracking")
+    given["task"].update(num_items=2, min_swaps=1, max_swaps=2)
+    given["model"].update(width=16, num_heads=2, depth=1)
+    given["training"].update(
+        steps=2, batch_size=4, log_every=2, eval_every=2, eval_batches=2, checkpoint_every=2
+    )
+    grid = {"model": {"mixer": {"name": ("linear",)}}}
+    given["sweep"].update(seeds=(0, 1), learning_rates=(1e-3, 1e-2), grid=grid)
+    rows, _ = run(tmp_path, given)
+    records = read_records(tmp_path / "cells" / "model.mixer.name=linear")
+    last = [record for record in records if record["kind"] == "eval"][-1]["test_long/accuracy"]
+    assert len(rows) == 4
+    for row in rows:
+        i, j = row["seed"], (1e-3, 1e-2).index(row["learning_rate"])
+        assert row["final:test_long/accuracy"] == last[i][j]
+    (found,) = sweep.select(rows, ["model.mixer.name"])
+    assert found["seeds"] == 2

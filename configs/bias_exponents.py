@@ -1,0 +1,58 @@
+"""Squared bias of local-constant and local-linear fits against the bandwidth, on uniform keys.
+
+    python experiments/bias_exponents/main.py --config=configs/bias_exponents.py:full \\
+        --workdir=runs/bias_exponents
+
+Time: seconds; `:full` half a minute on two CPU cores.
+
+Variants: `--config=configs/bias_exponents.py:smoke` (seconds, numbers mean little) and `:full` (all
+of `results/full`: more targets, dimensions and ridges, and fits of random keys as well).
+Any field can be overridden: `--config.seeds='(0,)' --config.replicates=16`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; `variant` is one of "", "smoke", "full"."""
+    config = ConfigDict()
+    config.experiment = "bias_exponents"
+
+    # Exact integrals: target, dimension, ridge. A ridge (factor, power): factor * bandwidth^power.
+    config.settings = (("sine", 1, (0.0, 0)),)
+    config.bandwidths = tuple(2e-4 * 10 ** (i / 8) for i in range(25))  # 2e-4 to 0.2
+    config.fit_ranges = ((2e-4, 2e-3), (2e-3, 2e-2), (2e-2, 2e-1))  # of the exponents
+
+    # The library on an equidistant grid of keys on an arc of length 1: radius of its circle, ridge.
+    config.library_target = "sine"
+    config.library_circles = ((100.0, (0.01, 4)),)
+    config.library_keys = 16384
+    config.library_bandwidths = tuple(2e-3 * 10 ** (i / 4) for i in range(9))  # 2e-3 to 0.2
+    config.library_range = (2e-3, 2e-2)  # of its exponents
+
+    # The library on random keys: a band over seeds, each the statistics of `replicates` data sets.
+    config.seeds = ()
+    config.sample_keys = 4096
+    config.replicates = 64
+    config.noise = 0.1
+    config.sample_circle = (100.0, (0.01, 4))
+    config.sample_bandwidths = tuple(1e-2 * 10 ** (i / 8) for i in range(9))
+
+    if variant == "smoke":
+        config.bandwidths = tuple(2e-3 * 10 ** (i / 2) for i in range(5))
+        config.fit_ranges = ((2e-3, 2e-2), (2e-2, 2e-1))
+        config.library_keys, config.library_bandwidths = 512, (0.1, 0.2)
+        config.library_range = (0.1, 0.2)
+        config.seeds, config.sample_keys, config.replicates = (0,), 64, 4
+        config.sample_bandwidths = (0.1, 0.2)
+    elif variant == "full":
+        exact = (0.0, 0)
+        others = (("exponential", 1, exact), ("rational", 1, exact), ("flat_ends", 1, exact))
+        dims = (("sine", 2, exact), ("sine", 3, exact))
+        ridges = (("sine", 1, (1e-4, 0)), ("sine", 1, (0.1, 2)), ("sine", 1, (0.1, 3)))
+        config.settings = (*config.settings, *others, *dims, *ridges)
+        config.library_circles = (*config.library_circles, (1.0, (1e-6, 4)))
+        config.seeds = (0, 1, 2)
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}; valid: smoke, full.")
+    return config.lock()

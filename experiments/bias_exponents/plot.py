@@ -1,0 +1,153 @@
+"""Figure of a work directory, from its files alone.
+
+python experiments/bias_exponents/plot.py runs/bias_exponents
+"""
+
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import population
+import summary
+
+from lla.experiment.workdir import read_config
+
+# Okabe and Ito's palette, told apart under the common colour-vision deficiencies.
+_COLOURS = {"constant": "#0072B2", "linear": "#D55E00"}
+_NAMES = {"constant": "local constant", "linear": "local linear"}
+
+
+def draw(path: str | pathlib.Path) -> list[pathlib.Path]:
+    """Writes summary.csv and the figure, PNG and SVG, into the work directory; returns paths."""
+    path = pathlib.Path(path)
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    # Equal records give equal bytes: no date, no random ids.
+    plt.rcParams["svg.hashsalt"] = "bias exponents"
+    config, rows = read_config(path), summary.table(path)
+    figure = _figure(config, rows)
+    written = [summary.write_csv(path, rows)]
+    for suffix in ("png", "svg"):
+        file = path / f"figure.{suffix}"
+        figure.savefig(file, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
+        written.append(file)
+    plt.close(figure)
+    return written
+
+
+def _figure(config, rows):
+    figure, axes = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
+    _bias(axes[0, 0], rows, "integrated")
+    axes[0, 0].set_title("Squared bias, integrated (d = 1)", fontsize=11)
+    _bias(axes[0, 1], rows, "boundary")
+    axes[0, 1].set_title("Squared bias at the boundary point (d = 1)", fontsize=11)
+    _slopes(axes[1, 0], rows)
+    if config["seeds"]:
+        _random(axes[1, 1], config, rows)
+    else:
+        axes[1, 1].set_axis_off()
+    places = ("upper left", "lower right", "upper right", "upper left")
+    for axis, place in zip(axes.flat, places, strict=True):
+        axis.set_xscale("log")
+        axis.set_xlabel("bandwidth b")
+        axis.grid(color="0.92", zorder=0)
+        axis.set_axisbelow(True)
+        if axis.has_data():
+            columns = 2 if axis is axes[1, 0] else 1
+            axis.legend(loc=place, frameon=False, fontsize=9, ncols=columns)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, not for every file
+    return figure
+
+
+def _bias(axis, rows, quantity):
+    where = summary.settings(rows, "integrals")[0]
+    target = population.TARGETS[where["target"]]
+    for fit, colour in _COLOURS.items():
+        x, y = summary.curve(rows, quantity, fit=fit, **where)
+        axis.plot(x, y, color=colour, linewidth=2, label=f"{_NAMES[fit]}, integral")
+        if where["dim"] == 1 and where["ridge"] == "0":
+            terms = [population.leading_terms(target, b)[fit][quantity] for b in x]
+            power = round(population.exponent(x, np.array(terms)))
+            style = {"color": colour, "linestyle": (0, (2, 2)), "linewidth": 1}
+            axis.plot(x, terms, label=f"{_NAMES[fit]}, leading term: b^{power}", **style)
+        grids = [g for g in summary.settings(rows, "grid") if g["target"] == where["target"]]
+        for grid in grids[:1]:
+            x, y = summary.curve(rows, quantity, fit=fit, **grid)
+            name = {"constant": "lla.softmax_attention", "linear": "lla.local_linear_attention"}
+            style = {"color": colour, "linestyle": "none", "marker": "o", "markersize": 7}
+            label = f"{name[fit]}, circle of radius {grid['radius']:g}"
+            axis.plot(x, y, markerfacecolor="none", label=label, **style)
+    axis.set_yscale("log")
+    axis.set_ylabel("squared bias")
+
+
+def _slopes(axis, rows):
+    """Exponent between neighbouring bandwidths: by dimension, and with a ridge that stays."""
+    chosen = summary.settings(rows, "integrals")
+    first = chosen[0]
+    dashes = {1: "-", 2: (0, (5, 2)), 3: (0, (1, 1.5))}
+    for where in chosen:
+        plain = where["ridge"] == first["ridge"]
+        if where["target"] != first["target"] or (where["dim"] > 1 and not plain):
+            continue
+        for fit, colour in _COLOURS.items():
+            if fit == "constant" and not plain:
+                continue  # it has no ridge
+            x, y = summary.curve(rows, "integrated", fit=fit, **where)
+            slope = np.diff(np.log(y)) / np.diff(np.log(x))
+            style = {"color": colour, "linestyle": dashes[where["dim"]]}
+            label = f"{_NAMES[fit]}, d = {where['dim']}"
+            if not plain:
+                index = [w["ridge"] for w in chosen if w["ridge"] != first["ridge"]].index(
+                    where["ridge"]
+                )
+                style = {"color": "0.45", "linestyle": "none", "marker": "sxv+"[index % 4]}
+                style |= {"markersize": 4}
+                label = f"{_NAMES[fit]}, ridge {where['ridge']}"
+            axis.plot(np.sqrt(x[1:] * x[:-1]), slope, label=label, **style)
+    for power in (3, 4):
+        axis.axhline(power, color="0.7", linewidth=1, zorder=0)
+    axis.set_ylabel("exponent between neighbours")
+    axis.set_ylim(2, 5.4)
+    axis.set_title("Exponent of the integrated squared bias", fontsize=11)
+
+
+def _random(axis, config, rows):
+    (where,) = summary.settings(rows, "random")
+    styles = {"error": ("-", 2.2), "bias": ((0, (5, 2)), 1.3), "variance": ((0, (1, 1.5)), 1.3)}
+    for fit, colour in _COLOURS.items():
+        for name, (dash, width) in styles.items():
+            wanted = where | {"fit": fit, "quantity": f"{name}_integrated"}
+            line = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+            x, y, low, high = (
+                np.array([row[key] for row in line])
+                for key in ("bandwidth", "value", "low", "high")
+            )
+            label = f"{_NAMES[fit]}, {'squared bias' if name == 'bias' else name}"
+            axis.plot(x, y, color=colour, linestyle=dash, linewidth=width, label=label)
+            axis.fill_between(
+                x, np.maximum(low, y / 10), high, color=colour, alpha=0.2, linewidth=0
+            )
+        exact = summary.settings(rows, "integrals")[0]
+        if exact["target"] != where["target"]:
+            continue
+        x, y = summary.curve(rows, "integrated", fit=fit, **exact)
+        inside = (x >= min(config["sample_bandwidths"])) & (x <= max(config["sample_bandwidths"]))
+        label = f"{_NAMES[fit]}, squared bias, integral"
+        style = {"color": colour, "linestyle": "none", "marker": "o", "markerfacecolor": "none"}
+        axis.plot(x[inside], y[inside], label=label, **style)
+    axis.set_yscale("log")
+    axis.set_ylabel("integrated square")
+    title = f"Random keys, n = {config['sample_keys']}, noise {config['noise']:g}; "
+    title += f"bands: least to largest of {len(config['seeds'])} seeds"
+    axis.set_title(title, fontsize=11)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        for written in draw(argument):
+            print(written)
