@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -119,7 +120,8 @@ def run_group(cache: Cache, ridge: float, options) -> list[dict]:
             records[name] |= {"status": "refused", "reason": f"error {error:.1e}"}
             continue
         timed[name] = functools.partial(call, *sums)
-    timings = measure.time_interleaved(timed, options.repeats, options.budget)
+    with measure.exclusive(options.lock):
+        timings = measure.time_interleaved(timed, options.repeats, options.budget)
     for name, timing in timings.items():
         records[name] |= dataclasses.asdict(timing)
     return list(records.values())
@@ -153,17 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     header = {**header, "commit": options.commit or header["commit"]}
     results = measure.Results(output, header, KEY_FIELDS)
-    with measure.exclusive(options.lock):
-        for head_dim in options.head_dims:
-            for batch in options.batches:
-                for ridge in options.ridges:
-                    kind = jnp.dtype(jnp.bfloat16)
-                    cache = Cache(batch, options.seen, options.kv_heads, 1, head_dim, kind, 1)
-                    if not results.finished(
-                        implementation="cg", batch=batch, kv_heads=options.kv_heads,
-                        head_dim=head_dim, ridge=ridge,
-                    ):  # fmt: skip
-                        results.add(run_group(cache, ridge, options))
+    for head_dim, batch, ridge in itertools.product(
+        options.head_dims, options.batches, options.ridges
+    ):
+        kind = jnp.dtype(jnp.bfloat16)
+        cache = Cache(batch, options.seen, options.kv_heads, 1, head_dim, kind, 1)
+        cell = dict(batch=batch, kv_heads=options.kv_heads, head_dim=head_dim, ridge=ridge)
+        if not results.finished(implementation="cg", **cell):
+            results.add(run_group(cache, ridge, options))
     print(markdown(results.document()), flush=True)
     return int(any(record["status"] == "refused" for record in results.records))
 
