@@ -18,18 +18,17 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import decoding_tables
 import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
-import report
 
-from lla.kernels.mosaic_gpu.decode import Cache
+from lla.kernels.mosaic_gpu.decode import BLOCK, Cache
 from lla.kernels.mosaic_gpu.decode_solve import fit
 
-KEY_FIELDS = ("implementation", "batch", "kv_heads", "head_dim", "ridge")
+KEY_FIELDS = decoding_tables.SYSTEM
 BOUND = 4e-3  # one rounding of the output to bfloat16
-SOLVERS = ("cg", "cholesky")
 
 
 @jax.default_matmul_precision("highest")
@@ -47,7 +46,10 @@ def make_sums(cache: Cache, seen: int, ridge: float, seed: int):
     logits = jnp.einsum("bnd,bsnd->bsn", query.astype(jnp.float32), wide) * d**-0.5
     weight = jnp.exp(logits - logits.max(axis=1, keepdims=True))
     weighted = weight[..., None] * (wide - origin)
-    total = jnp.broadcast_to(weight.sum(axis=1)[..., None], (b, n, d)) / d
+    # Where the kernel that adds up leaves the sum of the weights: in parts, in the first block.
+    some = min(d, BLOCK)
+    total = jnp.broadcast_to(weight.sum(axis=1)[..., None], (b, n, some)) / some
+    total = jnp.pad(total, ((0, 0), (0, 0), (0, d - some)))
     rows = jnp.stack(
         [total, jnp.einsum("bsn,bsnd->bnd", weight, value), weighted.sum(axis=1)], axis=2
     )
@@ -127,25 +129,6 @@ def run_group(cache: Cache, ridge: float, options) -> list[dict]:
     return list(records.values())
 
 
-def markdown(document) -> str:
-    """Provenance and table of a result file, for `report.py`."""
-    cells = {tuple(r[name] for name in KEY_FIELDS): r for r in document["records"]}
-    rows = []
-    for _, batch, heads, head_dim, ridge in [key for key in cells if key[0] == SOLVERS[0]]:
-        row = [str(head_dim), str(batch * heads), f"{ridge:g}"]
-        for name in SOLVERS:
-            record = cells.get((name, batch, heads, head_dim, ridge))
-            if record is None or record["status"] != "timed":
-                row += ["" if record is None else record["status"], ""]
-            else:
-                row += [f"{record['time_median_s'] * 1e6:.3g}", f"{record['errors']['output']:.1e}"]
-        rows.append(row)
-    head = ["d", "systems", "ridge"]
-    for name in ("kernel, cg", "Cholesky"):
-        head += [f"{name}: µs", "error"]
-    return f"{report.provenance(document)}\n\n{report.table(head, rows)}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     output = options.output or measure.RESULTS / f"decoding_solvers_{measure.device_name()}.json"
@@ -163,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cell = dict(batch=batch, kv_heads=options.kv_heads, head_dim=head_dim, ridge=ridge)
         if not results.finished(implementation="cg", **cell):
             results.add(run_group(cache, ridge, options))
-    print(markdown(results.document()), flush=True)
+    print(decoding_tables.solvers_markdown(results.document()), flush=True)
     return int(any(record["status"] == "refused" for record in results.records))
 
 

@@ -17,6 +17,10 @@ _STYLES = {
 }
 
 
+SYSTEM = ("implementation", "batch", "kv_heads", "head_dim", "ridge")
+_SOLVERS = ("cg", "cholesky")
+
+
 def markdown(document: Mapping) -> str:
     """Provenance and tables of a result file of `decoding.py`."""
     return f"{report.provenance(document)}\n\n{tables(document['records'])}"
@@ -96,3 +100,22 @@ def draw(records: Sequence[Mapping], axes) -> None:
         axis.set_title(f"batch {batch}, d = {cells[0]['head_dim']}", fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+
+
+def solvers_markdown(document: Mapping) -> str:
+    """Provenance and table of a result file of `decoding_solvers.py`."""
+    cells = {tuple(r[name] for name in SYSTEM): r for r in document["records"]}
+    rows = []
+    for batch, heads, head_dim, ridge in dict.fromkeys(key[1:] for key in cells):
+        row = [str(head_dim), str(batch * heads), f"{ridge:g}"]
+        for name in _SOLVERS:
+            record = cells.get((name, batch, heads, head_dim, ridge))
+            if record is None or record["status"] != "timed":
+                row += ["–" if record is None else record["status"], ""]
+            else:
+                row += [f"{record['time_median_s'] * 1e6:.3g}", f"{record['errors']['output']:.1e}"]
+        rows.append(row)
+    head = ["d", "systems", "ridge"]
+    for name in ("kernel, cg", "Cholesky"):
+        head += [f"{name}: µs", "error"]
+    return f"{report.provenance(document)}\n\n{report.table(head, rows)}"

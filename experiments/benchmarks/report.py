@@ -352,6 +352,7 @@ def markdown(document: Mapping) -> str:
         "peers": peers_tables.markdown,
         "mixers": mixers_tables.markdown,
         "decoding": decoding_tables.markdown,
+        "decoding_solvers": decoding_tables.solvers_markdown,
         "blockwise_variants": variants_markdown,
     }
     return makers[document["header"]["benchmark"]](document)
