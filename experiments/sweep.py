@@ -4,10 +4,15 @@
 
 Every point of the grid trains all its seeds and learning rates at once on one device. The same
 command goes on where a killed sweep was and skips what is finished; results are in
-WORKDIR/results.csv. With several devices, start one process on each:
-`CUDA_VISIBLE_DEVICES=2 python experiments/sweep.py ... --part=2/8`.
+WORKDIR/results.csv. Several processes may run it at once, each on a device of its own or a few on
+one: a process takes the points that no other one is at.
+
+    for gpu in 0 1; do CUDA_VISIBLE_DEVICES=$gpu python experiments/sweep.py ... & done; wait
+
+Processes on machines without a common file system share a grid by `--part=I/N`.
 """
 
+import math
 import re
 
 from absl import app, flags
@@ -19,6 +24,7 @@ from lla.training import sweep
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
 _PART = flags.DEFINE_string("part", "0/1", "I/N: every N-th point of the grid, from the I-th on.")
+_LIMIT = flags.DEFINE_float("limit", math.inf, "Seconds; then no further point is begun.")
 
 
 def main(argv):
@@ -36,7 +42,9 @@ def main(argv):
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     try:
-        results = sweep.run(config, _WORKDIR.value, part=(index, parts))
+        results = sweep.run(
+            config, _WORKDIR.value, part=(index, parts), limit=_LIMIT.value or float("inf")
+        )
     except WorkdirError as error:
         raise app.UsageError(str(error)) from error
     for line in sweep.summary(sweep.read_results(results)):

@@ -1,7 +1,9 @@
 """Sweeps: every point of a grid is one program that trains all its seeds and learning rates."""
 
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import io
 import itertools
 import json
@@ -9,6 +11,7 @@ import math
 import os
 import pathlib
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -98,6 +101,7 @@ def run(
     path: str | os.PathLike,
     *,
     part: tuple[int, int] = (0, 1),
+    limit: float = math.inf,
     stream: TextIO | None = None,
     report: Callable[[str], None] = print,
 ) -> pathlib.Path:
@@ -113,7 +117,9 @@ def run(
     Args:
       config: the whole config, section `sweep` included.
       path: the directory of the sweep.
-      part: (i, n) for every n-th point from the i-th on: n processes share a sweep.
+      part: (i, n) for every n-th point from the i-th on. Processes that share `path` need none:
+        each takes the points that no other one is at.
+      limit: seconds after which no further point is begun.
       stream: for progress; standard error if None.
       report: called with a line of text for each point.
 
@@ -130,16 +136,23 @@ def run(
         raise ValueError(f"part must be (i, n) with 0 <= i < n, got {part}.")
     runs = Runs(sweep.seeds, sweep.learning_rates)
     mine = points[index::parts]
+    start = time.monotonic()
     for number, cell in enumerate(mine, 1):
-        folder = path / "cells" / cell.name
-        done = "already finished" if (folder / "result.json").exists() else "training"
-        report(f"{number}/{len(mine)}  {cell.name}  {done}")
-        program = Program(cell.settings, make_mesh(Sharding(1, 1), jax.devices()[:1]), runs)
-        fit(program, folder, _record(cell, runs), stream=stream)
-        # A sweep holds many programs, and compiled ones are not dropped by themselves.
-        del program
-        jax.clear_caches()
-        write_results(path)
+        if time.monotonic() - start > limit:
+            report(f"{number}/{len(mine)}  {cell.name}  not begun: the limit is reached")
+            break
+        with _claimed(path / "locks" / cell.name) as claimed:
+            folder = path / "cells" / cell.name
+            done = "already finished" if (folder / "result.json").exists() else "training"
+            done = done if claimed else "another process is at it"
+            report(f"{number}/{len(mine)}  {cell.name}  {done}")
+            if claimed:
+                program = Program(cell.settings, make_mesh(Sharding(1, 1), jax.devices()[:1]), runs)
+                fit(program, folder, _record(cell, runs), stream=stream)
+                # A sweep holds many programs, and compiled ones are not dropped by themselves.
+                del program
+                jax.clear_caches()
+                write_results(path)
     return write_results(path)
 
 
@@ -205,6 +218,19 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         lines.append(f"{name}: {found['headline']} {value} at {found['learning_rate']:.3g}")
     return lines
+
+
+@contextlib.contextmanager
+def _claimed(file: pathlib.Path) -> Iterator[bool]:
+    """Whether no other process is inside with the same `file`; a process that dies lets it go."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def _selected(members):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -129,6 +131,24 @@ def test_a_point_with_other_settings_is_refused(swept):
     with pytest.raises(WorkdirError, match=r"training\.batch_size: 8 there, 16 now"):
         run(path, given)
     assert json.loads((path / "cells/model.mixer.name=linear/result.json").read_text())
+
+
+def test_processes_share_a_sweep(tmp_path):
+    held = tmp_path / "locks" / "model.mixer.name=retnet"
+    held.parent.mkdir()
+    other = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
+    command = [sys.executable, "-c", f"{other}; print(); sys.stdin.read()", str(held)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.readline()
+        rows, lines = run(tmp_path)
+        process.communicate()
+    assert {row["model.mixer.name"] for row in rows} == {"linear"}
+    assert ["another process" in line for line in lines] == [False, True]
+    # What has died holds nothing, and a limit begins nothing.
+    rows, lines = run(tmp_path, limit=-1.0)
+    assert len(rows) == 6 and "not begun" in lines[0]
+    assert {row["model.mixer.name"] for row in run(tmp_path)[0]} == {"linear", "retnet"}
 
 
 def test_parts_outside_are_errors(tmp_path):
