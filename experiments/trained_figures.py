@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lla import tasks
+from lla.experiment import tables
 from lla.experiment.boundary import plain
 from lla.training import sweep
 from lla.training.settings import override
@@ -306,12 +307,12 @@ def settings_tables(experiment: Experiment, variant: str | None = None) -> list[
     for name in mechanisms:
         given = full["mixers"][name].items()
         shown = ", ".join(f"{key} {_shown(value)}" for key, value in given if value is not None)
-        options.append(f"| {label(name)} | {shown or 'none'} |")
+        options.append([label(name), shown or "none"])
     return [
         f"All of `{path}`:",
-        "\n".join([*_head(["setting", "value", "source"]), *lines]),
+        "\n".join([tables.markdown(["setting", "value", "source"], ()), *lines]),
         "Options of the [mechanisms](../../lla/mixers/README.md), without those that are None:",
-        "\n".join([*_head(["mechanism", "options"]), *options]),
+        tables.markdown(["mechanism", "options"], options),
     ]
 
 
@@ -358,8 +359,7 @@ def grid_table(
         [label(mechanism), *(cells.get((mechanism, value), "–") for value in heads)]
         for mechanism in dict.fromkeys(point.mechanism for point in found)
     ]
-    rows = [f"| {' | '.join(line)} |" for line in (*lines, *more)]
-    return "\n".join([*_head(["mechanism", *heads.values()]), *rows])
+    return tables.markdown(["mechanism", *heads.values()], [*lines, *more])
 
 
 def value_cell(values: Sequence[float]) -> str:
@@ -388,10 +388,6 @@ def seeds(found: Sequence[Point]) -> str:
     if len(counts) > 1:
         return f"{counts[0]} to {counts[-1]} seeds"
     return f"{counts[0]} seed{'' if counts[0] == 1 else 's'}"
-
-
-def _head(cells):
-    return [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from experiments import trained_figures as shared
+from lla.experiment import figures
 
 
 def draw_lines(
@@ -70,8 +71,6 @@ def draw_lines(
 def new_figure(panels: int) -> tuple[plt.Figure, list[plt.Axes]]:
     """A figure with `panels` axes in one row."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    # Equal files give equal bytes: no date, no random ids.
-    plt.rcParams["svg.hashsalt"] = "trained figures"
     figure, axes = plt.subplots(
         1, panels, figsize=(max(8.5, 5.2 * panels), 5.4), squeeze=False, layout="constrained"
     )
@@ -92,11 +91,7 @@ def save(figure: plt.Figure, axes: Sequence[plt.Axes], folder: pathlib.Path) -> 
         [entries[name] for name in names], names, frameon=False, fontsize=10,
         **(below if len(axes) > 1 else beside),
     )  # fmt: skip
-    written = [folder / f"figure.{suffix}" for suffix in ("png", "svg")]
-    for file in written:
-        figure.savefig(file, dpi=130, metadata={"Date": None} if file.suffix == ".svg" else None)
-    plt.close(figure)
-    return written
+    return figures.save(figure, folder, "trained figures")
 
 
 def plot_command(

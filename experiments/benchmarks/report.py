@@ -429,8 +429,8 @@ def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # The same results give the same files.
-    plt.rcParams["svg.hashsalt"] = path.stem
+    from lla.experiment import figures
+
     document = measure.load(path)
     pairs = {"hopper": hopper_tables.draw, "decoding": decoding_tables.draw}
     if (draw_pair := pairs.get(document["header"]["benchmark"])) is not None:
@@ -439,12 +439,9 @@ def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
     else:
         figure = _draw_scaling(document["records"], plt)
     figure.tight_layout()
-    folder.mkdir(parents=True, exist_ok=True)
-    out = [folder / f"{path.stem}.{kind}" for kind in ("png", "svg")]
-    figure.savefig(out[0], dpi=120, metadata={"Software": None})
-    figure.savefig(out[1], metadata={"Date": None})
-    plt.close(figure)
-    return out
+    return figures.save(
+        figure, folder, path.stem, name=path.stem, dpi=120, png_metadata={"Software": None}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,9 +3,7 @@
 python experiments/bias_exponents/summary.py runs/bias_exponents
 """
 
-import csv
 import os
-import pathlib
 import sys
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import population
 import study
 
+from lla.experiment import tables
 from lla.experiment.workdir import read_config, read_records
 
 Row = dict[str, Any]
@@ -45,17 +44,6 @@ def _flat(entry, prefix=""):
         else:
             flat[prefix + key] = inner
     return flat
-
-
-def write_csv(path: str | os.PathLike, rows: list[Row]) -> pathlib.Path:
-    """Writes `rows` as summary.csv into the work directory, five significant digits."""
-    file = pathlib.Path(path) / "summary.csv"
-    with file.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-    return file
 
 
 def curve(rows: list[Row], quantity: str, **where) -> tuple[np.ndarray, np.ndarray]:
@@ -91,8 +79,8 @@ def markdown(path: str | os.PathLike) -> str:
 def _exponents(config, rows):
     ranges = config["fit_ranges"]
     spans = [f"{low:g} to {high:g}" for low, high in ranges]
-    head = ["target", "d", "ridge", "fit", *(f"integrated, {span}" for span in spans)]
-    lines = _head([*head, *(f"boundary, {span}" for span in spans)])
+    columns = [f"{name}, {span}" for name in ("integrated", "boundary") for span in spans]
+    head, lines = ["target", "d", "ridge", "fit", *columns], []
     for where in settings(rows, "integrals"):
         for fit in population.FITS:
             cells = [where["target"], where["dim"], where["ridge"], fit]
@@ -101,8 +89,8 @@ def _exponents(config, rows):
                 for low, high in ranges:
                     inside = study.within(x, low, high)
                     cells.append(f"{population.exponent(x[inside], y[inside]):.2f}")
-            lines.append(_line(cells))
-    return "\n".join(lines)
+            lines.append(cells)
+    return tables.markdown(head, lines)
 
 
 def _leading(config, rows):
@@ -111,7 +99,7 @@ def _leading(config, rows):
     ends = sorted({end for span in config["fit_ranges"] for end in span})
     edges = list(dict.fromkeys(grid[np.abs(np.log(grid / end)).argmin()] for end in ends))
     columns = [f"{name}, b = {edge:g}" for name in ("integrated", "boundary") for edge in edges]
-    lines = _head(["target", "fit", *columns])
+    head, lines = ["target", "fit", *columns], []
     for where in settings(rows, "integrals"):
         target = population.TARGETS[where["target"]]
         if where["dim"] > 1 or where["ridge"] != "0":
@@ -126,15 +114,15 @@ def _leading(config, rows):
                     (at,) = np.flatnonzero(study.within(x, edge, edge))
                     theory = population.leading_terms(target, x[at])[fit][quantity]
                     cells.append(f"{y[at] / theory:.3f}")
-            lines.append(_line(cells))
-    return "\n".join(lines)
+            lines.append(cells)
+    return tables.markdown(head, lines)
 
 
 def _library(config, rows):
     """Exponents of the attention call, of its integral, and of keys on a straight line."""
     kinds = {"lla": "", "integral": "_integral", "straight line": "_line"}
-    head = ["radius", "ridge", "fit", *(f"integrated, {kind}" for kind in kinds)]
-    lines = _head([*head, *(f"boundary, {kind}" for kind in kinds), "largest difference"])
+    columns = [f"{name}, {kind}" for name in ("integrated", "boundary") for kind in kinds]
+    head, lines = ["radius", "ridge", "fit", *columns, "largest difference"], []
     for where in settings(rows, "grid"):
         for fit in population.FITS:
             cells = [f"{where['radius']:g}", where["ridge"], fit]
@@ -144,13 +132,13 @@ def _library(config, rows):
                     inside = study.within(x, *config["library_range"])
                     cells.append(f"{population.exponent(x[inside], y[inside]):.2f}")
             _, worst = curve(rows, "worst_difference", fit=fit, **where)
-            lines.append(_line([*cells, f"{worst.max():.1e}"]))
-    return "\n".join(lines)
+            lines.append([*cells, f"{worst.max():.1e}"])
+    return tables.markdown(head, lines)
 
 
 def _random(rows):
     head = ["bandwidth", "fit", "squared bias, integral", "squared bias, random keys"]
-    lines = _head([*head, "variance", "squared error"])
+    head, lines = [*head, "variance", "squared error"], []
     (where,) = settings(rows, "random")
     for bandwidth in dict.fromkeys(row["bandwidth"] for row in rows if row["kind"] == "random"):
         for fit in population.FITS:
@@ -161,16 +149,8 @@ def _random(rows):
                 wanted = where | {"fit": fit, "quantity": quantity, "bandwidth": bandwidth}
                 (row,) = (r for r in rows if all(r[k] == v for k, v in wanted.items()))
                 cells.append(f"{row['value']:.2e} [{row['low']:.2e}, {row['high']:.2e}]")
-            lines.append(_line(cells))
-    return "\n".join(lines)
-
-
-def _head(cells):
-    return [_line(cells), "|" + "---|" * len(cells)]
-
-
-def _line(cells):
-    return "| " + " | ".join(map(str, cells)) + " |"
+            lines.append(cells)
+    return tables.markdown(head, lines)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import summary
 from benches import measure, report
 from matplotlib.lines import Line2D
 
+from lla.experiment import figures
+
 HEADS = 8  # of the figure, if they were measured
 # Okabe and Ito's palette, told apart under the common colour-vision deficiencies.
 STYLES = {
@@ -39,17 +41,11 @@ def main_result(results: pathlib.Path = summary.RESULTS) -> pathlib.Path:
 
 def draw(path: str | pathlib.Path, folder: str | pathlib.Path) -> list[pathlib.Path]:
     """Writes figure.png and figure.svg of a result file into `folder`; returns paths."""
-    document, folder = measure.load(path), pathlib.Path(folder)
+    document = measure.load(path)
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    # Equal records give equal bytes: no date, no random ids.
-    plt.rcParams["svg.hashsalt"] = "memory and time"
-    figure = _figure(document)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / f"figure.{suffix}" for suffix in ("png", "svg")]
-    figure.savefig(written[0], dpi=120, metadata={"Software": None})
-    figure.savefig(written[1], metadata={"Date": None})
-    plt.close(figure)
-    return written
+    return figures.save(
+        _figure(document), folder, "memory and time", dpi=120, png_metadata={"Software": None}
+    )
 
 
 def _figure(document):

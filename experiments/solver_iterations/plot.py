@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import summary
 from matplotlib.lines import Line2D
 
+from lla.experiment import figures, tables
 from lla.experiment.workdir import read_config
 
 # Okabe and Ito's palette, told apart under the common colour-vision deficiencies.
@@ -24,17 +25,10 @@ def draw(path: str | pathlib.Path) -> list[pathlib.Path]:
     """Writes summary.csv and the figure, PNG and SVG, into the work directory; returns paths."""
     path = pathlib.Path(path)
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    # Equal records give equal bytes: no date, no random ids.
-    plt.rcParams["svg.hashsalt"] = "solver iterations"
     config, rows = read_config(path), summary.table(path)
     figure = _figure(config, rows)
-    written = [summary.write_csv(path, rows)]
-    for suffix in ("png", "svg"):
-        file = path / f"figure.{suffix}"
-        figure.savefig(file, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
-        written.append(file)
-    plt.close(figure)
-    return written
+    written = tables.write_csv(path / "summary.csv", rows, digits=4)
+    return [written, *figures.save(figure, path, "solver iterations")]
 
 
 def _figure(config, rows):

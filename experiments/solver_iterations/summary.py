@@ -3,14 +3,13 @@
 python experiments/solver_iterations/summary.py runs/solver_iterations
 """
 
-import csv
 import os
-import pathlib
 import sys
 from typing import Any
 
 import numpy as np
 
+from lla.experiment import tables
 from lla.experiment.workdir import read_records
 
 Row = dict[str, Any]
@@ -56,17 +55,6 @@ def _row(inputs, dim, dtype, ridge, solver, iterations, entries):
     }
 
 
-def write_csv(path: str | os.PathLike, rows: list[Row]) -> pathlib.Path:
-    """Writes `rows` as summary.csv into the work directory, four significant digits."""
-    file = pathlib.Path(path) / "summary.csv"
-    with file.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-    return file
-
-
 def bound(dtype: str, ridge: float, rounding: float) -> float:
     """The error that the top-level README allows an output: it says what is enough."""
     return max(1e-5, 1e-5 / ridge) if dtype == "float32" else 2 * rounding
@@ -90,22 +78,23 @@ def markdown(rows: list[Row]) -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         here = {point: solvers for point, solvers in points.items() if point[2] == dtype}
         counts = list(next(iter(here.values()))["fixed"])
-        head = ["inputs", "d", "ridge", "softmax", *map(str, counts), "default", "rounding"]
-        lines = [f"**{dtype}**", "", *_head(head)]
+        head = ["inputs", "d", "ridge", "softmax", *counts, "default", "rounding"]
+        lines = []
         for (inputs, dim, _, ridge), solvers in here.items():
             end = solvers["adaptive"]
-            cells = [inputs, str(dim), f"{ridge:g}", _short(solvers["softmax"]["error"])]
+            cells = [inputs, dim, f"{ridge:g}", _short(solvers["softmax"]["error"])]
             cells += [_short(solvers["fixed"][count]["error"]) for count in counts]
             cells += [f"{_short(end['error'])} ({end['iterations']:.1f}; {end['max_iterations']})"]
             cells += [_short(solvers["rounding"]["error"])]
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+            lines.append(cells)
+        parts.append(f"**{dtype}**\n\n{tables.markdown(head, lines)}")
     ridges = list(dict.fromkeys(row["ridge"] for row in rows))
-    lines = _head(["inputs", "d", "dtype", *(f"ridge {ridge:g}" for ridge in ridges)])
+    head = ["inputs", "d", "dtype", *(f"ridge {ridge:g}" for ridge in ridges)]
+    lines = []
     for inputs, dim, dtype in dict.fromkeys(point[:3] for point in points):
         cells = [enough[inputs, dim, dtype, ridge] or "more" for ridge in ridges]
-        lines.append(f"| {inputs} | {dim} | {dtype} | " + " | ".join(map(str, cells)) + " |")
-    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+        lines.append([inputs, dim, dtype, *cells])
+    return "\n\n".join([*parts, tables.markdown(head, lines)]) + "\n"
 
 
 def _points(rows):
@@ -118,10 +107,6 @@ def _points(rows):
         else:
             solvers[row["solver"]] = row
     return points
-
-
-def _head(cells):
-    return ["| " + " | ".join(cells) + " |", "|" + "---|" * len(cells)]
 
 
 def _short(error):

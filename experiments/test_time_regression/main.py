@@ -9,7 +9,7 @@ import study
 from absl import app, flags
 from ml_collections import config_flags
 
-from lla.experiment import Progress, Workdir, WorkdirError, from_config
+from lla.experiment import run_study
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
@@ -18,28 +18,7 @@ _STUDIES = {"test_time_regression": study.SyntheticStudy, "series": study.Series
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    config = _CONFIG.value
-    try:
-        job = from_config(_STUDIES[config.experiment], config)
-        workdir = Workdir(_WORKDIR.value, config.to_dict())
-        pieces = job.pieces()
-    except (ValueError, WorkdirError) as error:
-        raise app.UsageError(str(error)) from error
-
-    finished = {record["piece"] for record in workdir.read()}
-    left = [piece for piece in pieces if piece.id not in finished]
-    print(f"{len(pieces)} pieces, {len(pieces) - len(left)} already finished, in {workdir.path}")
-    progress = Progress(sum(piece.cost for piece in left))
-    for piece in left:
-        record = {"piece": piece.id, "label": piece.label, "estimator": piece.estimator}
-        record |= {"options": dict(piece.options), **job.run(piece)}
-        workdir.write(record)
-        progress.advance(piece.cost, piece.id)
-
-    for path in plot.draw(workdir.path):
-        print(path)
+    run_study(argv, _STUDIES[_CONFIG.value.experiment], _CONFIG.value, _WORKDIR.value, plot.draw)
 
 
 if __name__ == "__main__":

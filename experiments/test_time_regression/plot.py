@@ -14,6 +14,7 @@ import numpy as np
 import summary
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from lla.experiment import figures, tables
 from lla.experiment.workdir import read_config, read_records
 
 # Okabe and Ito's palette, told apart under the common colour-vision deficiencies; every estimator
@@ -38,8 +39,6 @@ def draw(path: str | pathlib.Path) -> list[pathlib.Path]:
     """Writes summary.csv and the figure, PNG and SVG, into the work directory; returns paths."""
     path = pathlib.Path(path)
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    # Equal records give equal bytes: no date, no random ids.
-    plt.rcParams["svg.hashsalt"] = "test-time regression"
     config = read_config(path)
     if config["experiment"] == "series":
         rows = summary.series_table(path)
@@ -50,13 +49,8 @@ def draw(path: str | pathlib.Path) -> list[pathlib.Path]:
             figure = _dimensions(rows, config)
         else:
             figure = _synthetic(config, summary.select(read_records(path)), rows)
-    written = [summary.write_csv(path, rows)]
-    for suffix in ("png", "svg"):
-        file = path / f"figure.{suffix}"
-        figure.savefig(file, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-        written.append(file)
-    plt.close(figure)
-    return written
+    written = tables.write_csv(path / "summary.csv", rows)
+    return [written, *figures.save(figure, path, "test-time regression", dpi=150)]
 
 
 def _style(label):

@@ -41,6 +41,11 @@ class Piece:
         given = ",".join(f"{key}={value}" for key, value in self.options)
         return f"{self.setting.name}/{self.label}[{given}]"
 
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What its record says of the estimator."""
+        return {"label": self.label, "estimator": self.estimator, "options": dict(self.options)}
+
 
 def _expand(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, tuple, frozenset]]:
     """(label, estimator, options, traced) of a config's estimators, each `grid` multiplied out.
@@ -151,7 +156,7 @@ class SyntheticStudy:
                 errors.append(_errors(part.targets, _predict(piece, part)))
         errors = np.concatenate([np.asarray(each, np.float64) for each in errors])
         bins = errors.reshape(sequences, -1, self.position_bin).mean(axis=-1)
-        return {
+        return piece.choice | {
             "kind": piece.setting.kind,
             "dim": task.dim,
             "segment_length": task.segment_length,
@@ -226,7 +231,7 @@ class SeriesStudy:
         else:
             arrays = (jnp.asarray(a[None], jnp.float32) for a in problem[:3])
             out = _predict(piece, arrays)[0]
-        record = {
+        record = piece.choice | {
             "series": piece.setting.series,
             "embedding": piece.setting.embedding,
             "first_reported": statistics,

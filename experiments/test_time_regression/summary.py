@@ -1,8 +1,6 @@
 """From records to numbers: selection, means and bands. Reads only the files of a work directory."""
 
-import csv
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,18 +138,6 @@ def band(
         drawn = drawn / base[resample].mean(axis=1)
     low, high = np.quantile(np.sqrt(drawn), (0.025, 0.975))
     return float(low), float(high)
-
-
-def write_csv(path: str | os.PathLike, rows: list[Record]) -> pathlib.Path:
-    """Writes `rows` as summary.csv into the work directory, five significant digits."""
-    file = pathlib.Path(path) / "summary.csv"
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    with file.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, fields, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-    return file
 
 
 def _part(record: Record, inside: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
