@@ -65,6 +65,7 @@ class Solved(NamedTuple):
     marked: jax.Array | None = None  # int32 [B, N, T/64], where to be precise; None: everywhere
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "precise", "interpret"))
 def attend(
     shape: Shape,
     mask: MaskSpec,

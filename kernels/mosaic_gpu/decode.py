@@ -106,6 +106,7 @@ def row_names(member: str) -> tuple[str, ...]:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("cache", "member", "precise", "interpret"))
 def sum_over_cache(
     cache: Cache,
     member: str,

@@ -36,6 +36,7 @@ class Fit(NamedTuple):
     residual: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("cache", "tol", "max_iters", "interpret"))
 def fit(
     cache: Cache,
     rows: jax.Array,

@@ -86,6 +86,7 @@ class QueryGradients(NamedTuple):
     mean: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "interpret"))
 def query_gradients(
     shape: Shape,
     mask: MaskSpec,
@@ -255,6 +256,7 @@ class _GradientRows(QueryRows):
 _NUMBERS = ("scale", "log_sum_exp", "cotangent_mean", "mean", "constant")
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "interpret"))
 def key_gradients(
     shape: Shape,
     mask: MaskSpec,

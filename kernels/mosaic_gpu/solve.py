@@ -10,6 +10,7 @@ See ``kernels/README.md`` for the formulas and for the stopping rule.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -78,7 +79,11 @@ class Adjoint(NamedTuple):
     key_mean: jax.Array | None
 
 
-class Choice(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["marked"], meta_fields=["iteration"]
+)
+@dataclasses.dataclass(frozen=True)
+class Choice:
     """Another iteration for some tiles of 64 rows: those with a nonzero in ``marked [B, N, T/64]``.
 
     `marked` is int32. Both iterations must be able to move, or neither.
@@ -88,6 +93,7 @@ class Choice(NamedTuple):
     marked: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "iteration", "interpret"))
 def solve(
     shape: Shape,
     mask: MaskSpec,

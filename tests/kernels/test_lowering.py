@@ -108,3 +108,23 @@ def test_shard_map_and_vmap():
     assert count_kernels(text) >= 5
     mapped = jax.jit(jax.vmap(call)).trace(*[struct(3, 1)] * 4)
     assert count_kernels(mapped.lower(lowering_platforms=("cuda",)).as_text()) >= 5
+
+
+def test_equal_layers_are_lowered_once():
+    """Kernels take seconds to lower and to compile, and a model has many equal layers."""
+    from lla.ops.mosaic_gpu import mosaic_gpu
+
+    def kernels(layers):
+        def loss(query, key):
+            for _ in range(layers):
+                problem = make_problem("lla", query, key, key, ridge=1.0)
+                query = problem.restore(mosaic_gpu(problem)[0])
+            return jnp.square(query.astype(jnp.float32)).sum()
+
+        arrays = [jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)] * 2
+        traced = jax.jit(jax.vmap(jax.grad(loss))).trace(
+            *[jax.ShapeDtypeStruct((3, *a.shape), a.dtype) for a in arrays]
+        )
+        return count_kernels(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+    assert kernels(3) == kernels(1)
