@@ -6,10 +6,10 @@
 
 import plot
 import study
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from lla.experiment import run_study
+from lla.experiment import command, run_study
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
@@ -23,4 +23,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    command.run(main)
