@@ -145,7 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--metrics", f"{READ},{WRITTEN}", "--csv", "--print-units", "base",
         sys.executable, __file__, *(sys.argv[1:] if argv is None else argv),
     ]  # fmt: skip
-    environment = {**os.environ, _CHILD: "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # Kernels one by one, not as CUDA graphs, which the profiler does not look into.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+    environment = {**os.environ, _CHILD: "1", "XLA_FLAGS": flags.strip()}
+    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     counted = list(parse_counters(done.stdout.splitlines()))
     wanted = cells(options)[: len(counted)]
