@@ -23,14 +23,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.bandwidths = tuple(2e-4 * 10 ** (i / 8) for i in range(25))  # 2e-4 to 0.2
     config.fit_ranges = ((2e-4, 2e-3), (2e-3, 2e-2), (2e-2, 2e-1))  # of the exponents
 
-    # The library on an equidistant grid of keys on an arc of length 1: radius of its circle, ridge.
-    config.library_target = "sine"
-    config.library_circles = ((100.0, (0.01, 4)),)
-    config.library_keys = 16384
-    config.library_bandwidths = tuple(2e-3 * 10 ** (i / 4) for i in range(9))  # 2e-3 to 0.2
-    config.library_range = (2e-3, 2e-2)  # of its exponents
+    # The operators of `lla` on an equidistant grid of keys on an arc of length 1: radius of its
+    # circle, ridge.
+    config.operator_target = "sine"
+    config.operator_circles = ((100.0, (0.01, 4)),)
+    config.operator_keys = 16384
+    config.operator_bandwidths = tuple(2e-3 * 10 ** (i / 4) for i in range(9))  # 2e-3 to 0.2
+    config.operator_range = (2e-3, 2e-2)  # of its exponents
 
-    # The library on random keys: a band over seeds, each the statistics of `replicates` data sets.
+    # The same on random keys: a band over seeds, each the statistics of `replicates` data sets.
     config.seeds = ()
     config.sample_keys = 4096
     config.replicates = 64
@@ -41,8 +42,8 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "smoke":
         config.bandwidths = tuple(2e-3 * 10 ** (i / 2) for i in range(5))
         config.fit_ranges = ((2e-3, 2e-2), (2e-2, 2e-1))
-        config.library_keys, config.library_bandwidths = 512, (0.1, 0.2)
-        config.library_range = (0.1, 0.2)
+        config.operator_keys, config.operator_bandwidths = 512, (0.1, 0.2)
+        config.operator_range = (0.1, 0.2)
         config.seeds, config.sample_keys, config.replicates = (0,), 64, 4
         config.sample_bandwidths = (0.1, 0.2)
     elif variant == "full":
@@ -51,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
         dims = (("sine", 2, exact), ("sine", 3, exact))
         ridges = (("sine", 1, (1e-4, 0)), ("sine", 1, (0.1, 2)), ("sine", 1, (0.1, 3)))
         config.settings = (*config.settings, *others, *dims, *ridges)
-        config.library_circles = (*config.library_circles, (1.0, (1e-6, 4)))
+        config.operator_circles = (*config.operator_circles, (1.0, (1e-6, 4)))
         config.seeds = (0, 1, 2)
     elif variant:
         raise ValueError(f"unknown variant {variant!r}; valid: smoke, full.")

@@ -231,17 +231,9 @@ def _rank(mechanism):
 
 
 def config(experiment: Experiment, variant: str | None = None) -> tuple[str, dict[str, Any]]:
-    """How a command names the config, and the config: its variant `VARIANT` unless one is given.
-
-    A config that has no such variant is taken as it is.
-    """
+    """How a command names the config, and the config: its variant `VARIANT` unless one is given."""
     get_config = importlib.import_module(f"configs.{experiment.name}").get_config
-    if variant is None:
-        try:
-            get_config(VARIANT)
-            variant = VARIANT
-        except ValueError:
-            variant = ""
+    variant = VARIANT if variant is None else variant
     path = f"configs/{experiment.name}.py" + (f":{variant}" if variant else "")
     return path, plain(get_config(variant))
 
@@ -442,8 +434,7 @@ def _wrapped(part):
 
 
 def _parts(experiment, folder, variant):
-    tables = experiment.tables(experiment.points(folder), folder, variant)
-    return ["\n\n".join(tables)]
+    return ["\n\n".join(experiment.tables(experiment.points(folder), folder, variant))]
 
 
 def parser(experiment: Experiment, description: str) -> argparse.ArgumentParser:

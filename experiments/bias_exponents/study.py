@@ -1,4 +1,4 @@
-"""What is computed: exact integrals, the library on a grid of keys, the library on random keys.
+"""What is computed: exact integrals, the operators of `lla` on a grid of keys, and on random keys.
 
 A piece is one target, dimension and ridge for the integrals, one radius for the grid of keys, one
 seed for the random keys. Its record holds every bandwidth.
@@ -38,11 +38,11 @@ class Study:
     settings: tuple[tuple[str, int, Ridge], ...]
     bandwidths: tuple[float, ...]
     fit_ranges: tuple[tuple[float, float], ...]
-    library_target: str
-    library_circles: tuple[tuple[float, Ridge], ...]
-    library_keys: int
-    library_bandwidths: tuple[float, ...]
-    library_range: tuple[float, float]
+    operator_target: str
+    operator_circles: tuple[tuple[float, Ridge], ...]
+    operator_keys: int
+    operator_bandwidths: tuple[float, ...]
+    operator_range: tuple[float, float]
     seeds: tuple[int, ...]
     sample_keys: int
     replicates: int
@@ -51,17 +51,17 @@ class Study:
     sample_bandwidths: tuple[float, ...]
 
     def __post_init__(self):
-        for target in (self.library_target, *(setting[0] for setting in self.settings)):
+        for target in (self.operator_target, *(setting[0] for setting in self.settings)):
             if target not in population.TARGETS:
                 valid = ", ".join(population.TARGETS)
                 raise ValueError(f"targets may be {valid}; got {target!r}.")
         if not all(1 <= dim <= 3 for _, dim, _ in self.settings):
             raise ValueError("dimensions may be 1, 2 and 3: the queries are a grid.")
-        for bandwidths in (self.bandwidths, self.library_bandwidths, self.sample_bandwidths):
+        for bandwidths in (self.bandwidths, self.operator_bandwidths, self.sample_bandwidths):
             if not all(0 < bandwidth <= 0.2 for bandwidth in bandwidths):
                 raise ValueError(f"bandwidths must lie in (0, 0.2]; got {bandwidths}.")
         fits = [(self.bandwidths, span) for span in self.fit_ranges]
-        for bandwidths, span in (*fits, (self.library_bandwidths, self.library_range)):
+        for bandwidths, span in (*fits, (self.operator_bandwidths, self.operator_range)):
             if np.sum(within(bandwidths, *span)) < 2:
                 raise ValueError(f"fewer than two bandwidths lie in the range {span} of a fit.")
         if self.replicates < 2:
@@ -74,8 +74,8 @@ class Study:
             name = f"integrals-{target}-d{dim}-ridge{_plain(ridge)}"
             cost = (0.1, 0.2, 2.0)[dim - 1]
             pieces.append(Piece(name, cost, functools.partial(self._integrals, target, dim, ridge)))
-        for radius, ridge in self.library_circles:
-            compute = functools.partial(self._library, radius, ridge)
+        for radius, ridge in self.operator_circles:
+            compute = functools.partial(self._operators, radius, ridge)
             name = f"grid-radius{radius:g}-ridge{_plain(ridge)}"
             pieces.append(Piece(name, 2.0, compute))
         for seed in self.seeds:
@@ -94,13 +94,13 @@ class Study:
             results.append({"bandwidth": bandwidth, **fits})
         return _record("integrals", target, dim, ridge, None, results)
 
-    def _library(self, radius, ridge):
-        target = population.TARGETS[self.library_target]
-        keys = (np.arange(self.library_keys) + 0.5) / self.library_keys
-        query, measure = population.query_rule(min(self.library_bandwidths))
+    def _operators(self, radius, ridge):
+        target = population.TARGETS[self.operator_target]
+        keys = (np.arange(self.operator_keys) + 0.5) / self.operator_keys
+        query, measure = population.query_rule(min(self.operator_bandwidths))
         query = np.concatenate([[0.0], query])
         results = []
-        for bandwidth in self.library_bandwidths:
+        for bandwidth in self.operator_bandwidths:
             size = ridge[0] * bandwidth ** ridge[1]
             exact = population.arc_biases(target, query, bandwidth, radius, size)
             flat = population.flat_biases(target, query, bandwidth, 0.0)
@@ -118,10 +118,10 @@ class Study:
                     "worst_difference": float(worst),
                 }
             results.append(result)
-        return _record("grid", self.library_target, 1, ridge, radius, results)
+        return _record("grid", self.operator_target, 1, ridge, radius, results)
 
     def _random(self, seed):
-        target = population.TARGETS[self.library_target]
+        target = population.TARGETS[self.operator_target]
         radius, ridge = self.sample_circle
         rng = np.random.default_rng([seed, self.sample_keys])
         keys = rng.uniform(size=(self.replicates, self.sample_keys))
@@ -139,7 +139,7 @@ class Study:
                 errors = output - target.value(query)[:, None]
                 result[fit] = _statistics(errors, measure)
             results.append(result)
-        return {"seed": seed} | _record("random", self.library_target, 1, ridge, radius, results)
+        return {"seed": seed} | _record("random", self.operator_target, 1, ridge, radius, results)
 
 
 def _record(kind, target, dim, ridge, radius, results):
@@ -161,7 +161,7 @@ def attend(
     bandwidth: float,
     ridge: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The library's softmax and local linear attention with keys on a circle, in float64.
+    """`lla`'s softmax and local linear attention with keys on a circle, in float64.
 
     On a circle the weights exp(q.k / bandwidth^2) are Gaussian in the distance of q and k.
 

@@ -1,4 +1,4 @@
-"""From records to tables: exponents, leading terms, the library, random keys. Reads files alone.
+"""From records to tables: exponents, leading terms, operators, random keys. Reads files alone.
 
 python experiments/bias_exponents/summary.py runs/bias_exponents
 """
@@ -70,7 +70,7 @@ def settings(rows: list[Row], kind: str) -> list[Row]:
 def markdown(path: str | os.PathLike) -> str:
     """The tables of the README."""
     config, rows = read_config(path), table(path)
-    parts = [_exponents(config, rows), _leading(config, rows), _library(config, rows)]
+    parts = [_exponents(config, rows), _leading(config, rows), _operators(config, rows)]
     if config["seeds"]:
         parts.append(_random(rows))
     return "\n\n".join(parts) + "\n"
@@ -118,7 +118,7 @@ def _leading(config, rows):
     return tables.markdown(head, lines)
 
 
-def _library(config, rows):
+def _operators(config, rows):
     """Exponents of the attention call, of its integral, and of keys on a straight line."""
     kinds = {"lla": "", "integral": "_integral", "straight line": "_line"}
     columns = [f"{name}, {kind}" for name in ("integrated", "boundary") for kind in kinds]
@@ -129,7 +129,7 @@ def _library(config, rows):
             for name in ("integrated", "boundary"):
                 for end in kinds.values():
                     x, y = curve(rows, name + end, fit=fit, **where)
-                    inside = study.within(x, *config["library_range"])
+                    inside = study.within(x, *config["operator_range"])
                     cells.append(f"{population.exponent(x[inside], y[inside]):.2f}")
             _, worst = curve(rows, "worst_difference", fit=fit, **where)
             lines.append([*cells, f"{worst.max():.1e}"])

@@ -282,6 +282,9 @@ def launch(
 ) -> dict:  # fmt: skip
     """Runs a kernel body on `programs` instances of ``config.warpgroups + 1`` warpgroups.
 
+    The functions that launch kernels are under `jax.jit`, so that equal launches of a program,
+    those of a model's layers, are lowered and compiled once.
+
     Args:
       body: ``body(given, out, scratch)`` with refs in the structure of the other arguments.
       outputs: `jax.ShapeDtypeStruct` by name.

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import io
 import itertools
 import json
@@ -223,6 +222,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 @contextlib.contextmanager
 def _claimed(file: pathlib.Path) -> Iterator[bool]:
     """Whether no other process is inside with the same `file`; a process that dies lets it go."""
+    import fcntl  # here, because Windows lacks it
+
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as handle:
         try:

@@ -9,7 +9,7 @@ import lla
 
 NAMES = (
     "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "mixers_tables",
-    "peers_tables", "decoding_tables", "decoding", "decoding_solvers", "decoding_traffic",
+    "peers_tables", "decoding_tables", "decoding", "decoding_solvers",
 )  # fmt: skip
 MEASURED = ("softmax", "lla_10")
 SMALL = [
@@ -83,32 +83,3 @@ def test_the_direct_solver_is_the_exact_operator(bench):
             ridge=0.1, is_causal=False, implementation="reference",
         )  # fmt: skip
     np.testing.assert_allclose(got, want[:, 0], rtol=1e-4, atol=1e-5)
-
-
-COUNTERS = """==PROF== Connected to process 1
-"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","wrapped_cosine","dram__bytes_read.sum","byte","99"
-"0","wrapped_cosine","dram__bytes_write.sum","byte","99"
-"1","kernel","dram__bytes_read.sum","byte","1,000"
-"1","kernel","dram__bytes_write.sum","byte","10"
-"2","fusion","dram__bytes_read.sum","Kbyte","2"
-"2","fusion","dram__bytes_write.sum","byte","30"
-"3","wrapped_cosine","dram__bytes_read.sum","byte","99"
-"3","wrapped_cosine","dram__bytes_write.sum","byte","99"
-"4","kernel","dram__bytes_read.sum","byte","5"
-"4","kernel","dram__bytes_write.sum","byte","6"
-"""
-
-
-def test_counters_are_added_up_by_cell(bench):
-    traffic = bench.decoding_traffic
-    first, second = traffic.parse_counters(COUNTERS.splitlines())
-    assert first == {traffic.READ: 3000, traffic.WRITTEN: 40, "kernels": 2}
-    assert second == {traffic.READ: 5, traffic.WRITTEN: 6, "kernels": 1}
-    cells = [bench.decoding.Cell("softmax", "bfloat16", 1, 1, g, 64, 128) for g in (1, 4)]
-    record, _ = traffic.records(cells, [first, second], 2)
-    assert (record["read_bytes"], record["written_bytes"], record["kernels"]) == (1500, 20, 1)
-    bench.measure.check_record({**record, "commit": "", "date": ""})
-    with pytest.raises(ValueError, match="unit"):
-        list(traffic.parse_counters(COUNTERS.replace('"Kbyte"', '"sector"').splitlines()))
-    assert not list(traffic.parse_counters(["==ERROR== no counters"]))
