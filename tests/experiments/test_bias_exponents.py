@@ -122,7 +122,7 @@ def test_smoke_and_resume(tmp_path):
     assert "uncommitted_changes" in json.loads((tmp_path / "environment.json").read_text())
     rows = table(tmp_path)
     assert {row["kind"] for row in rows} == {"integrals", "grid", "random"}
-    # The operators of `lla` has the bias of the integral.
+    # The operators of `lla` have the bias of the integral.
     worst = [float(row["value"]) for row in rows if row["quantity"] == "worst_difference"]
     assert len(worst) == 4 and max(worst) < 1e-3
 
