@@ -1,9 +1,9 @@
 """One new query per sequence and head against a cache of keys and values that is read once.
 
-A program instance sums over a part of the keys of one query head: softmax weights times values,
-and for local linear attention times the products of keys with keys and values. The sums of all
-parts give the system of the query, which a second kernel solves without the cache. The head
-dimension of the cache is 64 or 128, exactly: padding would copy it.
+A program instance sums over a part of the keys of one query head, or of several that share them:
+softmax weights times values, and for local linear attention times the products of keys with keys
+and values. The sums of all parts give the system of the query, which a second kernel solves
+without the cache. The head dimension of the cache is 64 or 128, exactly: padding would copy it.
 
 See ``kernels/README.md`` for the formulas and for the numbers behind the design.
 """
@@ -51,7 +51,8 @@ EXCHANGED, SHRINK, ORIGIN = range(3)
 class Cache:
     """Sizes: key and value ``[B, S, K, D]``, and ``N = K * group`` query heads.
 
-    `splits` is the number ``P`` of program instances that share the keys of a query head.
+    `splits` is the number ``P`` of program instances that share the keys of a query head, or of
+    the query heads that they serve together.
     """
 
     batch: int
@@ -97,6 +98,18 @@ class Sums(NamedTuple):
     moments: jax.Array | None = None
 
 
+def heads_together(member: str, group: int, head_dim: int) -> int:
+    """Query heads that a program instance serves, of the `group` that shares a key head.
+
+    They are rows of one product without moments (`decode_group`), and have a warpgroup each with
+    them (`decode_heads`), of which four have enough registers.
+    """
+    if member == "lla" and head_dim != BLOCK:
+        return 1
+    most = 4 if member == "lla" else 8
+    return max(heads for heads in range(1, most + 1) if group % heads == 0)
+
+
 def row_names(member: str) -> tuple[str, ...]:
     """What the rows of `Sums` are."""
     return (
@@ -132,41 +145,25 @@ def sum_over_cache(
       precise: whether weighted keys have two 16-bit parts in the moments.
       interpret: parameters of the interpreter, or None to compile.
     """
-    from lla.kernels.mosaic_gpu import decode_roles, decode_turns
+    from lla.kernels.mosaic_gpu import decode_group, decode_heads, decode_roles, decode_turns
 
-    roles = member == "lla" and cache.blocks == 2
-    readers, weighers = (decode_roles.READERS, 1) if roles else (decode_turns.TURNS,) * 2
-    # Even, so that warpgroups that take turns always meet the same barriers: one that has missed a
-    # phase of a barrier waits forever.
-    config = Config(warpgroups=readers, block=BLOCK, stages=4 if cache.blocks == 2 else 6)
+    heads = heads_together(member, cache.group, cache.head_dim)
+    if member == "lla" and cache.blocks == 2:
+        kernel = decode_roles
+    elif heads == 1:
+        kernel = decode_turns
+    else:
+        kernel = decode_heads if member == "lla" else decode_group
+    config, scratch = kernel.plan(cache, member, precise)
     names = row_names(member)
     outputs = {
         "largest": cache.each(cache.splits, ROW_BLOCK),
         "rows": cache.each(cache.splits, len(names), cache.head_dim),
     }
-    shape = (config.stages, BLOCK, cache.head_dim)
-    tile = plgpu.SMEM(shape, cache.dtype, transforms=narrow_transforms())
-    scratch = {
-        "ring": (
-            [tile] * 2,
-            plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            plgpu.Barrier(num_arrivals=readers if roles else 1, num_barriers=config.stages),
-        ),
-    }
     if member == "lla":
         outputs["moments"] = cache.each(cache.splits, cache.head_dim, 2 * cache.head_dim)
-    if roles:
-        scratch |= decode_roles.scratch(cache, precise)
-    else:
-        scratch |= decode_turns.scratch(cache, member, precise)
-    tile = plgpu.SMEM(
-        (weighers, BLOCK, cache.head_dim), cache.dtype, transforms=narrow_transforms()
-    )
-    scratch["query"] = tile
-    if member == "lla":
-        scratch["ones"] = plgpu.SMEM(SQUARE, cache.dtype, transforms=narrow_transforms())
-        scratch["ones_written"] = plgpu.Barrier(num_arrivals=1)
-    scratch["vectors"] = plgpu.SMEM((weighers, ORIGIN + cache.blocks, BLOCK), jnp.float32)
+    if kernel is decode_group:
+        outputs = decode_group.outputs(cache, member)
     operands = {
         "query": query,
         "key": key,
@@ -177,19 +174,44 @@ def sum_over_cache(
         "probe": probe,
     }
     body = functools.partial(
-        (decode_roles if roles else decode_turns).body,
-        cache, member, precise, config, Arithmetic(interpret is not None),
-    )  # fmt: skip
+        kernel.body, cache, member, precise, config, Arithmetic(interpret is not None)
+    )
     results = launch(
         body, outputs, scratch, operands,
-        programs=cache.batch * cache.heads * cache.splits, config=config, interpret=interpret,
-        reduction_bytes=1024,
+        programs=cache.batch * (cache.heads // heads) * cache.splits, config=config,
+        interpret=interpret, reduction_bytes=1024,
     )  # fmt: skip
-    return Sums(**results)
+    return decode_group.sums(cache, member, results) if kernel is decode_group else Sums(**results)
+
+
+def ring_scratch(cache: Cache, config: Config, readers: int):
+    """Scratch types of the ring of tiles, each of which `readers` warpgroups release."""
+    shape = (config.stages, BLOCK, cache.head_dim)
+    return (
+        [plgpu.SMEM(shape, cache.dtype, transforms=narrow_transforms())] * 2,
+        plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=config.stages),
+    )
+
+
+def reader_scratch(cache: Cache, member: str, weighers: int) -> dict:
+    """Scratch types of `Reader`, of which `weighers` weigh keys."""
+    transforms = narrow_transforms()
+    types = {
+        "query": plgpu.SMEM((weighers, BLOCK, cache.head_dim), cache.dtype, transforms=transforms),
+        "vectors": plgpu.SMEM((weighers, ORIGIN + cache.blocks, BLOCK), jnp.float32),
+    }
+    if member == "lla":
+        types["ones"] = plgpu.SMEM(SQUARE, cache.dtype, transforms=transforms)
+        types["ones_written"] = plgpu.Barrier(num_arrivals=1)
+    return types
 
 
 class Share(NamedTuple):
-    """What a program instance sums over: tiles ``[begin, end)`` of the keys of a head."""
+    """What a program instance sums over: tiles ``[begin, end)`` of the keys of a head.
+
+    `head` is the query head, the first one of those that an instance serves.
+    """
 
     b: jax.Array
     head: jax.Array
@@ -201,13 +223,16 @@ class Share(NamedTuple):
     end: jax.Array
 
     @classmethod
-    def mine(cls, cache: Cache, given) -> Share:
-        """Heads that share keys are next to each other, to meet in the second-level cache."""
+    def mine(cls, cache: Cache, given, heads: int = 1) -> Share:
+        """That of an instance with `heads` query heads.
+
+        Instances that share keys are next to each other, to meet in the second-level cache.
+        """
 
         def cut(number, size):
             return lax.div(number, jnp.int32(size)), lax.rem(number, jnp.int32(size))
 
-        rest, g = cut(lax.axis_index("program"), cache.group)
+        rest, g = cut(lax.axis_index("program"), cache.group // heads)
         rest, split = cut(rest, cache.splits)
         b, kv_head = cut(rest, cache.kv_heads)
         low, high = given["first"][b], given["last"][b]
@@ -215,12 +240,19 @@ class Share(NamedTuple):
         each = lax.div(jnp.maximum(last - first, 0) + (cache.splits - 1), jnp.int32(cache.splits))
         begin = jnp.minimum(first + split * each, last)
         end = jnp.minimum(begin + each, last)
-        return cls(b, kv_head * cache.group + g, kv_head, split, low, high, begin, end)
+        head = kv_head * cache.group + g * heads
+        return cls(b, head, kv_head, split, low, high, begin, end)
 
 
-def _tile_start(cache: Cache, j):
+def tile_start(cache: Cache, j):
     """The last tile overlaps the one before it where the keys do not fill it."""
     return jnp.minimum(j * BLOCK, cache.num_keys - BLOCK)
+
+
+def fill(cache: Cache, given, share: Share, ring: Ring, t):
+    """Copies tile t of a share into the ring once there is room; returns t + 1."""
+    where = (share.b, pl.ds(tile_start(cache, share.begin + t), BLOCK), share.kv_head)
+    return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
 
 
 def stream(cache: Cache, given, share: Share, ring: Ring, even: bool = False) -> None:
@@ -228,15 +260,10 @@ def stream(cache: Cache, given, share: Share, ring: Ring, even: bool = False) ->
 
     If `even`, one more than there are where their number is odd.
     """
-
-    def fill(j, t):
-        where = (share.b, pl.ds(_tile_start(cache, j), BLOCK), share.kv_head)
-        return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
-
-    end = share.end
+    count = share.end - share.begin
     if even:
-        end = share.begin + 2 * lax.div(share.end - share.begin + 1, jnp.int32(2))
-    ring.drain(lax.fori_loop(share.begin, end, fill, jnp.int32(0)))
+        count = 2 * lax.div(count + 1, jnp.int32(2))
+    ring.drain(lax.fori_loop(0, count, lambda t, _: fill(cache, given, share, ring, t), 0))
 
 
 class Scores(NamedTuple):
@@ -249,7 +276,7 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass
 class Reader:
-    """A warpgroup, static number `w`, that weighs the keys of tiles."""
+    """A warpgroup, number `w`, that weighs the keys of tiles."""
 
     cache: Cache
     member: str
@@ -260,7 +287,7 @@ class Reader:
     scratch: Any
     share: Share
     ring: Ring
-    w: int
+    w: int | jax.Array
     level: jax.Array | None = None  # the origin times the probe
 
     @property
@@ -289,11 +316,13 @@ class Reader:
             tile = self.scratch["query"].at[self.w, :, pl.ds(c * BLOCK, BLOCK)]
             tile[...] = rows.astype(self.cache.dtype)
         self.level = level
-        if self.member == "lla" and self.w == 0:
-            self.scratch["ones"][...] = full(SQUARE, 1, MATRIX).astype(self.cache.dtype)
         plgpu.commit_smem()
-        if self.member == "lla" and self.w == 0:
-            plgpu.barrier_arrive(self.scratch["ones_written"])
+
+    def write_ones(self) -> None:
+        """Done by one warpgroup, before any of them adds up keys."""
+        self.scratch["ones"][...] = full(SQUARE, 1, MATRIX).astype(self.cache.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.scratch["ones_written"])
 
     def read(self, source, c: int):
         """Block c of a vector in global memory."""
@@ -333,7 +362,7 @@ class Reader:
         logits = logits.sum(axis=1) * scale
         share, j = self.share, self.share.begin + t
         position = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)
-        position = position + _tile_start(self.cache, j)
+        position = position + tile_start(self.cache, j)
         first = jnp.maximum(share.low, j * BLOCK)
         last = jnp.minimum(share.high, share.end * BLOCK)
         valid = (position >= first) & (position < last)

@@ -22,10 +22,12 @@ from lla.kernels.mosaic_gpu.decode import (
     Cache,
     Reader,
     Share,
+    reader_scratch,
+    ring_scratch,
     row_names,
     stream,
 )
-from lla.kernels.mosaic_gpu.launch import Ring
+from lla.kernels.mosaic_gpu.launch import Config, Ring
 from lla.kernels.mosaic_gpu.tile import (
     LOWEST,
     MATRIX,
@@ -46,10 +48,13 @@ _PAIR = 2  # tiles that are weighed together, and weighted tiles in flight
 _REGISTERS = {"weigh": 168, "multiply": 160, "stream": 24}
 
 
-def scratch(cache: Cache, precise: bool) -> dict:
-    """Scratch types of this body alone."""
+def plan(cache: Cache, member: str, precise: bool) -> tuple[Config, dict]:
+    """How the kernel is launched, and its scratch types."""
+    config = Config(warpgroups=READERS, block=BLOCK, stages=2 * _PAIR)
     weighted = plgpu.SMEM((_HALVES, *SQUARE), cache.dtype, transforms=narrow_transforms())
-    return {
+    return config, {
+        "ring": ring_scratch(cache, config, READERS),
+        **reader_scratch(cache, member, 1),
         "weighted": [[weighted] * (2 if precise else 1) for _ in range(_PAIR)],
         "seen": plgpu.Barrier(num_arrivals=_HALVES),
         # For each half of the moments.
@@ -101,7 +106,7 @@ class _PairReader(Reader):
 class _Weigher(_PairReader):
     def run(self) -> None:
         self.prepare()
-
+        self.write_ones()
         start = {
             "largest": full((ROW_BLOCK,), LOWEST, ROWS),
             "total": full((ROW_BLOCK,), 0, ROWS),

@@ -14,10 +14,12 @@ from lla.kernels.mosaic_gpu.decode import (
     Cache,
     Reader,
     Share,
+    reader_scratch,
+    ring_scratch,
     row_names,
     stream,
 )
-from lla.kernels.mosaic_gpu.launch import Ring
+from lla.kernels.mosaic_gpu.launch import Config, Ring
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
     LOWEST,
@@ -34,9 +36,14 @@ TURNS = 2
 """Warpgroups that take turns."""
 
 
-def scratch(cache: Cache, member: str, precise: bool) -> dict:
-    """Scratch types of this body alone."""
+def plan(cache: Cache, member: str, precise: bool) -> tuple[Config, dict]:
+    """How the kernel is launched, and its scratch types."""
+    # Even, so that the warpgroups always meet the same barriers: one that has missed a phase of a
+    # barrier waits forever.
+    config = Config(warpgroups=TURNS, block=BLOCK, stages=4 if cache.blocks == 2 else 6)
     types = {
+        "ring": ring_scratch(cache, config, 1),
+        **reader_scratch(cache, member, TURNS),
         "handed": plgpu.Barrier(num_arrivals=1),
         "numbers": plgpu.SMEM((3, ROW_BLOCK), jnp.float32),
         "rows": plgpu.SMEM((len(row_names(member)), cache.blocks, BLOCK), jnp.float32),
@@ -45,7 +52,7 @@ def scratch(cache: Cache, member: str, precise: bool) -> dict:
         weighted = plgpu.SMEM((TURNS, *SQUARE), cache.dtype, transforms=narrow_transforms())
         types["weighted"] = [weighted] * (2 if precise else 1)
         types["moments"] = plgpu.SMEM((2, *SQUARE), jnp.float32)
-    return types
+    return config, types
 
 
 def body(cache, member, precise, config, arithmetic, given, out, scratch):
@@ -78,6 +85,8 @@ class _Turns(Reader):
 
     def run(self) -> None:
         self.prepare()
+        if self.member == "lla" and self.w == 0:
+            self.write_ones()
 
         def matrices(count):
             return tuple(full(SQUARE, 0, MATRIX) for _ in range(count))

@@ -47,8 +47,9 @@ def serves(problem: Problem) -> bool:
 def choose_splits(queries: int, num_keys: int, instances: int = _INSTANCES) -> int:
     """Program instances that share the keys of one of `queries` query heads of all sequences.
 
-    The fewest that take the least time: rounds of instances, times the tiles of a share and what an
-    instance takes without any. A share has at least four tiles, as its sums have to be joined.
+    Heads that one instance serves together count once. The fewest that take the least time: rounds
+    of instances, times the tiles of a share and what an instance takes without any. A share has at
+    least four tiles, as its sums have to be joined.
     """
     tiles = -(-num_keys // _BLOCK)
 
@@ -107,12 +108,13 @@ def attend(problem: Problem, *, interpret: Any = None) -> tuple[jax.Array, Stats
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Array, Stats]:
-    from lla.kernels.mosaic_gpu.decode import Cache
+    from lla.kernels.mosaic_gpu.decode import Cache, heads_together
     from lla.kernels.mosaic_gpu.decode_attend import attend_cache
 
     b, _, k, g, h = floats.query.shape
     s = floats.key.shape[1]
-    cache = Cache(b, s, k, g, h, floats.query.dtype, choose_splits(b * k * g, s))
+    queries = b * k * g // heads_together(static.member, g, h)
+    cache = Cache(b, s, k, g, h, floats.query.dtype, choose_splits(queries, s))
     high = jnp.clip(jnp.minimum(places.offset + 1, places.lengths), 0, s)
     low = jnp.zeros_like(high)
     if static.window is not None:

@@ -8,6 +8,7 @@ Prints a line ``kernel NAME`` before what the assembler says of it (spills, seri
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
@@ -117,21 +118,32 @@ def kernels(head_dim: int):
     yield "key_gradients_split", *keys(chosen.key_gradients_split, split)
 
 
-def decoding_kernels(head_dim: int):
-    """Name, function and arguments of every kernel for single steps."""
-    cache = decode.Cache(2, 4096, 8, 1, head_dim, jnp.dtype(jnp.bfloat16), 4)
+def decoding_kernels(head_dim: int, group: int):
+    """Name, function and arguments of every kernel for single steps.
+
+    With a group, those that serve its query heads together.
+    """
+    cache = decode.Cache(2, 4096, 8, group, head_dim, jnp.dtype(jnp.bfloat16), 4)
     keys = jax.ShapeDtypeStruct((2, 4096, 8, head_dim), cache.dtype)
-    query = jax.ShapeDtypeStruct((2, 8, head_dim), cache.dtype)
+    query = jax.ShapeDtypeStruct((2, cache.heads, head_dim), cache.dtype)
     place = jax.ShapeDtypeStruct((2,), jnp.int32)
+    suffix = "" if group == 1 else f"_group_{group}"
 
     def sums(member, precise):
         return lambda *a: decode.sum_over_cache(cache, member, *a, precise=precise)
 
     arguments = (query, keys, keys, (place, place), cache.each())
-    yield "decode_softmax", sums("softmax", False), arguments
-    yield "decode_parallax", sums("parallax", False), (*arguments, query)
-    yield "decode_lla", sums("lla", False), arguments
-    yield "decode_lla_precise", sums("lla", True), arguments
+    for name, member, precise in (
+        ("softmax", "softmax", False),
+        ("parallax", "parallax", False),
+        ("lla", "lla", False),
+        ("lla_precise", "lla", True),
+    ):
+        if group == 1 or decode.heads_together(member, group, head_dim) > 1:
+            extra = (query,) if member == "parallax" else ()
+            yield f"decode_{name}{suffix}", sums(member, precise), (*arguments, *extra)
+    if group > 1:
+        return
     rows, moments = cache.each(3, head_dim), cache.each(head_dim, 2 * head_dim)
     yield (
         "decode_fit",
@@ -147,7 +159,8 @@ def main():
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.P())
     for head_dim in configs.HEAD_DIMS:
-        for name, function, arguments in (*kernels(head_dim), *decoding_kernels(head_dim)):
+        decoding = [decoding_kernels(head_dim, group) for group in (1, 4)]
+        for name, function, arguments in itertools.chain(kernels(head_dim), *decoding):
             print(f"kernel {name}_{head_dim}", flush=True)
             placed = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments

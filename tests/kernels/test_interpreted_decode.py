@@ -44,11 +44,23 @@ def test_equals_reference():
 @pytest.mark.parametrize("case", [name for name in CASES if name != "lla"])
 def test_every_case_equals_reference(case):
     # One part rounds the weighted keys once, too.
-    check(case, factor=3 if case == "lla_one_part" else 1.2)
+    check(case, factor=3 if case.endswith("one_part") else 1.2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["softmax", "parallax", "lla", "lla_head_dim_128"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "softmax",
+        "parallax",
+        "lla",
+        "lla_head_dim_128",
+        "parallax_group_2",
+        "parallax_long_group",
+        "lla_group_2",
+        "lla_group_4",
+    ],
+)
 def test_no_races(case):
     check(case, "--races")
 
