@@ -177,13 +177,16 @@ class Call:
             self.reason, self.results = hopper.brief(error), None
 
 
-def run_group(
+def check_group(
     options: argparse.Namespace,
     case: Case,
     todo: Iterable[tuple[Adapter, float | None]],
     arrays: Mapping[str, jax.Array],
-) -> list[dict]:
-    """Checks and then times, in turns, the adapters of one member at one size."""
+) -> tuple[dict, dict]:
+    """Records of the adapters of one member at one size, and the calls that are right.
+
+    Here Triton compiles and tunes, which can take minutes.
+    """
     heads = checked_heads(case, options.checked_heads)
     inputs = {name: pick(np.asarray(array), heads) for name, array in arrays.items()}
     truth = functools.cache(lambda member, ridge: exact(member, ridge, inputs))
@@ -216,6 +219,11 @@ def run_group(
             if iterations is not None:
                 record["mean_iterations"] = float(iterations)
             hopper.say(f"checked {describe(record)}: {record['status']}")
+    return records, calls
+
+
+def time_group(options: argparse.Namespace, records: dict, calls: dict) -> list[dict]:
+    """Times the calls in turns; returns all records."""
     for key, timing in measure.time_interleaved(calls, options.repeats, options.budget).items():
         if calls[key].reason is None:
             records[key] |= dataclasses.asdict(timing)
@@ -302,13 +310,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(adapter, JaxAdapter) and adapter.available() is None
     ]
     compiled |= hopper.compile_all(programs, options.workers, time.monotonic() + options.limit)
-    with measure.exclusive(options.lock):
-        for (case, _), todo in groups.items():
-            sizes = (case.batch, case.heads, case.heads, case.n, case.head_dim)
-            widest = Program("", "parallax", "forward_backward", *sizes, None, None, case.dtype)
-            made = hopper_cells.make_inputs(widest, "normal", options.seed)
-            arrays = hopper_cells.on_device(widest, made)
-            _add(results, run_group(options, case, todo, arrays))
+    for (case, _), todo in groups.items():
+        sizes = (case.batch, case.heads, case.heads, case.n, case.head_dim)
+        widest = Program("", "parallax", "forward_backward", *sizes, None, None, case.dtype)
+        made = hopper_cells.make_inputs(widest, "normal", options.seed)
+        arrays = hopper_cells.on_device(widest, made)
+        checked = check_group(options, case, todo, arrays)
+        with measure.exclusive(options.lock):
+            _add(results, time_group(options, *checked))
     print(peers_tables.markdown(results.document()), flush=True)
     ours = [r for r in results.records if r["implementation"] == options.implementation]
     return int(any(record["status"] != "timed" for record in ours))

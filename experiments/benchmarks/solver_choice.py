@@ -87,30 +87,28 @@ def run_solvers(options, results: measure.Results, inputs) -> None:
         for which in subjects.PASSES
         for name in names
     }
-    with measure.exclusive(options.lock):
-        _measure_solvers(options, results, inputs, todo, compiled, names)
-
-
-def _measure_solvers(options, results, inputs, todo, compiled, names) -> None:
     count = jax.jit(_count, static_argnames="name")
-    for ridge, cells in todo.items():
-        if not cells:
-            continue
-        given = subjects.with_ridge(inputs, ridge)
-        truths = {"lla": subjects.exact("lla", given)}
-        arrays = [given[name] for name in ("query", "key", "value", "ridge")]
-        iterations = {name: float(count(*arrays, name=name)) for name in names}
-        for which in subjects.PASSES:
-            chosen = {
-                name: {**cell, "mean_iterations": iterations[name]}
-                for (w, name), cell in cells.items()
-                if w == which
-            }
-            records = subjects.measure_group(
-                chosen, SUBJECTS, given, truths, {name: compiled[which, name] for name in chosen},
-                ridge=ridge, repeats=options.repeats, budget=options.budget,
-            )  # fmt: skip
-            _add(results, records)
+    ridges = [ridge for ridge, cells in todo.items() if cells]
+    given = {ridge: subjects.with_ridge(inputs, ridge) for ridge in ridges}
+    truths = {ridge: {"lla": subjects.exact("lla", given[ridge])} for ridge in ridges}
+    iterations = {}
+    for ridge in ridges:
+        arrays = [given[ridge][name] for name in ("query", "key", "value", "ridge")]
+        iterations[ridge] = {name: float(count(*arrays, name=name)) for name in names}
+    with measure.exclusive(options.lock):
+        for ridge in ridges:
+            for which in subjects.PASSES:
+                chosen = {
+                    name: {**cell, "mean_iterations": iterations[ridge][name]}
+                    for (w, name), cell in todo[ridge].items()
+                    if w == which
+                }
+                records = subjects.measure_group(
+                    chosen, SUBJECTS, given[ridge], truths[ridge],
+                    {name: compiled[which, name] for name in chosen},
+                    ridge=ridge, repeats=options.repeats, budget=options.budget,
+                )  # fmt: skip
+                _add(results, records)
 
 
 def _kernel_serves(inputs) -> bool:

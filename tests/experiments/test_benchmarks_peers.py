@@ -200,7 +200,9 @@ def test_one_adapter_does_not_stop_another(bench, arrays):
     ]
     case = bench.peers_adapters.Case(*CASE)
     todo = [(fake, None) for fake in reversed(fakes)]
-    records = bench.peers.run_group(bench.peers.parse(SMALL), case, todo, arrays)
+    options = bench.peers.parse(SMALL)
+    checked = bench.peers.check_group(options, case, todo, arrays)
+    records = bench.peers.time_group(options, *checked)
     found = {r["implementation"]: r for r in records if r["pass"] == "forward"}
     for record in records:
         bench.measure.check_record({**record, "commit": "abc", "date": "2000-01-01"})
