@@ -86,7 +86,7 @@ def get_config(variant: str = ""):
     if variant == "figure":
         config.model.dtype = "bfloat16"  # the Hopper kernels need 16 bits
         config.training.update(log_every=100, eval_every=500, checkpoint_every=3000)
-        config.training.update(steps_per_call=100, batch_size=128, steps=3000)
+        config.training.update(steps_per_call=100, batch_size=256, steps=3000)
         config.sweep.learning_rates = (1e-3, 3e-3, 1e-2)
         config.sweep.grid.model.mixer.name = (
             "lla",
@@ -101,10 +101,14 @@ def get_config(variant: str = ""):
             "mamba",
         )
         config.sweep.grid.model.width = (64, 128)
+        config.mixers.mamba.form = "recurrent"  # the parallel form moves much more memory
         with config.sweep.unlocked():
             config.sweep.cases = {
-                f"length_{length}": {"task": {"length": length, "pairs": pairs}}
-                for length, pairs in ((64, 4), (128, 8), (256, 16))
+                f"length_{length}": {
+                    "task": {"length": length, "pairs": pairs},
+                    "training": {"batch_size": batch_size},
+                }
+                for length, pairs, batch_size in ((64, 4, 256), (128, 8, 256), (256, 16, 128))
             }
     elif variant == "smoke":
         config.task.update(vocab_size=32, length=16, pairs=2, train_examples=64, test_examples=12)
