@@ -142,7 +142,7 @@ def compile_cell(cell: Cell, steps: int) -> hopper.Compiled:
     return hopper.Compiled(compiled, memory, time.monotonic() - start)
 
 
-class _Run:
+class Run:
     """A compiled loop with its cache, which every call takes and gives back."""
 
     def __init__(self, compiled, cache, tokens):
@@ -153,7 +153,7 @@ class _Run:
         return query, out
 
 
-def check(cell: Cell, run: _Run) -> dict[str, Any]:
+def check(cell: Cell, run: Run) -> dict[str, Any]:
     """Status, error and bound of the last output, from the first sequences of the batch."""
     query, out = jax.block_until_ready(run())
     some = min(cell.batch, 2)
@@ -243,7 +243,7 @@ def run_group(cells: Sequence[Cell], compiled: Mapping[Cell, Any], options) -> l
             records[cell] = record | {"status": "unavailable", "reason": found.error}
             continue
         try:
-            run = _Run(found.call, *make_inputs(cell, options.steps, options.seed))
+            run = Run(found.call, *make_inputs(cell, options.steps, options.seed))
             records[cell] = record | check(cell, run)
         except Exception as error:  # one that does not run must not stop the others
             records[cell] = record | {"status": "unavailable", "reason": hopper.brief(error)}

@@ -119,3 +119,24 @@ def solvers_markdown(document: Mapping) -> str:
     for name in ("kernel, cg", "Cholesky"):
         head += [f"{name}: µs", "error"]
     return f"{report.provenance(document)}\n\n{report.table(head, rows)}"
+
+
+def traffic_markdown(document: Mapping) -> str:
+    """Provenance and table of a result file of `decoding_traffic.py`."""
+    rows = [
+        [
+            str(r["head_dim"]),
+            str(r["group"]),
+            str(r["batch"]),
+            str(r["n"]),
+            r["implementation"].replace("lla_", "lla, ridge "),
+            f"{r['cache_bytes'] / 2**20:.4g}",
+            f"{r['moved_bytes'] / 2**20:.4g}",
+            f"{r['moved_bytes'] / r['cache_bytes']:.3f}",
+        ]
+        for r in document["records"]
+        if "moved_bytes" in r
+    ]
+    head = ["d", "query heads of a key head", "batch", "tokens", "attention"]
+    table = report.table([*head, "cache, MiB", "moved a step, MiB", "moved / cache"], rows)
+    return f"{report.provenance(document)}\n\n{table}"

@@ -353,6 +353,7 @@ def markdown(document: Mapping) -> str:
         "mixers": mixers_tables.markdown,
         "decoding": decoding_tables.markdown,
         "decoding_solvers": decoding_tables.solvers_markdown,
+        "decoding_traffic": decoding_tables.traffic_markdown,
         "blockwise_variants": variants_markdown,
     }
     return makers[document["header"]["benchmark"]](document)

@@ -98,15 +98,13 @@ class Sums(NamedTuple):
     moments: jax.Array | None = None
 
 
-def heads_together(member: str, group: int, head_dim: int) -> int:
+def heads_together(member: str, group: int) -> int:
     """Query heads that a program instance serves, of the `group` that shares a key head.
 
-    They are rows of one product without moments (`decode_group`), and have a warpgroup each with
-    them (`decode_heads`), of which four have enough registers.
+    They are rows of one product (`decode_group`). Local linear attention has moments of each head
+    alone, and a warpgroup for each head was slower than an instance for each.
     """
-    if member == "lla" and head_dim != BLOCK:
-        return 1
-    most = 4 if member == "lla" else 8
+    most = 1 if member == "lla" else 8
     return max(heads for heads in range(1, most + 1) if group % heads == 0)
 
 
@@ -145,15 +143,13 @@ def sum_over_cache(
       precise: whether weighted keys have two 16-bit parts in the moments.
       interpret: parameters of the interpreter, or None to compile.
     """
-    from lla.kernels.mosaic_gpu import decode_group, decode_heads, decode_roles, decode_turns
+    from lla.kernels.mosaic_gpu import decode_group, decode_roles, decode_turns
 
-    heads = heads_together(member, cache.group, cache.head_dim)
-    if member == "lla" and cache.blocks == 2:
-        kernel = decode_roles
-    elif heads == 1:
-        kernel = decode_turns
+    heads = heads_together(member, cache.group)
+    if heads > 1:
+        kernel = decode_group
     else:
-        kernel = decode_heads if member == "lla" else decode_group
+        kernel = decode_roles if member == "lla" and cache.blocks == 2 else decode_turns
     config, scratch = kernel.plan(cache, member, precise)
     names = row_names(member)
     outputs = {
@@ -249,12 +245,6 @@ def tile_start(cache: Cache, j):
     return jnp.minimum(j * BLOCK, cache.num_keys - BLOCK)
 
 
-def fill(cache: Cache, given, share: Share, ring: Ring, t):
-    """Copies tile t of a share into the ring once there is room; returns t + 1."""
-    where = (share.b, pl.ds(tile_start(cache, share.begin + t), BLOCK), share.kv_head)
-    return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
-
-
 def stream(cache: Cache, given, share: Share, ring: Ring, even: bool = False) -> None:
     """The warpgroup that fills the ring with tiles of keys and of values.
 
@@ -263,7 +253,12 @@ def stream(cache: Cache, given, share: Share, ring: Ring, even: bool = False) ->
     count = share.end - share.begin
     if even:
         count = 2 * lax.div(count + 1, jnp.int32(2))
-    ring.drain(lax.fori_loop(0, count, lambda t, _: fill(cache, given, share, ring, t), 0))
+
+    def fill(t, _):
+        where = (share.b, pl.ds(tile_start(cache, share.begin + t), BLOCK), share.kv_head)
+        return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
+
+    ring.drain(lax.fori_loop(0, count, fill, 0))
 
 
 class Scores(NamedTuple):
@@ -276,7 +271,7 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass
 class Reader:
-    """A warpgroup, number `w`, that weighs the keys of tiles."""
+    """A warpgroup, static number `w`, that weighs the keys of tiles."""
 
     cache: Cache
     member: str
@@ -287,7 +282,7 @@ class Reader:
     scratch: Any
     share: Share
     ring: Ring
-    w: int | jax.Array
+    w: int
     level: jax.Array | None = None  # the origin times the probe
 
     @property

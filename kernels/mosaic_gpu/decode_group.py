@@ -60,14 +60,14 @@ def _names(member: str) -> dict[str, int]:
 
 def outputs(cache: Cache, member: str) -> dict:
     """Arrays ``[B, N / H, P, R + 1, 8, D]`` for instances with H query heads."""
-    heads = heads_together(member, cache.group, cache.head_dim)
+    heads = heads_together(member, cache.group)
     lead = (cache.batch, cache.heads // heads, cache.splits, len(_names(member)))
     return {"rows": jax.ShapeDtypeStruct((*lead, MOST, cache.head_dim), jnp.float32)}
 
 
 def sums(cache: Cache, member: str, results: dict) -> Sums:
     """The sums by query head from those by instance."""
-    rows = results["rows"][:, :, :, :, : heads_together(member, cache.group, cache.head_dim)]
+    rows = results["rows"][:, :, :, :, : heads_together(member, cache.group)]
     rows = jnp.moveaxis(rows, 4, 2)  # [B, N / H, H, P, R + 1, D]
     rows = rows.reshape(cache.batch, cache.heads, *rows.shape[3:])
     return Sums(rows[..., -1, :ROW_BLOCK], rows[..., :-1, :])
@@ -96,7 +96,7 @@ def plan(cache: Cache, member: str, precise: bool) -> tuple[Config, dict]:
 def body(cache, member, precise, config, arithmetic, given, out, scratch):
     """Body of the kernel, for `lla.kernels.mosaic_gpu.launch.launch`."""
     del precise
-    heads = heads_together(member, cache.group, cache.head_dim)
+    heads = heads_together(member, cache.group)
     share = Share.mine(cache, given, heads)
     tiles, *barriers = scratch["ring"]
     ring = Ring(tuple(tiles), *barriers, config.stages, late=False)

@@ -75,7 +75,6 @@ class Config:
       resident_operand: whether the query is kept in registers rather than in shared memory.
       shared_mean: whether the solve keeps the mean key in shared memory, too.
       hold_sums: see `lla.kernels.mosaic_gpu.tile.Arithmetic`.
-      streaming: whether there is a streaming warpgroup; else the registers are shared equally.
     """
 
     warpgroups: int = 2
@@ -85,7 +84,6 @@ class Config:
     resident_operand: bool = False
     shared_mean: bool = True
     hold_sums: bool = True
-    streaming: bool = True
 
 
 class Masking(NamedTuple):
@@ -282,7 +280,7 @@ def launch(
     body, outputs, scratch, operands, *, programs: int, config: Config, interpret,
     reduction_bytes: int = 0,
 ) -> dict:  # fmt: skip
-    """Runs a kernel body on `programs` instances of the warpgroups of `config`.
+    """Runs a kernel body on `programs` instances of ``config.warpgroups + 1`` warpgroups.
 
     The functions that launch kernels are under `jax.jit`, so that equal launches of a program,
     those of a model's layers, are lowered and compiled once.
@@ -308,7 +306,7 @@ def launch(
         out_type=list(outputs.values()),
         grid=(programs,),
         grid_names=("program",),
-        num_threads=config.warpgroups + config.streaming,
+        num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(

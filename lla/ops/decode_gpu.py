@@ -113,7 +113,7 @@ def _attend(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Arra
 
     b, _, k, g, h = floats.query.shape
     s = floats.key.shape[1]
-    queries = b * k * g // heads_together(static.member, g, h)
+    queries = b * k * g // heads_together(static.member, g)
     cache = Cache(b, s, k, g, h, floats.query.dtype, choose_splits(queries, s))
     high = jnp.clip(jnp.minimum(places.offset + 1, places.lengths), 0, s)
     low = jnp.zeros_like(high)

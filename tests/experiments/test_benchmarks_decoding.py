@@ -9,7 +9,7 @@ import lla
 
 NAMES = (
     "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "mixers_tables",
-    "peers_tables", "decoding_tables", "decoding", "decoding_solvers",
+    "peers_tables", "decoding_tables", "decoding", "decoding_solvers", "decoding_traffic",
 )  # fmt: skip
 MEASURED = ("softmax", "lla_10")
 SMALL = [
@@ -83,3 +83,44 @@ def test_the_direct_solver_is_the_exact_operator(bench):
             ridge=0.1, is_causal=False, implementation="reference",
         )  # fmt: skip
     np.testing.assert_allclose(got, want[:, 0], rtol=1e-4, atol=1e-5)
+
+
+class Counter:
+    """Always a quarter of the time busy."""
+
+    def read(self):
+        return 0.0
+
+    def busy(self, first, second):
+        return 0.25
+
+
+def test_counted_bytes(bench, tmp_path, monkeypatch):
+    """A counter that is proportional to time: bytes are in the ratio of the times of a call."""
+    traffic = bench.decoding_traffic
+    small = [
+        "--implementations", "softmax", "cudnn", "--head_dims=8", "--lengths=16", "--batches=3",
+        "--kv_heads=1", "--groups=2", "--steps=2", "--copied=65536", "--seconds=0.02",
+        "--workers=1", f"--output={tmp_path / 'traffic.json'}",
+    ]  # fmt: skip
+    monkeypatch.setattr(traffic, "MemoryCounter", lambda index: Counter())
+    assert traffic.main(small) == 0
+    document = bench.measure.load(tmp_path / "traffic.json")
+    records = {r["implementation"]: r for r in document["records"]}
+    assert records["cudnn"]["status"] == "unavailable"
+    record = records["softmax"]
+    assert record["cache_bytes"] == 2 * 3 * 16 * 1 * 8 * 2
+    assert record["bytes_per_busy_second"] > 0 and record["moved_bytes"] > 0
+    assert "softmax" in bench.decoding_tables.traffic_markdown(document)
+
+
+def test_time_between_readings_is_shared_by_the_calls(bench, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(bench.decoding_traffic.time, "perf_counter", lambda: next(clock))
+    # Two turns of four calls between seconds 0 and 5 of the clock.
+    assert bench.decoding_traffic.busy_seconds(Counter(), lambda: jnp.ones(()), 2.5) == 0.25 * 4 / 8
+
+
+def test_without_a_counter(bench, tmp_path, capsys):
+    assert bench.decoding_traffic.main([f"--output={tmp_path / 'traffic.json'}"]) == 1
+    assert "counter" in capsys.readouterr().err

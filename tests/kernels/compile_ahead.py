@@ -139,7 +139,7 @@ def decoding_kernels(head_dim: int, group: int):
         ("lla", "lla", False),
         ("lla_precise", "lla", True),
     ):
-        if group == 1 or decode.heads_together(member, group, head_dim) > 1:
+        if group == 1 or decode.heads_together(member, group) > 1:
             extra = (query,) if member == "parallax" else ()
             yield f"decode_{name}{suffix}", sums(member, precise), (*arguments, *extra)
     if group > 1:

@@ -43,7 +43,7 @@ CASES = {
     "softmax": Case("softmax", ((0, 200), (0, 1))),
     "parallax": Case("parallax", ((70, 190), (0, 0))),
     "lla": Case("lla", ((0, 200), (5, 70), (0, 0), (0, 1))),
-    "lla_grouped": Case("lla", ((0, 130),), num_keys=130, kv_heads=2, group=5, splits=3),
+    "lla_grouped": Case("lla", ((0, 130),), num_keys=130, kv_heads=2, group=2, splits=3),
     "lla_one_part": Case("lla", ((0, 200),), ridge=10.0, precise=False),
     "lla_head_dim_128": Case("lla", ((3, 170),), head_dim=128, splits=1),
     # Query heads of a group in one instance.
@@ -54,16 +54,11 @@ CASES = {
     ),
     "parallax_group_2": Case("parallax", ((70, 190), (0, 0)), kv_heads=2, group=2),
     "parallax_group_16_head_dim_128": Case("parallax", ((0, 200),), group=16, head_dim=128),
-    "lla_group_2": Case("lla", ((0, 200), (70, 70), (5, 70)), group=2),
-    "lla_group_4": Case("lla", ((0, 150), (140, 141)), kv_heads=2, group=4, splits=1),
-    "lla_group_3": Case("lla", ((0, 130),), num_keys=130, kv_heads=2, group=3, splits=3),
-    "lla_group_4_one_part": Case("lla", ((0, 200),), group=4, ridge=10.0, precise=False),
     # More tiles than an instance has room for.
     "softmax_long_group": Case("softmax", ((10, 1000),), num_keys=1000, group=4, splits=1),
     "parallax_long_group": Case(
         "parallax", ((0, 700),), num_keys=700, group=2, head_dim=128, splits=1
     ),
-    "lla_long_group": Case("lla", ((10, 1000),), num_keys=1000, group=4, splits=1),
     "softmax_long": Case("softmax", ((10, 1000),), num_keys=1000, splits=1),
     "lla_long_head_dim_128": Case("lla", ((0, 650),), num_keys=650, head_dim=128, splits=1),
 }

@@ -46,8 +46,6 @@ SPILLS = {
     "key_gradients_split_128": 128,
     "decode_lla_128": 64,
     "decode_lla_precise_128": 64,
-    "decode_lla_group_4_64": 96,
-    "decode_lla_precise_group_4_64": 160,
     "decode_parallax_group_4_128": 160,
 }
 
@@ -70,5 +68,5 @@ def test_spills():
         assert found, part
         spills[part.split()[0]] = max(map(int, found))
         assert "serialized" not in part, part
-    assert len(spills) == 44
+    assert len(spills) == 42
     assert {k: v for k, v in spills.items() if v > SPILLS.get(k, 0)} == {}

@@ -57,8 +57,6 @@ def test_every_case_equals_reference(case):
         "lla_head_dim_128",
         "parallax_group_2",
         "parallax_long_group",
-        "lla_group_2",
-        "lla_group_4",
     ],
 )
 def test_no_races(case):
