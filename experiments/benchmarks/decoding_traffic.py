@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import measure
 
+_BEFORE = 0.4  # seconds
+
 
 class MemoryCounter:
     """The counter of one device.
@@ -65,17 +67,29 @@ class MemoryCounter:
         return query.metrics[0].value / 100
 
 
-def busy_seconds(counter, call: Callable[[], Any], seconds: float) -> float:
-    """Seconds that the memory is busy in one call, from as many as take `seconds`."""
-    jax.block_until_ready(call())
-    calls, first, start = 0, counter.read(), time.perf_counter()
-    while time.perf_counter() < start + seconds:
+def repeat(call: Callable[[], Any], seconds: float) -> float:
+    """Calls for so many seconds; returns those that one call takes."""
+    calls, start = 0, time.perf_counter()
+    while True:
         for _ in range(4):
             out = call()
         jax.block_until_ready(out)
         calls += 4
-    elapsed = time.perf_counter() - start
-    return counter.busy(first, counter.read()) * elapsed / calls
+        if time.perf_counter() >= start + seconds:
+            break
+    return (time.perf_counter() - start) / calls
+
+
+def busy_seconds(counter, call: Callable[[], Any], seconds: float) -> float:
+    """Seconds that the memory is busy in one call, from as many as take `seconds`.
+
+    A reading can be some tenths of a second old, so that the device does the same before the first
+    one.
+    """
+    repeat(call, _BEFORE)
+    first = counter.read()
+    each = repeat(call, seconds)
+    return counter.busy(first, counter.read()) * each
 
 
 def bytes_per_second(counter, size: int, seconds: float) -> float:
@@ -107,7 +121,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--kv_heads", type=int, default=8)
     add("--groups", type=int, nargs="+", default=[1, 4], help="query heads of a key head")
     add("--steps", type=int, default=16, help="tokens that one call decodes")
-    add("--seconds", type=float, default=0.5, help="between two readings")
+    add("--seconds", type=float, default=1.0, help="between two readings")
     add("--copied", type=int, default=1 << 31, help="bytes of the array that is copied")
     add("--seed", type=int, default=0)
     add("--index", type=int, default=0, help="of the device, as nvidia-smi counts")

@@ -114,11 +114,12 @@ def test_counted_bytes(bench, tmp_path, monkeypatch):
     assert "softmax" in bench.decoding_tables.traffic_markdown(document)
 
 
-def test_time_between_readings_is_shared_by_the_calls(bench, monkeypatch):
+def test_busy_seconds_of_a_call(bench, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(bench.decoding_traffic.time, "perf_counter", lambda: next(clock))
-    # Two turns of four calls between seconds 0 and 5 of the clock.
-    assert bench.decoding_traffic.busy_seconds(Counter(), lambda: jnp.ones(()), 2.5) == 0.25 * 4 / 8
+    # Every look at the clock takes a second: three turns of four calls in 4 seconds.
+    found = bench.decoding_traffic.busy_seconds(Counter(), lambda: jnp.ones(()), 2.5)
+    assert found == 0.25 * 4 / 12
 
 
 def test_without_a_counter(bench, tmp_path, capsys):
