@@ -11,9 +11,11 @@ code, A is discretised exactly and B by Euler's rule).
 `"recurrent"` is a scan over tokens and the reference. `"parallel"` runs an associative scan over
 the tokens of one chunk after the other, since pairs (a, b) that stand for h -> a h + b compose to
 pairs of that kind. All a are products of numbers in [0, 1]. States of all tokens exist for one
-chunk at a time, in the backward pass as well.
+chunk at a time, in the backward pass as well; a chunk of the recurrent form is about the square root
+of the length.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -110,14 +112,32 @@ def _discretise(a, x, delta, b):
 
 
 def _recurrent(state, a, *arrays):
-    by_time = tuple(jnp.moveaxis(array, 1, 0) for array in arrays)
-    state, y = jax.lax.scan(
-        lambda state, token: selective_scan_step(state, a, *token), state, by_time
-    )
-    return jnp.moveaxis(y, 0, 1), state
+    def advance(state, block):
+        by_time = tuple(jnp.moveaxis(array, 1, 0) for array in block)
+        state, y = jax.lax.scan(
+            lambda state, token: selective_scan_step(state, a, *token), state, by_time
+        )
+        return state, jnp.moveaxis(y, 0, 1)
+
+    return _by_chunks(advance, state, arrays, math.isqrt(arrays[0].shape[1] - 1) + 1)
 
 
 def _parallel(state, a, *arrays, chunk):
+    def advance(state, block):
+        x, delta, b, c = block
+        decay, inflow = _discretise(a, x, delta, b)
+        decay, inflow = jax.lax.associative_scan(_compose, (decay, inflow), axis=1)
+        states = decay * state[:, None] + inflow
+        return states[:, -1], _einsum("bcdn,bcn->bcd", states, c)
+
+    return _by_chunks(advance, state, arrays, chunk)
+
+
+def _by_chunks(advance, state, arrays, chunk):
+    """``advance(state, block) -> (state, y)`` over blocks of `chunk` tokens of `arrays`.
+
+    Of a block the backward pass keeps the state before it alone, and computes the others again.
+    """
     batch, length, channels = arrays[0].shape
     count = -(-length // chunk)
 
@@ -126,15 +146,8 @@ def _parallel(state, a, *arrays, chunk):
         array = jnp.pad(array, [(0, 0), (0, count * chunk - length), (0, 0)])
         return jnp.moveaxis(array.reshape(batch, count, chunk, -1), 1, 0)
 
-    @jax.checkpoint
-    def advance(state, block):
-        x, delta, b, c = block
-        decay, inflow = _discretise(a, x, delta, b)
-        decay, inflow = jax.lax.associative_scan(_compose, (decay, inflow), axis=1)
-        states = decay * state[:, None] + inflow
-        return states[:, -1], _einsum("bcdn,bcn->bcd", states, c)
-
-    state, y = jax.lax.scan(advance, state, tuple(split(array) for array in arrays))
+    blocks = tuple(split(array) for array in arrays)
+    state, y = jax.lax.scan(jax.checkpoint(advance), state, blocks)
     return jnp.moveaxis(y, 0, 1).reshape(batch, count * chunk, channels)[:, :length], state
 
 

@@ -166,12 +166,13 @@ def test_low_precision_inputs_keep_a_float32_state():
     assert relative_error(state, expected_state) < 1e-5
 
 
+@pytest.mark.parametrize("form", ["parallel", "recurrent"])
 @pytest.mark.parametrize("order", ["forward", "backward"])
-def test_states_of_all_tokens_never_exist_at_once(order):
+def test_states_of_all_tokens_never_exist_at_once(order, form):
     arrays = sequences(512)
 
     def forward(arrays):
-        return selective_scan(*arrays, chunk=16).sum()
+        return selective_scan(*arrays, form=form, chunk=16).sum()
 
     function = forward if order == "forward" else jax.grad(forward)
     states = arrays[0].size * STATE
