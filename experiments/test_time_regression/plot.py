@@ -126,7 +126,7 @@ def _by_position(axis, config, chosen):
 
 
 def _scan(axis, rows, by, column, band=None):
-    for label in _ordered({row["label"] for row in rows}):
+    for label in _ordered(dict.fromkeys(row["label"] for row in rows)):
         if label == "lla" and column.startswith("ratio"):
             continue  # 1 by definition: a line across, drawn by the caller
         line = sorted((row for row in rows if row["label"] == label), key=lambda row: row[by])
@@ -155,7 +155,7 @@ def _kinds(axis, rows, kinds, dim, segment_length):
             for row in rows
             if (row["kind"], row["dim"], row["segment_length"]) == (kind, dim, segment_length)
         ]
-        labels = _ordered({row["label"] for row in here})
+        labels = _ordered(dict.fromkeys(row["label"] for row in here))
         for label in labels:
             row = next(row for row in here if row["label"] == label)
             style = _style(label) | {"linestyle": "none"}
