@@ -9,6 +9,7 @@ data. ``Solver(method="auto")`` takes its thresholds from the committed results.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import sys
@@ -41,6 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--budget", type=float, default=10.0, help="seconds for the repeats of one cell")
     add("--seed", type=int, default=0)
     add("--output", type=pathlib.Path, help="default: results/solver_choice_<platform>.json")
+    add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads that compile")
     add("--lock", help="file that processes which measure on one device have in common")
     add("--commit", help="recorded where the repository's history is absent")
     add("--resume", action="store_true", help="keep finished cells, whatever code they measured")
@@ -81,25 +83,29 @@ def run_solvers(options, results: measure.Results, inputs) -> None:
     todo = {ridge: _cells(results, inputs, names, ridge) for ridge in options.ridges}
     if not any(todo.values()):
         return
-    example = subjects.with_ridge(inputs, options.ridges[0])
-    compiled = {
-        (which, name): subjects.compile_call(SUBJECTS[name], which, example)
-        for which in subjects.PASSES
-        for name in names
-    }
-    count = jax.jit(_count, static_argnames="name")
     ridges = [ridge for ridge, cells in todo.items() if cells]
     given = {ridge: subjects.with_ridge(inputs, ridge) for ridge in ridges}
-    truths = {ridge: {"lla": subjects.exact("lla", given[ridge])} for ridge in ridges}
-    iterations = {}
-    for ridge in ridges:
-        arrays = [given[ridge][name] for name in ("query", "key", "value", "ridge")]
-        iterations[ridge] = {name: float(count(*arrays, name=name)) for name in names}
+    example = given[ridges[0]]
+    count = jax.jit(_count, static_argnames="name")
+
+    def count_all(name):
+        arrays = ([given[r][key] for key in ("query", "key", "value", "ridge")] for r in ridges)
+        return [float(count(*each, name=name)) for each in arrays]
+
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as executor:
+        calls = {
+            (which, name): executor.submit(subjects.compile_call, SUBJECTS[name], which, example)
+            for which in subjects.PASSES
+            for name in names
+        }
+        counts = dict(zip(names, executor.map(count_all, names), strict=True))
+        truths = {ridge: {"lla": subjects.exact("lla", given[ridge])} for ridge in ridges}
+        compiled = {key: call.result() for key, call in calls.items()}
     with measure.exclusive(options.lock):
         for ridge in ridges:
             for which in subjects.PASSES:
                 chosen = {
-                    name: {**cell, "mean_iterations": iterations[ridge][name]}
+                    name: {**cell, "mean_iterations": counts[name][ridges.index(ridge)]}
                     for (w, name), cell in todo[ridge].items()
                     if w == which
                 }

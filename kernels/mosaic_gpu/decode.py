@@ -139,7 +139,7 @@ def sum_over_cache(
       query, probe: ``[B, N, D]`` in 16 bits, the probe for "parallax".
       key, value: ``[B, S, K, D]`` in 16 bits.
       visible: int32 ``[B]`` twice, the first visible key and the one after the last.
-      scale: float32 ``[B, N]``, of the logits.
+      scale: float32 ``[B, N]``, or ``[1, 1]`` if they are equal, of the logits.
       precise: whether weighted keys have two 16-bit parts in the moments.
       interpret: parameters of the interpreter, or None to compile.
     """
@@ -238,6 +238,11 @@ class Share(NamedTuple):
         end = jnp.minimum(begin + each, last)
         head = kv_head * cache.group + g * heads
         return cls(b, head, kv_head, split, low, high, begin, end)
+
+
+def number(ref, b, head):
+    """An entry of ``[B, N]``, or the one of ``[1, 1]``."""
+    return ref[0, 0] if ref.shape == (1, 1) else ref[b, head]
 
 
 def tile_start(cache: Cache, j):
@@ -353,7 +358,7 @@ class Reader:
             column = plgpu.broadcasted_iota(jnp.int32, products.shape, 1, layout=MATRIX)
             logits = jnp.where(column < copies, products, 0.0)
             along = (products - logits).sum(axis=1) / copies - self.level
-        scale = self.given["scale"][self.share.b, self.share.head] * (LOG2E / copies)
+        scale = number(self.given["scale"], self.share.b, self.share.head) * (LOG2E / copies)
         logits = logits.sum(axis=1) * scale
         share, j = self.share, self.share.begin + t
         position = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)

@@ -48,7 +48,8 @@ def attend_cache(
       query, probe: ``[B, N, D]`` in 16 bits.
       key, value: ``[B, S, K, D]`` in 16 bits.
       visible: int32 ``[B]`` twice, the first visible key and the one after the last.
-      scale, ridge: float32 ``[B, N]``.
+      scale: float32 ``[B, N]``, or ``[1, 1]`` if they are equal.
+      ridge: float32 ``[B, N]``.
       tol, max_iters: see `lla.kernels.mosaic_gpu.decode_solve.fit`.
       precise, interpret: see `lla.kernels.mosaic_gpu.decode.sum_over_cache`.
     """

@@ -22,6 +22,7 @@ from lla.kernels.mosaic_gpu.decode import (
     Share,
     Sums,
     heads_together,
+    number,
     ring_scratch,
     row_names,
     stream,
@@ -189,7 +190,8 @@ class _Rows:
         row = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)
         scale = full((ROW_BLOCK,), 0, ROWS)
         for h in range(self.heads):
-            scale = jnp.where(row == h, given["scale"][share.b, share.head + h] * LOG2E, scale)
+            own = number(given["scale"], share.b, share.head + h)
+            scale = jnp.where(row == h, own * LOG2E, scale)
         self.scale = scale
         if self.member != "parallax":
             return

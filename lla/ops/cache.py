@@ -194,6 +194,9 @@ def write_tokens(
     leading, rest = buffer.shape[: lengths.ndim], buffer.shape[lengths.ndim + 1 :]
     room, length = buffer.shape[lengths.ndim], new.shape[lengths.ndim]
     size = math.prod(leading)
+    if size * length == 1:
+        # A token that does not exist besides: XLA makes five kernels of a scatter of one.
+        new, length = jnp.concatenate([new, new], axis=lengths.ndim), 2
     offsets = jnp.arange(length, dtype=jnp.int32)[None]
     offsets = jnp.broadcast_to(offsets, (size, length))
     positions = lengths.reshape(size, 1) + offsets

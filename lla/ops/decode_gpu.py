@@ -124,11 +124,14 @@ def _attend(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Arra
         """``[B, 1, K, G, ...] -> [B, N, ...]``."""
         return None if array is None else array.reshape(b, k * g, *array.shape[4:])
 
-    ridge = rows(floats.ridge)
+    ridge, scale = rows(floats.ridge), rows(floats.scale)
+    if static.static_scale is not None:
+        # A constant of one element is at hand; to fill an array takes a kernel.
+        scale = jnp.full((1, 1), static.static_scale, jnp.float32)
     solver = resolve_solver(_problem(static, floats, places), "cg")
     found = attend_cache(
         cache, static.member, rows(floats.query), floats.key, floats.value,
-        (low, high), rows(floats.scale), ridge, rows(floats.probe),
+        (low, high), scale, ridge, rows(floats.probe),
         tol=solver.tol if solver.adaptive else None, max_iters=solver.max_iters,
         precise=(static.static_ridge or 0) < _LARGE_RIDGE or solver.tol < 1e-4,
         interpret=static.interpret,
