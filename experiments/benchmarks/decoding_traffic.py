@@ -150,9 +150,7 @@ def count(options, counter, cells, results: measure.Results) -> None:
         record |= {"bytes_per_busy_second": speed, "status": "memory only"}
         record["reason"] = "bytes are counted; `decoding.py` has the times"
         if found.error is None:
-            run = decoding.Run(
-                found.call, *decoding.make_inputs(cell, options.steps, options.seed)
-            )
+            run = decoding.Run(found.call, *decoding.make_inputs(cell, options.steps, options.seed))
             busy = busy_seconds(counter, run, options.seconds)
             record["moved_bytes"] = busy * speed / options.steps
             hopper.say(f"{cell}: {record['moved_bytes'] / cell.cache_bytes:.3f} caches")

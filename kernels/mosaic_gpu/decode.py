@@ -240,7 +240,7 @@ class Share(NamedTuple):
         return cls(b, head, kv_head, split, low, high, begin, end)
 
 
-def number(ref, b, head):
+def entry(ref, b, head):
     """An entry of ``[B, N]``, or the one of ``[1, 1]``."""
     return ref[0, 0] if ref.shape == (1, 1) else ref[b, head]
 
@@ -358,7 +358,7 @@ class Reader:
             column = plgpu.broadcasted_iota(jnp.int32, products.shape, 1, layout=MATRIX)
             logits = jnp.where(column < copies, products, 0.0)
             along = (products - logits).sum(axis=1) / copies - self.level
-        scale = number(self.given["scale"], self.share.b, self.share.head) * (LOG2E / copies)
+        scale = entry(self.given["scale"], self.share.b, self.share.head) * (LOG2E / copies)
         logits = logits.sum(axis=1) * scale
         share, j = self.share, self.share.begin + t
         position = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)

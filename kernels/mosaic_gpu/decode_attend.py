@@ -48,8 +48,7 @@ def attend_cache(
       query, probe: ``[B, N, D]`` in 16 bits.
       key, value: ``[B, S, K, D]`` in 16 bits.
       visible: int32 ``[B]`` twice, the first visible key and the one after the last.
-      scale: float32 ``[B, N]``, or ``[1, 1]`` if they are equal.
-      ridge: float32 ``[B, N]``.
+      scale, ridge: float32 ``[B, N]``, or ``[1, 1]`` if they are equal.
       tol, max_iters: see `lla.kernels.mosaic_gpu.decode_solve.fit`.
       precise, interpret: see `lla.kernels.mosaic_gpu.decode.sum_over_cache`.
     """

@@ -21,8 +21,8 @@ from lla.kernels.mosaic_gpu.decode import (
     Cache,
     Share,
     Sums,
+    entry,
     heads_together,
-    number,
     ring_scratch,
     row_names,
     stream,
@@ -190,7 +190,7 @@ class _Rows:
         row = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)
         scale = full((ROW_BLOCK,), 0, ROWS)
         for h in range(self.heads):
-            own = number(given["scale"], share.b, share.head + h)
+            own = entry(given["scale"], share.b, share.head + h)
             scale = jnp.where(row == h, own * LOG2E, scale)
         self.scale = scale
         if self.member != "parallax":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lla.compat import vary_like
-from lla.kernels.mosaic_gpu.decode import BLOCK, SQUARE, Cache
+from lla.kernels.mosaic_gpu.decode import BLOCK, SQUARE, Cache, entry
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
     MATRIX,
@@ -62,7 +62,7 @@ def fit(
       query: ``[B, N, D]``.
       key: ``[B, S, K, D]``.
       first: int32 ``[B]``, the key that the sums are relative to.
-      ridge: float32 ``[B, N]``.
+      ridge: float32 ``[B, N]``, or ``[1, 1]`` if they are equal.
       tol: the error of x in the norm of the system is at most `tol` times
         ``sqrt(1 + x . A x)``; None for exactly `max_iters` iterations.
       interpret: parameters of the interpreter, or None to compile.
@@ -132,7 +132,7 @@ def _body(cache, tol, max_iters, arithmetic, *refs, row, flag):
         turned.append(arithmetic.load(row, COLS))
     system = [[centred(h, c, turned[c]) for c in blocks] for h in blocks]
     target = tuple(means[h] - vector(query, h, ROWS) for h in blocks)
-    ridge = full((ROW_BLOCK,), 0, ROWS) + ridge[b, n]
+    ridge = full((ROW_BLOCK,), 0, ROWS) + entry(ridge, b, n)
     solver = _Solver(arithmetic, row, flag, system, ridge, tol, max_iters)
     x, count, remainder = solver.solve(target)
     for c in blocks:

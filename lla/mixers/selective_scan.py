@@ -11,8 +11,8 @@ code, A is discretised exactly and B by Euler's rule).
 `"recurrent"` is a scan over tokens and the reference. `"parallel"` runs an associative scan over
 the tokens of one chunk after the other, since pairs (a, b) that stand for h -> a h + b compose to
 pairs of that kind. All a are products of numbers in [0, 1]. States of all tokens exist for one
-chunk at a time, in the backward pass as well; a chunk of the recurrent form is about the square root
-of the length.
+chunk at a time, in the backward pass as well; a chunk of the recurrent form is about the square
+root of the length.
 """
 
 import math

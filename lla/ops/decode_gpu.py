@@ -66,6 +66,7 @@ class _Static:
     solver: Solver
     static_ridge: float | None
     static_scale: float | None
+    one_ridge: bool
     interpret: Any
 
 
@@ -98,7 +99,7 @@ def attend(problem: Problem, *, interpret: Any = None) -> tuple[jax.Array, Stats
     """
     static = _Static(
         problem.member, problem.mask.window, problem.solver, problem.static_ridge,
-        problem.static_scale, interpret,
+        problem.static_scale, problem.one_ridge, interpret,
     )  # fmt: skip
     floats = _Floats(*(getattr(problem, name) for name in _Floats._fields))
     places = _Places(problem.mask.offset, problem.mask.lengths)
@@ -125,9 +126,11 @@ def _attend(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Arra
         return None if array is None else array.reshape(b, k * g, *array.shape[4:])
 
     ridge, scale = rows(floats.ridge), rows(floats.scale)
+    # A constant of one element is at hand; to fill an array takes a kernel.
     if static.static_scale is not None:
-        # A constant of one element is at hand; to fill an array takes a kernel.
         scale = jnp.full((1, 1), static.static_scale, jnp.float32)
+    if static.one_ridge:
+        ridge = jnp.full((1, 1), static.static_ridge, jnp.float32)
     solver = resolve_solver(_problem(static, floats, places), "cg")
     found = attend_cache(
         cache, static.member, rows(floats.query), floats.key, floats.value,
@@ -137,7 +140,7 @@ def _attend(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Arra
         interpret=static.interpret,
     )  # fmt: skip
     out = found.out
-    if ridge is not None:
+    if ridge is not None and not static.one_ridge:
         bad = jnp.broadcast_to(jnp.isnan(ridge)[..., None], out.shape)
         out = jnp.where(bad, jnp.full_like(out, jnp.nan), out)
     shape = (b, 1, k, g)
@@ -151,6 +154,7 @@ def _problem(static: _Static, floats: _Floats, places: _Places) -> Problem:
     return Problem(
         static.member, **floats._asdict(), mask=mask, solver=static.solver,
         static_ridge=static.static_ridge, static_scale=static.static_scale,
+        one_ridge=static.one_ridge,
         leading=floats.query.shape[:1],
     )  # fmt: skip
 

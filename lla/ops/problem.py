@@ -36,6 +36,7 @@ class Problem:
     solver: Solver
     static_ridge: float | None  # the smallest ridge where its value is known, for solver="auto"
     static_scale: float | None
+    one_ridge: bool  # whether `static_ridge` is that of all queries
     leading: tuple[int, ...]
 
     @property
@@ -121,7 +122,7 @@ def make_problem(
             ) from None
         return array.astype(dtype).reshape(heads)
 
-    static_ridge = None
+    static_ridge, ridge_given = None, ridge
     if member == "lla":
         static_ridge = _check_positive(ridge, "ridge", bound=min)
         ridge = row_parameter(ridge, "ridge")
@@ -159,6 +160,7 @@ def make_problem(
         solver=solver,
         static_ridge=static_ridge,
         static_scale=None if static_scale is None else float(static_scale),
+        one_ridge=member == "lla" and isinstance(ridge_given, (int, float)),
         leading=leading,
     )  # fmt: skip
 

@@ -37,22 +37,23 @@ class Case:
     splits: int = 2
     ridge: float = 0.1
     precise: bool = True
+    one_number: bool = False  # scale and ridge ``[1, 1]``
 
 
 CASES = {
     "softmax": Case("softmax", ((0, 200), (0, 1))),
-    "parallax": Case("parallax", ((70, 190), (0, 0))),
+    "parallax": Case("parallax", ((70, 190), (0, 0)), one_number=True),
     "lla": Case("lla", ((0, 200), (5, 70), (0, 0), (0, 1))),
     "lla_grouped": Case("lla", ((0, 130),), num_keys=130, kv_heads=2, group=2, splits=3),
     "lla_one_part": Case("lla", ((0, 200),), ridge=10.0, precise=False),
-    "lla_head_dim_128": Case("lla", ((3, 170),), head_dim=128, splits=1),
+    "lla_head_dim_128": Case("lla", ((3, 170),), head_dim=128, splits=1, one_number=True),
     # Query heads of a group in one instance.
     "softmax_group_4": Case("softmax", ((0, 200), (70, 70), (130, 190)), kv_heads=2, group=4),
     "softmax_group_7": Case("softmax", ((0, 200), (0, 1)), group=7),
     "softmax_group_4_head_dim_128": Case(
         "softmax", ((0, 200), (7, 60)), group=4, head_dim=128, splits=1
     ),
-    "parallax_group_2": Case("parallax", ((70, 190), (0, 0)), kv_heads=2, group=2),
+    "parallax_group_2": Case("parallax", ((70, 190), (0, 0)), kv_heads=2, group=2, one_number=True),
     "parallax_group_16_head_dim_128": Case("parallax", ((0, 200),), group=16, head_dim=128),
     # More tiles than an instance has room for.
     "softmax_long_group": Case("softmax", ((10, 1000),), num_keys=1000, group=4, splits=1),
@@ -60,6 +61,7 @@ CASES = {
         "parallax", ((0, 700),), num_keys=700, group=2, head_dim=128, splits=1
     ),
     "softmax_long": Case("softmax", ((10, 1000),), num_keys=1000, splits=1),
+    "lla_one_number": Case("lla", ((0, 200), (5, 70)), kv_heads=2, one_number=True),
     "lla_long_head_dim_128": Case("lla", ((0, 650),), num_keys=650, head_dim=128, splits=1),
 }
 
@@ -88,12 +90,15 @@ def run(case: Case, races: bool) -> dict:
     extra = {}
     if case.member == "parallax":
         extra["probe"] = probe.astype(jnp.bfloat16)
+    # Other numbers for every query head, or one for all.
+    spread = np.ones((1, 1)) if case.one_number else rng.uniform(0.9, 1.1, rows)
+    scale = (d**-0.5 * spread).astype(np.float32)
     if case.member == "lla":
-        extra["ridge"] = np.full(rows, case.ridge, np.float32)
+        extra["ridge"] = (case.ridge * spread).astype(np.float32)
     states = record_race_detectors()
     got = attend_cache(
         cache, case.member, query, key, value, (visible[:, 0], visible[:, 1]),
-        np.full(rows, d**-0.5, np.float32), **extra, precise=case.precise,
+        scale, **extra, precise=case.precise,
         interpret=plgpu.InterpretGPUParams(detect_races=races),
     )  # fmt: skip
     positions = np.arange(case.num_keys)
@@ -104,7 +109,8 @@ def run(case: Case, races: bool) -> dict:
         "softmax": lla.softmax_attention,
     }[case.member]
     with jax.enable_x64(True):
-        names = {n: jnp.asarray(np.asarray(a, np.float64))[:, None] for n, a in extra.items()}
+        names = {"scale": scale, **extra}
+        names = {n: jnp.asarray(np.asarray(a, np.float64))[:, None] for n, a in names.items()}
         arrays = [jnp.asarray(np.asarray(a, np.float64)) for a in (key, value)]
         out, stats = function(
             query=jnp.asarray(np.asarray(query, np.float64))[:, None],
