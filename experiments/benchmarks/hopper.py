@@ -39,6 +39,8 @@ from hopper_cells import (
     on_device,
 )
 
+import lla
+
 _START = time.monotonic()
 _GRACE = 8.0  # seconds beyond the limit after which the process is ended
 
@@ -62,6 +64,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--accuracy_length", type=int, default=1024)
     add("--growth_lengths", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384])
     add("--long_length", type=int, default=65536, help="one head; 0 for none")
+    add("--tol", type=float, help="of the solve; the kernels' own choice if not given")
+    add("--backward_tol", type=float, help="of the adjoint solve")
     add("--matmul_size", type=int, default=8192)
     add("--repeats", type=int, default=7)
     add("--budget", type=float, default=1.0, help="seconds for the repeats of one cell")
@@ -87,7 +91,8 @@ class Compiled:
     error: str | None = None
 
 
-def compile_program(program: Program) -> Compiled:
+def compile_program(program: Program, solver: lla.Solver | None = None) -> Compiled:
+    """One program; `solver` is that of `lla` but for the exact reference."""
     start = time.monotonic()
     wide = program.dtype == "float64"
     try:
@@ -98,7 +103,8 @@ def compile_program(program: Program) -> Compiled:
                 )
                 for name, shape in input_shapes(program).items()
             }
-            compiled = jax.jit(make_function(program)).lower(shapes).compile()
+            function = make_function(program, None if wide else solver)
+            compiled = jax.jit(function).lower(shapes).compile()
             found = compiled.memory_analysis()
     except Exception as error:  # one kernel that does not compile must not stop the others
         return Compiled(None, {}, time.monotonic() - start, brief(error))
@@ -114,10 +120,12 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {first[0][:300]}"
 
 
-def compile_all(programs: Iterable[Program], workers: int, deadline: float) -> dict:
+def compile_all(
+    programs: Iterable[Program], workers: int, deadline: float, solver: lla.Solver | None = None
+) -> dict:
     """Compiled programs; those that were not begun before `deadline` are missing."""
     executor = concurrent.futures.ThreadPoolExecutor(workers)
-    futures = {executor.submit(compile_program, p): p for p in dict.fromkeys(programs)}
+    futures = {executor.submit(compile_program, p, solver): p for p in dict.fromkeys(programs)}
     done = {}
     say(f"compiling {len(futures)} programs")
 
@@ -364,7 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     needed += [cell.program for cell in cells]
     end = _START + options.limit
     deadline = time.monotonic() + options.compile_share * (end - time.monotonic())
-    compiled = compile_all(needed, options.workers, deadline)
+    solver = lla.Solver(tol=options.tol, backward_tol=options.backward_tol)
+    compiled = compile_all(needed, options.workers, deadline, solver)
     with measure.exclusive(options.lock):
         return measure_all(options, cells, compiled, results, end)
 

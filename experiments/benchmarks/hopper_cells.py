@@ -116,7 +116,7 @@ def make_cells(options: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def attend(program: Program, inputs: Mapping[str, jax.Array]):
+def attend(program: Program, inputs: Mapping[str, jax.Array], solver: lla.Solver | None = None):
     """Output and solver iterations (None without a solve) of one member."""
     query, key, value = (inputs[name] for name in ("query", "key", "value"))
     if program.implementation == "cudnn":
@@ -132,25 +132,27 @@ def attend(program: Program, inputs: Mapping[str, jax.Array]):
     # The kernels choose their tolerance by a ridge that is known when they are compiled.
     ridge = inputs["ridge"] if program.ridge_kind == "array" else program.ridge
     out, stats = lla.local_linear_attention(
-        query, key, value, ridge=ridge, return_stats=True, **options
+        query, key, value, ridge=ridge, solver=solver, return_stats=True, **options
     )
     return out, stats.iterations
 
 
-def make_function(program: Program) -> Callable[[Mapping[str, jax.Array]], dict]:
+def make_function(
+    program: Program, solver: lla.Solver | None = None
+) -> Callable[[Mapping[str, jax.Array]], dict]:
     """A function of the inputs; both passes also return the mean iterations of the forward one."""
 
     def matmul(inputs):
         return {"output": inputs["query"] @ inputs["key"]}
 
     def forward(inputs):
-        return {"output": attend(program, inputs)[0]}
+        return {"output": attend(program, inputs, solver)[0]}
 
     def forward_backward(inputs):
         given = {name: inputs[name] for name in program.differentiable}
         rest = {name: inputs[name] for name in inputs if name not in given}
         out, pullback, iterations = jax.vjp(
-            lambda given: attend(program, {**rest, **given}), given, has_aux=True
+            lambda given: attend(program, {**rest, **given}, solver), given, has_aux=True
         )
         results = {"output": out, **pullback(inputs["cotangent"])[0]}
         if iterations is not None:
