@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import measure
 
-_BEFORE = 0.4  # seconds
+_BEFORE = 0.4  # seconds of calls before the first reading, see `busy_seconds`
 
 
 class MemoryCounter:

@@ -42,6 +42,8 @@ BLOCK = 64
 SQUARE = (BLOCK, BLOCK)
 COLUMNS = 8
 """Columns of the narrowest products, which a vector takes the place of."""
+TOGETHER = 8
+"""Query heads that an instance of `decode_group` can serve: rows that it writes."""
 
 # Rows of the scratch "vectors": for `Reader.turned`, for `decode_roles`, and the origin.
 EXCHANGED, SHRINK, ORIGIN = range(3)
@@ -104,7 +106,7 @@ def heads_together(member: str, group: int) -> int:
     They are rows of one product (`decode_group`). Local linear attention has moments of each head
     alone, and a warpgroup for each head was slower than an instance for each.
     """
-    most = 1 if member == "lla" else 8
+    most = 1 if member == "lla" else TOGETHER
     return max(heads for heads in range(1, most + 1) if group % heads == 0)
 
 
@@ -151,15 +153,15 @@ def sum_over_cache(
     else:
         kernel = decode_roles if member == "lla" and cache.blocks == 2 else decode_turns
     config, scratch = kernel.plan(cache, member, precise)
-    names = row_names(member)
-    outputs = {
-        "largest": cache.each(cache.splits, ROW_BLOCK),
-        "rows": cache.each(cache.splits, len(names), cache.head_dim),
-    }
-    if member == "lla":
-        outputs["moments"] = cache.each(cache.splits, cache.head_dim, 2 * cache.head_dim)
     if kernel is decode_group:
         outputs = decode_group.outputs(cache, member)
+    else:
+        outputs = {
+            "largest": cache.each(cache.splits, ROW_BLOCK),
+            "rows": cache.each(cache.splits, len(row_names(member)), cache.head_dim),
+        }
+    if member == "lla":
+        outputs["moments"] = cache.each(cache.splits, cache.head_dim, 2 * cache.head_dim)
     operands = {
         "query": query,
         "key": key,
@@ -188,6 +190,12 @@ def ring_scratch(cache: Cache, config: Config, readers: int):
         plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=readers, num_barriers=config.stages),
     )
+
+
+def make_ring(config: Config, scratch) -> Ring:
+    """The ring of `ring_scratch`."""
+    tiles, filled, released = scratch["ring"]
+    return Ring(tuple(tiles), filled, released, config.stages, late=False)
 
 
 def reader_scratch(cache: Cache, member: str, weighers: int) -> dict:

@@ -18,17 +18,19 @@ from jax import lax
 from lla.kernels.mosaic_gpu.decode import (
     BLOCK,
     SQUARE,
+    TOGETHER,
     Cache,
     Share,
     Sums,
     entry,
     heads_together,
+    make_ring,
     ring_scratch,
     row_names,
     stream,
     tile_start,
 )
-from lla.kernels.mosaic_gpu.launch import Config, Ring
+from lla.kernels.mosaic_gpu.launch import Config, Ring, set_registers
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
     LOG2E,
@@ -50,10 +52,6 @@ TURNS = 2
 """Warpgroups that take turns."""
 
 
-MOST = 8
-"""Query heads that an instance can serve: rows that are written."""
-
-
 def _names(member: str) -> dict[str, int]:
     """Places of the sums in the output: those of `row_names`, and the largest logit."""
     return {name: i for i, name in enumerate((*row_names(member), "largest"))}
@@ -63,7 +61,7 @@ def outputs(cache: Cache, member: str) -> dict:
     """Arrays ``[B, N / H, P, R + 1, 8, D]`` for instances with H query heads."""
     heads = heads_together(member, cache.group)
     lead = (cache.batch, cache.heads // heads, cache.splits, len(_names(member)))
-    return {"rows": jax.ShapeDtypeStruct((*lead, MOST, cache.head_dim), jnp.float32)}
+    return {"rows": jax.ShapeDtypeStruct((*lead, TOGETHER, cache.head_dim), jnp.float32)}
 
 
 def sums(cache: Cache, member: str, results: dict) -> Sums:
@@ -99,24 +97,18 @@ def body(cache, member, precise, config, arithmetic, given, out, scratch):
     del precise
     heads = heads_together(member, cache.group)
     share = Share.mine(cache, given, heads)
-    tiles, *barriers = scratch["ring"]
-    ring = Ring(tuple(tiles), *barriers, config.stages, late=False)
+    ring = make_ring(config, scratch)
     warpgroup = lax.axis_index("warpgroup")
-
-    def registers(index: int):
-        if not arithmetic.interpreted:
-            action = "decrease" if index else "increase"
-            plgpu.set_max_registers(config.registers[index], action=action)
 
     @pl.when(warpgroup < TURNS)
     def _():
-        registers(0)
+        set_registers(config, arithmetic, compute=True)
         w = warpgroup
         _Rows(cache, member, heads, arithmetic, given, out, scratch, share, ring, w).run()
 
     @pl.when(warpgroup == TURNS)
     def _():
-        registers(1)
+        set_registers(config, arithmetic, compute=False)
         stream(cache, given, share, ring)
 
 
@@ -284,5 +276,5 @@ class _Rows:
         ]
         self.scratch["matrix"][...] = matrix
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.scratch["matrix"].at[pl.ds(0, MOST)], place)
+        plgpu.copy_smem_to_gmem(self.scratch["matrix"].at[pl.ds(0, TOGETHER)], place)
         plgpu.wait_smem_to_gmem(0)

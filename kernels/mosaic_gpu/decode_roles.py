@@ -22,12 +22,13 @@ from lla.kernels.mosaic_gpu.decode import (
     Cache,
     Reader,
     Share,
+    make_ring,
     reader_scratch,
     ring_scratch,
     row_names,
     stream,
 )
-from lla.kernels.mosaic_gpu.launch import Config, Ring
+from lla.kernels.mosaic_gpu.launch import Config
 from lla.kernels.mosaic_gpu.tile import (
     LOWEST,
     MATRIX,
@@ -66,8 +67,7 @@ def plan(cache: Cache, member: str, precise: bool) -> tuple[Config, dict]:
 def body(cache, member, precise, config, arithmetic, given, out, scratch):
     """Body of the kernel, for `lla.kernels.mosaic_gpu.launch.launch`."""
     share = Share.mine(cache, given)
-    tiles, *barriers = scratch["ring"]
-    ring = Ring(tuple(tiles), *barriers, config.stages, late=False)
+    ring = make_ring(config, scratch)
     warpgroup = lax.axis_index("warpgroup")
 
     def registers(role: str, action: str):

@@ -14,12 +14,13 @@ from lla.kernels.mosaic_gpu.decode import (
     Cache,
     Reader,
     Share,
+    make_ring,
     reader_scratch,
     ring_scratch,
     row_names,
     stream,
 )
-from lla.kernels.mosaic_gpu.launch import Config, Ring
+from lla.kernels.mosaic_gpu.launch import Config, set_registers
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
     LOWEST,
@@ -58,25 +59,19 @@ def plan(cache: Cache, member: str, precise: bool) -> tuple[Config, dict]:
 def body(cache, member, precise, config, arithmetic, given, out, scratch):
     """Body of the kernel, for `lla.kernels.mosaic_gpu.launch.launch`."""
     share = Share.mine(cache, given)
-    tiles, *barriers = scratch["ring"]
-    ring = Ring(tuple(tiles), *barriers, config.stages, late=False)
+    ring = make_ring(config, scratch)
     warpgroup = lax.axis_index("warpgroup")
-
-    def registers(index: int):
-        if not arithmetic.interpreted:
-            action = "decrease" if index else "increase"
-            plgpu.set_max_registers(config.registers[index], action=action)
 
     for w in range(TURNS):
 
         @pl.when(warpgroup == w)
         def _(w=w):
-            registers(0)
+            set_registers(config, arithmetic, compute=True)
             _Turns(cache, member, precise, arithmetic, given, out, scratch, share, ring, w).run()
 
     @pl.when(warpgroup == TURNS)
     def _():
-        registers(1)
+        set_registers(config, arithmetic, compute=False)
         stream(cache, given, share, ring)
 
 

@@ -148,10 +148,15 @@ class Environment:
         return self.shape.batch * self.shape.heads * (self.shape.num_queries // rows)
 
     def set_registers(self, *, compute: bool):
-        if self.arithmetic.interpreted:
-            return
-        count = self.config.registers[0 if compute else 1]
-        plgpu.set_max_registers(count, action="increase" if compute else "decrease")
+        set_registers(self.config, self.arithmetic, compute=compute)
+
+
+def set_registers(config: Config, arithmetic: Arithmetic, *, compute: bool) -> None:
+    """Called first by every warpgroup, those that compute and the one that streams."""
+    if arithmetic.interpreted:
+        return
+    count = config.registers[0 if compute else 1]
+    plgpu.set_max_registers(count, action="increase" if compute else "decrease")
 
 
 class Place(NamedTuple):

@@ -195,7 +195,7 @@ def write_tokens(
     room, length = buffer.shape[lengths.ndim], new.shape[lengths.ndim]
     size = math.prod(leading)
     if size * length == 1:
-        # A token that does not exist besides: XLA makes five kernels of a scatter of one.
+        # A token that does not exist besides: of a scatter of one XLA makes five kernels on a GPU.
         new, length = jnp.concatenate([new, new], axis=lengths.ndim), 2
     offsets = jnp.arange(length, dtype=jnp.int32)[None]
     offsets = jnp.broadcast_to(offsets, (size, length))

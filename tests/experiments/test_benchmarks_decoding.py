@@ -96,7 +96,7 @@ class Counter:
 
 
 def test_counted_bytes(bench, tmp_path, monkeypatch):
-    """A counter that is proportional to time: bytes are in the ratio of the times of a call."""
+    """Bytes are those of the copy, in the ratio of the times that the memory is busy in a call."""
     traffic = bench.decoding_traffic
     small = [
         "--implementations", "softmax", "cudnn", "--head_dims=8", "--lengths=16", "--batches=3",
@@ -104,13 +104,16 @@ def test_counted_bytes(bench, tmp_path, monkeypatch):
         "--workers=1", f"--output={tmp_path / 'traffic.json'}",
     ]  # fmt: skip
     monkeypatch.setattr(traffic, "MemoryCounter", lambda index: Counter())
+    busy = iter([0.5, 3.0])  # of the copy, then of two steps of softmax attention
+    monkeypatch.setattr(traffic, "busy_seconds", lambda counter, call, seconds: next(busy))
     assert traffic.main(small) == 0
     document = bench.measure.load(tmp_path / "traffic.json")
     records = {r["implementation"]: r for r in document["records"]}
     assert records["cudnn"]["status"] == "unavailable"
     record = records["softmax"]
     assert record["cache_bytes"] == 2 * 3 * 16 * 1 * 8 * 2
-    assert record["bytes_per_busy_second"] > 0 and record["moved_bytes"] > 0
+    assert record["bytes_per_busy_second"] == 2 * 65536 / 0.5
+    assert record["moved_bytes"] == 3.0 * (2 * 65536 / 0.5) / 2
     assert "softmax" in bench.decoding_tables.traffic_markdown(document)
 
 

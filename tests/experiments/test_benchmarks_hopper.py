@@ -7,6 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
+import lla
+
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"
 NAMES = ("measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper")
 SMALL = [
@@ -39,6 +41,17 @@ def made_up(bench, **changes):
             record["flops"] = amount
         records.append({**record, **changes})
     return {"header": header, "records": records}
+
+
+def test_a_tolerance_reaches_the_solver(bench):
+    cells = bench.hopper_cells
+    sizes = (1, 2, 1, 64, 16)
+    program = cells.Program("xla", "lla", "forward_backward", *sizes, 0.1, "static", "bfloat16")
+    inputs = cells.on_device(program, cells.make_inputs(program, "normal", 0))
+    solvers = (lla.Solver(), lla.Solver(tol=0.3))
+    compiled = [bench.hopper.compile_program(program, solver).call for solver in solvers]
+    usual, early = (float(call(inputs)["iterations"]) for call in compiled)
+    assert early < usual / 2
 
 
 def test_default_cells(bench):

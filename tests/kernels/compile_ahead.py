@@ -3,13 +3,15 @@
     pip install "jax-cuda13-plugin" "jax-cuda13-pjrt" "nvidia-cuda-nvcc==13.0.*" "nvidia-nvvm==13.0.*"
     python tests/kernels/compile_ahead.py
 
-Prints a line ``kernel NAME`` before what the assembler says of it (spills, serialized products).
+Prints a line ``kernel NAME`` before what the assembler says of it (spills, serialized products),
+and lines ``step NAME COUNT``: the kernels that a decoding step of one sequence launches, all told.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+import lla
 from lla.kernels.mosaic_gpu import (
     attend,
     configs,
@@ -29,6 +32,7 @@ from lla.kernels.mosaic_gpu import (
     solve,
     tile,
 )
+from lla.ops import mosaic_gpu
 
 # What XLA has to know of the card; the numbers are those of its data sheet and CUDA's limits.
 H200 = """
@@ -152,7 +156,23 @@ def decoding_kernels(head_dim: int, group: int):
     )
 
 
+def step(member):
+    """A decoding step and its arguments: one sequence, whose cache several instances share."""
+    cache = jax.eval_shape(lambda: lla.KVCache.create(1, 16384, num_kv_heads=8, head_dim=64))
+    tokens = [jax.ShapeDtypeStruct((1, 1, 8, 64), jnp.bfloat16)] * 3
+    options = {"implementation": "mosaic_gpu"}
+    if member == "lla":
+        return lambda cache, *a: lla.decode_step(*a, cache, ridge=1.0, **options), (cache, *tokens)
+    return lambda cache, *a: lla.softmax_decode_step(*a, cache, **options), (cache, *tokens)
+
+
+def launches(compiled) -> int:
+    """Kernels of a program, whose fused computations hold no calls of their own."""
+    return len(re.findall(r" (?:fusion|custom-call|copy)\(", compiled.as_text()))
+
+
 def main():
+    mosaic_gpu._refuse_device = lambda: None
     topology = topologies.get_topology_desc(
         topology_name="h200", platform="cuda", target_config=H200, topology="1x1x1"
     )
@@ -169,6 +189,15 @@ def main():
                 traced = jax.jit(function).trace(*placed)
                 traced.lower(lowering_platforms=("cuda",)).compile()
             sys.stdout.flush()
+    for member in ("softmax", "lla"):
+        function, arguments = step(member)
+        placed = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+        )
+        with jax.set_mesh(mesh):
+            traced = jax.jit(function, donate_argnums=0).trace(*placed)
+            compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+        print(f"step {member} {launches(compiled)}", flush=True)
 
 
 if __name__ == "__main__":

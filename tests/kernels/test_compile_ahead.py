@@ -1,4 +1,4 @@
-"""Every Hopper kernel compiles for an H200, within a budget of spilled registers.
+"""Every Hopper kernel compiles for an H200, within a budget of spilled registers; launches.
 
 Needs the packages named in compile_ahead.py, which bring NVIDIA's assembler, but no GPU:
 ``python -m pytest tests/kernels/test_compile_ahead.py -m slow``.
@@ -50,7 +50,11 @@ SPILLS = {
 }
 
 
-def test_spills():
+# Kernels of a decoding step of one sequence, whose time is that of launches.
+LAUNCHES = {"softmax": 5, "lla": 8}
+
+
+def test_spills_and_launches():
     script = Path(__file__).parent / "compile_ahead.py"
     command = [sys.executable, str(script)]
     done = subprocess.run(
@@ -70,3 +74,5 @@ def test_spills():
         assert "serialized" not in part, part
     assert len(spills) == 42
     assert {k: v for k, v in spills.items() if v > SPILLS.get(k, 0)} == {}
+    steps = re.findall(r"^step (\w+) (\d+)$", done.stdout, flags=re.MULTILINE)
+    assert {name: int(count) for name, count in steps} == LAUNCHES
