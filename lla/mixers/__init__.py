@@ -13,6 +13,6 @@ Example::
 """
 
 from lla.mixers.protocol import Mixer
-from lla.mixers.registry import create, names, options, uses_positions
+from lla.mixers.registry import create, length_option, names, options, uses_positions
 
-__all__ = ["Mixer", "create", "names", "options", "uses_positions"]
+__all__ = ["Mixer", "create", "length_option", "names", "options", "uses_positions"]

@@ -19,6 +19,7 @@ from lla.ops.problem import compute_dtype
 # the number of hidden layers behind the first one: the values of the authors' code.
 _FASTEST, _SLOWEST, _FALLEN = 0.3, 1.5, 1e-2
 _HIDDEN_LAYERS = 2
+_FILTER_LENGTH = 1024
 
 
 class Hyena(nnx.Module):
@@ -48,7 +49,9 @@ class Hyena(nnx.Module):
       num_heads: has no effect.
       short_conv: taps of a causal convolution on v, x1 and x2, without activation; 0 for none.
       filter_length: tokens over which the filter's features complete one period and the window
-        decays; longer sequences work, the filter goes on.
+        decays; longer sequences work, the filter goes on. None: the longest sequence of the model
+        (`lla.models`) that the mixer is part of, and 1024 otherwise. A filter for much more tokens
+        than there are hardly learns.
       filter_width: width of the filter's hidden layers.
       filter_features: positional features, odd and at least 3: the position, and cosines and sines.
       filter_frequency: initial frequency of the sines in the MLP.
@@ -59,13 +62,15 @@ class Hyena(nnx.Module):
       ValueError: for options outside their range.
     """
 
+    length_option = "filter_length"
+
     def __init__(
         self,
         width: int,
         num_heads: int,
         *,
         short_conv: int = 0,
-        filter_length: int = 1024,
+        filter_length: int | None = None,
         filter_width: int = 64,
         filter_features: int = 33,
         filter_frequency: float = 14.0,
@@ -80,7 +85,7 @@ class Hyena(nnx.Module):
         self.inputs = project(width, (3, width), short_conv=short_conv, activation=False, **options)
         self.filter = HyenaFilter(
             width,
-            length=filter_length,
+            length=_FILTER_LENGTH if filter_length is None else filter_length,
             hidden=filter_width,
             features=filter_features,
             frequency=filter_frequency,

@@ -53,6 +53,14 @@ def uses_positions(name: str) -> bool:
     return getattr(_lookup(name), "uses_positions", False)
 
 
+def length_option(name: str) -> str | None:
+    """The option of the mixer `name` whose None a model replaces by its longest sequence, if any.
+
+    The class says so by an attribute ``length_option``.
+    """
+    return getattr(_lookup(name), "length_option", None)
+
+
 def create(
     name: str,
     width: int,

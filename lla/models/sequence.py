@@ -25,7 +25,7 @@ class ModelConfig:
       vocab_size: number of token ids, or None where inputs are continuous.
       input_dim: width of continuous inputs, or None where inputs are tokens.
       output_dim: logits, or numbers to predict, per position.
-      max_length: longest sequence, read by learned positions alone.
+      max_length: longest sequence, read by learned positions and by `lla.mixers.length_option`.
       positions: "learned" adds a vector per position to the input, "none" does not, "auto" does
         for mixers that cannot tell the order of tokens by themselves.
       mlp_ratio: width of the hidden layer of a block's MLP over `width`; 0 for no MLP.
@@ -117,6 +117,10 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         self.mixer_norm = HeadNorm(config.width, param_dtype=param_dtype)
+        options = dict(config.mixer_options)
+        length_option = mixers.length_option(config.mixer)
+        if length_option is not None and options.get(length_option) is None:
+            options[length_option] = config.max_length
         self.mixer = mixers.create(
             config.mixer,
             config.width,
@@ -124,7 +128,7 @@ class Block(nnx.Module):
             rngs=rngs,
             dtype=dtype,
             param_dtype=param_dtype,
-            **config.mixer_options,
+            **options,
         )
         self.has_mlp = config.mlp_ratio > 0
         if self.has_mlp:

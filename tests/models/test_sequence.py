@@ -71,6 +71,19 @@ def test_positions_follow_the_mixer_unless_told():
     assert not np.allclose(seeing, jnp.broadcast_to(seeing[:, :1], seeing.shape), rtol=1e-2)
 
 
+def test_an_option_that_is_a_length_follows_the_longest_sequence_unless_told():
+    def filter_length(**options):
+        options = {**mixers.options("hyena"), **options}
+        config = dataclasses.replace(TOKENS, mixer="hyena", mixer_options=options, max_length=24)
+        return build(config).blocks[0].mixer.filter.length
+
+    assert filter_length() == 24
+    assert filter_length(filter_length=40) == 40
+    assert mixers.create("hyena", 16, 2, rngs=nnx.Rngs(0)).filter.length == 1024
+    assert mixers.length_option("hyena") == "filter_length"
+    assert mixers.length_option("softmax") is None
+
+
 def test_tied_embeddings_are_one_table_and_start_at_unit_variance():
     wide = dataclasses.replace(
         TOKENS, width=64, vocab_size=512, output_dim=512, tie_embeddings=True, depth=1
