@@ -102,6 +102,7 @@ def get_config(variant: str = ""):
         )
         config.sweep.grid.model.width = (64, 128)
         config.mixers.mamba.form = "recurrent"  # the parallel form moves much more memory
+        config.mixers.mesanet.tol = 1e-4  # far below bfloat16; a third fewer iterations than 1e-6
         with config.sweep.unlocked():
             config.sweep.cases = {
                 f"length_{length}": {
