@@ -344,12 +344,14 @@ def markdown(document: Mapping) -> str:
     import hopper_tables
     import mixers_tables
     import peers_tables
+    import stages_tables
 
     makers = {
         "operator_scaling": scaling_markdown,
         "solver_choice": choice_markdown,
         "hopper": hopper_tables.markdown,
         "peers": peers_tables.markdown,
+        "hopper_stages": stages_tables.markdown,
         "mixers": mixers_tables.markdown,
         "decoding": decoding_tables.markdown,
         "decoding_solvers": decoding_tables.solvers_markdown,

@@ -9,7 +9,8 @@ import lla
 
 NAMES = (
     "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "mixers_tables",
-    "peers_tables", "decoding_tables", "decoding", "decoding_solvers", "decoding_traffic",
+    "peers_tables", "stages_tables", "decoding_tables", "decoding", "decoding_solvers",
+    "decoding_traffic",
 )  # fmt: skip
 MEASURED = ("softmax", "lla_10")
 SMALL = [

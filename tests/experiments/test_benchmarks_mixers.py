@@ -10,7 +10,7 @@ import lla
 
 NAMES = (
     "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "peers_tables",
-    "peers_adapters", "peers", "mixers_tables", "mixers",
+    "stages_tables", "peers_adapters", "peers", "mixers_tables", "mixers",
 )  # fmt: skip
 SMALL = ["--length=16", "--width=16", "--heads=2", "--repeats=2", "--budget=0.1", "--workers=2"]
 MEASURED = ("softmax", "linear")

@@ -11,7 +11,7 @@ import lla
 
 NAMES = (
     "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "peers_tables",
-    "peers_adapters", "peers",
+    "stages_tables", "peers_adapters", "peers",
 )  # fmt: skip
 SMALL = [
     "--implementation=xla", "--batch=1", "--heads=2", "--length=16", "--head_dims=8",
