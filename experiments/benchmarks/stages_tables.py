@@ -150,6 +150,8 @@ def markdown(document: Mapping) -> str:
 
 def _stages(records: Sequence[Mapping], head_dim: int, size, rate: float | None) -> str:
     rows = []
+    measured = {r["variant"] for r in records}
+    variants = {name: what for name, what in VARIANTS.items() if name in measured}
     for label, stage, each in _ROWS:
         seconds = stage_seconds(records, stage, FULL, each)
         if seconds is None:
@@ -157,13 +159,13 @@ def _stages(records: Sequence[Mapping], head_dim: int, size, rate: float | None)
         amount = flops(EACH[stage] if each else FIRST[stage], *size, head_dim)
         share = "" if rate is None else f"{amount / seconds / rate:.0%}"
         row = [label, f"{1e3 * seconds:.3f}", f"{amount / seconds / 1e12:.0f}", share]
-        for variant in VARIANTS:
+        for variant in variants:
             less = stage_seconds(records, stage, variant, each)
             row.append("" if less is None else f"{1e3 * less:.3f} ({less / seconds - 1:+.0%})")
         rows.append(row)
     batch, heads, n = size
     head = ["stage", "ms", "TFLOP/s", "of the matrix product"]
-    head += [f"without {what}" for what in VARIANTS.values()]
+    head += [f"without {what}" for what in variants.values()]
     return (
         f"**Head dimension {head_dim}**, batch {batch}, {heads} heads, n = {n}: median ms of every "
         "stage, and when something is left out (exponentials and last product stay in the tiles on "

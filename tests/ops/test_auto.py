@@ -30,11 +30,13 @@ def choose(ridge, head_dim=16, dtype=jnp.float32, **options):
     return auto.choose_method(make_problem("lla", array, array, array, ridge=ridge, solver=solver))
 
 
-def test_table_is_what_was_measured():
+@pytest.mark.parametrize("platform", list(auto.CROSSINGS))
+def test_table_is_what_was_measured(platform):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         report = importlib.import_module("report")
-        records = report.measure.load(BENCHMARKS / "results" / "solver_choice_cpu.json")["records"]
+        file = BENCHMARKS / "results" / f"solver_choice_{platform}.json"
+        records = report.measure.load(file)["records"]
         for name in ("report", "measure"):
             del sys.modules[name]
     want = {}
@@ -42,7 +44,7 @@ def test_table_is_what_was_measured():
         found = report.measured_break_even(records, "forward_backward", head_dim, dtype)
         ridge = found["estimate"] or found["measured"] or 0.0
         want.setdefault(dtype, {})[head_dim] = float(f"{ridge:.2g}")
-    assert want == auto.CROSSINGS["cpu"]
+    assert want == auto.CROSSINGS[platform]
 
 
 @pytest.mark.parametrize(("head_dim", "at"), [(16, 1.0), (8, 1.0), (17, 0.1), (32, 0.1)])
@@ -81,8 +83,8 @@ def test_what_the_caller_says_counts(table):
 
 
 def test_a_platform_without_measurements(table, monkeypatch):
-    assert auto.crossing(16, 1e-6, "gpu") == 0.0
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert auto.crossing(16, 1e-6, "tpu") == 0.0
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert choose(1e-3) == "cg"
 
 
