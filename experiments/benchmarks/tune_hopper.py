@@ -42,15 +42,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def candidates(kernel: str, head_dim: int, base):
+THREE_WARPGROUPS = {"warpgroups": 3, "registers": (160, 24)}
+
+
+def candidates(kernel: str, head_dim: int, base) -> list:
     """The table's configuration first, then its neighbours."""
-    yield base
+    solve, choices = kernel.startswith("solve"), [{}]
     # As many tiles as fit into shared memory, or a few less.
-    stages = (2, 3) if head_dim == 128 else (4, 6) if kernel == "solve" else (3, 4)
-    for count, hold in itertools.product(stages, (True, False)):
-        config = dataclasses.replace(base, stages=count, hold_sums=hold)
-        if config != base:
-            yield config
+    stages = (2, 3) if head_dim == 128 else (4, 6) if solve else (3, 4)
+    choices += [{"stages": count} for count in stages]
+    if head_dim == 64 and (solve or kernel == "attend"):
+        choices.append({**THREE_WARPGROUPS, "stages": 4})
+    if head_dim == 128 and solve:
+        choices += [{"block": 32, "stages": count} for count in (4, 6)]
+    found = [base]
+    for choice, hold in itertools.product(choices, (True, False)):
+        config = dataclasses.replace(base, **choice, hold_sums=hold)
+        if config not in found:
+            found.append(config)
+    return found
+
+
+def table_config(kernel: str, head_dim: int):
+    """What the table has for a kernel; `solve_precise` is the solve with two parts everywhere."""
+    from lla.kernels.mosaic_gpu import configs
+
+    return getattr(configs.choose(head_dim), kernel.removesuffix("_precise"))
 
 
 def make_kernels(options, head_dim: int) -> dict:
@@ -71,6 +88,7 @@ def make_kernels(options, head_dim: int) -> dict:
     ridge = jnp.full((b, n, t), 10.0, jnp.float32)
     masking = launch.Masking(jnp.asarray([[0, t]] * b, jnp.int32), None, None)
     iteration = solve.Iteration(None, ITERATIONS)
+    precise = dataclasses.replace(iteration, precise=True)
     solution = jax.jit(
         lambda *a: solve.solve(shape, mask, configs.choose(head_dim).solve, iteration, *a)
     )(query, key, scale, ridge, masking)
@@ -82,6 +100,10 @@ def make_kernels(options, head_dim: int) -> dict:
     return {
         "solve": (
             lambda config, *a: solve.solve(shape, mask, config, iteration, *a).high,
+            (query, key, scale, ridge, masking),
+        ),
+        "solve_precise": (
+            lambda config, *a: solve.solve(shape, mask, config, precise, *a).high,
             (query, key, scale, ridge, masking),
         ),
         "attend": (
@@ -102,12 +124,10 @@ def make_kernels(options, head_dim: int) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     options = parse(argv)
-    from lla.kernels.mosaic_gpu import configs
-
     jobs = []
     for head_dim in options.head_dims:
         for name, (function, operands) in make_kernels(options, head_dim).items():
-            for config in candidates(name, head_dim, getattr(configs.choose(head_dim), name)):
+            for config in candidates(name, head_dim, table_config(name, head_dim)):
                 jobs.append((head_dim, name, config, function, operands))
 
     def build(job):

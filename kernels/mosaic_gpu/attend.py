@@ -22,12 +22,14 @@ from lla.kernels.mosaic_gpu.launch import (
     Masking,
     Ring,
     Shape,
+    hand_on_all,
     launch,
     query_place,
     ring_scratch,
     row_tile,
     run_by_tile,
     stream_keys_and_values,
+    work_or_pass,
 )
 from lla.kernels.mosaic_gpu.rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
@@ -141,8 +143,11 @@ def _body(env: Environment, inputs: list[str], precise: bool, given, out, scratc
                 inputs
             )
 
-        marked = given["solved"].marked if precise else None
-        run_by_tile(marked, place, warpgroup, run, precise and marked is None, True)
+        def work():
+            marked = given["solved"].marked if precise else None
+            run_by_tile(marked, place, warpgroup, run, precise and marked is None, True)
+
+        work_or_pass(env, place, warpgroup, work, lambda: hand_on_all(tiles, (ring,)))
 
     @pl.when(warpgroup == count)
     def _():

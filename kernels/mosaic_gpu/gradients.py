@@ -27,12 +27,14 @@ from lla.kernels.mosaic_gpu.launch import (
     Masking,
     Ring,
     Shape,
+    hand_on_all,
     key_place,
     launch,
     query_place,
     ring_scratch,
     row_tile,
     stream_keys_and_values,
+    work_or_pass,
 )
 from lla.kernels.mosaic_gpu.rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
@@ -147,7 +149,11 @@ def _query_body(env: Environment, given, out, scratch):
     @pl.when(warpgroup < count)
     def _():
         env.set_registers(compute=True)
-        _GradientRows(env, given, out, scratch, place, tiles, warpgroup, ring).run()
+        work_or_pass(
+            env, place, warpgroup,
+            lambda: _GradientRows(env, given, out, scratch, place, tiles, warpgroup, ring).run(),
+            lambda: hand_on_all(tiles, (ring,)),
+        )  # fmt: skip
 
     @pl.when(warpgroup == count)
     def _():

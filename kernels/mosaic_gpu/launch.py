@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -27,12 +28,21 @@ from lla.kernels.mosaic_gpu.tile import (
 )
 
 
+SHARED_MEMORY = 232_448
+"""Bytes that a program instance may have on Hopper."""
+
+REGISTERS = 65_536
+"""Registers of a multiprocessor, which a program instance has to itself."""
+
+_THREADS = 128  # of a warpgroup
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """Padded sizes: query ``[B, T, K * G, D]``, key and value ``[B, S, K, D]``.
 
-    ``num_queries`` is a multiple of the rows of a program instance, ``num_keys`` of its key tile,
-    ``head_dim`` (of keys and values alike) is 64 or 128.
+    ``num_queries`` is a multiple of 64, ``num_keys`` of every key tile and of the rows of a program
+    instance that owns keys, ``head_dim`` (of keys and values alike) is 64 or 128.
     """
 
     batch: int
@@ -85,6 +95,16 @@ class Config:
     shared_mean: bool = True
     hold_sums: bool = True
 
+    def check_registers(self) -> None:
+        """Raises ValueError unless the warpgroups can have their `registers`."""
+        compute, stream = self.registers
+        needed = _THREADS * (self.warpgroups * compute + stream)
+        if needed > REGISTERS or any(count % 8 for count in self.registers):
+            raise ValueError(
+                f"{self} needs {needed} registers, by multiples of 8 a thread; "
+                f"there are {REGISTERS}."
+            )
+
 
 class Masking(NamedTuple):
     """What a mask reads: int32 ``[B, 2]`` (offset, length); segment ids ``[B, T]``, ``[B, S]``."""
@@ -105,6 +125,9 @@ class Environment:
     mask: MaskSpec
     config: Config
     arithmetic: Arithmetic
+
+    def __post_init__(self):
+        self.config.check_registers()
 
     def sequence(self, masking, b) -> SequenceMask:
         return SequenceMask(masking[0][b, 0], masking[0][b, 1])
@@ -145,7 +168,7 @@ class Environment:
     def query_programs(self) -> int:
         """Program instances that own all query rows."""
         rows = self.config.warpgroups * ROW_BLOCK
-        return self.shape.batch * self.shape.heads * (self.shape.num_queries // rows)
+        return self.shape.batch * self.shape.heads * -(-self.shape.num_queries // rows)
 
     def set_registers(self, *, compute: bool):
         set_registers(self.config, self.arithmetic, compute=compute)
@@ -169,13 +192,17 @@ class Place(NamedTuple):
 
 
 def query_place(shape: Shape, rows: int) -> Place:
-    """Longest causal rows first; heads that share keys next to each other."""
+    """Longest causal rows first; heads that share keys next to each other.
+
+    Rows are dealt out from the end, so that the first place begins before row 0 where they do not
+    come out even: see `work_or_pass`.
+    """
     program = lax.axis_index("program")
     per_tile = jnp.int32(shape.batch * shape.heads)
     which = lax.rem(program, per_tile)
-    tile = (shape.num_queries // rows - 1) - lax.div(program, per_tile)
+    first = shape.num_queries - (lax.div(program, per_tile) + 1) * rows
     b, head = lax.div(which, jnp.int32(shape.heads)), lax.rem(which, jnp.int32(shape.heads))
-    return Place(b, head, lax.div(head, jnp.int32(shape.group)), tile * rows)
+    return Place(b, head, lax.div(head, jnp.int32(shape.group)), first)
 
 
 def key_place(shape: Shape, keys: int) -> Place:
@@ -217,6 +244,10 @@ class Ring(NamedTuple):
         @pl.when(t > first)
         def _():
             self.release(lax.rem(t - 1, jnp.int32(self.stages)))
+
+    def hand_on(self, t):
+        """Waits for tile t and releases it unread."""
+        self.release(self.wait(t))
 
     def fill(self, t, sources):
         """Copies `sources` (refs to tiles in global memory) once slot t is free; returns t + 1."""
@@ -261,6 +292,36 @@ def row_tile(shape: Shape, config: Config, copies: int = 1):
     )
 
 
+def work_or_pass(env: Environment, place: Place, w, work, hand_on) -> None:
+    """``work()`` in a compute warpgroup that has query rows, ``hand_on()`` in one that has none.
+
+    The latter has to arrive at every barrier at which the others are waited for.
+    """
+    if env.shape.num_queries % (env.config.warpgroups * ROW_BLOCK) == 0:
+        work()
+        return
+    first = place.first + w * ROW_BLOCK
+
+    @pl.when(first >= 0)
+    def _():
+        work()
+
+    @pl.when(first < 0)
+    def _():
+        hand_on()
+
+
+def hand_on_all(tiles: TileRange, rings: tuple[Ring, ...], t=0):
+    """Hands on every tile of `rings`, the first of which has number t; returns that of the next."""
+
+    def step(_, t):
+        for ring in rings:
+            ring.hand_on(t)
+        return t + 1
+
+    return lax.fori_loop(tiles.low, tiles.high, step, jnp.int32(t))
+
+
 def run_by_tile(marked, place: Place, w, run, usual, other) -> None:
     """``run(other)`` in a warpgroup whose 64 rows ``marked [B, N, T/64]`` holds nonzero for.
 
@@ -281,6 +342,18 @@ def run_by_tile(marked, place: Place, w, run, usual, other) -> None:
         run(other)
 
 
+def shared_bytes(scratch) -> int:
+    """Bytes of shared memory that scratch types take, every buffer aligned to 1 KiB."""
+    total = 0
+    for leaf in jax.tree.leaves(scratch):
+        if isinstance(leaf, plgpu.Barrier):
+            total += 8 * math.prod(leaf.num_barriers)
+        else:  # a union has the size of its largest member
+            size = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+            total += -(-size // 1024) * 1024
+    return total
+
+
 def launch(
     body, outputs, scratch, operands, *, programs: int, config: Config, interpret,
     reduction_bytes: int = 0,
@@ -299,7 +372,15 @@ def launch(
 
     Returns:
       the results by name.
+
+    Raises:
+      ValueError: the scratch does not fit into shared memory.
     """
+    needed = shared_bytes(scratch) + reduction_bytes
+    if needed > SHARED_MEMORY:
+        raise ValueError(
+            f"{config} needs {needed} bytes of shared memory, there are {SHARED_MEMORY}."
+        )
     leaves, tree = jax.tree.flatten(operands)
 
     def kernel(*refs, **scratch):

@@ -26,17 +26,21 @@ from lla.kernels.mosaic_gpu.launch import (
     Masking,
     Ring,
     Shape,
+    hand_on_all,
     launch,
     query_place,
     ring_scratch,
     row_tile,
     run_by_tile,
+    work_or_pass,
 )
 from lla.kernels.mosaic_gpu.solve_rows import ROW_OUTPUTS, Iteration, SolveRows, any_flag
 from lla.kernels.mosaic_gpu.tile import (
     ROW_BLOCK,
+    ROWS,
     Arithmetic,
     MaskSpec,
+    full,
     wide_transforms,
 )
 
@@ -188,12 +192,40 @@ def _body(env: Environment, iteration: Iteration, other: Iteration | None, given
                 env, given, out, scratch, place, tiles, warpgroup, iteration, keys, values
             ).run()
 
-        run_by_tile(given["marked"], place, warpgroup, run, iteration, other)
+        work_or_pass(
+            env, place, warpgroup,
+            lambda: run_by_tile(given["marked"], place, warpgroup, run, iteration, other),
+            lambda: _hand_on(env, iteration, scratch, tiles, warpgroup, keys, values),
+        )  # fmt: skip
 
     @pl.when(warpgroup == count)
     def _():
         env.set_registers(compute=False)
         _stream(env, iteration, given, scratch, place, tiles, keys, values)
+
+
+def _hand_on(env, iteration, scratch, tiles, w, keys: Ring, values: Ring | None):
+    """A compute warpgroup without rows: keeps step with the others and wants no iteration."""
+    flags, decision = scratch["flags"], scratch["decision"]
+    rings = (keys,) if values is None else (keys, values)
+    t = hand_on_all(tiles, rings)
+    if not iteration.max_iters:
+        return
+
+    def decide():
+        plgpu.barrier_arrive(decision)
+        plgpu.barrier_wait(decision)
+
+    def one_more(carry):
+        i, _, t = carry
+        t = hand_on_all(tiles, (keys,), t)
+        decide()
+        return i + 1, any_flag(flags, i, env.config.warpgroups), t
+
+    for slot in range(2):
+        flags.at[slot, w][...] = full((ROW_BLOCK,), 0, ROWS, jnp.int32)
+    decide()  # that the iterations can start
+    lax.while_loop(lambda c: c[1] > 0, one_more, (jnp.int32(0), jnp.int32(1), t))
 
 
 def _stream(env, iteration, given, scratch, place, tiles, keys: Ring, values: Ring | None):

@@ -36,7 +36,8 @@ class Case:
 
     `ridge` None and "mixed" pass an array, unknown when tracing: ones; or tiles with small and
     large numbers, of one program instance, too. `faint` lets the cotangent fall from row to row,
-    down to where float32 cannot hold its square.
+    down to where float32 cannot hold its square. `warpgroups` of a program instance that owns
+    queries; the rows of three come out even for no number of queries here.
     """
 
     member: str
@@ -50,6 +51,7 @@ class Case:
     dtype: str = "bfloat16"
     ridge: float | str | None = None
     faint: bool = False
+    warpgroups: int = 2
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -77,6 +79,8 @@ CASES = {
     "lla_segments": Case("lla", options={"segments": True}),
     "lla_head_dim_128": Case("lla", head_dim=128, value_dim=128),
     "lla_faint": Case("lla", faint=True),
+    "softmax_three_warpgroups": Case("softmax", 200, 200, warpgroups=3),
+    "lla_three_warpgroups": Case("lla", 200, 200, ridge="mixed", warpgroups=3),
     "lla_ridge_10": Case("lla", ridge=10.0),
     "lla_ridge_0.1": Case("lla", ridge=0.1),
     "lla_ridge_0.01": Case("lla", ridge=0.01),
@@ -123,6 +127,7 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     """Errors by name."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    from lla.kernels.mosaic_gpu import configs
     from lla.ops.mosaic_gpu import mosaic_gpu
     from lla.ops.problem import make_problem
     from lla.ops.reference import reference
@@ -171,9 +176,20 @@ def run(case: Case, races: bool) -> dict[str, Any]:
         (gradients,) = pullback(jnp.asarray(np.asarray(cotangent, dtype or cotangent.dtype)))
         return {"output": out, **gradients}
 
+    chosen = None
+    if case.warpgroups != 2:
+        chosen = configs.choose(64 * -(-max(case.head_dim, case.value_dim) // 64))
+        changes = {"warpgroups": case.warpgroups, "registers": (160, 24), "stages": 4}
+        chosen = dataclasses.replace(
+            chosen,
+            **{
+                name: dataclasses.replace(getattr(chosen, name), **changes)
+                for name in ("solve", "attend", "query_gradients")
+            },
+        )
     parameters = plgpu.InterpretGPUParams(detect_races=races)
     states = record_race_detectors()
-    actual = evaluate(lambda problem: mosaic_gpu(problem, interpret=parameters))
+    actual = evaluate(lambda problem: mosaic_gpu(problem, configs=chosen, interpret=parameters))
     actual = jax.tree.map(lambda a: np.asarray(a, np.float64), actual)
     with jax.enable_x64(True):
         exact = jax.tree.map(np.asarray, evaluate(reference, np.float64))

@@ -1,14 +1,19 @@
 """The table of launch configurations against the committed times."""
 
 import dataclasses
+import functools
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 TIMES = Path(__file__).parents[2] / "experiments/benchmarks/tuning/hopper_configs.json"
+TUNING = TIMES.parents[1] / "tune_hopper.py"
 NOISE = 1.08  # two runs on different days differ by as much
 
 
@@ -29,3 +34,54 @@ def test_table_is_among_the_fastest(kernel, head_dim):
     assert times[json.dumps({**chosen, "registers": list(chosen["registers"])})] <= NOISE * min(
         times.values()
     )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["solve", "solve_precise", "attend", "key_gradients"])
+def test_candidates_are_neighbours_of_the_table_that_can_run(kernel, head_dim, monkeypatch):
+    monkeypatch.syspath_prepend(TUNING.parent)
+    tune = importlib.import_module(TUNING.stem)
+    try:
+        base = tune.table_config(kernel, head_dim)
+        found = tune.candidates(kernel, head_dim, base)
+    finally:
+        for name in (TUNING.stem, "measure"):
+            del sys.modules[name]
+    assert found[0] == base and len(set(found)) == len(found) > 2
+    for config in found:
+        config.check_registers()
+
+
+def test_shared_memory_is_counted_and_refused():
+    """The number is that of Mosaic GPU's own complaint about the same kernel."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from lla.kernels.mosaic_gpu import configs, launch, solve, tile
+
+    wide = plgpu.SMEM((2, 64, 64), jnp.float32)
+    union = plgpu.RefUnion(wide, plgpu.SMEM((3,), jnp.int32))
+    barrier = plgpu.Barrier(num_barriers=3)
+    assert launch.shared_bytes({"a": wide, "b": (union, barrier)}) == 2 * 32768 + 24
+    assert launch.shared_bytes(plgpu.SMEM((3,), jnp.int32)) == 1024
+
+    shape = launch.Shape(2, 768, 768, 4, 1, 64, jnp.dtype(jnp.bfloat16))
+    rows, masking = (
+        shape.rows(),
+        launch.Masking(jax.ShapeDtypeStruct((2, 2), jnp.int32), None, None),
+    )
+    config = dataclasses.replace(configs.choose(64).solve, stages=20)
+    call = functools.partial(
+        solve.solve, shape, tile.MaskSpec(True, None, False), config, solve.Iteration(3e-3, 32)
+    )
+    with pytest.raises(
+        ValueError, match=r"stages=20.*266600 bytes of shared memory, there are 232448"
+    ):
+        jax.eval_shape(call, shape.queries(), shape.keys(), rows, rows, masking)
+
+
+@pytest.mark.parametrize(("warpgroups", "registers"), [(3, (168, 24)), (2, (236, 24))])
+def test_registers_that_cannot_be_had_are_refused(warpgroups, registers):
+    from lla.kernels.mosaic_gpu.launch import Config
+
+    with pytest.raises(ValueError, match=f"warpgroups={warpgroups}.*registers"):
+        Config(warpgroups=warpgroups, registers=registers).check_registers()

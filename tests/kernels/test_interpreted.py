@@ -52,6 +52,8 @@ def test_every_case_equals_reference(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["softmax_causal", "parallax_segments", "lla_causal"])
+@pytest.mark.parametrize(
+    "case", ["softmax_causal", "parallax_segments", "lla_causal", "lla_three_warpgroups"]
+)
 def test_no_races(case):
     check(case, "--races")
