@@ -27,7 +27,6 @@ from lla.kernels.mosaic_gpu.tile import (
     visible,
 )
 
-
 SHARED_MEMORY = 232_448
 """Bytes that a program instance may have on Hopper."""
 
