@@ -13,7 +13,7 @@ import report
 # pairs with the head dimension; see kernels/README.md, section 6.
 FIRST = {
     "solve": 2, "solve_precise": 3, "adjoint": 3,
-    "one_part": 3, "two_parts": 4, "precise": 5, "softmax": 2,
+    "one_part": 3, "two_parts": 4, "precise": 6, "softmax": 2,
 }  # fmt: skip
 EACH = {"solve": 3, "solve_precise": 5, "adjoint": 3}
 FULL = "full"
@@ -113,10 +113,10 @@ def matmul_rate(records: Sequence[Mapping]) -> float | None:
     return found[0]["flops"] / found[0]["time_median_s"] if found else None
 
 
-def stage_seconds(records: Sequence[Mapping], stage: str, variant: str, each: bool):
-    """Seconds of a call without iterations, or of an iteration; None if that was not timed."""
+def amount(records: Sequence[Mapping], stage: str, variant: str, each: bool, field: str):
+    """`field` of a call without iterations, or of an iteration; None if that was not timed."""
     found = {
-        r["iterations"]: r["time_median_s"]
+        r["iterations"]: r[field]
         for r in records
         if (r["stage"], r["variant"], r["status"]) == (stage, variant, "timed")
     }
@@ -153,14 +153,14 @@ def _stages(records: Sequence[Mapping], head_dim: int, size, rate: float | None)
     measured = {r["variant"] for r in records}
     variants = {name: what for name, what in VARIANTS.items() if name in measured}
     for label, stage, each in _ROWS:
-        seconds = stage_seconds(records, stage, FULL, each)
+        seconds = amount(records, stage, FULL, each, "time_median_s")
         if seconds is None:
             continue
-        amount = flops(EACH[stage] if each else FIRST[stage], *size, head_dim)
-        share = "" if rate is None else f"{amount / seconds / rate:.0%}"
-        row = [label, f"{1e3 * seconds:.3f}", f"{amount / seconds / 1e12:.0f}", share]
+        reached = amount(records, stage, FULL, each, "flops") / seconds
+        share = "" if rate is None else f"{reached / rate:.0%}"
+        row = [label, f"{1e3 * seconds:.3f}", f"{reached / 1e12:.0f}", share]
         for variant in variants:
-            less = stage_seconds(records, stage, variant, each)
+            less = amount(records, stage, variant, each, "time_median_s")
             row.append("" if less is None else f"{1e3 * less:.3f} ({less / seconds - 1:+.0%})")
         rows.append(row)
     batch, heads, n = size

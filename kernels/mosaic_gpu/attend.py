@@ -42,6 +42,7 @@ from lla.kernels.mosaic_gpu.tile import (
     by_column,
     by_row,
     full,
+    in_parts,
     rounded_parts,
     row_dot,
 )
@@ -189,6 +190,7 @@ class _AttendRows(QueryRows):
     def solved(self, query):
         """The weights are known up to the probe: no running maximum, no rescaling."""
         scale, ids = self.scale_and_ids()
+        dtype = self.env.shape.dtype
         solved = self.given["solved"]
         log_sum_exp = self.row_vector(solved.log_sum_exp)
         constant = 1 - self.row_vector(solved.shift)
@@ -199,15 +201,21 @@ class _AttendRows(QueryRows):
         def weigh(j, masked, total, scores, along):
             weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
             along = along()
-            weights = weights * (along + by_row(constant, along.shape))
-            parts, parts_sum = rounded_parts(weights, self.env.shape.dtype, self.precise)
-            return total + parts_sum, parts
+            weighted = weights * (along + by_row(constant, along.shape))
+            parts, parts_sum = rounded_parts(weighted, dtype, self.precise)
+            softmax = [in_parts(weights, dtype, False)] if self.precise else []
+            return total + parts_sum, parts, *softmax
 
-        _, total, out = self.sum_over_tiles(
-            self.ring, jnp.int32(0), query, scores_along, weigh, 1, self.zeros(rows=True)
-        )
-        # The weights of a row sum to 1 whatever the probe is: divide out what rounding has left.
-        return out * by_row(1 / jnp.where(log_sum_exp < jnp.inf, total, 1.0), out.shape)
+        _, total, out, *plain = self.sum_over_tiles(
+            self.ring, jnp.int32(0), query, scores_along, weigh, 1, self.zeros(rows=True),
+            1 + self.precise,
+        )  # fmt: skip
+        # The weights of a row sum to 1 whatever the probe is. What is missing is an error of the
+        # scores along a large probe that all keys share: it has softmax weights.
+        total = jnp.where(log_sum_exp < jnp.inf, total, 1.0)
+        if plain:
+            return out - by_row(total - 1, out.shape) * plain[0]
+        return out * by_row(1 / total, out.shape)
 
     def softmax(self, query):
         def round_weights(weights):

@@ -98,19 +98,21 @@ class QueryRows:
         low_edge = self.env.mask.window is not None
         return over_tiles(self.env.mask, self.tiles, body, carry, low_edge=low_edge)
 
-    def sum_over_tiles(self, ring: Ring, first, query, products, weigh, summed: int, carry):
+    def sum_over_tiles(
+        self, ring: Ring, first, query, products, weigh, summed: int, carry, count: int = 1
+    ):
         """Sums over the tiles of weights times a member of the ring.
 
         Args:
           ring: whose tiles from number `first` on are read; its first member holds the keys.
           query: first operand of the logits.
           products: a tile's slot to the lists of pairs of the other products that `weigh` reads.
-          weigh: ``carry, parts = weigh(j, masked, carry, scores, *reads)``; `scores` and `reads`
-            are functions that wait for the products; the sum of `parts` are the weights.
+          weigh: ``carry, *weights = weigh(j, masked, carry, scores, *reads)``; `scores` and `reads`
+            are functions that wait for the products; each of `count` weights is a tuple of parts.
           summed: index of the member.
 
         Returns:
-          the number of the tile after the last one, the last carry, and the sum.
+          the number of the tile after the last one, the last carry, and the sums.
         """
         arithmetic, block = self.env.arithmetic, self.env.config.block
 
@@ -126,18 +128,18 @@ class QueryRows:
 
                 return weigh(j, masked, carry, first_read, *reads)
 
-            carry, parts = arithmetic.with_products(
+            carry, *weights = arithmetic.with_products(
                 block, use, _logits(ring, query, slot), *products(slot)
             )
-            add([(part, ring.tiles[summed].at[slot]) for part in parts])
+            add(*([(part, ring.tiles[summed].at[slot]) for part in parts] for parts in weights))
             ring.done(slot)
             return t + 1, carry
 
-        (t, carry), (total,) = arithmetic.summing(
-            1, self.env.shape.head_dim, self.over_tiles, step, (first, carry)
+        (t, carry), totals = arithmetic.summing(
+            count, self.env.shape.head_dim, self.over_tiles, step, (first, carry)
         )
         ring.done_before(t, first)
-        return t, carry, total
+        return t, carry, *totals
 
     def online_softmax(self, ring: Ring, query, summed: int, round_weights):
         """Softmax over all tiles, of which the weighted sum of a member of the ring is wanted.

@@ -150,7 +150,7 @@ def solve(
     if not config.resident_operand:
         scratch["query"] = row_tile(shape, config)
     if config.shared_mean:
-        scratch["mean"] = row_tile(shape, config)
+        scratch["mean"] = row_tile(shape, config, 2)
     if not forward:
         scratch["values"] = ring[1:]
     operands = {

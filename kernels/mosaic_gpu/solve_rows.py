@@ -113,10 +113,11 @@ class SolveRows(QueryRows):
     def centre(self):
         """The mean key that a product is centred with, ``[64, D]``.
 
-        Its rounding matters little: what is subtracted before the weights is added after them.
+        An error e of it adds e eᵀ to the system, which is why shared memory has two parts of it.
         """
         if self.env.config.shared_mean:
-            return self.load("mean").astype(jnp.float32)
+            tiles = [self.scratch["mean"].at[self.w, part] for part in range(2)]
+            return _sum_of(tuple(self.env.arithmetic.load(tile) for tile in tiles))
         tile = self.row_tile(self.global_mean())
         if self.env.arithmetic.interpreted:
             return tile[...]
@@ -157,7 +158,8 @@ class SolveRows(QueryRows):
             self.finish(-target, None, jnp.int32(0), self.zeros(rows=True))
             return
         if self.env.config.shared_mean:
-            scratch["mean"].at[self.w][...] = key_mean.astype(self.env.shape.dtype)
+            for part, rounded_mean in enumerate(in_parts(key_mean, self.env.shape.dtype, True)):
+                scratch["mean"].at[self.w, part][...] = rounded_mean
         # All warpgroups are done with the values, whose memory the iterates take.
         plgpu.barrier_arrive(scratch["decision"])
         plgpu.barrier_wait(scratch["decision"])

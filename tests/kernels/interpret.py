@@ -36,8 +36,9 @@ class Case:
 
     `ridge` None and "mixed" pass an array, unknown when tracing: ones; or tiles with small and
     large numbers, of one program instance, too. `faint` lets the cotangent fall from row to row,
-    down to where float32 cannot hold its square. `warpgroups` of a program instance that owns
-    queries; the rows of three come out even for no number of queries here.
+    down to where float32 cannot hold its square. `warpgroups` are those of an instance that owns
+    queries; the rows of three come out even for no number of queries here. With an `offset`, times
+    one normal vector, that all keys share, products are cut off as on tensor cores.
     """
 
     member: str
@@ -52,6 +53,7 @@ class Case:
     ridge: float | str | None = None
     faint: bool = False
     warpgroups: int = 2
+    offset: float = 0.0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -81,6 +83,7 @@ CASES = {
     "lla_faint": Case("lla", faint=True),
     "softmax_three_warpgroups": Case("softmax", 200, 200, warpgroups=3),
     "lla_three_warpgroups": Case("lla", 200, 200, ridge="mixed", warpgroups=3),
+    "lla_offset": Case("lla", ridge=0.01, offset=4.0),
     "lla_ridge_10": Case("lla", ridge=10.0),
     "lla_ridge_0.1": Case("lla", ridge=0.1),
     "lla_ridge_0.01": Case("lla", ridge=0.01),
@@ -123,11 +126,34 @@ def record_race_detectors() -> list:
     return states
 
 
+def cut_off_dot(arithmetic, a, b, transposed: bool):
+    """A product that adds up 16 terms at a time and rounds sums towards zero.
+
+    Tensor cores round so (Fasi et al., PeerJ Computer Science 7, e330, 2021).
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    del arithmetic
+    a, b = a if isinstance(a, jax.Array) else a[...], b[...]
+    b = b.T if transposed else b
+    total = jnp.zeros((a.shape[0], b.shape[1]), jnp.float32)
+    for first in range(0, a.shape[1], 16):
+        part = slice(first, first + 16)
+        terms = jnp.dot(a[:, part], b[part], preferred_element_type=jnp.float32)
+        new = total + terms
+        back = new - total
+        lost = (total - (new - back)) + (terms - back)  # exactly what rounding took
+        beyond = lost * jnp.sign(new) < 0
+        total = jnp.where(beyond, jnp.nextafter(new, jnp.zeros_like(new)), new)
+    plgpu.commit_smem()
+    return total
+
+
 def run(case: Case, races: bool) -> dict[str, Any]:
     """Errors by name."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from lla.kernels.mosaic_gpu import configs
+    from lla.kernels.mosaic_gpu import configs, tile
     from lla.ops.mosaic_gpu import mosaic_gpu
     from lla.ops.problem import make_problem
     from lla.ops.reference import reference
@@ -144,6 +170,10 @@ def run(case: Case, races: bool) -> dict[str, Any]:
         "value": normal(case.batch, case.keys, case.kv_heads, case.value_dim),
         "scale": np.full(rows, case.head_dim**-0.5, np.float32),
     }
+    if case.offset:
+        offset = case.offset * rng.standard_normal(case.head_dim)
+        arrays["key"] = (arrays["key"].astype(np.float32) + offset).astype(arrays["key"].dtype)
+        tile.Arithmetic._dot = cut_off_dot
     cotangent = normal(*rows, case.value_dim)
     if case.faint:
         fall = np.logspace(0, -30, case.queries, dtype=np.float32)[:, None, None]
