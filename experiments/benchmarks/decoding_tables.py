@@ -140,3 +140,26 @@ def traffic_markdown(document: Mapping) -> str:
     head = ["d", "query heads of a key head", "batch", "tokens", "attention"]
     table = report.table([*head, "cache, MiB", "moved a step, MiB", "moved / cache"], rows)
     return f"{report.provenance(document)}\n\n{table}"
+
+
+def draw_traffic(records: Sequence[Mapping], axes) -> None:
+    """Bytes moved over those of the cache, one of `axes` for each of two head dimensions."""
+    cells = [r for r in records if "moved_bytes" in r and r["group"] == 1]
+    batch = max((r["batch"] for r in cells), default=0)
+    for axis, head_dim in zip(axes, sorted({r["head_dim"] for r in cells}), strict=False):
+        for name, (label, colour, marker, line) in _STYLES.items():
+            points = sorted(
+                (r["n"], r["moved_bytes"] / r["cache_bytes"])
+                for r in cells
+                if (r["head_dim"], r["batch"], r["implementation"]) == (head_dim, batch, name)
+            )
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), label=label, color=colour, marker=marker,
+                    linestyle=line, markersize=5,
+                )  # fmt: skip
+        axis.axhline(1, color="#8C8C8C", linewidth=1, linestyle=":")
+        axis.set(xscale="log", xlabel="tokens in the cache", ylabel="moved / cache")
+        axis.set_title(f"batch {batch}, d = {head_dim}", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)

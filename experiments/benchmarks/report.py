@@ -25,6 +25,7 @@ DRAWN = {
     "operator_scaling": "Time and memory against length",
     "hopper": "Time against length and ridge",
     "decoding": "Time of a decoding step against the length of the cache",
+    "decoding_traffic": "Bytes that a decoding step moves against the length of the cache",
 }
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
@@ -435,7 +436,11 @@ def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
     from lla.experiment import figures
 
     document = measure.load(path)
-    pairs = {"hopper": hopper_tables.draw, "decoding": decoding_tables.draw}
+    pairs = {
+        "hopper": hopper_tables.draw,
+        "decoding": decoding_tables.draw,
+        "decoding_traffic": decoding_tables.draw_traffic,
+    }
     if (draw_pair := pairs.get(document["header"]["benchmark"])) is not None:
         figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
         draw_pair(document["records"], axes)

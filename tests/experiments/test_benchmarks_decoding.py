@@ -118,6 +118,22 @@ def test_counted_bytes(bench, tmp_path, monkeypatch):
     assert "softmax" in bench.decoding_tables.traffic_markdown(document)
 
 
+def test_figure_of_counted_bytes(bench):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    def record(n, moved, **changes):
+        cell = {"group": 1, "batch": 32, "head_dim": 64, "implementation": "softmax"}
+        return {**cell, "n": n, "moved_bytes": moved, "cache_bytes": 2 * n, **changes}
+
+    records = [record(200, 600), record(100, 250), record(100, 900, batch=1), record(1, 9, group=4)]
+    records += [{"group": 1, "batch": 64, "status": "unavailable"}, record(100, 220, head_dim=128)]
+    axes = Figure().subplots(1, 2)
+    bench.decoding_tables.draw_traffic(records, axes)
+    drawn = [[line.get_xydata().tolist() for line in axis.lines[:-1]] for axis in axes]
+    assert drawn == [[[[100, 1.25], [200, 1.5]]], [[[100, 1.1]]]]
+
+
 def test_busy_seconds_of_a_call(bench, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(bench.decoding_traffic.time, "perf_counter", lambda: next(clock))
