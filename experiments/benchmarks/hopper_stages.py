@@ -214,8 +214,8 @@ def run_stage(cell: Cell, given: Operands):
             given.low if split else None,
         )
     return attend.attend.__wrapped__(
-        shape, mask, chosen.attend, given.query, given.key, given.value, given.scale, masking,
-        probe, solved, precise=precise,
+        shape, mask, chosen.attend_precise if precise else chosen.attend,
+        given.query, given.key, given.value, given.scale, masking, probe, solved, precise=precise,
     )  # fmt: skip
 
 

@@ -51,10 +51,11 @@ def candidates(kernel: str, head_dim: int, base) -> list:
     # As many tiles as fit into shared memory, or a few less.
     stages = (2, 3) if head_dim == 128 else (4, 6) if solve else (3, 4)
     choices += [{"stages": count} for count in stages]
-    if head_dim == 64 and (solve or kernel == "attend"):
+    if head_dim == 64 and (solve or kernel.startswith("attend")):
         choices.append({**THREE_WARPGROUPS, "stages": 4})
-    if head_dim == 128 and solve:
+    if head_dim == 128 and (solve or kernel == "attend_precise"):
         choices += [{"block": 32, "stages": count} for count in (4, 6)]
+        choices.append({"block": 64, "stages": 3})
     found = [base]
     for choice, hold in itertools.product(choices, (True, False)):
         config = dataclasses.replace(base, **choice, hold_sums=hold)
@@ -67,7 +68,8 @@ def table_config(kernel: str, head_dim: int):
     """What the table has for a kernel; `solve_precise` is the solve with two parts everywhere."""
     from lla.kernels.mosaic_gpu import configs
 
-    return getattr(configs.choose(head_dim), kernel.removesuffix("_precise"))
+    chosen = configs.choose(head_dim)
+    return getattr(chosen, kernel, None) or getattr(chosen, kernel.removesuffix("_precise"))
 
 
 def make_kernels(options, head_dim: int) -> dict:
@@ -97,6 +99,7 @@ def make_kernels(options, head_dim: int) -> dict:
         solution.high, solution.shift_high, solution.high, solution.low, solution.key_mean
     )
     solved = attend.Solved(solution.log_sum_exp, solution.shift_high, None)
+    exactly_solved = attend.Solved(solution.log_sum_exp, solution.shift, solution.low)
     return {
         "solve": (
             lambda config, *a: solve.solve(shape, mask, config, iteration, *a).high,
@@ -109,6 +112,10 @@ def make_kernels(options, head_dim: int) -> dict:
         "attend": (
             lambda config, *a: attend.attend(shape, mask, config, *a).out,
             (query, key, value, scale, masking, solution.high, solved),
+        ),
+        "attend_precise": (
+            lambda config, *a: attend.attend(shape, mask, config, *a, precise=True).out,
+            (query, key, value, scale, masking, solution.high, exactly_solved),
         ),
         "query_gradients": (
             lambda config, *a: gradients.query_gradients(shape, mask, config, *a).query,

@@ -19,6 +19,7 @@ class Configs:
 
     solve: Config
     attend: Config
+    attend_precise: Config  # with weights in two parts, in some tiles at least
     query_gradients: Config
     key_gradients: Config
     key_gradients_split: Config  # with directions in two parts
@@ -28,6 +29,7 @@ _TABLE = {
     64: Configs(
         solve=Config(stages=6),
         attend=Config(stages=4),
+        attend_precise=Config(stages=4),
         query_gradients=Config(stages=4, hold_sums=False),
         key_gradients=Config(stages=3, hold_sums=False),
         key_gradients_split=Config(stages=3, hold_sums=False),
@@ -35,6 +37,8 @@ _TABLE = {
     128: Configs(
         solve=Config(stages=3, shared_mean=False, hold_sums=False),
         attend=Config(stages=3, hold_sums=False),
+        # Of 64 keys the three sums and scores of a tile do not fit into the registers.
+        attend_precise=Config(block=32, stages=6, hold_sums=False),
         query_gradients=Config(stages=3, hold_sums=False),
         key_gradients=Config(block=32, stages=2, hold_sums=False),
         key_gradients_split=Config(block=32, stages=2, hold_sums=False),

@@ -280,9 +280,11 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     from lla.kernels.mosaic_gpu.tile import LN2
 
     query, key, value, probe, ridge, scale = operands
+    precise = spec.member == "lla" and spec.precise
     attend = functools.partial(
-        attend_kernel.attend, spec.shape, spec.mask, spec.configs.attend, query, key, value, scale,
-        masking, interpret=spec.interpret,
+        attend_kernel.attend, spec.shape, spec.mask,
+        spec.configs.attend_precise if precise else spec.configs.attend,
+        query, key, value, scale, masking, interpret=spec.interpret,
     )  # fmt: skip
     iterations = jnp.zeros(scale.shape, jnp.int32)
     residual = jnp.zeros(scale.shape, jnp.float32)

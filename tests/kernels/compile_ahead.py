@@ -92,7 +92,13 @@ def kernels(head_dim: int):
 
     def attending(probe, solved, precise=False):
         return (
-            lambda *a: attend.attend(shape, mask, chosen.attend, *a, precise=precise),
+            lambda *a: attend.attend(
+                shape,
+                mask,
+                chosen.attend_precise if precise else chosen.attend,
+                *a,
+                precise=precise,
+            ),
             (query, key, key, row, masking, probe, solved),
         )
 

@@ -214,7 +214,7 @@ def run(case: Case, races: bool) -> dict[str, Any]:
             chosen,
             **{
                 name: dataclasses.replace(getattr(chosen, name), **changes)
-                for name in ("solve", "attend", "query_gradients")
+                for name in ("solve", "attend", "attend_precise", "query_gradients")
             },
         )
     parameters = plgpu.InterpretGPUParams(detect_races=races)

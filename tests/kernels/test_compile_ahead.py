@@ -36,8 +36,8 @@ SPILLS = {
     # Both ways of computing are in these, and only one of them runs.
     "solve_chosen_128": 2200,
     "adjoint_chosen_128": 2000,
-    "solved_precise_128": 16,
-    "solved_chosen_128": 16,
+    "solved_precise_128": 32,
+    "solved_chosen_128": 48,
     "parallax_128": 256,
     "query_gradients_128": 384,
     "key_gradients_64": 64,
