@@ -1,8 +1,10 @@
 """Settings of every test: where JAX runs, how strict it is, and how float64 is reached."""
 
 import functools
+import gc
 import importlib.metadata
 import os
+import pathlib
 
 # Read when a CPU back end starts, so before anything imports jax. A setting of the caller stays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -44,3 +46,18 @@ def float64():
     have to leave as NumPy arrays, because outside JAX would cast them down at the next operation.
     """
     return functools.partial(jax.enable_x64, True)
+
+
+# Every compiled program has memory maps of its own, of which Linux grants a process 65530 by
+# default; beyond, compiling ends in a segmentation fault.
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Frees them after a module once there are many."""
+    yield
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
