@@ -25,7 +25,7 @@ ROUNDING = 2.0**-9
 OUTPUT, ROWS, KEYS = 3, 4, 8
 
 
-def check(case: str, *arguments: str, factor: float = 1.0):
+def check(case: str, *arguments: str, factor: float = 1.0, output: float | None = None):
     command = [sys.executable, str(SCRIPT), case, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -33,8 +33,10 @@ def check(case: str, *arguments: str, factor: float = 1.0):
     assert report["finite"]
     assert report["kernels"] >= 3 and report["races"] == 0
     bounds = {"output": OUTPUT, "key": KEYS, "value": KEYS}
+    bounds = {name: factor * bounds.get(name, ROWS) for name in report["errors"]}
+    bounds["output"] = bounds["output"] if output is None else output
     for name, error in report["errors"].items():
-        assert error <= factor * bounds.get(name, ROWS) * ROUNDING, (name, error)
+        assert error <= bounds[name] * ROUNDING, (name, error)
 
 
 @pytest.mark.compat
@@ -48,7 +50,13 @@ def test_equals_reference(case):
 def test_every_case_equals_reference(case):
     # A small ridge amplifies every rounding error by the condition of its systems; where few rows
     # have a cotangent their errors do not average out.
-    check(case, factor={"lla_ridge_0.01": 2, "lla_offset": 2, "lla_faint": 2}.get(case, 1))
+    # The output of keys that share an offset is off by 8 roundings with the mean key in one part,
+    # by 6 without what its weights miss of 1.
+    check(
+        case,
+        factor={"lla_ridge_0.01": 2, "lla_offset": 2, "lla_faint": 2}.get(case, 1),
+        output=1.2 if case == "lla_offset" else None,
+    )
 
 
 @pytest.mark.slow
