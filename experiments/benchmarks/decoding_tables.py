@@ -83,23 +83,43 @@ def _table(records: Sequence[Mapping], speed: float | None) -> str:
     return report.table(head, rows)
 
 
+def _drawn(records: Sequence[Mapping]) -> list[Mapping]:
+    return [
+        r for r in records if r["pass"] == "decode" and r["status"] == "timed" and r["group"] == 1
+    ]
+
+
+def panels(records: Sequence[Mapping]) -> list[list[tuple[int, int]]]:
+    """Head dimension and batch of each panel of the figure, row by row; at most two a row."""
+    cells = _drawn(records)
+    rows = []
+    for head_dim in sorted({r["head_dim"] for r in cells}):
+        batches = sorted({r["batch"] for r in cells if r["head_dim"] == head_dim})
+        rows.append([(head_dim, batch) for batch in batches[:2]])
+    return rows
+
+
 def draw(records: Sequence[Mapping], axes) -> None:
-    """Time of a step against the length of the cache, one of `axes` for each of two batches."""
-    cells = [r for r in records if r["pass"] == "decode" and r["status"] == "timed"]
-    cells = [r for r in cells if r["group"] == 1 and r["head_dim"] == cells[0]["head_dim"]]
-    for axis, batch in zip(axes, sorted({r["batch"] for r in cells}), strict=False):
-        for name, (label, colour, marker, line) in _STYLES.items():
-            here = [r for r in cells if (r["batch"], r["implementation"]) == (batch, name)]
-            points = sorted((r["n"], 1e6 * r["time_median_s"]) for r in here)
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), label=label, color=colour, marker=marker,
-                    linestyle=line, markersize=5,
-                )  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="time, µs")
-        axis.set_title(f"batch {batch}, d = {cells[0]['head_dim']}", fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    """Time of a step against the length of the cache, on two of `axes` for each row of `panels`."""
+    cells, axes = _drawn(records), iter(axes)
+    for row in panels(records):
+        for (head_dim, batch), axis in zip(row, (next(axes), next(axes)), strict=False):
+            for name, (label, colour, marker, line) in _STYLES.items():
+                here = [
+                    r
+                    for r in cells
+                    if (r["head_dim"], r["batch"], r["implementation"]) == (head_dim, batch, name)
+                ]
+                points = sorted((r["n"], 1e6 * r["time_median_s"]) for r in here)
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True), label=label, color=colour, marker=marker,
+                        linestyle=line, markersize=5,
+                    )  # fmt: skip
+            axis.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="time, µs")
+            axis.set_title(f"batch {batch}, d = {head_dim}", fontsize=10)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
 
 
 def solvers_markdown(document: Mapping) -> str:

@@ -441,9 +441,13 @@ def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
         "decoding": decoding_tables.draw,
         "decoding_traffic": decoding_tables.draw_traffic,
     }
-    if (draw_pair := pairs.get(document["header"]["benchmark"])) is not None:
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
-        draw_pair(document["records"], axes)
+    benchmark = document["header"]["benchmark"]
+    if (draw_panels := pairs.get(benchmark)) is not None:
+        rows = 1
+        if benchmark == "decoding":
+            rows = max(1, len(decoding_tables.panels(document["records"])))
+        figure, axes = plt.subplots(rows, 2, figsize=(8, 3.6 * rows), squeeze=False)
+        draw_panels(document["records"], axes.flat)
     else:
         figure = _draw_scaling(document["records"], plt)
     figure.tight_layout()
