@@ -15,10 +15,12 @@ the same call is timed with something left out, whose results are wrong on purpo
 - `no_scores_product`: the product beside the logits, both parts of it, is not computed; the logits
   take its place. One accumulator less is live.
 - `no_reload`: the ring is filled once and then only handed on; its barriers stay.
+- `no_weights`: neither logits nor exponentials: all that weights which are kept from one iteration
+  to the next could gain, if reading them cost nothing.
 
-The first two keep what they leave out in the tiles on the border of the mask (two of 33 on average
-at n = 4096), so that sums are finite and directions do not vanish: the power that a product draws,
-and with it the clock, depends on the numbers.
+The first two and the last keep what they leave out in the tiles on the border of the mask (two of
+33 on average at n = 4096), so that sums are finite and directions do not vanish: the power that a
+product draws, and with it the clock, depends on the numbers.
 """
 
 from __future__ import annotations
@@ -118,6 +120,16 @@ def _patches(variant: str) -> list[tuple[type, str, Callable]]:
 
         return true_with_products(self, columns, use_first, sums[0])
 
+    def with_second_product(self, columns, use, *sums):
+        if on_border[0] or len(sums) < 2:
+            return true_with_products(self, columns, use, *sums)
+
+        def use_second(read):
+            read = functools.cache(read)
+            return use(*[read] * len(sums))
+
+        return true_with_products(self, columns, use_second, sums[1])
+
     def fill(self, t, sources):
         slot = jax.lax.rem(t, jnp.int32(self.stages))
 
@@ -147,6 +159,11 @@ def _patches(variant: str) -> list[tuple[type, str, Callable]]:
         ],
         "no_scores_product": [(Arithmetic, "with_products", with_products)],
         "no_reload": [(Ring, "fill", fill)],
+        "no_weights": [
+            (QueryRows, "weights", weights),
+            (QueryRows, "over_tiles", over_tiles),
+            (Arithmetic, "with_products", with_second_product),
+        ],
     }[variant]
 
 
@@ -198,10 +215,12 @@ def run_stage(cell: Cell, given: Operands):
         adjoint = None
         if cell.stage == "adjoint":
             adjoint = solve.Adjoint(
-                given.value, given.cotangent, given.log_sum_exp, given.delta, given.key_mean
-            )
+                given.value, given.cotangent, given.log_sum_exp, given.delta, given.key_mean,
+                given.delta,
+            )  # fmt: skip
         return solve.solve.__wrapped__(
-            shape, mask, chosen.solve, solve.Iteration(None, cell.iterations, precise),
+            shape, mask, chosen.solve_precise if precise else chosen.solve,
+            solve.Iteration(None, cell.iterations, precise),
             given.query, given.key, given.scale, given.ridge, masking, adjoint,
         )  # fmt: skip
     probe = solved = None

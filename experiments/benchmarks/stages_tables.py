@@ -22,7 +22,9 @@ VARIANTS = {
     "no_sum_product": "last product",
     "no_scores_product": "product beside the logits",
     "no_reload": "copies of tiles",
+    "no_weights": "logits and exponentials",
 }
+_BESIDE_LOGITS = ("no_scores_product", "no_weights")  # variants that need a second product
 COUNTS = (0, 1, 3, 5)  # iterations of full calls
 _VARIANT_COUNTS = (0, 1, 5)
 _BALANCE = ("solve", 3)  # the call that is timed for more heads, and its iterations
@@ -76,7 +78,7 @@ def make_cells(options: argparse.Namespace) -> list[Cell]:
                 for t in _VARIANT_COUNTS if solves else (0,):
                     # An online softmax has no product beside the logits.
                     online = stage == "softmax" or (stage.startswith("solve") and not t)
-                    if not (online and variant == "no_scores_product"):
+                    if not (online and variant in _BESIDE_LOGITS):
                         cells.append(Cell(stage, variant, t, *size))
         stage, t = _BALANCE
         for factor in _BALANCE_FACTORS:

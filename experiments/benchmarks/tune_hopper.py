@@ -30,7 +30,8 @@ CLOSE = 2e-2  # relative difference of two configurations, whose roundings diffe
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--head_dims", type=int, nargs="+", default=[64, 128])
+    add("--head_dims", type=int, nargs="+", default=[32, 64, 128])
+    add("--kernels", nargs="+", help="names; default: all")
     add("--batch", type=int, default=2)
     add("--heads", type=int, default=16)
     add("--length", type=int, default=4096)
@@ -42,20 +43,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+TWO_WARPGROUPS = {"warpgroups": 2, "registers": (240, 24)}
 THREE_WARPGROUPS = {"warpgroups": 3, "registers": (160, 24)}
+# Kernels that share the configuration of another.
+_SHARED = {
+    "adjoint": "solve",
+    "adjoint_precise": "solve_precise",
+    "adjoint_mixed": "solve_mixed",
+    "softmax": "attend",
+    "parallax": "attend",
+}
 
 
 def candidates(kernel: str, head_dim: int, base) -> list:
     """The table's configuration first, then its neighbours."""
-    solve, choices = kernel.startswith("solve"), [{}]
+    solve = kernel.startswith(("solve", "adjoint"))
     # As many tiles as fit into shared memory, or a few less.
     stages = (2, 3) if head_dim == 128 else (4, 6) if solve else (3, 4)
-    choices += [{"stages": count} for count in stages]
-    if head_dim == 64 and (solve or kernel.startswith("attend")):
-        choices.append({**THREE_WARPGROUPS, "stages": 4})
+    choices = [{}]
+    if kernel != "key_gradients":
+        choices += [{**TWO_WARPGROUPS, "block": 64, "stages": count} for count in stages]
+    if head_dim < 128 and kernel != "key_gradients":
+        choices.append({**THREE_WARPGROUPS, "block": 64, "stages": 4})
+    if head_dim == 32:
+        choices.append({**TWO_WARPGROUPS, "block": 128, "stages": 4})
     if head_dim == 128 and (solve or kernel == "attend_precise"):
         choices += [{"block": 32, "stages": count} for count in (4, 6)]
-        choices.append({"block": 64, "stages": 3})
+    if kernel == "key_gradients":
+        choices += [{"stages": count} for count in stages]
     found = [base]
     for choice, hold in itertools.product(choices, (True, False)):
         config = dataclasses.replace(base, **choice, hold_sums=hold)
@@ -65,11 +80,10 @@ def candidates(kernel: str, head_dim: int, base) -> list:
 
 
 def table_config(kernel: str, head_dim: int):
-    """What the table has for a kernel; `solve_precise` is the solve with two parts everywhere."""
+    """What the table has for a kernel."""
     from lla.kernels.mosaic_gpu import configs
 
-    chosen = configs.choose(head_dim)
-    return getattr(chosen, kernel, None) or getattr(chosen, kernel.removesuffix("_precise"))
+    return getattr(configs.choose(head_dim), _SHARED.get(kernel, kernel))
 
 
 def make_kernels(options, head_dim: int) -> dict:
@@ -89,10 +103,11 @@ def make_kernels(options, head_dim: int) -> dict:
     scale = jnp.full((b, n, t), head_dim**-0.5, jnp.float32)
     ridge = jnp.full((b, n, t), 10.0, jnp.float32)
     masking = launch.Masking(jnp.asarray([[0, t]] * b, jnp.int32), None, None)
-    iteration = solve.Iteration(None, ITERATIONS)
-    precise = dataclasses.replace(iteration, precise=True)
+    plain = solve.Iteration(None, ITERATIONS)
+    precise = dataclasses.replace(plain, precise=True)
+    unmarked = jnp.zeros((b, n, t // 64), jnp.int32)
     solution = jax.jit(
-        lambda *a: solve.solve(shape, mask, configs.choose(head_dim).solve, iteration, *a)
+        lambda *a: solve.solve(shape, mask, configs.choose(head_dim).solve, plain, *a)
     )(query, key, scale, ridge, masking)
     rows = gradients.Rows(scale, solution.log_sum_exp, solution.shift)
     directions = gradients.Directions(
@@ -100,14 +115,36 @@ def make_kernels(options, head_dim: int) -> dict:
     )
     solved = attend.Solved(solution.log_sum_exp, solution.shift_high, None)
     exactly_solved = attend.Solved(solution.log_sum_exp, solution.shift, solution.low)
+    adjoint = solve.Adjoint(
+        value, cotangent, solution.log_sum_exp, solution.shift, solution.key_mean, scale
+    )
+
+    def solving(iteration, adjoint, marked=None):
+        def run(config, *operands):
+            choice = None
+            if marked is not None:
+                *operands, mark = operands
+                choice = solve.Choice(precise, mark)
+            return solve.solve(shape, mask, config, iteration, *operands, choice=choice).high
+
+        operands = (query, key, scale, ridge, masking)
+        operands += () if adjoint is None else (adjoint,)
+        return run, operands + (() if marked is None else (marked,))
+
     return {
-        "solve": (
-            lambda config, *a: solve.solve(shape, mask, config, iteration, *a).high,
-            (query, key, scale, ridge, masking),
+        "solve": solving(plain, None),
+        "solve_precise": solving(precise, None),
+        "solve_mixed": solving(plain, None, unmarked),
+        "adjoint": solving(plain, adjoint),
+        "adjoint_precise": solving(precise, adjoint),
+        "adjoint_mixed": solving(plain, adjoint, unmarked),
+        "softmax": (
+            lambda config, *a: attend.attend(shape, mask, config, *a).out,
+            (query, key, value, scale, masking),
         ),
-        "solve_precise": (
-            lambda config, *a: solve.solve(shape, mask, config, precise, *a).high,
-            (query, key, scale, ridge, masking),
+        "parallax": (
+            lambda config, *a: attend.attend(shape, mask, config, *a).out,
+            (query, key, value, scale, masking, solution.high),
         ),
         "attend": (
             lambda config, *a: attend.attend(shape, mask, config, *a).out,
@@ -134,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = []
     for head_dim in options.head_dims:
         for name, (function, operands) in make_kernels(options, head_dim).items():
+            if options.kernels and name not in options.kernels:
+                continue
             for config in candidates(name, head_dim, table_config(name, head_dim)):
                 jobs.append((head_dim, name, config, function, operands))
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from lla.kernels.mosaic_gpu.launch import Config
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (32, 64, 128)
 """Head dimensions of the kernels; smaller ones are padded with zeros, which changes nothing."""
 
 ROWS = 128
@@ -18,6 +18,8 @@ class Configs:
     """One configuration for each kernel."""
 
     solve: Config
+    solve_precise: Config  # with directions and weights in two parts
+    solve_mixed: Config  # in two parts in some tiles
     attend: Config
     attend_precise: Config  # with weights in two parts, in some tiles at least
     query_gradients: Config
@@ -25,21 +27,37 @@ class Configs:
     key_gradients_split: Config  # with directions in two parts
 
 
+_THREE = {"warpgroups": 3, "registers": (160, 24)}
+
 _TABLE = {
+    32: Configs(
+        solve=Config(**_THREE, stages=6, hold_sums=False),
+        solve_precise=Config(stages=6, hold_sums=False),
+        solve_mixed=Config(stages=6),
+        attend=Config(**_THREE, stages=6),
+        attend_precise=Config(stages=4, hold_sums=False),
+        query_gradients=Config(stages=4, hold_sums=False),
+        key_gradients=Config(stages=4, hold_sums=False),
+        key_gradients_split=Config(stages=4, hold_sums=False),
+    ),
     64: Configs(
-        solve=Config(stages=6),
-        attend=Config(stages=4),
-        attend_precise=Config(stages=4),
+        solve=Config(**_THREE, stages=4, hold_sums=False),
+        solve_precise=Config(stages=6, hold_sums=False),
+        solve_mixed=Config(stages=6),
+        attend=Config(**_THREE, stages=4),
+        attend_precise=Config(stages=3, hold_sums=False),
         query_gradients=Config(stages=4, hold_sums=False),
         key_gradients=Config(stages=3, hold_sums=False),
         key_gradients_split=Config(stages=3, hold_sums=False),
     ),
     128: Configs(
-        solve=Config(stages=3, shared_mean=False, hold_sums=False),
-        attend=Config(stages=3, hold_sums=False),
-        # Of 64 keys the three sums and scores of a tile do not fit into the registers.
-        attend_precise=Config(block=32, stages=6, hold_sums=False),
-        query_gradients=Config(stages=3, hold_sums=False),
+        solve=Config(stages=2, shared_mean=False, hold_sums=False),
+        # Of 64 keys the sums and scores of two parts do not fit into the registers.
+        solve_precise=Config(block=32, stages=4, shared_mean=False, hold_sums=False),
+        solve_mixed=Config(stages=3, shared_mean=False, hold_sums=False),
+        attend=Config(stages=2, hold_sums=False),
+        attend_precise=Config(block=32, stages=4, hold_sums=False),
+        query_gradients=Config(stages=2, hold_sums=False),
         key_gradients=Config(block=32, stages=2, hold_sums=False),
         key_gradients_split=Config(block=32, stages=2, hold_sums=False),
     ),

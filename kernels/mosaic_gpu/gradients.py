@@ -307,7 +307,7 @@ def key_gradients(
     streams = len(operands["streamed"])
     tile = plgpu.SMEM(
         (config.stages, config.block, shape.head_dim), shape.dtype,
-        transforms=narrow_transforms(config.block),
+        transforms=narrow_transforms(config.block, shape.head_dim),
     )  # fmt: skip
     scratch = {
         "inputs": row_tile(shape, config, 2),

@@ -41,7 +41,7 @@ class Shape:
     """Padded sizes: query ``[B, T, K * G, D]``, key and value ``[B, S, K, D]``.
 
     ``num_queries`` is a multiple of 64, ``num_keys`` of every key tile and of the rows of a program
-    instance that owns keys, ``head_dim`` (of keys and values alike) is 64 or 128.
+    instance that owns keys, ``head_dim`` (of keys and values alike) is 32, 64 or 128.
     """
 
     batch: int
@@ -274,7 +274,7 @@ def ring_scratch(shape: Shape, config: Config, tiles: int):
     """Scratch types of a ring: the tiles, then filled, then released."""
     tile = plgpu.SMEM(
         (config.stages, config.block, shape.head_dim), shape.dtype,
-        transforms=narrow_transforms(config.block),
+        transforms=narrow_transforms(config.block, shape.head_dim),
     )  # fmt: skip
     return (
         *([tile] * tiles),
@@ -287,7 +287,9 @@ def row_tile(shape: Shape, config: Config, copies: int = 1):
     """Scratch of 16-bit row tiles ``[warpgroups, copies, 64, D]`` (no `copies` axis if it is 1)."""
     lead = (config.warpgroups,) if copies == 1 else (config.warpgroups, copies)
     return plgpu.SMEM(
-        (*lead, ROW_BLOCK, shape.head_dim), shape.dtype, transforms=narrow_transforms(config.block)
+        (*lead, ROW_BLOCK, shape.head_dim),
+        shape.dtype,
+        transforms=narrow_transforms(config.block, shape.head_dim),
     )
 
 

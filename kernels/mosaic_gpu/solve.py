@@ -73,7 +73,8 @@ class Adjoint(NamedTuple):
     """What the adjoint solve needs beside the operands of the forward one.
 
     `key_mean` None means that it is computed here; `delta` is cotangent times output,
-    ``[B, N, T]``.
+    ``[B, N, T]``. `probe_square` is the square length of the probe, ``[B, N, T]``: an error of the
+    solution reaches the gradient of the keys times the probe. None without iterations.
     """
 
     value: jax.Array
@@ -81,6 +82,7 @@ class Adjoint(NamedTuple):
     log_sum_exp: jax.Array
     delta: jax.Array
     key_mean: jax.Array | None
+    probe_square: jax.Array | None = None
 
 
 @functools.partial(

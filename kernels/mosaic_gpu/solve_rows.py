@@ -40,6 +40,9 @@ whose square is of that size.
 WORST_BOUND = 10.0
 """Where `Iteration.precise`, no row's error bound may exceed this multiple of the tolerance."""
 
+LEAST_LEFT = 0.01
+"""Of the variance of the cotangents, this part at least counts as not explained by the keys."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
@@ -60,6 +63,10 @@ class Iteration:
 ROW_OUTPUTS = (
     "shift_high", "shift", "iterations", "residual", "log_sum_exp", "cotangent_mean",
 )  # fmt: skip
+
+
+# Rows of that buffer which are free while the iterations run.
+VARIANCE, WEIGHTED = "shift_high", "shift"
 
 
 def any_flag(flags, i, count: int):
@@ -202,9 +209,10 @@ class SolveRows(QueryRows):
         scale, ids = self.scale_and_ids()
         log_sum_exp, delta = self.row_vector(adjoint.log_sum_exp), self.row_vector(adjoint.delta)
         with_mean = adjoint.key_mean is None
+        with_variance = self.iteration.precise and self.iteration.max_iters > 0
 
         def step(j, carry, masked, add):
-            t, excess, rounded_excess, rounded_total = carry
+            t, excess, square, rounded_excess, rounded_total = carry
             slot = self.keys.wait(t)
             self.values.wait(t)
             keys, values = self.keys.tiles[0].at[slot], self.values.tiles[0].at[slot]
@@ -213,15 +221,17 @@ class SolveRows(QueryRows):
                 weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
                 self.keys.done_before(t, 0)
                 c = c()
-                weighted = weights * (c - by_row(delta, c.shape))
+                c = c - by_row(delta, c.shape)
+                weighted = weights * c
                 target = *self.rounded_parts(weighted), weighted.sum(axis=1)
+                target += ((weighted * c).sum(axis=1) if with_variance else zero,)
                 return (*target, rounded(weights, dtype)) if with_mean else target
 
-            parts, parts_sum, exact_sum, *rounded_weights = arithmetic.with_products(
+            parts, parts_sum, exact_sum, exact_square, *rounded_weights = arithmetic.with_products(
                 block, use, [(self.query, keys)], [(self.cotangent, values)]
             )
             self.values.release(slot)
-            excess = excess + exact_sum
+            excess, square = excess + exact_sum, square + exact_square
             rounded_excess = rounded_excess + parts_sum
             products = [[(part, keys) for part in parts]]
             for weights, weights_sum in rounded_weights:
@@ -229,15 +239,17 @@ class SolveRows(QueryRows):
                 products.append([(weights, keys)])
             add(*products)
             self.keys.done(slot)
-            return t + 1, excess, rounded_excess, rounded_total
+            return t + 1, excess, square, rounded_excess, rounded_total
 
         zero = self.zeros(rows=True)
-        (t, excess, rounded_excess, rounded_total), sums = arithmetic.summing(
+        (t, excess, square, rounded_excess, rounded_total), sums = arithmetic.summing(
             2 if with_mean else 1, self.env.shape.head_dim, self.over_tiles, step,
-            (jnp.int32(0), zero, zero, zero),
+            (jnp.int32(0), zero, zero, zero, zero),
         )  # fmt: skip
         self.keys.done_before(t, 0)
         self.store_row("cotangent_mean", delta + excess)
+        if with_variance:
+            self.store_row(VARIANCE, square - excess * excess)
         if with_mean:
             some = rounded_total > 0
             mean = sums[1] * by_row(1 / jnp.where(some, rounded_total, 1.0), self.matrix)
@@ -266,7 +278,8 @@ class SolveRows(QueryRows):
             inverse = jnp.where(moving, 1 / jnp.where(moving, curvature, one), 0.0)
             r = self.load("remainder", 0)
             length = row_dot(r, p) * inverse
-            iterates[...] = self.load("iterate", 0) + by_row(length, p.shape) * p
+            x = self.load("iterate", 0) + by_row(length, p.shape) * p
+            iterates[...] = x
             r = r - by_row(length, p.shape) * image
             remainders[...] = r
             rz = row_dot(r, r)
@@ -278,7 +291,12 @@ class SolveRows(QueryRows):
             fast = contraction < 0.3
             free = jnp.where(fast, length * jnp.where(state.count == 0, 0.75, 1.0), 0.0)
             error = length * rz * jnp.where(fast, rate, one) / (1 - rate)
-            go = self.decide(state.count, error, rz / ridge, energy)
+            left = energy
+            if not self.forward and self.iteration.precise:
+                variance = self.load_row(VARIANCE)
+                left = variance - energy - ridge * row_dot(x, x)
+                left = jnp.maximum(left, LEAST_LEFT * variance)
+            go = self.decide(state.count, error, rz / ridge, energy, left)
             return _CG(state.count + 1, go, t, self.parts(next_p), rz, energy, contraction, free)
 
         zero = self.zeros(rows=True)
@@ -294,8 +312,11 @@ class SolveRows(QueryRows):
         )
         return lax.while_loop(lambda state: state.go > 0, step, start)
 
-    def decide(self, count, error, error_bound, energy):
+    def decide(self, count, error, error_bound, energy, left):
         """Whether to go on after iteration `count`; the same for all warpgroups.
+
+        `left`, of the adjoint solve: what the gradient of the keys sees of each row is the error
+        relative to that.
 
         The sum over the rows of a warpgroup goes through memory of its own: the scratch memory of
         reductions across warps is one for all warpgroups.
@@ -313,14 +334,20 @@ class SolveRows(QueryRows):
                 excess = jnp.where(far, 1.0, excess)
             # A row that is not finite must not decide for the others.
             excess = jnp.where(jnp.abs(excess) < 1e30, excess, 0.0)
-            self.store_row("iterations", excess)
-            ref = self.scratch["rows"].at[self.w, ROW_OUTPUTS.index("iterations")]
-            columns = self.env.arithmetic.load(ref, COLS)
-            columns = by_column(columns, (ROW_BLOCK, ROW_BLOCK))
+            columns = self.to_columns("iterations", excess)
             unfinished = columns.sum(axis=1) > 0
             if self.forward:
                 # Few bad rows among many good ones do not show in the mean.
                 unfinished = unfinished | (columns.max(axis=1) > (WORST_ROW**2 - 1) * bound)
+            else:
+                # In the gradient of the keys a row counts times its probe, of which few can be by
+                # far the longest, and with the cotangents less what the keys explain of them,
+                # which can be little.
+                weight = self.row_vector(self.given["adjoint"].probe_square)
+                weighted = weight * (error - bound * left)
+                weighted = jnp.where(jnp.abs(weighted) < 1e30, weighted, 0.0)
+                columns = self.to_columns(WEIGHTED, weighted)
+                unfinished = unfinished | (columns.sum(axis=1) > 0)
             more = jnp.where(unfinished, more, 0)
         flags, decision = self.scratch["flags"], self.scratch["decision"]
         flags.at[lax.rem(count, jnp.int32(2)), self.w][...] = more
@@ -384,6 +411,12 @@ class SolveRows(QueryRows):
 
     def store_row(self, name: str, vector):
         self.scratch["rows"].at[self.w, ROW_OUTPUTS.index(name)][...] = vector
+
+    def to_columns(self, name: str, vector):
+        """Numbers of the rows as a ``[64, 64]`` matrix of equal rows, through a row of scratch."""
+        self.store_row(name, vector)
+        ref = self.scratch["rows"].at[self.w, ROW_OUTPUTS.index(name)]
+        return by_column(self.env.arithmetic.load(ref, COLS), (ROW_BLOCK, ROW_BLOCK))
 
     def load_row(self, name: str):
         ref = self.scratch["rows"].at[self.w, ROW_OUTPUTS.index(name)]

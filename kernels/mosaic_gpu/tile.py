@@ -33,13 +33,13 @@ LN2 = 0.6931471805599453
 LOWEST = -1e30
 
 
-def narrow_transforms(block: int = 64) -> tuple:
-    """Layout in shared memory of 16-bit tiles with a multiple of 64 columns.
+def narrow_transforms(*sizes: int) -> tuple:
+    """Layout in shared memory of 16-bit tiles with 32 columns, or a multiple of 64.
 
-    All operands of a product share one layout, whose swizzle must not exceed `block`, the smallest
-    number of rows that are summed over.
+    All operands of a product share one layout, whose swizzle must exceed none of `sizes`: the
+    columns, and the smallest number of rows that are summed over.
     """
-    columns = min(64, block)
+    columns = min((64, *sizes))
     return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
 
 

@@ -76,6 +76,13 @@ class _Spec:
         """Whether any tile may need two parts."""
         return self.forward.precise or self.precise_forward is not None
 
+    @property
+    def solve_config(self):
+        """The configuration of both solves."""
+        if self.precise_forward is not None:
+            return self.configs.solve_mixed
+        return self.configs.solve_precise if self.forward.precise else self.configs.solve
+
 
 class _Operands(NamedTuple):
     """Padded arrays: ``[B, T, N, D]``, ``[B, S, K, D]``, rows ``[B, N, T]``."""
@@ -290,7 +297,7 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     residual = jnp.zeros(scale.shape, jnp.float32)
     if spec.member == "lla":
         solution = solve_kernel.solve(
-            spec.shape, spec.mask, spec.configs.solve, spec.forward, query, key, scale, ridge,
+            spec.shape, spec.mask, spec.solve_config, spec.forward, query, key, scale, ridge,
             masking, choice=_choice(spec.precise_forward, marked), interpret=spec.interpret,
         )  # fmt: skip
         solved = attend_kernel.Solved(
@@ -339,13 +346,17 @@ def _backward(
     delta = jnp.swapaxes(delta, 1, 2)
     directions = gradients.Directions()
     cotangent_mean, d_probe, d_ridge = delta, None, None
+    solution = probe_square = None
+    if spec.member == "lla":
+        solution = saved.high.astype(f32) + saved.low.astype(f32)
+        probe_square = jnp.swapaxes(jnp.square(solution).sum(-1), 1, 2)
     if spec.member != "softmax":
         iteration = spec.backward if spec.member == "lla" else solve_kernel.Iteration(None, 0)
         adjoint = solve_kernel.solve(
-            spec.shape, spec.mask, spec.configs.solve, iteration, query, key, scale, ridge,
+            spec.shape, spec.mask, spec.solve_config, iteration, query, key, scale, ridge,
             masking,
             solve_kernel.Adjoint(
-                value, cotangent, saved.log_sum_exp, delta, saved.key_mean
+                value, cotangent, saved.log_sum_exp, delta, saved.key_mean, probe_square
             ),
             _choice(spec.precise_backward, marked),
             interpret=spec.interpret,
@@ -357,7 +368,6 @@ def _backward(
                 saved.high, saved.shift_high, adjoint.high, adjoint.low, saved.key_mean
             )
             cotangent_mean = cotangent_mean + adjoint.shift_high
-            solution = saved.high.astype(f32) + saved.low.astype(f32)
             d_ridge = ((adjoint.high.astype(f32) + adjoint.low.astype(f32)) * solution).sum(-1)
             d_ridge = jnp.swapaxes(d_ridge, 1, 2)
         else:

@@ -131,7 +131,7 @@ def test_what_variants_lack(bench):
     assert counted(bench, "two_parts", "no_scores_product")[:2] == [2, 4]
     assert counted(bench, "precise", "no_sum_product")[:2] == [2, 9]  # of 12
     lacking = {"full": (2, 6), "no_exp": (1, 6), "no_sum_product": (2, 5)}
-    lacking["no_scores_product"] = (2, 4)
+    lacking |= {"no_scores_product": (2, 4), "no_weights": (1, 5)}
     for stage in ("solve", "adjoint"):
         for variant, iteration in lacking.items():
             first, whole = (counted(bench, stage, variant, t) for t in (0, 1))
@@ -139,7 +139,9 @@ def test_what_variants_lack(bench):
 
 
 @needs_kernels
-@pytest.mark.parametrize("variant", ["no_exp", "no_sum_product", "no_scores_product", "no_reload"])
+@pytest.mark.parametrize(
+    "variant", ["no_exp", "no_sum_product", "no_scores_product", "no_reload", "no_weights"]
+)
 def test_patches_are_undone(bench, variant):
     from lla.kernels.mosaic_gpu.launch import Ring
     from lla.kernels.mosaic_gpu.rows import QueryRows

@@ -63,6 +63,9 @@ device_description_str: "NVIDIA H200"
 """
 
 
+DECODED = (64, 128)  # head dimensions of the decoding kernels
+
+
 def kernels(head_dim: int):
     """Name, function and arguments of every kernel."""
     b, t, n = 2, 512, 4
@@ -78,7 +81,9 @@ def kernels(head_dim: int):
 
     def solving(mode, adjoint):
         iteration = solve.Iteration(3e-3, 32, mode == "precise")
-        extra = (solve.Adjoint(key, query, row, row, mean),) if adjoint else (None,)
+        names = {"plain": "solve", "precise": "solve_precise", "chosen": "solve_mixed"}
+        config = getattr(chosen, names[mode])
+        extra = (solve.Adjoint(key, query, row, row, mean, row),) if adjoint else (None,)
         if mode == "chosen":
             extra = *extra, marked
 
@@ -86,7 +91,7 @@ def kernels(head_dim: int):
             if mode == "chosen":
                 *arrays, mark = arrays
                 arrays = *arrays, solve.Choice(solve.Iteration(1e-3, 256, True), mark)
-            return solve.solve(shape, mask, chosen.solve, iteration, *arrays)
+            return solve.solve(shape, mask, config, iteration, *arrays)
 
         return run, (query, key, row, row, masking, *extra)
 
@@ -185,7 +190,8 @@ def main():
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.P())
     for head_dim in configs.HEAD_DIMS:
-        decoding = [decoding_kernels(head_dim, group) for group in (1, 4)]
+        groups = (1, 4) if head_dim in DECODED else ()
+        decoding = [decoding_kernels(head_dim, group) for group in groups]
         for name, function, arguments in itertools.chain(kernels(head_dim), *decoding):
             print(f"kernel {name}_{head_dim}", flush=True)
             placed = jax.tree.map(

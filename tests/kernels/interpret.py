@@ -38,7 +38,9 @@ class Case:
     large numbers, of one program instance, too. `faint` lets the cotangent fall from row to row,
     down to where float32 cannot hold its square. `warpgroups` are those of an instance that owns
     queries; the rows of three come out even for no number of queries here. With an `offset`, times
-    one normal vector, that all keys share, products are cut off as on tensor cores.
+    one normal vector, that all keys share, products are cut off as on tensor cores. With `clusters`
+    queries and keys are near that many points: few keys explain the cotangents almost completely,
+    along with probes of very different length.
     """
 
     member: str
@@ -54,6 +56,7 @@ class Case:
     faint: bool = False
     warpgroups: int = 2
     offset: float = 0.0
+    clusters: int = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -80,10 +83,13 @@ CASES = {
     ),
     "lla_segments": Case("lla", options={"segments": True}),
     "lla_head_dim_128": Case("lla", head_dim=128, value_dim=128),
+    "lla_head_dim_32": Case("lla", 200, 200, head_dim=32, value_dim=24, ridge="mixed"),
+    "lla_head_dim_32_precise": Case("lla", head_dim=32, value_dim=32, ridge=0.1),
     "lla_faint": Case("lla", faint=True),
     "softmax_three_warpgroups": Case("softmax", 200, 200, warpgroups=3),
     "lla_three_warpgroups": Case("lla", 200, 200, ridge="mixed", warpgroups=3),
     "lla_offset": Case("lla", ridge=0.01, offset=4.0),
+    "lla_clustered": Case("lla", ridge=0.01, clusters=8),
     "lla_ridge_10": Case("lla", ridge=10.0),
     "lla_ridge_0.1": Case("lla", ridge=0.1),
     "lla_ridge_0.01": Case("lla", ridge=0.01),
@@ -174,6 +180,12 @@ def run(case: Case, races: bool) -> dict[str, Any]:
         offset = case.offset * rng.standard_normal(case.head_dim)
         arrays["key"] = (arrays["key"].astype(np.float32) + offset).astype(arrays["key"].dtype)
         tile.Arithmetic._dot = cut_off_dot
+    if case.clusters:
+        centres = rng.standard_normal((case.clusters, case.head_dim))
+        for name in ("query", "key"):
+            array = arrays[name].astype(np.float32) * 0.1
+            array = array + centres[rng.integers(case.clusters, size=array.shape[:-1])]
+            arrays[name] = array.astype(arrays["query"].dtype)
     cotangent = normal(*rows, case.value_dim)
     if case.faint:
         fall = np.logspace(0, -30, case.queries, dtype=np.float32)[:, None, None]
@@ -208,13 +220,21 @@ def run(case: Case, races: bool) -> dict[str, Any]:
 
     chosen = None
     if case.warpgroups != 2:
-        chosen = configs.choose(64 * -(-max(case.head_dim, case.value_dim) // 64))
+        widest = max(case.head_dim, case.value_dim)
+        chosen = configs.choose(next(d for d in configs.HEAD_DIMS if d >= widest))
         changes = {"warpgroups": case.warpgroups, "registers": (160, 24), "stages": 4}
         chosen = dataclasses.replace(
             chosen,
             **{
                 name: dataclasses.replace(getattr(chosen, name), **changes)
-                for name in ("solve", "attend", "attend_precise", "query_gradients")
+                for name in (
+                    "solve",
+                    "solve_precise",
+                    "solve_mixed",
+                    "attend",
+                    "attend_precise",
+                    "query_gradients",
+                )
             },
         )
     parameters = plgpu.InterpretGPUParams(detect_races=races)

@@ -18,8 +18,14 @@ NOISE = 1.08  # two runs on different days differ by as much
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["solve", "attend", "query_gradients", "key_gradients"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "solve", "solve_precise", "solve_mixed", "attend", "attend_precise", "query_gradients",
+        "key_gradients",
+    ],
+)  # fmt: skip
 def test_table_is_among_the_fastest(kernel, head_dim):
     from lla.kernels.mosaic_gpu import configs
 
@@ -36,8 +42,10 @@ def test_table_is_among_the_fastest(kernel, head_dim):
     )
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["solve", "solve_precise", "attend", "attend_precise"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(
+    "kernel", ["solve", "solve_precise", "adjoint_mixed", "attend", "attend_precise"]
+)
 def test_candidates_are_neighbours_of_the_table_that_can_run(kernel, head_dim, monkeypatch):
     monkeypatch.syspath_prepend(TUNING.parent)
     tune = importlib.import_module(TUNING.stem)
@@ -69,7 +77,7 @@ def test_shared_memory_is_counted_and_refused():
         shape.rows(),
         launch.Masking(jax.ShapeDtypeStruct((2, 2), jnp.int32), None, None),
     )
-    config = dataclasses.replace(configs.choose(64).solve, stages=20)
+    config = dataclasses.replace(configs.choose(64).solve_mixed, stages=20)
     call = functools.partial(
         solve.solve, shape, tile.MaskSpec(True, None, False), config, solve.Iteration(3e-3, 32)
     )
