@@ -32,11 +32,11 @@ _THREE = {"warpgroups": 3, "registers": (160, 24)}
 _TABLE = {
     32: Configs(
         solve=Config(**_THREE, stages=6, hold_sums=False),
-        solve_precise=Config(stages=6, hold_sums=False),
-        solve_mixed=Config(stages=6),
-        attend=Config(**_THREE, stages=6),
-        attend_precise=Config(stages=4, hold_sums=False),
-        query_gradients=Config(stages=4, hold_sums=False),
+        solve_precise=Config(**_THREE, stages=4, hold_sums=False),
+        solve_mixed=Config(**_THREE, stages=4, hold_sums=False),
+        attend=Config(**_THREE, stages=4),
+        attend_precise=Config(**_THREE, stages=4, hold_sums=False),
+        query_gradients=Config(**_THREE, stages=4, hold_sums=False),
         key_gradients=Config(stages=4, hold_sums=False),
         key_gradients_split=Config(stages=4, hold_sums=False),
     ),
