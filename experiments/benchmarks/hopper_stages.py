@@ -104,11 +104,11 @@ def _patches(variant: str) -> list[tuple[type, str, Callable]]:
 
         return true_over_tiles(self, noted, carry)
 
-    def summing(self, count, columns, loop, body, carry):
+    def summing(self, columns, loop, body, carry):
         def step(j, carry, masked, add):
             return body(j, carry, masked, add if masked else lambda *sums: None)
 
-        return true_summing(self, count, columns, loop, step, carry)
+        return true_summing(self, columns, loop, step, carry)
 
     def accumulate(self, totals, *sums):
         return true_accumulate(self, totals, *sums) if on_border[0] else totals

@@ -24,6 +24,7 @@ from lla.kernels.mosaic_gpu.launch import (
     Shape,
     hand_on_all,
     launch,
+    ones_scratch,
     query_place,
     ring_scratch,
     row_tile,
@@ -116,6 +117,7 @@ def attend(
     scratch = {
         "inputs": row_tile(shape, config, max(2, len(inputs))),
         "ring": ring_scratch(shape, config, 2),
+        **ones_scratch(shape, config),
         "rows": plgpu.SMEM((count, 2, ROW_BLOCK), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=len(inputs), num_barriers=count),
     }
@@ -172,6 +174,7 @@ class _AttendRows(QueryRows):
             plgpu.copy_gmem_to_smem(self.row_tile(array), tile, loaded)
         plgpu.barrier_wait(loaded)
         query, *self.parts = tiles
+        self.write_ones()
         if self.given["solved"] is not None:
             out = self.solved(query)
         elif self.parts:
@@ -202,9 +205,10 @@ class _AttendRows(QueryRows):
             weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
             along = along()
             weighted = weights * (along + by_row(constant, along.shape))
-            parts, parts_sum = rounded_parts(weighted, dtype, self.precise)
+            summed = not self.env.config.sum_products
+            parts, parts_sum = rounded_parts(weighted, dtype, self.precise, summed)
             softmax = [in_parts(weights, dtype, False)] if self.precise else []
-            return total + parts_sum, parts, *softmax
+            return total + parts_sum if summed else total, parts, *softmax
 
         _, total, out, *plain = self.sum_over_tiles(
             self.ring, jnp.int32(0), query, scores_along, weigh, 1, self.zeros(rows=True),
@@ -218,8 +222,9 @@ class _AttendRows(QueryRows):
         return out * by_row(1 / total, out.shape)
 
     def softmax(self, query):
-        def round_weights(weights):
-            return (weights.astype(self.env.shape.dtype),), weights.sum(axis=1)
+        def round_weights(weights, summed):
+            total = weights.sum(axis=1) if summed else None
+            return (weights.astype(self.env.shape.dtype),), total
 
         _, largest, total, out = self.online_softmax(self.ring, query, 1, round_weights)
         inverse = self.store_log_sum_exp(largest, total)

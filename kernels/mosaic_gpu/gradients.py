@@ -250,7 +250,7 @@ class _GradientRows(QueryRows):
 
         zero = self.zeros(rows=True)
         (t, excess, mean), (total,) = arithmetic.summing(
-            1, self.env.shape.head_dim, self.over_tiles, step, (jnp.int32(0), zero, zero)
+            (self.env.shape.head_dim,), self.over_tiles, step, (jnp.int32(0), zero, zero)
         )
         self.ring.done_before(t, 0)
         return excess, mean, total
@@ -422,7 +422,7 @@ def _key_rows(env: Environment, has, given, out, scratch, place, tiles, ring: Ri
 
         return lax.fori_loop(0, env.shape.group, head, carry)
 
-    t, (d_key, d_value) = arithmetic.summing(2, env.shape.head_dim, loop, step, jnp.int32(0))
+    t, (d_key, d_value) = arithmetic.summing((env.shape.head_dim,) * 2, loop, step, jnp.int32(0))
     ring.done_before(t, 0)
     for gradient, tile, target in ((d_key, key, out["key"]), (d_value, value, out["value"])):
         tile[...] = gradient.astype(dtype)

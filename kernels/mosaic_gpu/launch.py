@@ -15,6 +15,7 @@ from jax import lax
 from lla.compat import vary_like
 from lla.kernels.mosaic_gpu.tile import (
     COLS,
+    ONES,
     ROW_BLOCK,
     ROWS,
     Arithmetic,
@@ -23,6 +24,7 @@ from lla.kernels.mosaic_gpu.tile import (
     TileRange,
     key_tiles,
     narrow_transforms,
+    ones_transforms,
     query_tiles,
     visible,
 )
@@ -84,6 +86,8 @@ class Config:
       resident_operand: whether the query is kept in registers rather than in shared memory.
       shared_mean: whether the solve keeps the mean key in shared memory, too.
       hold_sums: see `lla.kernels.mosaic_gpu.tile.Arithmetic`.
+      sum_products: whether the output and the solve take sums over the rows of weights from
+        products with a tile of ones, too, for tiles of at most 64 rows.
     """
 
     warpgroups: int = 2
@@ -93,6 +97,7 @@ class Config:
     resident_operand: bool = False
     shared_mean: bool = True
     hold_sums: bool = True
+    sum_products: bool = False
 
     def check_registers(self) -> None:
         """Raises ValueError unless the warpgroups can have their `registers`."""
@@ -281,6 +286,14 @@ def ring_scratch(shape: Shape, config: Config, tiles: int):
         plgpu.Barrier(num_arrivals=tiles, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
     )
+
+
+def ones_scratch(shape: Shape, config: Config) -> dict:
+    """Scratch types by name of the ones that `Config.sum_products` takes, for each warpgroup."""
+    if not config.sum_products:
+        return {}
+    lead = (config.warpgroups, ROW_BLOCK, ONES)
+    return {"ones": plgpu.SMEM(lead, shape.dtype, transforms=ones_transforms())}
 
 
 def row_tile(shape: Shape, config: Config, copies: int = 1):

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from lla.kernels.mosaic_gpu.launch import Environment, Place, Ring
@@ -13,6 +14,7 @@ from lla.kernels.mosaic_gpu.tile import (
     LOG2E,
     LOWEST,
     MATRIX,
+    ONES,
     ROW_BLOCK,
     ROWS,
     TileRange,
@@ -112,9 +114,14 @@ class QueryRows:
           summed: index of the member.
 
         Returns:
-          the number of the tile after the last one, the last carry, and the sums.
+          the number of the tile after the last one, the last carry, and the sums. With
+          `Config.sum_products` the carry is the sum over the rows of the first weights.
         """
         arithmetic, block = self.env.arithmetic, self.env.config.block
+        columns = (self.env.shape.head_dim,) * count
+        ones = self.ones()
+        if ones is not None:
+            columns += (ONES,)
 
         def step(j, state, masked, add):
             t, carry = state
@@ -131,22 +138,41 @@ class QueryRows:
             carry, *weights = arithmetic.with_products(
                 block, use, _logits(ring, query, slot), *products(slot)
             )
-            add(*([(part, ring.tiles[summed].at[slot]) for part in parts] for parts in weights))
+            sums = [[(part, ring.tiles[summed].at[slot]) for part in parts] for parts in weights]
+            if ones is not None:
+                sums.append([(part, ones) for part in weights[0]])
+            add(*sums)
             ring.done(slot)
             return t + 1, carry
 
-        (t, carry), totals = arithmetic.summing(
-            count, self.env.shape.head_dim, self.over_tiles, step, (first, carry)
-        )
+        (t, carry), totals = arithmetic.summing(columns, self.over_tiles, step, (first, carry))
         ring.done_before(t, first)
+        if ones is not None:
+            *totals, rows = totals
+            carry = rows.sum(axis=1) * (1 / ONES)
         return t, carry, *totals
+
+    def ones(self):
+        """The warpgroup's tile of ones, None without `Config.sum_products`."""
+        if not self.env.config.sum_products:
+            return None
+        return self.scratch["ones"].at[self.w, pl.ds(0, self.env.config.block)]
+
+    def write_ones(self):
+        """Called before the first sum over tiles."""
+        if self.env.config.sum_products:
+            shape = (ROW_BLOCK, ONES)
+            ones = full(shape, 1, MATRIX).astype(self.env.shape.dtype)
+            self.scratch["ones"].at[self.w][...] = ones
+            plgpu.commit_smem()
 
     def online_softmax(self, ring: Ring, query, summed: int, round_weights):
         """Softmax over all tiles, of which the weighted sum of a member of the ring is wanted.
 
         Args:
           ring, query, summed: as for `sum_over_tiles`.
-          round_weights: weights to 16-bit parts of them and to the sums of their rows.
+          round_weights: weights, and whether their sums are wanted, to 16-bit parts of them and
+            to the sums of their rows.
 
         Returns:
           the number of tiles, the largest logit, the sum of the weights relative to it, and that of
@@ -154,23 +180,31 @@ class QueryRows:
         """
         arithmetic, block = self.env.arithmetic, self.env.config.block
         scale, ids = self.scale_and_ids()
+        ones = self.ones()
 
         def step(j, carry, masked):
-            t, largest, total, mean = carry
+            t, largest, total, *sums = carry
             slot = ring.wait(t)
             (scores,) = arithmetic.products(block, _logits(ring, query, slot))
             new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
             shrink = jnp.exp2(largest - new)
-            parts, weights_sum = round_weights(weights)
-            mean = mean * by_row(shrink, mean.shape)
-            products = [(part, ring.tiles[summed].at[slot]) for part in parts]
-            (mean,) = arithmetic.accumulate((mean,), products)
+            parts, weights_sum = round_weights(weights, ones is None)
+            if ones is None:
+                total = total * shrink + weights_sum
+            factors = [ring.tiles[summed].at[slot], *([] if ones is None else [ones])]
+            sums = [sum_ * by_row(shrink, sum_.shape) for sum_ in sums]
+            products = [[(part, factor) for part in parts] for factor in factors]
+            sums = arithmetic.accumulate(tuple(sums), *products)
             ring.release(slot)
-            return t + 1, new, total * shrink + weights_sum, mean
+            return t + 1, new, total, *sums
 
         lowest = full((ROW_BLOCK,), LOWEST, ROWS)
         start = (jnp.int32(0), lowest, self.zeros(rows=True), self.zeros())
-        return self.over_tiles(step, start)
+        if ones is None:
+            return self.over_tiles(step, start)
+        start += (full((ROW_BLOCK, ONES), 0, MATRIX),)
+        t, largest, _, mean, rows = self.over_tiles(step, start)
+        return t, largest, rows.sum(axis=1) * (1 / ONES), mean
 
 
 def _logits(ring: Ring, query, slot):

@@ -28,6 +28,7 @@ from lla.kernels.mosaic_gpu.launch import (
     Shape,
     hand_on_all,
     launch,
+    ones_scratch,
     query_place,
     ring_scratch,
     row_tile,
@@ -151,6 +152,7 @@ def solve(
     }
     if not config.resident_operand:
         scratch["query"] = row_tile(shape, config)
+    scratch |= ones_scratch(shape, config)
     if config.shared_mean:
         scratch["mean"] = row_tile(shape, config, 2)
     if not forward:

@@ -155,6 +155,7 @@ class SolveRows(QueryRows):
                 self.row_tile(given["adjoint"].cotangent), self.cotangent, loaded
             )
         plgpu.barrier_wait(loaded)
+        self.write_ones()
         if resident:
             self.query = self.env.arithmetic.load(self.query)
         if self.forward:
@@ -243,7 +244,7 @@ class SolveRows(QueryRows):
 
         zero = self.zeros(rows=True)
         (t, excess, square, rounded_excess, rounded_total), sums = arithmetic.summing(
-            2 if with_mean else 1, self.env.shape.head_dim, self.over_tiles, step,
+            (self.env.shape.head_dim,) * (2 if with_mean else 1), self.over_tiles, step,
             (jnp.int32(0), zero, zero, zero, zero),
         )  # fmt: skip
         self.keys.done_before(t, 0)
@@ -366,8 +367,8 @@ class SolveRows(QueryRows):
             weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
             along = along()
             weighted = weights * (along - by_row(centre, along.shape))
-            parts, parts_sum = self.rounded_parts(weighted)
-            return excess + parts_sum, parts
+            parts, total = self.rounded_parts(weighted, not self.env.config.sum_products)
+            return excess if total is None else excess + total, parts
 
         t, excess, image = self.sum_over_tiles(
             self.keys, t, self.query, scores_along, weigh, 0, self.zeros(rows=True)
@@ -378,9 +379,9 @@ class SolveRows(QueryRows):
         """`array` in as many 16-bit parts as the iteration uses."""
         return in_parts(array, self.env.shape.dtype, self.iteration.precise)
 
-    def rounded_parts(self, array):
+    def rounded_parts(self, array, summed: bool = True):
         """`parts`, and the sums of the rows of what they represent."""
-        return rounded_parts(array, self.env.shape.dtype, self.iteration.precise)
+        return rounded_parts(array, self.env.shape.dtype, self.iteration.precise, summed)
 
     # -- Results
 

@@ -48,6 +48,15 @@ def wide_transforms() -> tuple:
     return (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
+ONES = 16
+"""Columns of a tile of ones, the fewest that a product takes from shared memory."""
+
+
+def ones_transforms() -> tuple:
+    """Layout in shared memory of a 16-bit tile of ones ``[n, ONES]``."""
+    return (plgpu.TilingTransform((8, ONES)), plgpu.SwizzleTransform(2 * ONES))
+
+
 class Turned(NamedTuple):
     """An operand of a product that lies in shared memory as its transpose."""
 
@@ -154,8 +163,8 @@ class Arithmetic:
 
         return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))
 
-    def summing(self, count: int, columns: int, loop, body, carry):
-        """Runs `body` over a `loop` of tiles while `count` sums ``[64, columns]`` stay in place.
+    def summing(self, columns: tuple[int, ...], loop, body, carry):
+        """Runs `body` over a `loop` of tiles while sums ``[64, c]`` for `columns` c stay in place.
 
         ``carry = body(j, carry, masked, add)`` calls ``add(*sums)``, which is like `accumulate`
         without waiting: what it reads must stay until the next `products` have returned.
@@ -175,8 +184,8 @@ class Arithmetic:
 
                 return body(j, carry, masked, add), box[0]
 
-            zero = full((ROW_BLOCK, columns), 0, MATRIX)
-            return loop(step, (carry, (zero,) * count))
+            zeros = tuple(full((ROW_BLOCK, c), 0, MATRIX) for c in columns)
+            return loop(step, (carry, zeros))
 
         def scoped(*accumulators):
             def add(*sums):
@@ -187,7 +196,7 @@ class Arithmetic:
             last = loop(lambda j, carry, masked: body(j, carry, masked, add), carry)
             return last, tuple(accumulator[...] for accumulator in accumulators)
 
-        scratch = [plgpu.ACC((ROW_BLOCK, columns), jnp.float32) for _ in range(count)]
+        scratch = [plgpu.ACC((ROW_BLOCK, c), jnp.float32) for c in columns]
         return pl.run_scoped(scoped, *scratch)
 
     def _dot(self, a, b, transposed: bool):
@@ -231,8 +240,10 @@ def in_parts(array, dtype, precise: bool) -> tuple[jax.Array, ...]:
     return high, (array - high.astype(jnp.float32)).astype(dtype)
 
 
-def rounded_parts(array, dtype, precise: bool):
-    """`in_parts`, and the sums of the rows of what the parts represent."""
+def rounded_parts(array, dtype, precise: bool, summed: bool = True):
+    """`in_parts`, and the sums of the rows of what the parts represent; None unless `summed`."""
+    if not summed:
+        return in_parts(array, dtype, precise), None
     if precise:
         return in_parts(array, dtype, True), array.sum(axis=1)
     array, total = rounded(array, dtype)

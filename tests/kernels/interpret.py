@@ -55,6 +55,7 @@ class Case:
     ridge: float | str | None = None
     faint: bool = False
     warpgroups: int = 2
+    sum_products: bool = False
     offset: float = 0.0
     clusters: int = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -83,6 +84,10 @@ CASES = {
     ),
     "lla_segments": Case("lla", options={"segments": True}),
     "lla_head_dim_128": Case("lla", head_dim=128, value_dim=128),
+    "softmax_sum_products": Case("softmax", 200, 200, sum_products=True),
+    "lla_sum_products": Case("lla", 200, 200, ridge="mixed", sum_products=True),
+    "lla_sum_products_128": Case("lla", head_dim=128, value_dim=128, ridge=10.0, sum_products=True),
+    "lla_offset_sum_products": Case("lla", ridge=10.0, offset=4.0, sum_products=True),
     "lla_head_dim_32": Case("lla", 200, 200, head_dim=32, value_dim=24, ridge="mixed"),
     "lla_head_dim_32_precise": Case("lla", head_dim=32, value_dim=32, ridge=0.1),
     "lla_faint": Case("lla", faint=True),
@@ -218,25 +223,20 @@ def run(case: Case, races: bool) -> dict[str, Any]:
         (gradients,) = pullback(jnp.asarray(np.asarray(cotangent, dtype or cotangent.dtype)))
         return {"output": out, **gradients}
 
-    chosen = None
+    widest = max(case.head_dim, case.value_dim)
+    chosen = configs.choose(next(d for d in configs.HEAD_DIMS if d >= widest))
+    changes = {}
     if case.warpgroups != 2:
-        widest = max(case.head_dim, case.value_dim)
-        chosen = configs.choose(next(d for d in configs.HEAD_DIMS if d >= widest))
         changes = {"warpgroups": case.warpgroups, "registers": (160, 24), "stages": 4}
-        chosen = dataclasses.replace(
-            chosen,
-            **{
-                name: dataclasses.replace(getattr(chosen, name), **changes)
-                for name in (
-                    "solve",
-                    "solve_precise",
-                    "solve_mixed",
-                    "attend",
-                    "attend_precise",
-                    "query_gradients",
-                )
-            },
-        )
+    if case.sum_products:
+        changes["sum_products"] = True
+    owners = ("solve", "solve_precise", "solve_mixed", "attend", "attend_precise")
+    if not case.sum_products:
+        owners += ("query_gradients",)
+    chosen = dataclasses.replace(
+        chosen,
+        **{name: dataclasses.replace(getattr(chosen, name), **changes) for name in owners},
+    )
     parameters = plgpu.InterpretGPUParams(detect_races=races)
     states = record_race_detectors()
     actual = evaluate(lambda problem: mosaic_gpu(problem, configs=chosen, interpret=parameters))

@@ -61,7 +61,11 @@ def test_every_case_equals_reference(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", ["softmax_causal", "parallax_segments", "lla_causal", "lla_three_warpgroups"]
-)
+    "case",
+    [
+        "softmax_causal", "parallax_segments", "lla_causal", "lla_three_warpgroups",
+        "lla_sum_products",
+    ],
+)  # fmt: skip
 def test_no_races(case):
     check(case, "--races")
