@@ -76,4 +76,4 @@ def test_step_of_the_operator():
 def test_gradient_is_that_of_whole_sequences():
     report = interpret("step_gradient")
     assert report["served"] == ["step", "whole"]
-    assert report["error"] < 1e-2 and report["ridge"] < 1e-2
+    assert report["error"] < 5e-3 and report["ridge"] < 2e-3
