@@ -43,6 +43,12 @@ WORST_BOUND = 10.0
 LEAST_LEFT = 0.01
 """Of the variance of the cotangents, this part at least counts as not explained by the keys."""
 
+LEAST_VARIANCE = 1e-5
+"""The variance of the cotangents is at least this part of their squared weighted sum.
+
+Where values are equal it would be rounding errors, and so would what an iteration improves.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
@@ -250,7 +256,8 @@ class SolveRows(QueryRows):
         self.keys.done_before(t, 0)
         self.store_row("cotangent_mean", delta + excess)
         if with_variance:
-            self.store_row(VARIANCE, square - excess * excess)
+            variance = jnp.maximum(square - excess * excess, LEAST_VARIANCE * delta * delta)
+            self.store_row(VARIANCE, variance)
         if with_mean:
             some = rounded_total > 0
             mean = sums[1] * by_row(1 / jnp.where(some, rounded_total, 1.0), self.matrix)
