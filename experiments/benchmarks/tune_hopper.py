@@ -71,13 +71,17 @@ def candidates(kernel: str, head_dim: int, base) -> list:
         choices += [{"block": 32, "stages": count} for count in (4, 6)]
     if kernel == "key_gradients":
         choices += [{"stages": count} for count in stages]
-    ones = (False, True) if solve or kernel in ("softmax", "attend", "attend_precise") else (False,)
     if kernel == "solve" and head_dim == 64:  # what warpgroups gain beside each other
         choices.append({"warpgroups": 1, "registers": (240, 24), "stages": 6})
+    more = [{}]
+    if solve or kernel in ("softmax", "attend", "attend_precise"):
+        more.append({"sum_products": True})
+    if solve:
+        more += [{"turns": True}, {"sum_products": True, "turns": True}]
     found = [base]
-    for choice, hold, product in itertools.product(choices, (True, False), ones):
-        config = dataclasses.replace(base, **choice, hold_sums=hold, sum_products=product)
-        if product and config.block > 64:
+    for choice, hold, option in itertools.product(choices, (True, False), more):
+        config = dataclasses.replace(base, **choice, hold_sums=hold, **option)
+        if config.sum_products and config.block > 64:
             continue
         if config not in found:
             found.append(config)

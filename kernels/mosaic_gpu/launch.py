@@ -88,6 +88,8 @@ class Config:
       hold_sums: see `lla.kernels.mosaic_gpu.tile.Arithmetic`.
       sum_products: whether the output and the solve take sums over the rows of weights from
         products with a tile of ones, too, for tiles of at most 64 rows.
+      turns: whether the compute warpgroups of the solve issue the products of an iteration one
+        after the other, so that the exponentials of one run beside the products of the others.
     """
 
     warpgroups: int = 2
@@ -98,6 +100,7 @@ class Config:
     shared_mean: bool = True
     hold_sums: bool = True
     sum_products: bool = False
+    turns: bool = False
 
     def check_registers(self) -> None:
         """Raises ValueError unless the warpgroups can have their `registers`."""
@@ -296,6 +299,45 @@ def ones_scratch(shape: Shape, config: Config) -> dict:
     return {"ones": plgpu.SMEM(lead, shape.dtype, transforms=ones_transforms())}
 
 
+class Turns(NamedTuple):
+    """Lets compute warpgroups do something one after the other, as often as each other."""
+
+    barriers: Any  # one for each of them, or None: no turns
+    count: int
+
+    def start(self, w):
+        """Called once by every compute warpgroup, before the first `take`."""
+        if self.barriers is not None:
+
+            @pl.when(w == self.count - 1)
+            def _():
+                plgpu.barrier_arrive(self.barriers.at[0])
+
+    def take(self, w):
+        if self.barriers is not None:
+            plgpu.barrier_wait(self.barriers.at[w])
+
+    def end(self, w):
+        """Ends the turn of warpgroup `w`; the next one's begins."""
+        if self.barriers is not None:
+            plgpu.barrier_arrive(self.barriers.at[lax.rem(w + 1, jnp.int32(self.count))])
+
+    def finish(self, w):
+        """Called once by every compute warpgroup, after the last `end`."""
+        if self.barriers is not None:
+
+            @pl.when(w == 0)
+            def _():
+                plgpu.barrier_wait(self.barriers.at[0])
+
+
+def turns_scratch(config: Config) -> dict:
+    """Scratch types by name of `Turns`."""
+    if not config.turns:
+        return {}
+    return {"turns": plgpu.Barrier(num_barriers=config.warpgroups)}
+
+
 def row_tile(shape: Shape, config: Config, copies: int = 1):
     """Scratch of 16-bit row tiles ``[warpgroups, copies, 64, D]`` (no `copies` axis if it is 1)."""
     lead = (config.warpgroups,) if copies == 1 else (config.warpgroups, copies)
@@ -325,10 +367,14 @@ def work_or_pass(env: Environment, place: Place, w, work, hand_on) -> None:
         hand_on()
 
 
-def hand_on_all(tiles: TileRange, rings: tuple[Ring, ...], t=0):
-    """Hands on every tile of `rings`, the first of which has number t; returns that of the next."""
+def hand_on_all(tiles: TileRange, rings: tuple[Ring, ...], t=0, turn=lambda: None):
+    """Hands on every tile of `rings`, the first of which has number t; returns that of the next.
+
+    `turn` is called for every tile.
+    """
 
     def step(_, t):
+        turn()
         for ring in rings:
             ring.hand_on(t)
         return t + 1

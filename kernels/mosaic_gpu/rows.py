@@ -9,7 +9,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from lla.kernels.mosaic_gpu.launch import Environment, Place, Ring
+from lla.kernels.mosaic_gpu.launch import Environment, Place, Ring, Turns
 from lla.kernels.mosaic_gpu.tile import (
     LOG2E,
     LOWEST,
@@ -119,6 +119,7 @@ class QueryRows:
         """
         arithmetic, block = self.env.arithmetic, self.env.config.block
         columns = (self.env.shape.head_dim,) * count
+        turns = Turns(self.scratch.get("turns"), self.env.config.warpgroups)
         ones = self.ones()
         if ones is not None:
             columns += (ONES,)
@@ -126,8 +127,11 @@ class QueryRows:
         def step(j, state, masked, add):
             t, carry = state
             slot = ring.wait(t)
+            turns.take(self.w)
 
             def use(scores, *reads):
+                turns.end(self.w)
+
                 def first_read():
                     result = scores()
                     ring.done_before(t, first)

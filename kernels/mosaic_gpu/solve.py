@@ -26,6 +26,7 @@ from lla.kernels.mosaic_gpu.launch import (
     Masking,
     Ring,
     Shape,
+    Turns,
     hand_on_all,
     launch,
     ones_scratch,
@@ -33,6 +34,7 @@ from lla.kernels.mosaic_gpu.launch import (
     ring_scratch,
     row_tile,
     run_by_tile,
+    turns_scratch,
     work_or_pass,
 )
 from lla.kernels.mosaic_gpu.solve_rows import ROW_OUTPUTS, Iteration, SolveRows, any_flag
@@ -152,7 +154,7 @@ def solve(
     }
     if not config.resident_operand:
         scratch["query"] = row_tile(shape, config)
-    scratch |= ones_scratch(shape, config)
+    scratch |= ones_scratch(shape, config) | turns_scratch(config)
     if config.shared_mean:
         scratch["mean"] = row_tile(shape, config, 2)
     if not forward:
@@ -190,6 +192,8 @@ def _body(env: Environment, iteration: Iteration, other: Iteration | None, given
     @pl.when(warpgroup < count)
     def _():
         env.set_registers(compute=True)
+        turns = Turns(scratch.get("turns"), count)
+        turns.start(warpgroup)
 
         def run(iteration):
             SolveRows(
@@ -201,6 +205,7 @@ def _body(env: Environment, iteration: Iteration, other: Iteration | None, given
             lambda: run_by_tile(given["marked"], place, warpgroup, run, iteration, other),
             lambda: _hand_on(env, iteration, scratch, tiles, warpgroup, keys, values),
         )  # fmt: skip
+        turns.finish(warpgroup)
 
     @pl.when(warpgroup == count)
     def _():
@@ -220,9 +225,15 @@ def _hand_on(env, iteration, scratch, tiles, w, keys: Ring, values: Ring | None)
         plgpu.barrier_arrive(decision)
         plgpu.barrier_wait(decision)
 
+    turns = Turns(scratch.get("turns"), env.config.warpgroups)
+
+    def turn():
+        turns.take(w)
+        turns.end(w)
+
     def one_more(carry):
         i, _, t = carry
-        t = hand_on_all(tiles, (keys,), t)
+        t = hand_on_all(tiles, (keys,), t, turn)
         decide()
         return i + 1, any_flag(flags, i, env.config.warpgroups), t
 
