@@ -215,9 +215,8 @@ def run_stage(cell: Cell, given: Operands):
         adjoint = None
         if cell.stage == "adjoint":
             adjoint = solve.Adjoint(
-                given.value, given.cotangent, given.log_sum_exp, given.delta, given.key_mean,
-                given.delta,
-            )  # fmt: skip
+                given.value, given.cotangent, given.log_sum_exp, given.delta, given.key_mean
+            )
         return solve.solve.__wrapped__(
             shape, mask, chosen.solve_precise if precise else chosen.solve,
             solve.Iteration(None, cell.iterations, precise),

@@ -125,7 +125,7 @@ def make_kernels(options, head_dim: int) -> dict:
     solved = attend.Solved(solution.log_sum_exp, solution.shift_high, None)
     exactly_solved = attend.Solved(solution.log_sum_exp, solution.shift, solution.low)
     adjoint = solve.Adjoint(
-        value, cotangent, solution.log_sum_exp, solution.shift, solution.key_mean, scale
+        value, cotangent, solution.log_sum_exp, solution.shift, solution.key_mean
     )
 
     def solving(iteration, adjoint, marked=None):

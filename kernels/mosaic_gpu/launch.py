@@ -295,6 +295,8 @@ def ones_scratch(shape: Shape, config: Config) -> dict:
     """Scratch types by name of the ones that `Config.sum_products` takes, for each warpgroup."""
     if not config.sum_products:
         return {}
+    if config.block > ROW_BLOCK:
+        raise ValueError(f"sum_products needs tiles of at most {ROW_BLOCK} rows, got {config}.")
     lead = (config.warpgroups, ROW_BLOCK, ONES)
     return {"ones": plgpu.SMEM(lead, shape.dtype, transforms=ones_transforms())}
 

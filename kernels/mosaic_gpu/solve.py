@@ -77,7 +77,8 @@ class Adjoint(NamedTuple):
 
     `key_mean` None means that it is computed here; `delta` is cotangent times output,
     ``[B, N, T]``. `probe_square` is the square length of the probe, ``[B, N, T]``: an error of the
-    solution reaches the gradient of the keys times the probe. None without iterations.
+    solution reaches the gradient of the keys times the probe. Read where the iteration has a
+    tolerance.
     """
 
     value: jax.Array

@@ -118,6 +118,24 @@ def test_counted_bytes(bench, tmp_path, monkeypatch):
     assert "softmax" in bench.decoding_tables.traffic_markdown(document)
 
 
+def test_figure_has_a_row_for_each_head_dimension(bench):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    cells = [(64, 1, 10), (64, 1, 20), (64, 32, 10), (128, 32, 10)]
+    records = [
+        {"pass": "decode", "status": "timed", "group": 1, "implementation": "lla_10",
+         "head_dim": d, "batch": b, "n": n, "time_median_s": 1e-6 * d * b * n}
+        for d, b, n in cells
+    ]  # fmt: skip
+    records += [{**records[0], "group": 4}, {**records[0], "status": "refused"}]
+    assert bench.decoding_tables.panels(records) == [[(64, 1), (64, 32)], [(128, 32)]]
+    axes = Figure().subplots(2, 2)
+    bench.decoding_tables.draw(records, axes.flat)
+    drawn = [[line.get_xydata().tolist() for line in axis.lines] for axis in axes.flat]
+    assert drawn == [[[[10, 640], [20, 1280]]], [[[10, 20480]]], [[[10, 40960]]], []]
+
+
 def test_figure_of_counted_bytes(bench):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure

@@ -86,6 +86,15 @@ def test_shared_memory_is_counted_and_refused():
         jax.eval_shape(call, shape.queries(), shape.keys(), rows, rows, masking)
 
 
+def test_ones_for_wide_tiles_are_refused():
+    from lla.kernels.mosaic_gpu import launch
+
+    shape = launch.Shape(1, 128, 128, 1, 1, 64, jnp.dtype(jnp.bfloat16))
+    assert launch.ones_scratch(shape, launch.Config(block=128)) == {}
+    with pytest.raises(ValueError, match=r"sum_products needs.*64 rows.*block=128"):
+        launch.ones_scratch(shape, launch.Config(block=128, sum_products=True))
+
+
 @pytest.mark.parametrize(("warpgroups", "registers"), [(3, (168, 24)), (2, (236, 24))])
 def test_registers_that_cannot_be_had_are_refused(warpgroups, registers):
     from lla.kernels.mosaic_gpu.launch import Config

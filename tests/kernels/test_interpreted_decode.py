@@ -75,5 +75,8 @@ def test_step_of_the_operator():
 @pytest.mark.slow
 def test_gradient_is_that_of_whole_sequences():
     report = interpret("step_gradient")
-    assert report["served"] == ["step", "whole"]
-    assert report["error"] < 5e-3 and report["ridge"] < 2e-3
+    assert report["served"] == ["step", "whole"] * 2
+    query, ridge = report["usual"]
+    assert query < 1e-2 and ridge < 2e-2  # what the README allows
+    query, ridge = report["tight"]
+    assert query < 5e-3 and ridge < 2e-3
