@@ -69,7 +69,8 @@ def fit(
     `metrics.jsonl` gets a record of kind "train" every `log_every` steps, averaged over them, and
     one of kind "eval" before the first step, every `eval_every` and after the last step. A run that
     is killed goes on from its latest checkpoint: records after that are dropped and computed again,
-    so that on one device the file is equal, byte by byte, to that of a run that was never killed.
+    so that on one device the file is equal, byte by byte, to that of a run that was never killed. On
+    a GPU that takes a compiler that chooses the same kernels again, and kernels that repeat.
 
     Args:
       program: what to run.
@@ -140,6 +141,10 @@ class _Fit:
         calls = 0
         while step < steps and not self._over():
             self._trace(calls)
+            if self._ends_window():
+                # Of a window that has ended the time is taken now: the next call may not return
+                # before it is done, as on a GPU, where the host drives its loop.
+                self._fetch()
             end = min(steps, step + self.options.log_every - step % self.options.log_every)
             count = min(self.options.steps_per_call, end - step)
             state, metrics = self.program.advance(state, np.int32(count))
@@ -165,6 +170,10 @@ class _Fit:
         if self.tracing:
             jax.profiler.stop_trace()
             self.tracing = False
+
+    def _ends_window(self) -> bool:
+        """Whether the pending call is the last of a training record."""
+        return self.pending is not None and self.pending[0] % self.options.log_every == 0
 
     def _fetch(self):
         """Takes in the metrics of the pending call; writes the record if that ends a window."""

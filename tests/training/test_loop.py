@@ -86,6 +86,23 @@ def test_a_record_averages_over_its_window(finished):
     np.testing.assert_allclose(window["loss"], np.mean(losses), rtol=1e-6)
 
 
+def test_a_window_takes_as_long_as_its_steps(tmp_path, monkeypatch):
+    program = default_program()
+    advance = program.advance
+
+    def slowly(state, count):  # as where the call returns when it is done
+        time.sleep(0.2)
+        return jax.block_until_ready(advance(state, count))
+
+    monkeypatch.setattr(program, "advance", slowly)
+    train(tmp_path)
+    lines = (tmp_path / "timing.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    calls = -(-2 // program.settings.training.steps_per_call)  # of a window of two steps
+    assert len(seconds) == 4
+    assert min(seconds) >= 0.2 * calls
+
+
 def test_a_finished_run_is_not_run_again(finished):
     result, path = finished
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
