@@ -345,6 +345,7 @@ def markdown(document: Mapping) -> str:
     import hopper_tables
     import mixers_tables
     import peers_tables
+    import solvers_tables
     import stages_tables
 
     makers = {
@@ -352,6 +353,7 @@ def markdown(document: Mapping) -> str:
         "solver_choice": choice_markdown,
         "hopper": hopper_tables.markdown,
         "peers": peers_tables.markdown,
+        "hopper_solvers": solvers_tables.markdown,
         "hopper_stages": stages_tables.markdown,
         "mixers": mixers_tables.markdown,
         "decoding": decoding_tables.markdown,

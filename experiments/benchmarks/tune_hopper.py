@@ -52,6 +52,10 @@ _SHARED = {
     "adjoint_mixed": "solve_mixed",
     "softmax": "attend",
     "parallax": "attend",
+    "solve_known": "solve_precise",
+    "moments_16": "moments",
+    "invert": "moments",
+    "invert_16": "moments",
 }
 
 
@@ -71,6 +75,14 @@ def candidates(kernel: str, head_dim: int, base) -> list:
         choices += [{"block": 32, "stages": count} for count in (4, 6)]
     if kernel == "key_gradients":
         choices += [{"stages": count} for count in stages]
+    if kernel.startswith("invert"):
+        return [base]
+    if kernel.startswith("moments"):
+        choices = [{}, {**TWO_WARPGROUPS, "block": 64, "stages": 4}]
+        choices += [
+            {**THREE_WARPGROUPS, "block": block, "stages": count}
+            for block, count in ((32, 6), (32, 8), (64, 4))
+        ]
     if kernel == "solve" and head_dim == 64:  # what warpgroups gain beside each other
         choices.append({"warpgroups": 1, "registers": (240, 24), "stages": 6})
     more = [{}]
@@ -97,7 +109,7 @@ def table_config(kernel: str, head_dim: int):
 
 def make_kernels(options, head_dim: int) -> dict:
     """Kernel name to a function of its configuration and operands, and the operands."""
-    from lla.kernels.mosaic_gpu import attend, configs, gradients, launch, solve, tile
+    from lla.kernels.mosaic_gpu import attend, configs, gradients, inverse, launch, solve, tile
 
     b, t, n = options.batch, options.length, options.heads
     shape = launch.Shape(b, t, t, n, 1, head_dim, jnp.dtype(jnp.bfloat16))
@@ -140,7 +152,39 @@ def make_kernels(options, head_dim: int) -> dict:
         operands += () if adjoint is None else (adjoint,)
         return run, operands + (() if marked is None else (marked,))
 
-    return {
+    def summing(dim):
+        parts = inverse.products(key, masking.numbers[:, 1], dim)
+        return (
+            lambda config, *a: inverse.moments(shape, mask, config, *a),
+            (query, key, parts, scale, solution.log_sum_exp, masking),
+        )
+
+    def inverting(dim):
+        parts = jnp.ones((b, n, inverse.num_sums(dim), t), jnp.float32)
+        return lambda config, *a: inverse.invert(shape, dim, *a), (parts, ridge)
+
+    def preconditioned():
+        zeros = jnp.zeros((b, n, head_dim, head_dim, t), jnp.float32)
+        inverses = zeros.at[:, :, jnp.arange(head_dim), jnp.arange(head_dim)].set(0.1)
+        known = solve.Known(inverses, solution.log_sum_exp, solution.key_mean)
+        iteration = dataclasses.replace(precise, max_iters=1)
+
+        def run(config, *operands):
+            *operands, known = operands
+            return solve.solve(shape, mask, config, iteration, *operands, known=known).high
+
+        return run, (query, key, scale, ridge, masking, known)
+
+    direct = {}
+    if head_dim == configs.DIRECT_DIM:
+        direct = {
+            "moments": summing(head_dim),
+            "moments_16": summing(16),
+            "invert": inverting(head_dim),
+            "invert_16": inverting(16),
+            "solve_known": preconditioned(),
+        }
+    return direct | {
         "solve": solving(plain, None),
         "solve_precise": solving(precise, None),
         "solve_mixed": solving(plain, None, unmarked),

@@ -9,6 +9,9 @@ from lla.kernels.mosaic_gpu.launch import Config
 HEAD_DIMS = (32, 64, 128)
 """Head dimensions of the kernels; smaller ones are padded with zeros, which changes nothing."""
 
+DIRECT_DIM = 32
+"""The head dimension, after padding, of the kernels that solve directly."""
+
 ROWS = 128
 """Queries, and keys, are padded to a multiple of this."""
 
@@ -25,6 +28,7 @@ class Configs:
     query_gradients: Config
     key_gradients: Config
     key_gradients_split: Config  # with directions in two parts
+    moments: Config | None = None  # of the direct method
 
 
 _THREE = {"warpgroups": 3, "registers": (160, 24)}
@@ -39,6 +43,7 @@ _TABLE = {
         query_gradients=Config(**_THREE, stages=4, hold_sums=False),
         key_gradients=Config(stages=4, hold_sums=False),
         key_gradients_split=Config(stages=4, hold_sums=False),
+        moments=Config(**_THREE, block=32, stages=8),
     ),
     64: Configs(
         solve=Config(**_THREE, stages=4, hold_sums=False),

@@ -284,8 +284,12 @@ def ring_scratch(shape: Shape, config: Config, tiles: int):
         (config.stages, config.block, shape.head_dim), shape.dtype,
         transforms=narrow_transforms(config.block, shape.head_dim),
     )  # fmt: skip
+    return (*([tile] * tiles), *ring_barriers(config, tiles))
+
+
+def ring_barriers(config: Config, tiles: int) -> tuple:
+    """Scratch types of a ring's barriers: filled, then released."""
     return (
-        *([tile] * tiles),
         plgpu.Barrier(num_arrivals=tiles, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
     )
@@ -418,9 +422,9 @@ def shared_bytes(scratch) -> int:
 
 def launch(
     body, outputs, scratch, operands, *, programs: int, config: Config, interpret,
-    reduction_bytes: int = 0,
+    reduction_bytes: int = 0, threads: int | None = None, lanes: bool = False,
 ) -> dict:  # fmt: skip
-    """Runs a kernel body on `programs` instances of ``config.warpgroups + 1`` warpgroups.
+    """Runs a kernel body on `programs` instances of `threads` warpgroups.
 
     The functions that launch kernels are under `jax.jit`, so that equal launches of a program,
     those of a model's layers, are lowered and compiled once.
@@ -431,6 +435,9 @@ def launch(
       scratch: scratch types by name.
       operands: a pytree of arrays.
       reduction_bytes: memory for reductions across warps, which all warpgroups share.
+      threads: None means those of `config` that compute, and one that streams.
+      lanes: for bodies with thousands of operations, each on one register of a thread: lowers
+        without inferring layouts, which takes time that grows faster than the body.
 
     Returns:
       the results by name.
@@ -454,11 +461,13 @@ def launch(
         out_type=list(outputs.values()),
         grid=(programs,),
         grid_names=("program",),
-        num_threads=config.warpgroups + 1,
+        num_threads=config.warpgroups + 1 if threads is None else threads,
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=reduction_bytes
+            approx_math=True,
+            reduction_scratch_bytes=reduction_bytes,
+            lowering_semantics=getattr(plgpu.LoweringSemantics, "Lane" if lanes else "Warpgroup"),
         ),
         interpret=interpret if interpret is not None else False,
     )(*leaves)

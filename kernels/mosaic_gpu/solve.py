@@ -89,6 +89,18 @@ class Adjoint(NamedTuple):
     probe_square: jax.Array | None = None
 
 
+class Known(NamedTuple):
+    """What the direct method has computed before the solve.
+
+    `inverse` comes from `lla.kernels.mosaic_gpu.inverse.inverse_systems`, the rest from a forward
+    solve without iterations; the adjoint solve has its own.
+    """
+
+    inverse: jax.Array
+    log_sum_exp: jax.Array | None = None
+    key_mean: jax.Array | None = None
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["marked"], meta_fields=["iteration"]
 )
@@ -116,12 +128,14 @@ def solve(
     masking: Masking,
     adjoint: Adjoint | None = None,
     choice: Choice | None = None,
+    known: Known | None = None,
     *,
     interpret: Any = None,
 ) -> Solution:
     """Solves for all rows; `scale` and `ridge` are ``[B, N, T]`` float32.
 
-    With a `choice`, the tiles it marks follow its iteration instead of `iteration`.
+    With a `choice`, the tiles it marks follow its iteration instead of `iteration`. What is `known`
+    preconditions; its mean key and log-sum-exp are not in the results.
     """
     env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups
@@ -134,9 +148,12 @@ def solve(
         "iterations": shape.rows(),
         "residual": shape.rows(),
     }
-    if forward or adjoint.key_mean is None:
+    if not forward:
+        outputs["cotangent_mean"] = shape.rows()
+    elif known is None:
+        outputs["log_sum_exp"] = shape.rows()
+    if (known is None) if forward else (adjoint.key_mean is None):
         outputs["key_mean"] = shape.queries(jnp.float32)
-    outputs["log_sum_exp" if forward else "cotangent_mean"] = shape.rows()
 
     wide = plgpu.SMEM((count, ROW_BLOCK, shape.head_dim), jnp.float32, transforms=wide_transforms())
     # A warpgroup's part of a pair has the bytes of its part of a wide tile.
@@ -168,6 +185,7 @@ def solve(
         "masking": masking.operands(),
         "adjoint": adjoint,
         "marked": None if choice is None else choice.marked,
+        "known": known,
     }
     body = functools.partial(_body, env, iteration, None if choice is None else choice.iteration)
     results = launch(
@@ -204,7 +222,7 @@ def _body(env: Environment, iteration: Iteration, other: Iteration | None, given
         work_or_pass(
             env, place, warpgroup,
             lambda: run_by_tile(given["marked"], place, warpgroup, run, iteration, other),
-            lambda: _hand_on(env, iteration, scratch, tiles, warpgroup, keys, values),
+            lambda: _hand_on(env, iteration, given, scratch, tiles, warpgroup, keys, values),
         )  # fmt: skip
         turns.finish(warpgroup)
 
@@ -214,11 +232,16 @@ def _body(env: Environment, iteration: Iteration, other: Iteration | None, given
         _stream(env, iteration, given, scratch, place, tiles, keys, values)
 
 
-def _hand_on(env, iteration, scratch, tiles, w, keys: Ring, values: Ring | None):
+def _target_known(given) -> bool:
+    """Whether the solve starts without a pass for its right-hand side."""
+    return given["adjoint"] is None and given["known"] is not None
+
+
+def _hand_on(env, iteration, given, scratch, tiles, w, keys: Ring, values: Ring | None):
     """A compute warpgroup without rows: keeps step with the others and wants no iteration."""
     flags, decision = scratch["flags"], scratch["decision"]
     rings = (keys,) if values is None else (keys, values)
-    t = hand_on_all(tiles, rings)
+    t = jnp.int32(0) if _target_known(given) else hand_on_all(tiles, rings)
     if not iteration.max_iters:
         return
 
@@ -261,7 +284,9 @@ def _stream(env, iteration, given, scratch, place, tiles, keys: Ring, values: Ri
         values.fill(t, [source(given["adjoint"].value, j)])
         return keys.fill(t, [source(given["key"], j)])
 
-    if values is None:
+    if _target_known(given):
+        t = jnp.int32(0)
+    elif values is None:
         t = stream(jnp.int32(0))
     else:
         t = lax.fori_loop(tiles.low, tiles.high, stream_both, jnp.int32(0))

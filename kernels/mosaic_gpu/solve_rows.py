@@ -7,6 +7,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +19,7 @@ from lla.kernels.mosaic_gpu.tile import (
     MATRIX,
     ROW_BLOCK,
     ROWS,
+    TURNED,
     by_column,
     by_row,
     full,
@@ -48,6 +50,9 @@ LEAST_VARIANCE = 1e-5
 
 Where values are equal it would be rounding errors, and so would what an iteration improves.
 """
+
+LOADS = 4
+"""Columns of an inverse that are loaded at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +118,10 @@ class SolveRows(QueryRows):
     def forward(self) -> bool:
         return self.values is None
 
+    @property
+    def preconditioned(self) -> bool:
+        return self.given["known"] is not None
+
     def load(self, name: str, member: int | None = None):
         """A warpgroup's part of the scratch array `name`."""
         array = self.scratch[name] if member is None else self.scratch[name][member]
@@ -120,8 +129,9 @@ class SolveRows(QueryRows):
 
     def global_mean(self):
         """The mean key ``[B, T, N, D]`` in global memory."""
-        mean = self.out.get("key_mean")
-        return self.given["adjoint"].key_mean if mean is None else mean
+        if "key_mean" in self.out:
+            return self.out["key_mean"]
+        return self.given["known" if self.forward else "adjoint"].key_mean
 
     def centre(self):
         """The mean key that a product is centred with, ``[64, D]``.
@@ -164,7 +174,9 @@ class SolveRows(QueryRows):
         self.write_ones()
         if resident:
             self.query = self.env.arithmetic.load(self.query)
-        if self.forward:
+        if self.forward and self.preconditioned:
+            t, target, key_mean = self.known_target()
+        elif self.forward:
             t, target, key_mean = self.statistics()
         else:
             t, target, key_mean = self.adjoint_target()
@@ -183,8 +195,11 @@ class SolveRows(QueryRows):
         state = self.iterate(t, target)
         x = self.load("iterate", 0)
         x = x + by_row(state.free_step, x.shape) * _sum_of(state.direction)
-        norm = self.load_row("residual")
-        residual = jnp.sqrt(state.rz / jnp.where(norm > 0, norm, 1.0))
+        norm, square = self.load_row("residual"), state.rz
+        if self.preconditioned:
+            r = self.load("remainder", 0)
+            square = row_dot(r, r)
+        residual = jnp.sqrt(square / jnp.where(norm > 0, norm, 1.0))
         self.finish(-x, self.reload_mean(), state.count, residual)
 
     @property
@@ -202,12 +217,21 @@ class SolveRows(QueryRows):
         log_sum_exp = jnp.where(some, largest + jnp.log2(total), jnp.inf)
         self.store_row("log_sum_exp", log_sum_exp)
         self.store_mean(mean)
+        return t, self.target(mean, some), mean
+
+    def target(self, mean, some):
+        """``k_mean - q``, zero in rows without keys."""
         query = self.query
         if not self.env.config.resident_operand:
             query = self.env.arithmetic.load(query)
         query = query.astype(jnp.float32)
-        present = by_row(jnp.where(some, 1.0, 0.0), mean.shape)
-        return t, present * (mean - query), mean
+        return by_row(jnp.where(some, 1.0, 0.0), mean.shape) * (mean - query)
+
+    def known_target(self):
+        """The same from statistics that are given, without a tile."""
+        mean = self.reload_mean()
+        some = self.row_vector(self.given["known"].log_sum_exp) < jnp.inf
+        return jnp.int32(0), self.target(mean, some), mean
 
     def adjoint_target(self):
         """``h = sum_j p_j (c_j - c_mean) k_j`` with ``c_j = cotangent . v_j``."""
@@ -269,7 +293,9 @@ class SolveRows(QueryRows):
     def iterate(self, t, target) -> _CG:
         """Conjugate gradients from zero; the rule of ``kernels/README.md`` ends them."""
         scale, ids = self.scale_and_ids()
-        if self.forward:
+        if self.forward and self.preconditioned:
+            log_sum_exp = self.row_vector(self.given["known"].log_sum_exp)
+        elif self.forward:
             log_sum_exp = self.load_row("log_sum_exp")
         else:
             log_sum_exp = self.row_vector(self.given["adjoint"].log_sum_exp)
@@ -290,35 +316,61 @@ class SolveRows(QueryRows):
             iterates[...] = x
             r = r - by_row(length, p.shape) * image
             remainders[...] = r
-            rz = row_dot(r, r)
+            z = self.precondition(r)
+            rz = row_dot(r, z)
             energy = state.energy + length * state.rz
-            next_p = r + by_row(-row_dot(image, r) * inverse, p.shape) * p
+            next_p = z + by_row(-row_dot(image, z) * inverse, p.shape) * p
 
             contraction = rz / jnp.where(state.rz > 0, state.rz, one)
             rate = jnp.minimum(0.95, jnp.maximum(contraction, state.contraction))
             fast = contraction < 0.3
-            free = jnp.where(fast, length * jnp.where(state.count == 0, 0.75, 1.0), 0.0)
+            # Step lengths of a preconditioned system are near 1 from the first on.
+            usual = 1.0 if self.preconditioned else jnp.where(state.count == 0, 0.75, 1.0)
+            free = jnp.where(fast, length * usual, 0.0)
             error = length * rz * jnp.where(fast, rate, one) / (1 - rate)
             left = energy
             if not self.forward and self.iteration.precise:
                 variance = self.load_row(VARIANCE)
                 left = variance - energy - ridge * row_dot(x, x)
                 left = jnp.maximum(left, LEAST_LEFT * variance)
-            go = self.decide(state.count, error, rz / ridge, energy, left)
+            error_bound = 2 * rz if self.preconditioned else rz / ridge
+            go = self.decide(state.count, error, error_bound, energy, left)
             return _CG(state.count + 1, go, t, self.parts(next_p), rz, energy, contraction, free)
 
         zero = self.zeros(rows=True)
+        direction = self.precondition(target)
         start = _CG(
             count=jnp.int32(0),
             go=jnp.int32(1),
             t=t,
-            direction=self.parts(target),
-            rz=row_dot(target, target),
+            direction=self.parts(direction),
+            rz=row_dot(target, direction),
             energy=one if self.forward else zero,
             contraction=zero,
             free_step=zero,
         )
         return lax.while_loop(lambda state: state.go > 0, step, start)
+
+    def precondition(self, r):
+        """Approximate inverse systems times `r`, or `r` itself without them."""
+        if not self.preconditioned:
+            return r
+        inverse = self.given["known"].inverse
+        r = plgpu.layout_cast(r, TURNED)
+        columns = plgpu.broadcasted_iota(jnp.int32, self.matrix, 1, layout=TURNED)
+        rows = pl.ds(self.first, ROW_BLOCK)
+
+        def step(i, z):
+            for k in range(LOADS):  # which wait together
+                column = i * LOADS + k
+                tile = inverse.at[self.place.b, self.place.head, column, :, rows]
+                number = jnp.where(columns == column, r, 0.0).sum(axis=1)
+                z = z + self.env.arithmetic.load_turned(tile) * by_row(number, z.shape)
+            return z
+
+        zeros = full(self.matrix, 0, TURNED)
+        z = lax.fori_loop(0, inverse.shape[2] // LOADS, step, zeros)
+        return plgpu.layout_cast(z, MATRIX)
 
     def decide(self, count, error, error_bound, energy, left):
         """Whether to go on after iteration `count`; the same for all warpgroups.

@@ -23,6 +23,8 @@ from lla.kernels.tiles import MaskSpec, SequenceMask
 MATRIX = plgpu.Layout.WGMMA
 ROWS = MATRIX.reduce(1)
 COLS = MATRIX.reduce(0)
+TURNED = plgpu.Layout.WGMMA_TRANSPOSED
+"""Of a matrix whose transpose is what memory holds."""
 
 ROW_BLOCK = 64
 """Rows of a compute warpgroup, the height of a wgmma instruction."""
@@ -84,6 +86,26 @@ class Arithmetic:
             return ref[...]
         # A vector has no access wider than its elements to be coalesced into.
         return plgpu.load(ref, layout=layout, optimized=layout is MATRIX)
+
+    def load_row(self, ref):
+        """``[128]``, a number for every thread."""
+        if self.interpreted:
+            return ref[...]
+        layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def load_turned(self, ref):
+        """The transpose of a matrix in global memory, in the layout `TURNED`."""
+        if self.interpreted:
+            return ref[...].T
+        return plgpu.load(ref.transpose((1, 0)), layout=TURNED, optimized=False)
+
+    def store_turned(self, ref, matrix):
+        """Writes the transpose of a `MATRIX` to global memory."""
+        if self.interpreted:
+            ref[...] = matrix.T
+        else:
+            ref.transpose((1, 0))[...] = plgpu.layout_cast(matrix, TURNED)
 
     def with_products(self, columns: int, use, *sums):
         """Calls ``use(*reads)`` while products run; returns what it returned.

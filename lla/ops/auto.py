@@ -51,10 +51,10 @@ def crossing(head_dim: int, tol: float, platform: str | None = None) -> float:
     return float(np.interp(math.log(tol), log_tolerances, ridges))
 
 
-def choose_method(problem: Problem) -> Literal["cg", "direct"]:
+def choose_method(problem: Problem, platform: str | None = None) -> Literal["cg", "direct"]:
     """The solver method for `problem`: the caller's, or the faster one as far as is known.
 
-    A ridge that is traced is unknown, and so is what a fixed number of iterations is worth to the
+    `platform` is as for `crossing`. A ridge that is traced is unknown, and so is what a fixed number of iterations is worth to the
     caller: both leave conjugate gradients.
     """
     solver = problem.solver
@@ -63,4 +63,5 @@ def choose_method(problem: Problem) -> Literal["cg", "direct"]:
     if problem.static_ridge is None or solver.num_iters is not None:
         return "cg"
     tol, _ = resolve_tolerances(solver, problem.query.dtype)
-    return "direct" if problem.static_ridge < crossing(problem.query.shape[-1], tol) else "cg"
+    ridge = crossing(problem.query.shape[-1], tol, platform)
+    return "direct" if problem.static_ridge < ridge else "cg"

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import default_device, match_varying
+from lla.ops.auto import choose_method
 from lla.ops.options import Solver, Stats
 from lla.ops.problem import Member, Problem, refuse_for_kernels
 from lla.ops.xla import RESIDUAL_NAMES
 
 _MAX_HEAD_DIM = 128
+_MAX_DIRECT_DIM = 32
 # Estimated relative error of the effective weights at which a tile stops; see kernels/README.md.
 _TOLERANCES = {"large": (1e-3, 3e-3), "medium": (1.5e-3, 5e-3), "small": (1e-3, 1e-3)}
 _LARGE_RIDGE = 10.0
@@ -43,7 +45,16 @@ def refuse(problem: Problem) -> str | None:
 
 def refuse_shape(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem` on any device, None if they can."""
-    return refuse_for_kernels(problem, ("bfloat16", "float16"), _MAX_HEAD_DIM)
+    return refuse_for_kernels(problem, ("bfloat16", "float16"), _MAX_HEAD_DIM, _MAX_DIRECT_DIM)
+
+
+def use_direct(problem: Problem) -> bool:
+    """Whether the kernels solve `problem` directly."""
+    if problem.member != "lla":
+        return False
+    if max(problem.query.shape[-1], problem.value.shape[-1]) > _MAX_DIRECT_DIM:
+        return False
+    return choose_method(problem, "mosaic_gpu") == "direct"
 
 
 def _refuse_device() -> str | None:
@@ -69,6 +80,8 @@ class _Spec:
     precise_forward: Any
     precise_backward: Any
     split: bool
+    # Head dimension before padding where the solves are direct, else None.
+    direct: int | None
     interpret: Any
 
     @property
@@ -162,9 +175,10 @@ def mosaic_gpu(
             pad(a, b, n, fill=-1) for a, n in zip(segments, (padded_t, padded_s), strict=True)
         ]
     masking = launch.Masking(jnp.stack([offset, length], axis=1), *segments)
-    forward, backward = iterations(problem, precise=False)
+    direct = use_direct(problem)
+    forward, backward = iterations(problem, precise=direct)
     precise_forward = precise_backward = marked = None
-    if choose_by_tile(problem):
+    if choose_by_tile(problem) and not direct:
         precise_forward, precise_backward = iterations(problem, precise=True)
         marked = mark_small(operands.ridge, operands.key, masking.numbers, mask.is_causal, h)
     spec = _Spec(
@@ -177,6 +191,7 @@ def mosaic_gpu(
         precise_forward=precise_forward,
         precise_backward=precise_backward,
         split=(problem.static_ridge or 0) < _SPLIT_BELOW or forward.precise,
+        direct=h if direct else None,
         interpret=interpret,
     )
     leaves, tree = jax.tree.flatten((operands, (masking, marked)))
@@ -296,10 +311,19 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     iterations = jnp.zeros(scale.shape, jnp.int32)
     residual = jnp.zeros(scale.shape, jnp.float32)
     if spec.member == "lla":
-        solution = solve_kernel.solve(
-            spec.shape, spec.mask, spec.solve_config, spec.forward, query, key, scale, ridge,
-            masking, choice=_choice(spec.precise_forward, marked), interpret=spec.interpret,
+        solve = functools.partial(
+            solve_kernel.solve, spec.shape, spec.mask, spec.solve_config,
+            query=query, key=key, scale=scale, ridge=ridge, masking=masking,
+            interpret=spec.interpret,
         )  # fmt: skip
+        if spec.direct is None:
+            solution = solve(spec.forward, choice=_choice(spec.precise_forward, marked))
+        else:
+            first = solve(dataclasses.replace(spec.forward, tol=None, max_iters=0))
+            inverse = _inverse(spec, operands, masking, first.log_sum_exp)
+            known = solve_kernel.Known(inverse, first.log_sum_exp, first.key_mean)
+            solution = solve(spec.forward, known=known)
+            solution = solution._replace(key_mean=first.key_mean, log_sum_exp=first.log_sum_exp)
         solved = attend_kernel.Solved(
             solution.log_sum_exp,
             solution.shift if spec.split else solution.shift_high,
@@ -328,6 +352,15 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     return saved, Stats(natural, iterations, residual)
 
 
+def _inverse(spec: _Spec, operands: _Operands, masking, log_sum_exp) -> jax.Array:
+    from lla.kernels.mosaic_gpu.inverse import inverse_systems
+
+    return inverse_systems(
+        spec.shape, spec.mask, spec.configs.moments, spec.direct, operands.query, operands.key,
+        operands.scale, operands.ridge, log_sum_exp, masking, interpret=spec.interpret,
+    )  # fmt: skip
+
+
 def _choice(iteration, marked):
     from lla.kernels.mosaic_gpu.solve import Choice
 
@@ -352,6 +385,9 @@ def _backward(
         probe_square = jnp.swapaxes(jnp.square(solution).sum(-1), 1, 2)
     if spec.member != "softmax":
         iteration = spec.backward if spec.member == "lla" else solve_kernel.Iteration(None, 0)
+        known = None
+        if spec.direct is not None:
+            known = solve_kernel.Known(_inverse(spec, operands, masking, saved.log_sum_exp))
         adjoint = solve_kernel.solve(
             spec.shape, spec.mask, spec.solve_config, iteration, query, key, scale, ridge,
             masking,
@@ -359,6 +395,7 @@ def _backward(
                 value, cotangent, saved.log_sum_exp, delta, saved.key_mean, probe_square
             ),
             _choice(spec.precise_backward, marked),
+            known,
             interpret=spec.interpret,
         )  # fmt: skip
         cotangent_mean = adjoint.cotangent_mean

@@ -291,10 +291,12 @@ def resolve_solver(problem: Problem, method: Literal["cg", "direct"]) -> Resolve
     return ResolvedSolver(method, tol, backward_tol, max_iters, adaptive)
 
 
-def refuse_for_kernels(problem: Problem, dtypes: tuple[str, ...], max_head_dim: int) -> str | None:
+def refuse_for_kernels(
+    problem: Problem, dtypes: tuple[str, ...], max_head_dim: int, max_direct_dim: int = 0
+) -> str | None:
     """Why kernels for `dtypes` and head dimensions up to `max_head_dim` cannot serve `problem`.
 
-    None if they can.
+    None if they can. Their direct solver, if any, takes head dimensions up to `max_direct_dim`.
     """
     dtype = problem.query.dtype
     if dtype.name not in dtypes:
@@ -308,5 +310,11 @@ def refuse_for_kernels(problem: Problem, dtypes: tuple[str, ...], max_head_dim: 
     if problem.mask.dense is not None:
         return "the kernels take no mask array; use lengths, segment_ids or local_window_size"
     if problem.member == "lla" and problem.solver.method == "direct":
-        return "the kernels have no direct solver"
+        if not max_direct_dim:
+            return "the kernels have no direct solver"
+        if max(head_dim, value_dim) > max_direct_dim:
+            return (
+                f"the kernels solve directly with head dimensions up to {max_direct_dim}, query "
+                f"has {head_dim} and value {value_dim}"
+            )
     return None

@@ -69,8 +69,8 @@ def fit(
     `metrics.jsonl` gets a record of kind "train" every `log_every` steps, averaged over them, and
     one of kind "eval" before the first step, every `eval_every` and after the last step. A run that
     is killed goes on from its latest checkpoint: records after that are dropped and computed again,
-    so that on one device the file is equal, byte by byte, to that of a run that was never killed. On
-    a GPU that takes a compiler that chooses the same kernels again, and kernels that repeat.
+    so that on one device the file is equal, byte by byte, to that of a run that was never killed.
+    On a GPU that takes a compiler that chooses the same kernels again, and kernels that repeat.
 
     Args:
       program: what to run.

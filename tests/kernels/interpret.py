@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lla
+
 DIVIDED_MEMBERS = 2
 
 
@@ -59,6 +61,7 @@ class Case:
     turns: bool = False
     offset: float = 0.0
     clusters: int = 0
+    direct: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -100,6 +103,22 @@ CASES = {
     "lla_three_warpgroups": Case("lla", 200, 200, ridge="mixed", warpgroups=3),
     "lla_offset": Case("lla", ridge=0.01, offset=4.0),
     "lla_clustered": Case("lla", ridge=0.01, clusters=8),
+    "lla_direct": Case("lla", 200, 200, head_dim=32, value_dim=24, ridge=0.01, direct=True),
+    "lla_direct_16": Case("lla", head_dim=16, value_dim=16, ridge="mixed", direct=True),
+    "lla_direct_odd": Case(
+        "lla", 70, 150, batch=2, kv_heads=2, head_dim=20, value_dim=32, ridge=0.1, direct=True,
+        options={"query_offset": [80, 3]},
+    ),
+    "lla_direct_clustered": Case(
+        "lla", head_dim=32, value_dim=32, ridge=0.01, clusters=8, direct=True
+    ),
+    "lla_direct_offset": Case(
+        "lla", head_dim=32, value_dim=32, ridge=0.01, offset=4.0, direct=True
+    ),
+    "lla_direct_lengths": Case(
+        "lla", batch=3, head_dim=32, value_dim=32, direct=True,
+        options={"key_value_seq_lengths": [128, 70, 0], "is_causal": False},
+    ),
     "lla_ridge_10": Case("lla", ridge=10.0),
     "lla_ridge_0.1": Case("lla", ridge=0.1),
     "lla_ridge_0.01": Case("lla", ridge=0.01),
@@ -209,6 +228,8 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     for name in ("query_offset", "key_value_seq_lengths"):
         if name in options:
             options[name] = np.asarray(options[name], np.int32)
+    if case.direct:
+        options["solver"] = lla.Solver("direct")
     if case.member == "lla":
         if not isinstance(case.ridge, float):
             arrays["ridge"] = np.ones(rows, np.float32)

@@ -1,0 +1,72 @@
+"""The tables of `hopper_solvers.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import report
+
+METHODS = {"cg": "conjugate gradients", "direct": "direct"}
+
+
+def crossing(records, head_dim: int, which: str = "forward_backward", kind: str = "normal") -> dict:
+    """`report.break_even` of the kernels' solvers; a refused cell counts as infinitely slow."""
+
+    def times(method):
+        wanted = (method, head_dim, which, kind)
+        return {
+            record["ridge"]: record.get("time_median_s", math.inf)
+            for record in records
+            if (record["method"], record["head_dim"], record["pass"], record["inputs"]) == wanted
+        }
+
+    direct, cg = times("direct"), times("cg")
+    both = {r for r in set(direct) & set(cg) if math.isfinite(direct[r] + cg[r])}
+    return report.break_even({r: direct[r] for r in both}, {r: cg[r] for r in both})
+
+
+def markdown(document: Mapping) -> str:
+    records = document["records"]
+    dims = sorted({record["head_dim"] for record in records})
+    kinds = list(dict.fromkeys(record["inputs"] for record in records))
+    rows = []
+    for head_dim in dims:
+        for kind in kinds:
+            found = [crossing(records, head_dim, which, kind) for which in report.PASSES]
+            rows.append([str(head_dim), kind, *map(_crossing_text, found)])
+    parts = [
+        report.provenance(document),
+        "Largest ridge at which, and below which, the direct solver is faster (in brackets: the "
+        "crossing, interpolated).\n\n"
+        + report.table(["d", "inputs", *report.PASSES.values()], rows),
+    ]
+    cells = {
+        (r["method"], r["pass"], r["head_dim"], r["ridge"], r["inputs"]): r for r in records
+    }
+    for kind in kinds:
+        rows = []
+        systems = {(r["head_dim"], r["ridge"]) for r in records if r["inputs"] == kind}
+        for head_dim, ridge in sorted(systems, key=lambda system: (system[0], -system[1])):
+            row = [str(head_dim), f"{ridge:g}"]
+            for method in METHODS:
+                pair = [cells.get((method, which, head_dim, ridge, kind)) for which in report.PASSES]
+                counts = [r["mean_iterations"] for r in pair if r and "mean_iterations" in r]
+                row += [f"{counts[0]:.1f}" if counts else "", *map(report.cell_text, pair)]
+            rows.append(row)
+        head = ["d", "ridge"]
+        for name in METHODS.values():
+            head += [f"{name}: iterations", *report.PASSES.values()]
+        parts.append(f"**{kind}**\n\n" + report.table(head, rows))
+    legend = (
+        "Mean forward iterations; median (fastest) ms; relative error of the output, or of the "
+        "worst gradient, at the accuracy length."
+    )
+    return "\n\n".join([*parts[:2], legend, *parts[2:]])
+
+
+def _crossing_text(found: Mapping[str, float | None]) -> str:
+    if found["measured"] is None:
+        return "never"
+    estimate = "" if found["estimate"] is None else f" ({found['estimate']:.2g})"
+    return f"{found['measured']:g}{estimate}"

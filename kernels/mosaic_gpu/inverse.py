@@ -1,0 +1,422 @@
+"""The direct solver's preconditioner: the inverse systems of all rows, up to 32 dimensions.
+
+One kernel sums the products of two key coordinates with the softmax weights: a matrix product whose
+second factor has a column for each pair of coordinates. Another takes one row a thread, forms
+``C_i + ridge_i`` from these sums and inverts it.
+
+The weights are rounded to 16 bits, which changes ``C_i`` by a factor of 1 +- 2^-8 in every
+direction, whatever the ridge is; the products of coordinates, whose rounding would be compared with
+the ridge, have two 16-bit parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lla.kernels.mosaic_gpu.launch import (
+    Config,
+    Environment,
+    Masking,
+    Place,
+    Ring,
+    Shape,
+    hand_on_all,
+    launch,
+    ring_barriers,
+    row_tile,
+    work_or_pass,
+)
+from lla.kernels.mosaic_gpu.rows import QueryRows
+from lla.kernels.mosaic_gpu.tile import (
+    ROW_BLOCK,
+    Arithmetic,
+    MaskSpec,
+    narrow_transforms,
+)
+
+MAX_HEAD_DIM = 32
+"""The largest head dimension; the sums of a row with more would not fit into registers."""
+
+COLUMNS = 192
+"""Sums that a program instance computes for each of its rows."""
+
+_BLOCK = 16  # rows and columns of what is inverted in registers
+_ROWS = 128  # of a program instance that inverts, one a thread
+_DTYPE = jnp.bfloat16  # of weights and products: two float16 numbers may have one out of range
+
+
+def system_dim(head_dim: int) -> int:
+    """Rows of the systems, which are padded with the identity times the ridge."""
+    return _BLOCK if head_dim <= _BLOCK else 2 * _BLOCK
+
+
+def packed(a, b):
+    """Where the product of coordinates a >= b is among the sums; ints or traced."""
+    return a * (a + 1) // 2 + b if isinstance(a, int) else lax.div(a * (a + 1), 2) + b
+
+
+def num_sums(dim: int) -> int:
+    """Sums of a row: those of products, of coordinates, and of the weights; padded."""
+    return -(-(packed(dim, 0) + dim + 1) // COLUMNS) * COLUMNS
+
+
+def products(key: jax.Array, length: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
+    """What is summed for every key, in two parts ``[B, S, K, F]``.
+
+    Keys are taken relative to the mean of those of the sequence. A key that is not finite is left
+    out of that mean, since earlier queries do not see it.
+
+    Args:
+      key: ``[B, S, K, D]``.
+      length: int32 ``[B]``, how many of the keys exist.
+      dim: `system_dim`; entries of a key beyond are zero.
+    """
+    b, s, k, d = key.shape
+    key = key.astype(jnp.float32)[..., :dim]
+    key = jnp.pad(key, [(0, 0)] * 3 + [(0, dim - key.shape[-1])])
+    exists = jnp.arange(s, dtype=jnp.int32)[:, None, None] < length[:, None, None, None]
+    exists = exists & jnp.isfinite(key).all(-1, keepdims=True)
+    count = jnp.maximum(exists.sum(1, keepdims=True), 1)
+    key = key - jnp.where(exists, key, 0.0).sum(1, keepdims=True) / count
+    # Coordinates beyond those of the head stay zero.
+    rows, columns = np.tril_indices(dim)
+    ones = jnp.ones((b, s, k, 1), jnp.float32)
+    found = jnp.concatenate([key[..., rows] * key[..., columns], key, ones], axis=-1)
+    found = jnp.pad(found, [(0, 0)] * 3 + [(0, num_sums(dim) - found.shape[-1])])
+    high = lax.reduce_precision(found, exponent_bits=8, mantissa_bits=7)  # not optimised away
+    return high.astype(_DTYPE), (found - high).astype(_DTYPE)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "head_dim", "interpret"))
+def inverse_systems(
+    shape: Shape,
+    mask: MaskSpec,
+    config: Config,
+    head_dim: int,
+    query: jax.Array,
+    key: jax.Array,
+    scale: jax.Array,
+    ridge: jax.Array,
+    log_sum_exp: jax.Array,
+    masking: Masking,
+    *,
+    interpret: Any = None,
+) -> jax.Array:
+    """Approximate inverses of ``C_i + ridge_i``, float32 ``[B, N, dim, D, T]``.
+
+    Symmetric and positive definite: a pivot below half the ridge, which only rounding can bring
+    about, is replaced by that.
+
+    Args:
+      shape: padded sizes, with ``shape.head_dim`` D = 32 and T a multiple of 128.
+      head_dim: of the keys before padding, at most `MAX_HEAD_DIM`; the result has its
+        `system_dim`, and zeros in the other columns up to D.
+      query, key: as for `lla.kernels.mosaic_gpu.solve.solve`; so are `scale`, `ridge`, `masking`.
+      log_sum_exp: of the logits, ``[B, N, T]`` in base 2.
+    """
+    dim = system_dim(head_dim)
+    parts = products(key, masking.numbers[:, 1], dim)
+    sums = moments(
+        shape, mask, config, query, key, parts, scale, log_sum_exp, masking, interpret=interpret
+    )
+    return invert(shape, dim, sums, ridge, interpret=interpret)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sums
+
+
+def moments(
+    shape: Shape, mask: MaskSpec, config: Config, query, key, parts, scale, log_sum_exp,
+    masking: Masking, *, interpret: Any = None,
+) -> jax.Array:  # fmt: skip
+    """``sum_j p_ij (high_j + low_j)`` for the two `parts`, float32 ``[B, N, F, T]``."""
+    env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
+    groups = parts[0].shape[-1] // COLUMNS
+    size = (shape.batch, shape.heads, groups * COLUMNS, shape.num_queries)
+    tile = plgpu.SMEM(
+        (config.stages, config.block, COLUMNS), _DTYPE,
+        transforms=narrow_transforms(config.block, COLUMNS),
+    )  # fmt: skip
+    keys = plgpu.SMEM(
+        (config.stages, config.block, shape.head_dim), shape.dtype,
+        transforms=narrow_transforms(config.block, shape.head_dim),
+    )  # fmt: skip
+    scratch = {
+        "query": row_tile(shape, config),
+        "ring": (keys, tile, tile, *ring_barriers(config, 3)),
+        "loaded": plgpu.Barrier(num_barriers=config.warpgroups),
+    }
+    operands = {
+        "query": query,
+        "key": key,
+        "parts": parts,
+        "scale": scale,
+        "log_sum_exp": log_sum_exp,
+        "masking": masking.operands(),
+    }
+    results = launch(
+        functools.partial(_sum_body, env, groups),
+        {"sums": jax.ShapeDtypeStruct(size, jnp.float32)}, scratch, operands,
+        programs=env.query_programs * groups, config=config, interpret=interpret,
+    )  # fmt: skip
+    return results["sums"]
+
+
+def _sum_place(env: Environment, groups: int) -> tuple[Place, jax.Array]:
+    """Rows and group of columns of a program instance.
+
+    Those of one head, whose products stay in the second-level cache, one after the other; the
+    longest causal rows of a head first.
+    """
+    shape, rows = env.shape, env.config.warpgroups * ROW_BLOCK
+    each = env.query_programs // (shape.batch * shape.heads) * groups
+    program = lax.axis_index("program")
+    which, rest = lax.div(program, jnp.int32(each)), lax.rem(program, jnp.int32(each))
+    first = shape.num_queries - (lax.div(rest, jnp.int32(groups)) + 1) * rows
+    b, head = lax.div(which, jnp.int32(shape.heads)), lax.rem(which, jnp.int32(shape.heads))
+    place = Place(b, head, lax.div(head, jnp.int32(shape.group)), first)
+    return place, lax.rem(rest, jnp.int32(groups))
+
+
+def _sum_body(env: Environment, groups: int, given, out, scratch):
+    count, block = env.config.warpgroups, env.config.block
+    place, group = _sum_place(env, groups)
+    tiles = env.key_tiles(given["masking"], place)
+    *tile_refs, filled, released = scratch["ring"]
+    ring = Ring(tuple(tile_refs), filled, released, env.config.stages, env.config.hold_sums)
+    warpgroup = lax.axis_index("warpgroup")
+    columns = pl.ds(group * COLUMNS, COLUMNS)
+
+    @pl.when(warpgroup < count)
+    def _():
+        env.set_registers(compute=True)
+        rows = _SumRows(env, given, out, scratch, place, tiles, warpgroup, ring)
+        work_or_pass(
+            env, place, warpgroup, lambda: rows.run(columns), lambda: hand_on_all(tiles, (ring,))
+        )
+
+    @pl.when(warpgroup == count)
+    def _():
+        env.set_registers(compute=False)
+
+        def stream(j, t):
+            keys = pl.ds(j * block, block)
+            sources = [given["key"].at[place.b, keys, place.kv_head]]
+            sources += [part.at[place.b, keys, place.kv_head, columns] for part in given["parts"]]
+            return ring.fill(t, sources)
+
+        ring.drain(lax.fori_loop(tiles.low, tiles.high, stream, jnp.int32(0)))
+
+
+@dataclasses.dataclass
+class _SumRows(QueryRows):
+    """The sums of one compute warpgroup."""
+
+    ring: Ring
+
+    def run(self, columns):
+        arithmetic, block = self.env.arithmetic, self.env.config.block
+        loaded = self.scratch["loaded"].at[self.w]
+        query = self.scratch["query"].at[self.w]
+        plgpu.copy_gmem_to_smem(self.row_tile(self.given["query"]), query, loaded)
+        plgpu.barrier_wait(loaded)
+        scale, ids = self.scale_and_ids()
+        log_sum_exp = self.row_vector(self.given["log_sum_exp"])
+
+        def step(j, t, masked, add):
+            slot = self.ring.wait(t)
+            keys, high, low = (tile.at[slot] for tile in self.ring.tiles)
+
+            def use(scores):
+                weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
+                self.ring.done_before(t, 0)
+                return weights.astype(_DTYPE)
+
+            weights = arithmetic.with_products(block, use, [(query, keys)])
+            add([(weights, high), (weights, low)])
+            self.ring.done(slot)
+            return t + 1
+
+        t, (sums,) = arithmetic.summing((COLUMNS,), self.over_tiles, step, jnp.int32(0))
+        self.ring.done_before(t, 0)
+        rows = pl.ds(self.first, ROW_BLOCK)
+        arithmetic.store_turned(
+            self.out["sums"].at[self.place.b, self.place.head, columns, rows], sums
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Inverses
+
+
+def invert(shape: Shape, dim: int, sums, ridge, *, interpret: Any = None) -> jax.Array:
+    """The inverse systems ``[B, N, dim, D, T]`` from the sums ``[B, N, F, T]`` of `moments`."""
+    size = (shape.batch, shape.heads, dim, shape.head_dim, shape.num_queries)
+    programs = shape.batch * shape.heads * shape.num_queries // _ROWS
+    scratch = {}
+    if dim > _BLOCK:
+        scratch["corner"] = plgpu.SMEM((packed(_BLOCK, 0), _ROWS), jnp.float32)
+        scratch["factor"] = plgpu.SMEM((_BLOCK * _BLOCK, _ROWS), jnp.float32)
+    arithmetic = Arithmetic(interpret is not None)
+    results = launch(
+        lambda given, out, scratch: _Invert(shape, dim, arithmetic, given, out, scratch).run(),
+        {"inverse": jax.ShapeDtypeStruct(size, jnp.float32)}, scratch,
+        {"sums": sums, "ridge": ridge},
+        programs=programs, config=Config(), interpret=interpret, threads=1, lanes=True,
+    )  # fmt: skip
+    return results["inverse"]
+
+
+class _Invert:
+    """The systems of 128 rows, one a thread; an array ``[128]`` is a number of each."""
+
+    def __init__(self, shape: Shape, dim: int, arithmetic: Arithmetic, given, out, scratch):
+        tiles = jnp.int32(shape.num_queries // _ROWS)
+        program = lax.axis_index("program")
+        which = lax.div(program, tiles)
+        b, head = lax.div(which, jnp.int32(shape.heads)), lax.rem(which, jnp.int32(shape.heads))
+        rows = pl.ds(lax.rem(program, tiles) * _ROWS, _ROWS)
+        self.dim, self.columns = dim, shape.head_dim
+        self.arithmetic, self.scratch = arithmetic, scratch
+        self.sums = lambda index: arithmetic.load_row(given["sums"].at[b, head, index, rows])
+        self.place = lambda i, j: out["inverse"].at[b, head, i, j, rows]
+        total = self.sums(packed(dim, 0) + dim)
+        self.weight = 1 / jnp.where(total > 0, total, 1.0)  # no key: zero sums
+        self.ridge = arithmetic.load_row(given["ridge"].at[b, head, rows])
+
+    def mean(self, i):
+        return self.sums(packed(self.dim, 0) + i) * self.weight
+
+    def covariance(self, i, j, mean_i, mean_j):
+        """Of coordinates ``i >= j``."""
+        return self.sums(packed(i, j)) * self.weight - mean_i * mean_j
+
+    def store(self, i, j, number, twice: bool = True):
+        """Writes an element of the inverse, and its mirror image."""
+        self.place(i, j)[...] = number
+        if twice:
+            self.place(j, i)[...] = number
+
+    def load(self, name: str, index):
+        return self.arithmetic.load_row(self.scratch[name].at[index])
+
+    def keep(self, name: str, index, number):
+        self.scratch[name].at[index][...] = number
+
+    def run(self):
+        means = [self.mean(i) for i in range(_BLOCK)]
+        corner = self.negative_inverse(self.block(0, means))
+        if self.dim == _BLOCK:
+            self.write(0, [-number for number in corner])
+            zero = self.ridge * 0
+            for i in range(_BLOCK):
+                for j in range(_BLOCK, self.columns):
+                    self.store(i, j, zero, twice=False)
+            return
+        self.factor_rows([-number for number in corner], means)
+        del corner, means
+        means = [self.mean(_BLOCK + i) for i in range(_BLOCK)]
+        rest = self.negative_inverse(self.complement(self.block(_BLOCK, means), means))
+        self.write(_BLOCK, [-number for number in rest])
+        self.off_diagonal(rest)
+        del rest
+        self.first_corner()
+
+    def block(self, first: int, means) -> list:
+        """The system within 16 coordinates, the packed lower triangle."""
+        found = []
+        for i in range(_BLOCK):
+            for j in range(i + 1):
+                number = self.covariance(first + i, first + j, means[i], means[j])
+                found.append(number + self.ridge if i == j else number)
+        return found
+
+    def negative_inverse(self, a: list) -> list:
+        """Minus the inverse of a packed system, by the sweep operator."""
+        a = list(a)
+        for k in range(_BLOCK):
+            # No pivot of a system is below its smallest eigenvalue, which the ridge bounds.
+            inverse = 1 / jnp.maximum(a[packed(k, k)], 0.5 * self.ridge)
+            column = [a[packed(max(i, k), min(i, k))] for i in range(_BLOCK)]
+            scaled = [number * inverse for number in column]
+            for i in range(_BLOCK):
+                for j in range(i + 1):
+                    if k not in (i, j):
+                        a[packed(i, j)] = a[packed(i, j)] - column[i] * scaled[j]
+            for i in range(_BLOCK):
+                a[packed(max(i, k), min(i, k))] = scaled[i]
+            a[packed(k, k)] = -inverse
+        return a
+
+    def write(self, first: int, a: list):
+        for i in range(_BLOCK):
+            for j in range(i + 1):
+                self.store(first + i, first + j, a[packed(i, j)], twice=i != j)
+
+    # With the system [[P, Q'], [Q, R]], the factor T = Q P^-1 and S = R - T Q', the inverse is
+    # [[P^-1 + T' S^-1 T, -T' S^-1], [-S^-1 T, S^-1]].
+
+    def factor_rows(self, corner: list, means):
+        """Keeps P^-1 (`corner`) and T, row by row."""
+        for index, number in enumerate(corner):
+            self.keep("corner", index, number)
+
+        def row(i, _):
+            mean = self.mean(_BLOCK + i)
+            q = [self.covariance(_BLOCK + i, k, mean, means[k]) for k in range(_BLOCK)]
+            for j in range(_BLOCK):
+                terms = [q[k] * corner[packed(max(j, k), min(j, k))] for k in range(_BLOCK)]
+                self.keep("factor", i * _BLOCK + j, sum(terms[1:], terms[0]))
+
+        lax.fori_loop(0, _BLOCK, row, None)
+
+    def complement(self, a: list, means) -> list:
+        """S, packed."""
+
+        def column(k, a):
+            mean = self.mean(k)
+            q = [self.covariance(_BLOCK + j, k, means[j], mean) for j in range(_BLOCK)]
+            t = [self.load("factor", i * _BLOCK + k) for i in range(_BLOCK)]
+            a = list(a)
+            for i in range(_BLOCK):
+                for j in range(i + 1):
+                    a[packed(i, j)] = a[packed(i, j)] - t[i] * q[j]
+            return tuple(a)
+
+        return list(lax.fori_loop(0, _BLOCK, column, tuple(a)))
+
+    def off_diagonal(self, negative: list):
+        """Writes ``-S^-1 T``; `negative` is ``-S^-1``."""
+
+        def column(k, _):
+            t = [self.load("factor", i * _BLOCK + k) for i in range(_BLOCK)]
+            for i in range(_BLOCK):
+                terms = [negative[packed(max(i, j), min(i, j))] * t[j] for j in range(_BLOCK)]
+                self.store(_BLOCK + i, k, sum(terms[1:], terms[0]))
+
+        lax.fori_loop(0, _BLOCK, column, None)
+
+    def first_corner(self):
+        """Writes ``P^-1 + T' S^-1 T``; reads ``-S^-1 T`` from where it was written."""
+
+        def row(i, a):
+            t = [self.load("factor", i * _BLOCK + k) for k in range(_BLOCK)]
+            u = [self.arithmetic.load_row(self.place(_BLOCK + i, k)) for k in range(_BLOCK)]
+            a = list(a)
+            for j in range(_BLOCK):
+                for k in range(j + 1):
+                    a[packed(j, k)] = a[packed(j, k)] - t[j] * u[k]
+            return tuple(a)
+
+        corner = tuple(self.load("corner", index) for index in range(packed(_BLOCK, 0)))
+        self.write(0, list(lax.fori_loop(0, _BLOCK, row, corner)))
