@@ -116,7 +116,8 @@ def run(options, compiled: Mapping, results, head_dim: int, ridge: float, kind: 
             case = program(options, which, head_dim, ridge, small=False)
             record = records[method, which] = {
                 "implementation": case.implementation, "method": method, "pass": which,
-                "head_dim": head_dim, "ridge": ridge, "inputs": kind, "n": case.n, "batch": case.batch, "heads": case.heads,
+                "head_dim": head_dim, "ridge": ridge, "inputs": kind, "n": case.n,
+                "batch": case.batch, "heads": case.heads,
                 **known[method],
             }  # fmt: skip
             found = compiled.get((method, case))

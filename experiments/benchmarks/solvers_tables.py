@@ -41,16 +41,15 @@ def markdown(document: Mapping) -> str:
         "crossing, interpolated).\n\n"
         + report.table(["d", "inputs", *report.PASSES.values()], rows),
     ]
-    cells = {
-        (r["method"], r["pass"], r["head_dim"], r["ridge"], r["inputs"]): r for r in records
-    }
+    cells = {(r["method"], r["pass"], r["head_dim"], r["ridge"], r["inputs"]): r for r in records}
     for kind in kinds:
         rows = []
         systems = {(r["head_dim"], r["ridge"]) for r in records if r["inputs"] == kind}
         for head_dim, ridge in sorted(systems, key=lambda system: (system[0], -system[1])):
             row = [str(head_dim), f"{ridge:g}"]
             for method in METHODS:
-                pair = [cells.get((method, which, head_dim, ridge, kind)) for which in report.PASSES]
+                case = (head_dim, ridge, kind)
+                pair = [cells.get((method, which, *case)) for which in report.PASSES]
                 counts = [r["mean_iterations"] for r in pair if r and "mean_iterations" in r]
                 row += [f"{counts[0]:.1f}" if counts else "", *map(report.cell_text, pair)]
             rows.append(row)

@@ -83,9 +83,9 @@ def products(key: jax.Array, length: jax.Array, dim: int) -> tuple[jax.Array, ja
     b, s, k, d = key.shape
     key = key.astype(jnp.float32)[..., :dim]
     key = jnp.pad(key, [(0, 0)] * 3 + [(0, dim - key.shape[-1])])
-    exists = jnp.arange(s, dtype=jnp.int32)[:, None, None] < length[:, None, None, None]
+    exists = jnp.arange(s, dtype=jnp.int32)[None, :, None, None] < length[:, None, None, None]
     exists = exists & jnp.isfinite(key).all(-1, keepdims=True)
-    count = jnp.maximum(exists.sum(1, keepdims=True), 1)
+    count = jnp.maximum(exists.sum(1, keepdims=True), 1).astype(jnp.float32)
     key = key - jnp.where(exists, key, 0.0).sum(1, keepdims=True) / count
     # Coordinates beyond those of the head stay zero.
     rows, columns = np.tril_indices(dim)
@@ -113,8 +113,8 @@ def inverse_systems(
 ) -> jax.Array:
     """Approximate inverses of ``C_i + ridge_i``, float32 ``[B, N, dim, D, T]``.
 
-    Symmetric and positive definite: a pivot below half the ridge, which only rounding can bring
-    about, is replaced by that.
+    Zero for a row in which a pivot is below half the ridge: no pivot of an exact system is below
+    its smallest eigenvalue, so that rounding has spoiled this one.
 
     Args:
       shape: padded sizes, with ``shape.head_dim`` D = 32 and T a multiple of 128.
@@ -293,6 +293,7 @@ class _Invert:
         total = self.sums(packed(dim, 0) + dim)
         self.weight = 1 / jnp.where(total > 0, total, 1.0)  # no key: zero sums
         self.ridge = arithmetic.load_row(given["ridge"].at[b, head, rows])
+        self.good = self.ridge > 0
 
     def mean(self, i):
         return self.sums(packed(self.dim, 0) + i) * self.weight
@@ -303,6 +304,7 @@ class _Invert:
 
     def store(self, i, j, number, twice: bool = True):
         """Writes an element of the inverse, and its mirror image."""
+        number = jnp.where(self.good, number, 0.0)
         self.place(i, j)[...] = number
         if twice:
             self.place(j, i)[...] = number
@@ -345,8 +347,9 @@ class _Invert:
         """Minus the inverse of a packed system, by the sweep operator."""
         a = list(a)
         for k in range(_BLOCK):
-            # No pivot of a system is below its smallest eigenvalue, which the ridge bounds.
-            inverse = 1 / jnp.maximum(a[packed(k, k)], 0.5 * self.ridge)
+            pivot = a[packed(k, k)]
+            self.good = self.good & (pivot >= 0.5 * self.ridge)
+            inverse = 1 / jnp.where(self.good, pivot, 1.0)
             column = [a[packed(max(i, k), min(i, k))] for i in range(_BLOCK)]
             scaled = [number * inverse for number in column]
             for i in range(_BLOCK):

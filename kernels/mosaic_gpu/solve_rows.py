@@ -316,8 +316,7 @@ class SolveRows(QueryRows):
             iterates[...] = x
             r = r - by_row(length, p.shape) * image
             remainders[...] = r
-            z = self.precondition(r)
-            rz = row_dot(r, z)
+            z, rz, error_bound = self.precondition(r, ridge)
             energy = state.energy + length * state.rz
             next_p = z + by_row(-row_dot(image, z) * inverse, p.shape) * p
 
@@ -333,28 +332,39 @@ class SolveRows(QueryRows):
                 variance = self.load_row(VARIANCE)
                 left = variance - energy - ridge * row_dot(x, x)
                 left = jnp.maximum(left, LEAST_LEFT * variance)
-            error_bound = 2 * rz if self.preconditioned else rz / ridge
             go = self.decide(state.count, error, error_bound, energy, left)
             return _CG(state.count + 1, go, t, self.parts(next_p), rz, energy, contraction, free)
 
         zero = self.zeros(rows=True)
-        direction = self.precondition(target)
+        direction, rz, _ = self.precondition(target, ridge)
         start = _CG(
             count=jnp.int32(0),
             go=jnp.int32(1),
             t=t,
             direction=self.parts(direction),
-            rz=row_dot(target, direction),
+            rz=rz,
             energy=one if self.forward else zero,
             contraction=zero,
             free_step=zero,
         )
         return lax.while_loop(lambda state: state.go > 0, step, start)
 
-    def precondition(self, r):
-        """Approximate inverse systems times `r`, or `r` itself without them."""
+    def precondition(self, r, ridge):
+        """Approximate inverse systems times the residual, or the residual where there are none.
+
+        Also the product of both, and the bound of the squared error in the A-norm.
+        """
+        square = row_dot(r, r)
         if not self.preconditioned:
-            return r
+            return r, square, square / ridge
+        z = self.times_inverse(r)
+        rz = row_dot(r, z)
+        good = (rz > 0) & (rz < 1e30)
+        z = jnp.where(by_row(good, z.shape), z, r)
+        # The eigenvalues of the preconditioned system are 1 up to rounding.
+        return z, jnp.where(good, rz, square), jnp.where(good, 2 * rz, square / ridge)
+
+    def times_inverse(self, r):
         inverse = self.given["known"].inverse
         r = plgpu.layout_cast(r, TURNED)
         columns = plgpu.broadcasted_iota(jnp.int32, self.matrix, 1, layout=TURNED)

@@ -54,8 +54,8 @@ def crossing(head_dim: int, tol: float, platform: str | None = None) -> float:
 def choose_method(problem: Problem, platform: str | None = None) -> Literal["cg", "direct"]:
     """The solver method for `problem`: the caller's, or the faster one as far as is known.
 
-    `platform` is as for `crossing`. A ridge that is traced is unknown, and so is what a fixed number of iterations is worth to the
-    caller: both leave conjugate gradients.
+    A ridge that is traced is unknown, and so is what a fixed number of iterations is worth to the
+    caller: both leave conjugate gradients. `platform` is as for `crossing`.
     """
     solver = problem.solver
     if solver.method != "auto":

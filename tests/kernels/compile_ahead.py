@@ -29,6 +29,7 @@ from lla.kernels.mosaic_gpu import (
     decode,
     decode_solve,
     gradients,
+    inverse,
     launch,
     solve,
     tile,
@@ -134,6 +135,37 @@ def kernels(head_dim: int):
     yield "key_gradients_split", *keys(chosen.key_gradients_split, split)
 
 
+def direct_kernels(head_dim: int, dim: int):
+    """Name, function and arguments of the direct solver's kernels for systems of `dim` rows."""
+    b, t, n = 2, 512, 4
+    shape = launch.Shape(b, t, t, n // 2, 2, head_dim, jnp.dtype(jnp.bfloat16))
+    mask, chosen = tile.MaskSpec(True, None, False), configs.choose(head_dim)
+    query, key, row = shape.queries(), shape.keys(), shape.rows()
+    mean = shape.queries(jnp.float32)
+    masking = launch.Masking(jax.ShapeDtypeStruct((b, 2), jnp.int32), None, None)
+    sums = inverse.num_sums(dim)
+    parts = (jax.ShapeDtypeStruct((b, t, n // 2, sums), jnp.bfloat16),) * 2
+    yield (
+        f"moments_{dim}",
+        lambda *a: inverse.moments(shape, mask, chosen.moments, *a),
+        (query, key, parts, row, row, masking),
+    )
+    found = jax.ShapeDtypeStruct((b, n, sums, t), jnp.float32)
+    yield f"invert_{dim}", lambda *a: inverse.invert(shape, dim, *a), (found, row)
+    inverses = jax.ShapeDtypeStruct((b, n, dim, head_dim, t), jnp.float32)
+    iteration = solve.Iteration(1e-3, 256, True)
+    adjoint = solve.Adjoint(key, query, row, row, mean, row)
+    for name, known, extra in (
+        ("solve", solve.Known(inverses, row, mean), None),
+        ("adjoint", solve.Known(inverses), adjoint),
+    ):
+        yield (
+            f"{name}_known_{dim}",
+            lambda *a: solve.solve(shape, mask, chosen.solve_precise, iteration, *a),
+            (query, key, row, row, masking, extra, None, known),
+        )
+
+
 def decoding_kernels(head_dim: int, group: int):
     """Name, function and arguments of every kernel for single steps.
 
@@ -193,7 +225,9 @@ def main():
     for head_dim in configs.HEAD_DIMS:
         groups = (1, 4) if head_dim in DECODED else ()
         decoding = [decoding_kernels(head_dim, group) for group in groups]
-        for name, function, arguments in itertools.chain(kernels(head_dim), *decoding):
+        dims = (16, 32) if head_dim == configs.DIRECT_DIM else ()
+        direct = [direct_kernels(head_dim, dim) for dim in dims]
+        for name, function, arguments in itertools.chain(kernels(head_dim), *direct, *decoding):
             print(f"kernel {name}_{head_dim}", flush=True)
             placed = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import lla
 from lla.ops.problem import make_problem
 
 pytestmark = [
@@ -20,7 +21,9 @@ MASKS = {
 }
 
 
-def lower(member, head_dim, *, value_dim=None, ridge=None, dtype=jnp.bfloat16, mask="causal"):
+def lower(
+    member, head_dim, *, value_dim=None, ridge=None, dtype=jnp.bfloat16, mask="causal", solver=None
+):
     """The text of the lowered forward and backward pass."""
     from lla.ops.mosaic_gpu import mosaic_gpu
 
@@ -39,6 +42,8 @@ def lower(member, head_dim, *, value_dim=None, ridge=None, dtype=jnp.bfloat16, m
         options["segment_ids"] = (jnp.zeros((b, t), jnp.int32),) * 2
     if options.pop("lengths", False):
         options["key_value_seq_lengths"] = jnp.array([200, 7], jnp.int32)
+    if solver is not None:
+        options["solver"] = solver
     if member == "lla":
         if ridge is None:
             arrays["ridge"] = jax.ShapeDtypeStruct((b, t, n), jnp.float32)
@@ -76,6 +81,14 @@ def test_masks(mask):
 @pytest.mark.parametrize(("ridge", "head_dim"), [(10.0, 64), (0.01, 64), (0.1, 128), (0.01, 128)])
 def test_ridges(ridge, head_dim):
     lower("lla", head_dim, ridge=ridge)
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "segments"])
+@pytest.mark.parametrize("head_dim", [12, 32])
+def test_direct(head_dim, mask):
+    text = lower("lla", head_dim, value_dim=24, mask=mask, solver=lla.Solver("direct"))
+    # Statistics, sums, inverses, solve, output; sums, inverses, adjoint solve, two of gradients.
+    assert count_kernels(text) >= 8
 
 
 def test_float16_and_other_value_dim():

@@ -23,7 +23,8 @@ def problem(dtype=jnp.bfloat16, head_dim=64, value_dim=64, **options):
         ({"head_dim": 256}, "256"),
         ({"value_dim": 160}, "160"),
         ({"mask": np.ones((8, 8), bool)}, "mask"),
-        ({"solver": lla.Solver(method="direct")}, "direct"),
+        ({"solver": lla.Solver(method="direct")}, "directly with head dimensions up to 32"),
+        ({"solver": lla.Solver(method="direct"), "head_dim": 32}, "query has 32 and value 64"),
     ],
 )
 def test_reasons(given, reason):
@@ -34,6 +35,14 @@ def test_reasons(given, reason):
 @pytest.mark.parametrize("head_dim", [16, 48, 128])
 def test_served(dtype, head_dim):
     assert mosaic_gpu.refuse_shape(problem(dtype, head_dim)) is None
+
+
+@pytest.mark.parametrize("head_dim", [4, 16, 32])
+def test_served_directly(head_dim):
+    small = problem(head_dim=head_dim, value_dim=head_dim, solver=lla.Solver(method="direct"))
+    assert mosaic_gpu.refuse_shape(small) is None
+    assert mosaic_gpu.use_direct(small)
+    assert not mosaic_gpu.use_direct(problem(head_dim=64))
 
 
 def test_named_implementation_says_why():
