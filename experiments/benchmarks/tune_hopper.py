@@ -52,7 +52,6 @@ _SHARED = {
     "adjoint_mixed": "solve_mixed",
     "softmax": "attend",
     "parallax": "attend",
-    "solve_known": "solve_precise",
     "moments_16": "moments",
     "invert": "moments",
     "invert_16": "moments",

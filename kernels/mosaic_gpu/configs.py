@@ -28,27 +28,31 @@ class Configs:
     query_gradients: Config
     key_gradients: Config
     key_gradients_split: Config  # with directions in two parts
-    moments: Config | None = None  # of the direct method
+    # Of the direct method: the solve in two parts with known inverses, and their sums.
+    solve_known: Config | None = None
+    moments: Config | None = None
 
 
 _THREE = {"warpgroups": 3, "registers": (160, 24)}
+_IN_TURN = {"sum_products": True, "turns": True}
 
 _TABLE = {
     32: Configs(
-        solve=Config(**_THREE, stages=6, hold_sums=False),
+        solve=Config(**_THREE, **_IN_TURN, stages=4, hold_sums=False),
         solve_precise=Config(**_THREE, stages=4, hold_sums=False),
-        solve_mixed=Config(**_THREE, stages=4, hold_sums=False),
-        attend=Config(**_THREE, stages=4),
+        solve_mixed=Config(**_THREE, **_IN_TURN, stages=4, hold_sums=False),
+        attend=Config(**_THREE, stages=4, sum_products=True),
         attend_precise=Config(**_THREE, stages=4, hold_sums=False),
         query_gradients=Config(**_THREE, stages=4, hold_sums=False),
         key_gradients=Config(stages=4, hold_sums=False),
         key_gradients_split=Config(stages=4, hold_sums=False),
+        solve_known=Config(stages=6, hold_sums=False),
         moments=Config(**_THREE, block=32, stages=8),
     ),
     64: Configs(
-        solve=Config(**_THREE, stages=4, hold_sums=False),
+        solve=Config(**_IN_TURN, stages=4),
         solve_precise=Config(stages=6, hold_sums=False),
-        solve_mixed=Config(stages=6),
+        solve_mixed=Config(stages=4, sum_products=True, hold_sums=False),
         attend=Config(**_THREE, stages=4),
         attend_precise=Config(stages=3, hold_sums=False),
         query_gradients=Config(stages=4, hold_sums=False),
@@ -56,11 +60,11 @@ _TABLE = {
         key_gradients_split=Config(stages=3, hold_sums=False),
     ),
     128: Configs(
-        solve=Config(stages=2, shared_mean=False, hold_sums=False),
+        solve=Config(**_IN_TURN, stages=3, shared_mean=False, hold_sums=False),
         # Of 64 keys the sums and scores of two parts do not fit into the registers.
         solve_precise=Config(block=32, stages=4, shared_mean=False, hold_sums=False),
-        solve_mixed=Config(stages=3, shared_mean=False, hold_sums=False),
-        attend=Config(stages=2, hold_sums=False),
+        solve_mixed=Config(**_IN_TURN, stages=3, shared_mean=False, hold_sums=False),
+        attend=Config(stages=3, hold_sums=False),
         attend_precise=Config(block=32, stages=4, hold_sums=False),
         query_gradients=Config(stages=2, hold_sums=False),
         key_gradients=Config(block=32, stages=2, hold_sums=False),

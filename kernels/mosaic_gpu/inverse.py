@@ -49,6 +49,8 @@ MAX_HEAD_DIM = 32
 COLUMNS = 192
 """Sums that a program instance computes for each of its rows."""
 
+MEMORY = "shared"
+UNROLL = 1
 _BLOCK = 16  # rows and columns of what is inverted in registers
 _ROWS = 128  # of a program instance that inverts, one a thread
 _DTYPE = jnp.bfloat16  # of weights and products: two float16 numbers may have one out of range
@@ -264,7 +266,7 @@ def invert(shape: Shape, dim: int, sums, ridge, *, interpret: Any = None) -> jax
     size = (shape.batch, shape.heads, dim, shape.head_dim, shape.num_queries)
     programs = shape.batch * shape.heads * shape.num_queries // _ROWS
     scratch = {}
-    if dim > _BLOCK:
+    if dim > _BLOCK and MEMORY != "global":
         scratch["corner"] = plgpu.SMEM((packed(_BLOCK, 0), _ROWS), jnp.float32)
         scratch["factor"] = plgpu.SMEM((_BLOCK * _BLOCK, _ROWS), jnp.float32)
     arithmetic = Arithmetic(interpret is not None)
@@ -309,11 +311,26 @@ class _Invert:
         if twice:
             self.place(j, i)[...] = number
 
-    def load(self, name: str, index):
-        return self.arithmetic.load_row(self.scratch[name].at[index])
+    def corner(self, i: int, j: int):
+        if MEMORY == "global":
+            return self.place(i, j)
+        return self.scratch["corner"].at[packed(i, j)]
 
-    def keep(self, name: str, index, number):
-        self.scratch[name].at[index][...] = number
+    def factor(self, i, j):
+        if MEMORY == "global":
+            return self.place(j, _BLOCK + i)
+        return self.scratch["factor"].at[i * _BLOCK + j]
+
+    def load(self, ref):
+        return self.arithmetic.load_row(ref)
+
+    def loop(self, body, carry):
+        def several(i, carry):
+            for k in range(UNROLL):
+                carry = body(i * UNROLL + k, carry)
+            return carry
+
+        return lax.fori_loop(0, _BLOCK // UNROLL, several, carry)
 
     def run(self):
         means = [self.mean(i) for i in range(_BLOCK)]
@@ -371,17 +388,18 @@ class _Invert:
 
     def factor_rows(self, corner: list, means):
         """Keeps P^-1 (`corner`) and T, row by row."""
-        for index, number in enumerate(corner):
-            self.keep("corner", index, number)
+        for i in range(_BLOCK):
+            for j in range(i + 1):
+                self.corner(i, j)[...] = corner[packed(i, j)]
 
         def row(i, _):
             mean = self.mean(_BLOCK + i)
             q = [self.covariance(_BLOCK + i, k, mean, means[k]) for k in range(_BLOCK)]
             for j in range(_BLOCK):
                 terms = [q[k] * corner[packed(max(j, k), min(j, k))] for k in range(_BLOCK)]
-                self.keep("factor", i * _BLOCK + j, sum(terms[1:], terms[0]))
+                self.factor(i, j)[...] = sum(terms[1:], terms[0])
 
-        lax.fori_loop(0, _BLOCK, row, None)
+        self.loop(row, None)
 
     def complement(self, a: list, means) -> list:
         """S, packed."""
@@ -389,37 +407,40 @@ class _Invert:
         def column(k, a):
             mean = self.mean(k)
             q = [self.covariance(_BLOCK + j, k, means[j], mean) for j in range(_BLOCK)]
-            t = [self.load("factor", i * _BLOCK + k) for i in range(_BLOCK)]
+            t = [self.load(self.factor(i, k)) for i in range(_BLOCK)]
             a = list(a)
             for i in range(_BLOCK):
                 for j in range(i + 1):
                     a[packed(i, j)] = a[packed(i, j)] - t[i] * q[j]
             return tuple(a)
 
-        return list(lax.fori_loop(0, _BLOCK, column, tuple(a)))
+        return list(self.loop(column, tuple(a)))
 
     def off_diagonal(self, negative: list):
         """Writes ``-S^-1 T``; `negative` is ``-S^-1``."""
 
         def column(k, _):
-            t = [self.load("factor", i * _BLOCK + k) for i in range(_BLOCK)]
+            t = [self.load(self.factor(i, k)) for i in range(_BLOCK)]
             for i in range(_BLOCK):
                 terms = [negative[packed(max(i, j), min(i, j))] * t[j] for j in range(_BLOCK)]
-                self.store(_BLOCK + i, k, sum(terms[1:], terms[0]))
+                self.store(_BLOCK + i, k, sum(terms[1:], terms[0]), twice=MEMORY != "global")
 
-        lax.fori_loop(0, _BLOCK, column, None)
+        self.loop(column, None)
 
     def first_corner(self):
         """Writes ``P^-1 + T' S^-1 T``; reads ``-S^-1 T`` from where it was written."""
 
         def row(i, a):
-            t = [self.load("factor", i * _BLOCK + k) for k in range(_BLOCK)]
-            u = [self.arithmetic.load_row(self.place(_BLOCK + i, k)) for k in range(_BLOCK)]
+            t = [self.load(self.factor(i, k)) for k in range(_BLOCK)]
+            u = [self.load(self.place(_BLOCK + i, k)) for k in range(_BLOCK)]
+            if MEMORY == "global":
+                for k in range(_BLOCK):
+                    self.place(k, _BLOCK + i)[...] = u[k]
             a = list(a)
             for j in range(_BLOCK):
                 for k in range(j + 1):
                     a[packed(j, k)] = a[packed(j, k)] - t[j] * u[k]
             return tuple(a)
 
-        corner = tuple(self.load("corner", index) for index in range(packed(_BLOCK, 0)))
-        self.write(0, list(lax.fori_loop(0, _BLOCK, row, corner)))
+        corner = [self.load(self.corner(i, j)) for i in range(_BLOCK) for j in range(i + 1)]
+        self.write(0, list(self.loop(row, tuple(corner))))

@@ -367,14 +367,17 @@ class SolveRows(QueryRows):
     def times_inverse(self, r):
         inverse = self.given["known"].inverse
         r = plgpu.layout_cast(r, TURNED)
-        columns = plgpu.broadcasted_iota(jnp.int32, self.matrix, 1, layout=TURNED)
+        # An iota made in that layout is wrong on hardware (JAX 0.11.2), and right in the interpreter.
+        columns = plgpu.broadcasted_iota(jnp.int32, self.matrix, 1, layout=MATRIX)
+        columns = plgpu.layout_cast(columns.astype(jnp.float32), TURNED)
         rows = pl.ds(self.first, ROW_BLOCK)
 
         def step(i, z):
             for k in range(LOADS):  # which wait together
                 column = i * LOADS + k
                 tile = inverse.at[self.place.b, self.place.head, column, :, rows]
-                number = jnp.where(columns == column, r, 0.0).sum(axis=1)
+                here = columns == column.astype(jnp.float32)
+                number = jnp.where(here, r, 0.0).sum(axis=1)
                 z = z + self.env.arithmetic.load_turned(tile) * by_row(number, z.shape)
             return z
 

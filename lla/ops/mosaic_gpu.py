@@ -92,6 +92,8 @@ class _Spec:
     @property
     def solve_config(self):
         """The configuration of both solves."""
+        if self.direct is not None:
+            return self.configs.solve_known
         if self.precise_forward is not None:
             return self.configs.solve_mixed
         return self.configs.solve_precise if self.forward.precise else self.configs.solve

@@ -161,7 +161,7 @@ def direct_kernels(head_dim: int, dim: int):
     ):
         yield (
             f"{name}_known_{dim}",
-            lambda *a: solve.solve(shape, mask, chosen.solve_precise, iteration, *a),
+            lambda *a: solve.solve(shape, mask, chosen.solve_known, iteration, *a),
             (query, key, row, row, masking, extra, None, known),
         )
 

@@ -28,7 +28,7 @@ class Memory:
 
     def __getitem__(self, index):
         assert index is Ellipsis
-        return self.array[self.index]
+        return self.array[self.index].copy()
 
     def __setitem__(self, index, value):
         assert index is Ellipsis
