@@ -9,7 +9,6 @@ and lines ``step NAME COUNT``: the kernels that a decoding step of one sequence 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import re
@@ -85,8 +84,6 @@ def kernels(head_dim: int):
         iteration = solve.Iteration(3e-3, 32, mode == "precise")
         names = {"precise": "solve_precise", "chosen": "solve_mixed"}
         config = getattr(chosen, names.get(mode, "solve"))
-        if mode == "options":
-            config = dataclasses.replace(config, sum_products=True, turns=True)
         extra = (solve.Adjoint(key, query, row, row, mean, row),) if adjoint else (None,)
         if mode == "chosen":
             extra = *extra, marked
@@ -99,8 +96,8 @@ def kernels(head_dim: int):
 
         return run, (query, key, row, row, masking, *extra)
 
-    def attending(probe, solved, precise=False, config=None):
-        config = config or (chosen.attend_precise if precise else chosen.attend)
+    def attending(probe, solved, precise=False):
+        config = chosen.attend_precise if precise else chosen.attend
         return (
             lambda *a: attend.attend(shape, mask, config, *a, precise=precise),
             (query, key, key, row, masking, probe, solved),
@@ -116,13 +113,10 @@ def kernels(head_dim: int):
         suffix = "" if mode == "plain" else f"_{mode}"
         yield f"solve{suffix}", *solving(mode, False)
         yield f"adjoint{suffix}", *solving(mode, True)
-    yield "solve_options", *solving("options", False)
     yield "softmax", *attending(None, None)
     yield "parallax", *attending(query, None)
     solved = attend.Solved(row, row, query)
     yield "solved", *attending(query, solved)
-    options = dataclasses.replace(chosen.attend, hold_sums=False, sum_products=True)
-    yield "solved_options", *attending(query, solved, config=options)
     yield "solved_precise", *attending(query, solved, precise=True)
     yield "solved_chosen", *attending(query, solved._replace(marked=marked), precise=True)
     yield (

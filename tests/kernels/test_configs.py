@@ -1,6 +1,5 @@
 """The table of launch configurations against the committed times."""
 
-import dataclasses
 import functools
 import importlib
 import json
@@ -63,7 +62,7 @@ def test_shared_memory_is_counted_and_refused():
     """The number is that of Mosaic GPU's own complaint about the same kernel."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    from lla.kernels.mosaic_gpu import configs, launch, solve, tile
+    from lla.kernels.mosaic_gpu import launch, solve, tile
 
     wide = plgpu.SMEM((2, 64, 64), jnp.float32)
     union = plgpu.RefUnion(wide, plgpu.SMEM((3,), jnp.int32))
@@ -76,7 +75,7 @@ def test_shared_memory_is_counted_and_refused():
         shape.rows(),
         launch.Masking(jax.ShapeDtypeStruct((2, 2), jnp.int32), None, None),
     )
-    config = dataclasses.replace(configs.choose(64).solve_mixed, stages=20)
+    config = launch.Config(stages=20)
     call = functools.partial(
         solve.solve, shape, tile.MaskSpec(True, None, False), config, solve.Iteration(3e-3, 32)
     )
