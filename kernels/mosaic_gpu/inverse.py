@@ -19,7 +19,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lla.kernels.mosaic_gpu.launch import (
@@ -49,8 +48,6 @@ MAX_HEAD_DIM = 32
 COLUMNS = 192
 """Sums that a program instance computes for each of its rows."""
 
-MEMORY = "shared"
-UNROLL = 1
 _BLOCK = 16  # rows and columns of what is inverted in registers
 _ROWS = 128  # of a program instance that inverts, one a thread
 _DTYPE = jnp.bfloat16  # of weights and products: two float16 numbers may have one out of range
@@ -90,9 +87,9 @@ def products(key: jax.Array, length: jax.Array, dim: int) -> tuple[jax.Array, ja
     count = jnp.maximum(exists.sum(1, keepdims=True), 1).astype(jnp.float32)
     key = key - jnp.where(exists, key, 0.0).sum(1, keepdims=True) / count
     # Coordinates beyond those of the head stay zero.
-    rows, columns = np.tril_indices(dim)
+    squares = [key[..., i : i + 1] * key[..., : i + 1] for i in range(dim)]
     ones = jnp.ones((b, s, k, 1), jnp.float32)
-    found = jnp.concatenate([key[..., rows] * key[..., columns], key, ones], axis=-1)
+    found = jnp.concatenate([*squares, key, ones], axis=-1)
     found = jnp.pad(found, [(0, 0)] * 3 + [(0, num_sums(dim) - found.shape[-1])])
     high = lax.reduce_precision(found, exponent_bits=8, mantissa_bits=7)  # not optimised away
     return high.astype(_DTYPE), (found - high).astype(_DTYPE)
@@ -265,31 +262,30 @@ def invert(shape: Shape, dim: int, sums, ridge, *, interpret: Any = None) -> jax
     """The inverse systems ``[B, N, dim, D, T]`` from the sums ``[B, N, F, T]`` of `moments`."""
     size = (shape.batch, shape.heads, dim, shape.head_dim, shape.num_queries)
     programs = shape.batch * shape.heads * shape.num_queries // _ROWS
-    scratch = {}
-    if dim > _BLOCK and MEMORY != "global":
-        scratch["corner"] = plgpu.SMEM((packed(_BLOCK, 0), _ROWS), jnp.float32)
-        scratch["factor"] = plgpu.SMEM((_BLOCK * _BLOCK, _ROWS), jnp.float32)
     arithmetic = Arithmetic(interpret is not None)
     results = launch(
-        lambda given, out, scratch: _Invert(shape, dim, arithmetic, given, out, scratch).run(),
-        {"inverse": jax.ShapeDtypeStruct(size, jnp.float32)}, scratch,
-        {"sums": sums, "ridge": ridge},
+        lambda given, out, scratch: _Invert(shape, dim, arithmetic, given, out).run(),
+        {"inverse": jax.ShapeDtypeStruct(size, jnp.float32)}, {}, {"sums": sums, "ridge": ridge},
         programs=programs, config=Config(), interpret=interpret, threads=1, lanes=True,
     )  # fmt: skip
     return results["inverse"]
 
 
 class _Invert:
-    """The systems of 128 rows, one a thread; an array ``[128]`` is a number of each."""
+    """The systems of 128 rows, one a thread; an array ``[128]`` is a number of each.
 
-    def __init__(self, shape: Shape, dim: int, arithmetic: Arithmetic, given, out, scratch):
+    What does not fit into registers is kept where the result will be: shared memory would leave
+    room for one instance on a multiprocessor instead of two.
+    """
+
+    def __init__(self, shape: Shape, dim: int, arithmetic: Arithmetic, given, out):
         tiles = jnp.int32(shape.num_queries // _ROWS)
         program = lax.axis_index("program")
         which = lax.div(program, tiles)
         b, head = lax.div(which, jnp.int32(shape.heads)), lax.rem(which, jnp.int32(shape.heads))
         rows = pl.ds(lax.rem(program, tiles) * _ROWS, _ROWS)
         self.dim, self.columns = dim, shape.head_dim
-        self.arithmetic, self.scratch = arithmetic, scratch
+        self.arithmetic = arithmetic
         self.sums = lambda index: arithmetic.load_row(given["sums"].at[b, head, index, rows])
         self.place = lambda i, j: out["inverse"].at[b, head, i, j, rows]
         total = self.sums(packed(dim, 0) + dim)
@@ -311,26 +307,12 @@ class _Invert:
         if twice:
             self.place(j, i)[...] = number
 
-    def corner(self, i: int, j: int):
-        if MEMORY == "global":
-            return self.place(i, j)
-        return self.scratch["corner"].at[packed(i, j)]
-
     def factor(self, i, j):
-        if MEMORY == "global":
-            return self.place(j, _BLOCK + i)
-        return self.scratch["factor"].at[i * _BLOCK + j]
+        """Where T is kept until its place is needed."""
+        return self.place(j, _BLOCK + i)
 
     def load(self, ref):
         return self.arithmetic.load_row(ref)
-
-    def loop(self, body, carry):
-        def several(i, carry):
-            for k in range(UNROLL):
-                carry = body(i * UNROLL + k, carry)
-            return carry
-
-        return lax.fori_loop(0, _BLOCK // UNROLL, several, carry)
 
     def run(self):
         means = [self.mean(i) for i in range(_BLOCK)]
@@ -390,7 +372,7 @@ class _Invert:
         """Keeps P^-1 (`corner`) and T, row by row."""
         for i in range(_BLOCK):
             for j in range(i + 1):
-                self.corner(i, j)[...] = corner[packed(i, j)]
+                self.place(i, j)[...] = corner[packed(i, j)]
 
         def row(i, _):
             mean = self.mean(_BLOCK + i)
@@ -399,7 +381,7 @@ class _Invert:
                 terms = [q[k] * corner[packed(max(j, k), min(j, k))] for k in range(_BLOCK)]
                 self.factor(i, j)[...] = sum(terms[1:], terms[0])
 
-        self.loop(row, None)
+        lax.fori_loop(0, _BLOCK, row, None)
 
     def complement(self, a: list, means) -> list:
         """S, packed."""
@@ -414,33 +396,32 @@ class _Invert:
                     a[packed(i, j)] = a[packed(i, j)] - t[i] * q[j]
             return tuple(a)
 
-        return list(self.loop(column, tuple(a)))
+        return list(lax.fori_loop(0, _BLOCK, column, tuple(a)))
 
     def off_diagonal(self, negative: list):
-        """Writes ``-S^-1 T``; `negative` is ``-S^-1``."""
+        """Writes ``-S^-1 T``, below the diagonal only; `negative` is ``-S^-1``."""
 
         def column(k, _):
             t = [self.load(self.factor(i, k)) for i in range(_BLOCK)]
             for i in range(_BLOCK):
                 terms = [negative[packed(max(i, j), min(i, j))] * t[j] for j in range(_BLOCK)]
-                self.store(_BLOCK + i, k, sum(terms[1:], terms[0]), twice=MEMORY != "global")
+                self.store(_BLOCK + i, k, sum(terms[1:], terms[0]), twice=False)
 
-        self.loop(column, None)
+        lax.fori_loop(0, _BLOCK, column, None)
 
     def first_corner(self):
-        """Writes ``P^-1 + T' S^-1 T``; reads ``-S^-1 T`` from where it was written."""
+        """Writes ``P^-1 + T' S^-1 T``, and ``-T' S^-1`` where T was."""
 
         def row(i, a):
             t = [self.load(self.factor(i, k)) for k in range(_BLOCK)]
             u = [self.load(self.place(_BLOCK + i, k)) for k in range(_BLOCK)]
-            if MEMORY == "global":
-                for k in range(_BLOCK):
-                    self.place(k, _BLOCK + i)[...] = u[k]
+            for k in range(_BLOCK):
+                self.place(k, _BLOCK + i)[...] = u[k]
             a = list(a)
             for j in range(_BLOCK):
                 for k in range(j + 1):
                     a[packed(j, k)] = a[packed(j, k)] - t[j] * u[k]
             return tuple(a)
 
-        corner = [self.load(self.corner(i, j)) for i in range(_BLOCK) for j in range(i + 1)]
-        self.write(0, list(self.loop(row, tuple(corner))))
+        corner = [self.load(self.place(i, j)) for i in range(_BLOCK) for j in range(i + 1)]
+        self.write(0, list(lax.fori_loop(0, _BLOCK, row, tuple(corner))))

@@ -367,7 +367,7 @@ class SolveRows(QueryRows):
     def times_inverse(self, r):
         inverse = self.given["known"].inverse
         r = plgpu.layout_cast(r, TURNED)
-        # An iota made in that layout is wrong on hardware (JAX 0.11.2), and right in the interpreter.
+        # An iota made in that layout is wrong on hardware (JAX 0.11.2), right in the interpreter.
         columns = plgpu.broadcasted_iota(jnp.int32, self.matrix, 1, layout=MATRIX)
         columns = plgpu.layout_cast(columns.astype(jnp.float32), TURNED)
         rows = pl.ds(self.first, ROW_BLOCK)

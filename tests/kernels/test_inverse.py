@@ -65,12 +65,8 @@ def invert(monkeypatch, sums, ridge, dim):
     shape = launch.Shape(1, ROWS, ROWS, 1, 1, 32, jnp.dtype(jnp.bfloat16))
     given = {"sums": Memory(sums[None, None]), "ridge": Memory(ridge[None, None])}
     out = np.full((1, 1, dim, 32, ROWS), np.nan, np.float32)
-    scratch = {
-        "corner": Memory(np.full((136, ROWS), np.nan, np.float32)),
-        "factor": Memory(np.full((256, ROWS), np.nan, np.float32)),
-    }
     arithmetic = tile.Arithmetic(interpreted=True)
-    inverse._Invert(shape, dim, arithmetic, given, {"inverse": Memory(out)}, scratch).run()
+    inverse._Invert(shape, dim, arithmetic, given, {"inverse": Memory(out)}).run()
     return np.moveaxis(out[0, 0], -1, 0)
 
 
