@@ -10,8 +10,9 @@ the same call is timed with something left out, whose results are wrong on purpo
   makes them, their sums, conversions and products stay, and two exponentials a thread and tile that
   rescale an online softmax.
 - `no_sum_product`: weights are not multiplied by keys or values. Logits, exponentials, the other
-  product and the sums of weights stay, and so does the conversion to 16 bits where the rounded
-  weights are summed; in the softmax output and with two parts everywhere it goes, too.
+  product and the sums of weights stay, those from a product with ones, too, and so does the
+  conversion to 16 bits where the rounded weights are summed; in the softmax output and with two
+  parts everywhere it goes, too.
 - `no_scores_product`: the product beside the logits, both parts of it, is not computed; the logits
   take its place. One accumulator less is live.
 - `no_reload`: the ring is filled once and then only handed on; its barriers stay.
@@ -76,7 +77,7 @@ def _patches(variant: str) -> list[tuple[type, str, Callable]]:
 
     from lla.kernels.mosaic_gpu.launch import Ring
     from lla.kernels.mosaic_gpu.rows import QueryRows
-    from lla.kernels.mosaic_gpu.tile import Arithmetic, by_row
+    from lla.kernels.mosaic_gpu.tile import ONES, Arithmetic, by_row
 
     true_weights, true_online_weights = QueryRows.weights, QueryRows.online_weights
     true_summing, true_accumulate = Arithmetic.summing, Arithmetic.accumulate
@@ -106,12 +107,20 @@ def _patches(variant: str) -> list[tuple[type, str, Callable]]:
 
     def summing(self, columns, loop, body, carry):
         def step(j, carry, masked, add):
-            return body(j, carry, masked, add if masked else lambda *sums: None)
+            def add_rows(*sums):
+                if columns[-1] == ONES:
+                    add(*[[]] * (len(sums) - 1), sums[-1])
+
+            return body(j, carry, masked, add if masked else add_rows)
 
         return true_summing(self, columns, loop, step, carry)
 
     def accumulate(self, totals, *sums):
-        return true_accumulate(self, totals, *sums) if on_border[0] else totals
+        if on_border[0]:
+            return true_accumulate(self, totals, *sums)
+        if totals[-1].shape[-1] == ONES:
+            return (*totals[:-1], *true_accumulate(self, totals[-1:], sums[-1]))
+        return totals
 
     def with_products(self, columns, use, *sums):
         def use_first(read):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from typing import Any
 
 import report
 
@@ -11,19 +11,19 @@ METHODS = {"cg": "conjugate gradients", "direct": "direct"}
 
 
 def crossing(records, head_dim: int, which: str = "forward_backward", kind: str = "normal") -> dict:
-    """`report.break_even` of the kernels' solvers; a refused cell counts as infinitely slow."""
+    """`report.break_even` of the kernels' solvers, and the "ridges" at which both were timed."""
 
     def times(method):
         wanted = (method, head_dim, which, kind)
         return {
-            record["ridge"]: record.get("time_median_s", math.inf)
+            record["ridge"]: record["time_median_s"]
             for record in records
             if (record["method"], record["head_dim"], record["pass"], record["inputs"]) == wanted
+            and record["status"] == "timed"
         }
 
     direct, cg = times("direct"), times("cg")
-    both = {r for r in set(direct) & set(cg) if math.isfinite(direct[r] + cg[r])}
-    return report.break_even({r: direct[r] for r in both}, {r: cg[r] for r in both})
+    return {**report.break_even(direct, cg), "ridges": sorted(set(direct) & set(cg))}
 
 
 def markdown(document: Mapping) -> str:
@@ -37,8 +37,8 @@ def markdown(document: Mapping) -> str:
             rows.append([str(head_dim), kind, *map(_crossing_text, found)])
     parts = [
         report.provenance(document),
-        "Largest ridge at which, and below which, the direct solver is faster (in brackets: the "
-        "crossing, interpolated).\n\n"
+        "Largest ridge at which, and below which, the direct solver is faster (the crossing, "
+        "interpolated), of those at which both were timed [smallest].\n\n"
         + report.table(["d", "inputs", *report.PASSES.values()], rows),
     ]
     cells = {(r["method"], r["pass"], r["head_dim"], r["ridge"], r["inputs"]): r for r in records}
@@ -64,8 +64,10 @@ def markdown(document: Mapping) -> str:
     return "\n\n".join([*parts[:2], legend, *parts[2:]])
 
 
-def _crossing_text(found: Mapping[str, float | None]) -> str:
-    if found["measured"] is None:
-        return "never"
-    estimate = "" if found["estimate"] is None else f" ({found['estimate']:.2g})"
-    return f"{found['measured']:g}{estimate}"
+def _crossing_text(found: Mapping[str, Any]) -> str:
+    if not found["ridges"]:
+        return ""
+    text = "never" if found["measured"] is None else f"{found['measured']:g}"
+    if found["estimate"] is not None:
+        text += f" ({found['estimate']:.2g})"
+    return f"{text} [{found['ridges'][0]:g}]"
