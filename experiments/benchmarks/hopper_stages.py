@@ -10,9 +10,8 @@ the same call is timed with something left out, whose results are wrong on purpo
   makes them, their sums, conversions and products stay, and two exponentials a thread and tile that
   rescale an online softmax.
 - `no_sum_product`: weights are not multiplied by keys or values. Logits, exponentials, the other
-  product and the sums of weights stay, those from a product with ones, too, and so does the
-  conversion to 16 bits where the rounded weights are summed; in the softmax output and with two
-  parts everywhere it goes, too.
+  product and the sums of weights, also those from ones, stay, and so does the conversion to 16 bits
+  where rounded weights are summed; in the softmax output and with two parts everywhere it goes.
 - `no_scores_product`: the product beside the logits, both parts of it, is not computed; the logits
   take its place. One accumulator less is live.
 - `no_reload`: the ring is filled once and then only handed on; its barriers stay.
@@ -107,11 +106,10 @@ def _patches(variant: str) -> list[tuple[type, str, Callable]]:
 
     def summing(self, columns, loop, body, carry):
         def step(j, carry, masked, add):
-            def add_rows(*sums):
-                if columns[-1] == ONES:
-                    add(*[[]] * (len(sums) - 1), sums[-1])
+            def rows_only(*sums):
+                add(*[[]] * (len(sums) - 1), sums[-1] if columns[-1] == ONES else [])
 
-            return body(j, carry, masked, add if masked else add_rows)
+            return body(j, carry, masked, add if masked else rows_only)
 
         return true_summing(self, columns, loop, step, carry)
 

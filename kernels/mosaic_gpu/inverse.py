@@ -36,9 +36,13 @@ from lla.kernels.mosaic_gpu.launch import (
 )
 from lla.kernels.mosaic_gpu.rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
+    MATRIX,
     ROW_BLOCK,
+    TURNED,
     Arithmetic,
     MaskSpec,
+    by_row,
+    full,
     narrow_transforms,
 )
 
@@ -47,6 +51,9 @@ MAX_HEAD_DIM = 32
 
 COLUMNS = 192
 """Sums that a program instance computes for each of its rows."""
+
+LOADS = 4
+"""Columns of an inverse that are loaded at a time."""
 
 _BLOCK = 16  # rows and columns of what is inverted in registers
 _ROWS = 128  # of a program instance that inverts, one a thread
@@ -425,3 +432,27 @@ class _Invert:
 
         corner = [self.load(self.place(i, j)) for i in range(_BLOCK) for j in range(i + 1)]
         self.write(0, list(lax.fori_loop(0, _BLOCK, row, tuple(corner))))
+
+
+# ---------------------------------------------------------------------------------------------
+# Products
+
+
+def times(rows: QueryRows, inverse, r):
+    """The inverses of a warpgroup's 64 rows times ``r [64, D]``, a `MATRIX`."""
+    r = plgpu.layout_cast(r, TURNED)
+    # An iota made in that layout is wrong on hardware (JAX 0.11.2), right in the interpreter.
+    columns = plgpu.broadcasted_iota(jnp.int32, rows.matrix, 1, layout=MATRIX)
+    columns = plgpu.layout_cast(columns.astype(jnp.float32), TURNED)
+    here = pl.ds(rows.first, ROW_BLOCK)
+
+    def step(i, z):
+        for k in range(LOADS):  # which wait together
+            column = i * LOADS + k
+            tile = inverse.at[rows.place.b, rows.place.head, column, :, here]
+            number = jnp.where(columns == column.astype(jnp.float32), r, 0.0).sum(axis=1)
+            z = z + rows.env.arithmetic.load_turned(tile) * by_row(number, z.shape)
+        return z
+
+    z = lax.fori_loop(0, inverse.shape[2] // LOADS, step, full(rows.matrix, 0, TURNED))
+    return plgpu.layout_cast(z, MATRIX)

@@ -7,11 +7,11 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from lla.kernels.mosaic_gpu.inverse import times
 from lla.kernels.mosaic_gpu.launch import Ring
 from lla.kernels.mosaic_gpu.rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
@@ -19,7 +19,6 @@ from lla.kernels.mosaic_gpu.tile import (
     MATRIX,
     ROW_BLOCK,
     ROWS,
-    TURNED,
     by_column,
     by_row,
     full,
@@ -50,9 +49,6 @@ LEAST_VARIANCE = 1e-5
 
 Where values are equal it would be rounding errors, and so would what an iteration improves.
 """
-
-LOADS = 4
-"""Columns of an inverse that are loaded at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,33 +353,12 @@ class SolveRows(QueryRows):
         square = row_dot(r, r)
         if not self.preconditioned:
             return r, square, square / ridge
-        z = self.times_inverse(r)
+        z = times(self, self.given["known"].inverse, r)
         rz = row_dot(r, z)
         good = (rz > 0) & (rz < 1e30)
         z = jnp.where(by_row(good, z.shape), z, r)
         # The eigenvalues of the preconditioned system are 1 up to rounding.
         return z, jnp.where(good, rz, square), jnp.where(good, 2 * rz, square / ridge)
-
-    def times_inverse(self, r):
-        inverse = self.given["known"].inverse
-        r = plgpu.layout_cast(r, TURNED)
-        # An iota made in that layout is wrong on hardware (JAX 0.11.2), right in the interpreter.
-        columns = plgpu.broadcasted_iota(jnp.int32, self.matrix, 1, layout=MATRIX)
-        columns = plgpu.layout_cast(columns.astype(jnp.float32), TURNED)
-        rows = pl.ds(self.first, ROW_BLOCK)
-
-        def step(i, z):
-            for k in range(LOADS):  # which wait together
-                column = i * LOADS + k
-                tile = inverse.at[self.place.b, self.place.head, column, :, rows]
-                here = columns == column.astype(jnp.float32)
-                number = jnp.where(here, r, 0.0).sum(axis=1)
-                z = z + self.env.arithmetic.load_turned(tile) * by_row(number, z.shape)
-            return z
-
-        zeros = full(self.matrix, 0, TURNED)
-        z = lax.fori_loop(0, inverse.shape[2] // LOADS, step, zeros)
-        return plgpu.layout_cast(z, MATRIX)
 
     def decide(self, count, error, error_bound, energy, left):
         """Whether to go on after iteration `count`; the same for all warpgroups.
