@@ -8,7 +8,8 @@ Errors are relative Frobenius norms. Bounds for float32: 1e-5 for a ridge of at 
 the members without a ridge), 1e-4 for at least 0.1, 1e-3 below, and ten times that for gradients.
 Bounds for bfloat16: twice the error of the exact result rounded once to bfloat16, plus 1e-5. The
 kernels round weights and probe besides: for local linear attention in bfloat16 their bounds are
-5e-3, and 2e-2 for gradients, at every ridge.
+5e-3, and 2e-2 for gradients, at every ridge. Where few rows have a cotangent, whose errors do not
+average out, bounds are twice that.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ CASES = (
         (("lla", "float32"), ("parallax", "float32"), ("softmax", "float32")),
         METHODS,
     ),
+    Case("narrow", (2, 70, 4, 24), (2, 70, 2, 24), 32, {}, (("lla", "bfloat16"),), METHODS),
     Case("cross", (2, 37, 2, 32), (2, 100, 2, 32), 32, {"is_causal": False}),
     Case("window", (1, 200, 2, 32), (1, 200, 2, 32), 32, {"local_window_size": (40, 0)}),
     Case(
@@ -285,21 +287,25 @@ def run_variant(
             result.status, result.reason = "FAIL", f"{type(error).__name__}: {error}"
         else:
             result.milliseconds = statistics.median(times)
-            judge(result, first, again, reference(case, member, dtype, ridge))
+            judge(result, first, again, reference(case, member, dtype, ridge), case.faint)
         yield result
 
 
-def judge(result: Result, first, again, expected) -> None:
+def judge(result: Result, first, again, expected, faint: bool) -> None:
     """Fills in errors, bounds and the verdict."""
     out, gradients = first
+    factor = 2 if faint else 1
+
+    def bound_of(exact, gradient):
+        sort = (result.dtype, result.ridge, gradient, result.implementation)
+        return factor * error_bound(exact, *sort)
+
     result.error = relative_error(out, expected[0])
-    result.bound = error_bound(
-        expected[0], result.dtype, result.ridge, False, result.implementation
-    )
+    result.bound = bound_of(expected[0], False)
     worst = 0.0
     for name, exact in expected[1].items():
         error = relative_error(gradients[name], exact)
-        bound = error_bound(exact, result.dtype, result.ridge, True, result.implementation)
+        bound = bound_of(exact, True)
         # Written so that NaN counts as worst.
         if result.gradient is None or not error / bound <= worst:
             worst = error / bound

@@ -159,3 +159,8 @@ def test_cases_differ_by_name_and_cover_every_mask():
     assert len({case.name for case in selftest.CASES}) == len(selftest.CASES)
     options = {name for case in selftest.CASES for name in case.options}
     assert options == {"is_causal", "local_window_size", "key_value_seq_lengths"}
+
+
+@pytest.mark.slow
+def test_everything_that_runs_here_is_within_its_bounds():
+    assert selftest.main(["--implementation", "xla"]) == 0

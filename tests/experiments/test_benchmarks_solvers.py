@@ -1,0 +1,85 @@
+"""The benchmark of the Hopper kernels' two solvers: a run on a CPU, its rules and its tables."""
+
+import json
+
+import numpy as np
+import pytest
+
+NAMES = (
+    "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "solvers_tables",
+    "hopper_solvers",
+)  # fmt: skip
+SMALL = [
+    "--implementation=xla", "--head_dims=8", "--ridges", "1", "0.1", "--batch=1", "--heads=2",
+    "--length=32", "--accuracy_length=16", "--repeats=2", "--budget=0.1", "--workers=2",
+]  # fmt: skip
+
+
+def document(times, **changes):
+    """Records of one dimension from ``{(method, ridge): seconds}``."""
+    records = [
+        {
+            "method": method, "pass": which, "head_dim": 16, "ridge": ridge, "inputs": "normal",
+            "n": 8, "status": "timed", "time_median_s": seconds, "time_min_s": seconds,
+            "errors": {"output": 1e-3}, "commit": "abc", **changes,
+        }
+        for (method, ridge), seconds in times.items()
+        for which in ("forward", "forward_backward")
+    ]  # fmt: skip
+    return records
+
+
+def test_a_run(bench, tmp_path, capsys):
+    path = tmp_path / "solvers.json"
+    arguments = [*SMALL, "--inputs", "normal", "sharp", f"--output={path}"]
+    assert bench.hopper_solvers.main(arguments) == 0
+    records = json.loads(path.read_text())["records"]
+    keys = [tuple(r[name] for name in bench.hopper_solvers.KEY_FIELDS) for r in records]
+    assert len(keys) == len(set(keys)) == 2 * 2 * 2 * 2
+    assert {r["status"] for r in records} == {"timed"}
+    assert {r["inputs"] for r in records} == {"normal", "sharp"}
+    assert all(0 < r["errors"]["output"] <= r["bounds"]["output"] for r in records)
+    assert all(r["truth"] == "reference, float64, n = 16" for r in records)
+    direct = [r["accuracy_iterations"] for r in records if r["method"] == "direct"]
+    cg = [r["accuracy_iterations"] for r in records if r["method"] == "cg"]
+    assert max(direct) < min(cg)
+    backward = [r["mean_iterations"] for r in records if r["pass"] == "forward_backward"]
+    assert len(backward) == 8 and all(np.isfinite(backward))
+    assert "**sharp**" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_not_timed(bench, tmp_path, monkeypatch, capsys):
+    solve, hopper = bench.hopper_solvers, bench.hopper
+    true = hopper.make_function
+
+    def wrong(program, solver=None):
+        function = true(program, solver)
+        if solver is None or solver.method != "direct":
+            return function
+        return lambda inputs: {**function(inputs), "output": 1.1 * function(inputs)["output"]}
+
+    monkeypatch.setattr(hopper, "make_function", wrong)
+    path = tmp_path / "solvers.json"
+    arguments = [*SMALL, "--ridges", "1", "--inputs", "normal", f"--output={path}"]
+    assert solve.main(arguments) == 1
+    records = json.loads(path.read_text())["records"]
+    status = {r["method"]: r["status"] for r in records}
+    assert status == {"cg": "timed", "direct": "refused"}
+    assert all("time_median_s" not in r for r in records if r["method"] == "direct")
+    assert "refused" in capsys.readouterr().out
+
+
+def test_crossings(bench):
+    tables = bench.solvers_tables
+    # Level in the middle of the logarithms of 0.1 and 1; 0.01 has no direct time.
+    times = {
+        ("cg", 1.0): 1.0, ("cg", 0.1): 4.0, ("cg", 0.01): 9.0,
+        ("direct", 1.0): 2.0, ("direct", 0.1): 2.0,
+    }  # fmt: skip
+    found = tables.crossing(document(times), 16)
+    assert found["measured"] == 0.1 and found["ridges"] == [0.1, 1.0]
+    assert found["estimate"] == pytest.approx(10**-0.5)
+    assert tables._crossing_text(found) == "0.1 (0.32) [0.1]"
+    slow = tables.crossing(document({**times, ("direct", 0.1): 5.0}), 16)
+    assert tables._crossing_text(slow) == "never [0.1]"
+    assert tables._crossing_text(tables.crossing(document(times, status="refused"), 16)) == ""
