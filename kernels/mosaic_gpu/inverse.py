@@ -46,9 +46,6 @@ from lla.kernels.mosaic_gpu.tile import (
     narrow_transforms,
 )
 
-MAX_HEAD_DIM = 32
-"""The largest head dimension; the sums of a row with more would not fit into registers."""
-
 COLUMNS = 192
 """Sums that a program instance computes for each of its rows."""
 
@@ -124,8 +121,8 @@ def inverse_systems(
 
     Args:
       shape: padded sizes, with ``shape.head_dim`` D = 32 and T a multiple of 128.
-      head_dim: of the keys before padding, at most `MAX_HEAD_DIM`; the result has its
-        `system_dim`, and zeros in the other columns up to D.
+      head_dim: of the keys before padding, at most 32; the result has its `system_dim`, and
+        zeros in the other columns up to D.
       query, key: as for `lla.kernels.mosaic_gpu.solve.solve`; so are `scale`, `ridge`, `masking`.
       log_sum_exp: of the logits, ``[B, N, T]`` in base 2.
     """

@@ -15,7 +15,8 @@ from lla.ops.problem import Problem
 # By platform, dtype and head dimension: the ridge below which the direct solver is faster than
 # conjugate gradients for forward and backward pass together, at the default tolerances of the
 # dtype; 0 where it never is. Read from solver_choice_<platform>.json in
-# experiments/benchmarks/results; tests/ops/test_auto.py compares.
+# experiments/benchmarks/results, for the Hopper kernels ("mosaic_gpu") from
+# hopper_solvers_h200.json; tests/ops/test_auto.py compares.
 CROSSINGS: Mapping[str, Mapping[str, Mapping[int, float]]] = {
     "cpu": {
         "float32": {16: 0.047, 32: 0.023, 64: 0.0075, 128: 0.0},
@@ -25,6 +26,7 @@ CROSSINGS: Mapping[str, Mapping[str, Mapping[int, float]]] = {
         "float32": {16: 10.0, 32: 1.6, 64: 0.081, 128: 0.0},
         "bfloat16": {16: 2.3, 32: 0.071, 64: 0.0083, 128: 0.0},
     },
+    "mosaic_gpu": {"bfloat16": {16: 0.0, 32: 0.0}},  # measured down to a ridge of 1 so far
 }
 
 
@@ -38,7 +40,7 @@ def crossing(head_dim: int, tol: float, platform: str | None = None) -> float:
     Args:
       head_dim: of queries and keys.
       tol: forward tolerance.
-      platform: None means JAX's default.
+      platform: None means JAX's default, "mosaic_gpu" the Hopper kernels.
     """
     points = []
     for dtype, by_dim in CROSSINGS.get(platform or jax.default_backend(), {}).items():

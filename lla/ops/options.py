@@ -27,7 +27,7 @@ class Solver:
         iteration; ``"auto"`` takes the faster of the two for the head dimension, ridge and
         tolerance at hand, as measured in ``experiments/benchmarks``, and ``"cg"`` where the ridge
         is traced, `num_iters` is given or the platform was not measured. The Hopper kernels have
-        both up to 32 dimensions, and take ``"cg"`` for ``"auto"``.
+        both up to 32 dimensions, and a table of their own for ``"auto"``.
       tol: forward tolerance; None means 1e-6 for float32 inputs, 5e-4 for bfloat16, 1e-4 for
         float16, 1e-12 for float64. The Hopper kernels compare it with an estimate, averaged over
         64 queries, instead of a bound; their defaults are 1e-3 and 1.5e-3, and below 1e-3 they

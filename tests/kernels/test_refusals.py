@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import mosaic_gpu
+from lla.ops import auto, mosaic_gpu
 from lla.ops.problem import make_problem
 
 
@@ -43,6 +43,17 @@ def test_served_directly(head_dim):
     assert mosaic_gpu.refuse_shape(small) is None
     assert mosaic_gpu.use_direct(small)
     assert not mosaic_gpu.use_direct(problem(head_dim=64))
+
+
+def test_auto_follows_the_kernels_own_crossings(monkeypatch):
+    table = {"mosaic_gpu": {"bfloat16": {16: 2.0, 32: 0.5}}, "cpu": {"bfloat16": {32: 9.0}}}
+    monkeypatch.setattr(auto, "CROSSINGS", table)
+    usual = {"value_dim": 16, "head_dim": 16}
+    assert mosaic_gpu.use_direct(problem(**usual))  # ridge 1
+    assert not mosaic_gpu.use_direct(problem(head_dim=32, value_dim=32))
+    assert not mosaic_gpu.use_direct(problem(**usual, solver=lla.Solver("cg")))
+    # Wider values have kernels without it.
+    assert not mosaic_gpu.use_direct(problem(head_dim=16, value_dim=64))
 
 
 def test_named_implementation_says_why():
