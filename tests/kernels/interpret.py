@@ -107,6 +107,9 @@ CASES = {
     "lla_offset": Case("lla", ridge=0.01, offset=4.0),
     "lla_clustered": Case("lla", ridge=0.01, clusters=8),
     "lla_direct": Case("lla", 200, 200, head_dim=32, value_dim=24, ridge=0.01, direct=True),
+    "lla_direct_float16": Case(
+        "lla", head_dim=8, value_dim=16, dtype="float16", ridge=0.1, direct=True
+    ),
     "lla_direct_16": Case("lla", head_dim=16, value_dim=16, ridge="mixed", direct=True),
     "lla_direct_odd": Case(
         "lla", 70, 150, batch=2, kv_heads=2, head_dim=20, value_dim=32, ridge=0.1, direct=True,
