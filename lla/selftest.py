@@ -8,8 +8,9 @@ Errors are relative Frobenius norms. Bounds for float32: 1e-5 for a ridge of at 
 the members without a ridge), 1e-4 for at least 0.1, 1e-3 below, and ten times that for gradients.
 Bounds for bfloat16: twice the error of the exact result rounded once to bfloat16, plus 1e-5. The
 kernels round weights and probe besides: for local linear attention in bfloat16 their bounds are
-5e-3, and 2e-2 for gradients, at every ridge. Where few rows have a cotangent, whose errors do not
-average out, bounds are twice that.
+5e-3, and 2e-2 for gradients, at every ridge. Where few rows have a cotangent the tolerance of the
+solve does not average out of the gradients: elsewhere in bfloat16 theirs may be four times that of
+rounding.
 """
 
 from __future__ import annotations
@@ -240,13 +241,14 @@ def error_bound(
     ridge: float | None,
     gradient: bool,
     implementation: str = "xla",
+    faint: bool = False,
 ) -> float:
     """The bound in the module's docstring."""
     if implementation.startswith("mosaic") and dtype == "bfloat16" and ridge is not None:
         return 2e-2 if gradient else 5e-3
     if dtype == "bfloat16":
         rounded = expected.astype(jnp.bfloat16).astype(np.float64)
-        return 2 * relative_error(rounded, expected) + 1e-5
+        return (4 if faint else 2) * relative_error(rounded, expected) + 1e-5
     bound = 1e-5 if ridge is None or ridge >= 1 else 1e-4 if ridge >= 0.1 else 1e-3
     return 10 * bound if gradient else bound
 
@@ -294,18 +296,14 @@ def run_variant(
 def judge(result: Result, first, again, expected, faint: bool) -> None:
     """Fills in errors, bounds and the verdict."""
     out, gradients = first
-    factor = 2 if faint else 1
-
-    def bound_of(exact, gradient):
-        sort = (result.dtype, result.ridge, gradient, result.implementation)
-        return factor * error_bound(exact, *sort)
-
     result.error = relative_error(out, expected[0])
-    result.bound = bound_of(expected[0], False)
+    result.bound = error_bound(
+        expected[0], result.dtype, result.ridge, False, result.implementation
+    )
     worst = 0.0
     for name, exact in expected[1].items():
         error = relative_error(gradients[name], exact)
-        bound = bound_of(exact, True)
+        bound = error_bound(exact, result.dtype, result.ridge, True, result.implementation, faint)
         # Written so that NaN counts as worst.
         if result.gradient is None or not error / bound <= worst:
             worst = error / bound

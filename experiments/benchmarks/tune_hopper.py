@@ -165,14 +165,16 @@ def make_kernels(options, head_dim: int) -> dict:
     def preconditioned():
         zeros = jnp.zeros((b, n, head_dim, head_dim, t), jnp.float32)
         inverses = zeros.at[:, :, jnp.arange(head_dim), jnp.arange(head_dim)].set(0.1)
-        known = solve.Known(inverses, solution.log_sum_exp, solution.key_mean)
+        preconditioner = solve.Preconditioner(inverses, solution.log_sum_exp, solution.key_mean)
         iteration = dataclasses.replace(precise, max_iters=1)
 
         def run(config, *operands):
-            *operands, known = operands
-            return solve.solve(shape, mask, config, iteration, *operands, known=known).high
+            *operands, preconditioner = operands
+            return solve.solve(
+                shape, mask, config, iteration, *operands, preconditioner=preconditioner
+            ).high
 
-        return run, (query, key, scale, ridge, masking, known)
+        return run, (query, key, scale, ridge, masking, preconditioner)
 
     direct = {}
     if head_dim == configs.DIRECT_DIM:
@@ -181,7 +183,7 @@ def make_kernels(options, head_dim: int) -> dict:
             "moments_16": summing(16),
             "invert": inverting(head_dim),
             "invert_16": inverting(16),
-            "solve_known": preconditioned(),
+            "solve_direct": preconditioned(),
         }
     return direct | {
         "solve": solving(plain, None),

@@ -28,8 +28,8 @@ class Configs:
     query_gradients: Config
     key_gradients: Config
     key_gradients_split: Config  # with directions in two parts
-    # Of the direct method: the solve in two parts with known inverses, and their sums.
-    solve_known: Config | None = None
+    # Of the direct method: the solve in two parts with a preconditioner, and the sums for it.
+    solve_direct: Config | None = None
     moments: Config | None = None
 
 
@@ -46,7 +46,7 @@ _TABLE = {
         query_gradients=Config(**_THREE, stages=4, hold_sums=False),
         key_gradients=Config(stages=4, hold_sums=False),
         key_gradients_split=Config(stages=4, hold_sums=False),
-        solve_known=Config(stages=6, hold_sums=False),
+        solve_direct=Config(stages=6, hold_sums=False),
         moments=Config(**_THREE, block=32, stages=8),
     ),
     64: Configs(

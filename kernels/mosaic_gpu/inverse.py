@@ -83,7 +83,7 @@ def products(key: jax.Array, length: jax.Array, dim: int) -> tuple[jax.Array, ja
       length: int32 ``[B]``, how many of the keys exist.
       dim: `system_dim`; entries of a key beyond are zero.
     """
-    b, s, k, d = key.shape
+    b, s, k, _ = key.shape
     key = key.astype(jnp.float32)[..., :dim]
     key = jnp.pad(key, [(0, 0)] * 3 + [(0, dim - key.shape[-1])])
     exists = jnp.arange(s, dtype=jnp.int32)[None, :, None, None] < length[:, None, None, None]
@@ -435,7 +435,7 @@ class _Invert:
 # Products
 
 
-def times(rows: QueryRows, inverse, r):
+def apply_inverse(rows: QueryRows, inverse, r):
     """The inverses of a warpgroup's 64 rows times ``r [64, D]``, a `MATRIX`."""
     r = plgpu.layout_cast(r, TURNED)
     # An iota made in that layout is wrong on hardware (JAX 0.11.2), right in the interpreter.

@@ -89,7 +89,7 @@ class Adjoint(NamedTuple):
     probe_square: jax.Array | None = None
 
 
-class Known(NamedTuple):
+class Preconditioner(NamedTuple):
     """What the direct method has computed before the solve.
 
     `inverse` comes from `lla.kernels.mosaic_gpu.inverse.inverse_systems`, the rest from a forward
@@ -128,14 +128,14 @@ def solve(
     masking: Masking,
     adjoint: Adjoint | None = None,
     choice: Choice | None = None,
-    known: Known | None = None,
+    preconditioner: Preconditioner | None = None,
     *,
     interpret: Any = None,
 ) -> Solution:
     """Solves for all rows; `scale` and `ridge` are ``[B, N, T]`` float32.
 
-    With a `choice`, the tiles it marks follow its iteration instead of `iteration`. What is `known`
-    preconditions; its mean key and log-sum-exp are not in the results.
+    With a `choice`, the tiles it marks follow its iteration instead of `iteration`. With a
+    `preconditioner` its mean key and log-sum-exp are not in the results again.
     """
     env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups
@@ -150,9 +150,9 @@ def solve(
     }
     if not forward:
         outputs["cotangent_mean"] = shape.rows()
-    elif known is None:
+    elif preconditioner is None:
         outputs["log_sum_exp"] = shape.rows()
-    if (known is None) if forward else (adjoint.key_mean is None):
+    if (preconditioner is None) if forward else (adjoint.key_mean is None):
         outputs["key_mean"] = shape.queries(jnp.float32)
 
     wide = plgpu.SMEM((count, ROW_BLOCK, shape.head_dim), jnp.float32, transforms=wide_transforms())
@@ -185,7 +185,7 @@ def solve(
         "masking": masking.operands(),
         "adjoint": adjoint,
         "marked": None if choice is None else choice.marked,
-        "known": known,
+        "preconditioner": preconditioner,
     }
     body = functools.partial(_body, env, iteration, None if choice is None else choice.iteration)
     results = launch(
@@ -234,7 +234,7 @@ def _body(env: Environment, iteration: Iteration, other: Iteration | None, given
 
 def _target_known(given) -> bool:
     """Whether the solve starts without a pass for its right-hand side."""
-    return given["adjoint"] is None and given["known"] is not None
+    return given["adjoint"] is None and given["preconditioner"] is not None
 
 
 def _hand_on(env, iteration, given, scratch, tiles, w, keys: Ring, values: Ring | None):

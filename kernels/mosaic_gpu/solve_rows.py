@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lla.kernels.mosaic_gpu.inverse import times
+from lla.kernels.mosaic_gpu.inverse import apply_inverse
 from lla.kernels.mosaic_gpu.launch import Ring
 from lla.kernels.mosaic_gpu.rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
@@ -116,7 +116,7 @@ class SolveRows(QueryRows):
 
     @property
     def preconditioned(self) -> bool:
-        return self.given["known"] is not None
+        return self.given["preconditioner"] is not None
 
     def load(self, name: str, member: int | None = None):
         """A warpgroup's part of the scratch array `name`."""
@@ -127,7 +127,7 @@ class SolveRows(QueryRows):
         """The mean key ``[B, T, N, D]`` in global memory."""
         if "key_mean" in self.out:
             return self.out["key_mean"]
-        return self.given["known" if self.forward else "adjoint"].key_mean
+        return self.given["preconditioner" if self.forward else "adjoint"].key_mean
 
     def centre(self):
         """The mean key that a product is centred with, ``[64, D]``.
@@ -226,7 +226,7 @@ class SolveRows(QueryRows):
     def known_target(self):
         """The same from statistics that are given, without a tile."""
         mean = self.reload_mean()
-        some = self.row_vector(self.given["known"].log_sum_exp) < jnp.inf
+        some = self.row_vector(self.given["preconditioner"].log_sum_exp) < jnp.inf
         return jnp.int32(0), self.target(mean, some), mean
 
     def adjoint_target(self):
@@ -290,7 +290,7 @@ class SolveRows(QueryRows):
         """Conjugate gradients from zero; the rule of ``kernels/README.md`` ends them."""
         scale, ids = self.scale_and_ids()
         if self.forward and self.preconditioned:
-            log_sum_exp = self.row_vector(self.given["known"].log_sum_exp)
+            log_sum_exp = self.row_vector(self.given["preconditioner"].log_sum_exp)
         elif self.forward:
             log_sum_exp = self.load_row("log_sum_exp")
         else:
@@ -353,7 +353,7 @@ class SolveRows(QueryRows):
         square = row_dot(r, r)
         if not self.preconditioned:
             return r, square, square / ridge
-        z = times(self, self.given["known"].inverse, r)
+        z = apply_inverse(self, self.given["preconditioner"].inverse, r)
         rz = row_dot(r, z)
         good = (rz > 0) & (rz < 1e30)
         z = jnp.where(by_row(good, z.shape), z, r)

@@ -93,7 +93,7 @@ class _Spec:
     def solve_config(self):
         """The configuration of both solves."""
         if self.direct is not None:
-            return self.configs.solve_known
+            return self.configs.solve_direct
         if self.precise_forward is not None:
             return self.configs.solve_mixed
         return self.configs.solve_precise if self.forward.precise else self.configs.solve
@@ -323,8 +323,8 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
         else:
             first = solve(dataclasses.replace(spec.forward, tol=None, max_iters=0))
             inverse = _inverse(spec, operands, masking, first.log_sum_exp)
-            known = solve_kernel.Known(inverse, first.log_sum_exp, first.key_mean)
-            solution = solve(spec.forward, known=known)
+            preconditioner = solve_kernel.Preconditioner(inverse, first.log_sum_exp, first.key_mean)
+            solution = solve(spec.forward, preconditioner=preconditioner)
             solution = solution._replace(key_mean=first.key_mean, log_sum_exp=first.log_sum_exp)
         solved = attend_kernel.Solved(
             solution.log_sum_exp,
@@ -387,9 +387,11 @@ def _backward(
         probe_square = jnp.swapaxes(jnp.square(solution).sum(-1), 1, 2)
     if spec.member != "softmax":
         iteration = spec.backward if spec.member == "lla" else solve_kernel.Iteration(None, 0)
-        known = None
+        preconditioner = None
         if spec.direct is not None:
-            known = solve_kernel.Known(_inverse(spec, operands, masking, saved.log_sum_exp))
+            preconditioner = solve_kernel.Preconditioner(
+                _inverse(spec, operands, masking, saved.log_sum_exp)
+            )
         adjoint = solve_kernel.solve(
             spec.shape, spec.mask, spec.solve_config, iteration, query, key, scale, ridge,
             masking,
@@ -397,7 +399,7 @@ def _backward(
                 value, cotangent, saved.log_sum_exp, delta, saved.key_mean, probe_square
             ),
             _choice(spec.precise_backward, marked),
-            known,
+            preconditioner,
             interpret=spec.interpret,
         )  # fmt: skip
         cotangent_mean = adjoint.cotangent_mean

@@ -67,18 +67,22 @@ device_description_str: "NVIDIA H200"
 DECODED = (64, 128)  # head dimensions of the decoding kernels
 
 
-def kernels(head_dim: int):
-    """Name, function and arguments of every kernel."""
+def call(head_dim: int):
+    """Sizes and masks of a call, and what its kernels are given."""
     b, t, n = 2, 512, 4
     shape = launch.Shape(b, t, t, n // 2, 2, head_dim, jnp.dtype(jnp.bfloat16))
-    mask, chosen = tile.MaskSpec(True, None, False), configs.choose(head_dim)
-    query, key, row = shape.queries(), shape.keys(), shape.rows()
-    mean = shape.queries(jnp.float32)
     masking = launch.Masking(jax.ShapeDtypeStruct((b, 2), jnp.int32), None, None)
+    arrays = shape.queries(), shape.keys(), shape.rows(), shape.queries(jnp.float32)
+    return shape, tile.MaskSpec(True, None, False), configs.choose(head_dim), masking, *arrays
+
+
+def kernels(head_dim: int):
+    """Name, function and arguments of every kernel."""
+    shape, mask, chosen, masking, query, key, row, mean = call(head_dim)
     rows = gradients.Rows(row, row, row)
     directions = gradients.Directions(query, row, query, query, mean)
 
-    marked = jax.ShapeDtypeStruct((b, n, t // 64), jnp.int32)
+    marked = jax.ShapeDtypeStruct((*row.shape[:2], row.shape[2] // 64), jnp.int32)
 
     def solving(mode, adjoint):
         iteration = solve.Iteration(3e-3, 32, mode == "precise")
@@ -131,14 +135,10 @@ def kernels(head_dim: int):
 
 def direct_kernels(head_dim: int, dim: int):
     """Name, function and arguments of the direct solver's kernels for systems of `dim` rows."""
-    b, t, n = 2, 512, 4
-    shape = launch.Shape(b, t, t, n // 2, 2, head_dim, jnp.dtype(jnp.bfloat16))
-    mask, chosen = tile.MaskSpec(True, None, False), configs.choose(head_dim)
-    query, key, row = shape.queries(), shape.keys(), shape.rows()
-    mean = shape.queries(jnp.float32)
-    masking = launch.Masking(jax.ShapeDtypeStruct((b, 2), jnp.int32), None, None)
+    shape, mask, chosen, masking, query, key, row, mean = call(head_dim)
+    b, t, n = shape.batch, shape.num_queries, shape.heads
     sums = inverse.num_sums(dim)
-    parts = (jax.ShapeDtypeStruct((b, t, n // 2, sums), jnp.bfloat16),) * 2
+    parts = (jax.ShapeDtypeStruct((*key.shape[:3], sums), jnp.bfloat16),) * 2
     yield (
         f"moments_{dim}",
         lambda *a: inverse.moments(shape, mask, chosen.moments, *a),
@@ -149,14 +149,14 @@ def direct_kernels(head_dim: int, dim: int):
     inverses = jax.ShapeDtypeStruct((b, n, dim, head_dim, t), jnp.float32)
     iteration = solve.Iteration(1e-3, 256, True)
     adjoint = solve.Adjoint(key, query, row, row, mean, row)
-    for name, known, extra in (
-        ("solve", solve.Known(inverses, row, mean), None),
-        ("adjoint", solve.Known(inverses), adjoint),
+    for name, preconditioner, extra in (
+        ("solve", solve.Preconditioner(inverses, row, mean), None),
+        ("adjoint", solve.Preconditioner(inverses), adjoint),
     ):
         yield (
-            f"{name}_known_{dim}",
-            lambda *a: solve.solve(shape, mask, chosen.solve_known, iteration, *a),
-            (query, key, row, row, masking, extra, None, known),
+            f"{name}_direct_{dim}",
+            lambda *a: solve.solve(shape, mask, chosen.solve_direct, iteration, *a),
+            (query, key, row, row, masking, extra, None, preconditioner),
         )
 
 

@@ -133,6 +133,14 @@ def test_a_system_that_rounding_spoils_has_no_inverse(monkeypatch, dim, scale):
     assert np.linalg.eigvalsh(found[~none].astype(np.float64)).min() > 0
 
 
+def test_what_is_served_directly_is_what_can_be_inverted():
+    from lla.kernels.mosaic_gpu import configs, inverse
+    from lla.ops import mosaic_gpu
+
+    assert mosaic_gpu._MAX_DIRECT_DIM == configs.DIRECT_DIM == inverse.system_dim(17)
+    assert configs.choose(configs.DIRECT_DIM).solve_direct is not None
+
+
 def test_products_of_keys():
     from lla.kernels.mosaic_gpu import inverse
 
