@@ -41,6 +41,7 @@ from lla.kernels.mosaic_gpu.tile import (
     TURNED,
     Arithmetic,
     MaskSpec,
+    Turned,
     by_row,
     full,
     narrow_transforms,
@@ -73,7 +74,7 @@ def num_sums(dim: int) -> int:
 
 
 def products(key: jax.Array, length: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
-    """What is summed for every key, in two parts ``[B, S, K, F]``.
+    """What is summed for every key, in two parts ``[B, K, F, S]``.
 
     Keys are taken relative to the mean of those of the sequence. A key that is not finite is left
     out of that mean, since earlier queries do not see it.
@@ -83,20 +84,25 @@ def products(key: jax.Array, length: jax.Array, dim: int) -> tuple[jax.Array, ja
       length: int32 ``[B]``, how many of the keys exist.
       dim: `system_dim`; entries of a key beyond are zero.
     """
-    b, s, k, _ = key.shape
-    key = key.astype(jnp.float32)[..., :dim]
-    key = jnp.pad(key, [(0, 0)] * 3 + [(0, dim - key.shape[-1])])
-    exists = jnp.arange(s, dtype=jnp.int32)[None, :, None, None] < length[:, None, None, None]
-    exists = exists & jnp.isfinite(key).all(-1, keepdims=True)
-    count = jnp.maximum(exists.sum(1, keepdims=True), 1).astype(jnp.float32)
-    key = key - jnp.where(exists, key, 0.0).sum(1, keepdims=True) / count
+    s = key.shape[1]
+    key = jnp.moveaxis(key[..., :dim].astype(jnp.float32), 1, -1)
+    key = jnp.pad(key, [(0, 0), (0, 0), (0, dim - key.shape[2]), (0, 0)])
+    exists = jnp.arange(s, dtype=jnp.int32)[None, None, None] < length[:, None, None, None]
+    exists = exists & jnp.isfinite(key).all(2, keepdims=True)
+    count = jnp.maximum(exists.sum(-1, keepdims=True), 1).astype(jnp.float32)
     # Coordinates beyond those of the head stay zero.
-    squares = [key[..., i : i + 1] * key[..., : i + 1] for i in range(dim)]
-    ones = jnp.ones((b, s, k, 1), jnp.float32)
-    found = jnp.concatenate([*squares, key, ones], axis=-1)
-    found = jnp.pad(found, [(0, 0)] * 3 + [(0, num_sums(dim) - found.shape[-1])])
-    high = lax.reduce_precision(found, exponent_bits=8, mantissa_bits=7)  # not optimised away
-    return high.astype(_DTYPE), (found - high).astype(_DTYPE)
+    key = key - jnp.where(exists, key, 0.0).sum(-1, keepdims=True) / count
+    found = [key[:, :, i : i + 1] * key[:, :, : i + 1] for i in range(dim)]
+    found += [key, jnp.ones_like(key[:, :, :1])]
+    rest = num_sums(dim) - sum(array.shape[2] for array in found)
+    found.append(jnp.zeros_like(key, shape=(*key.shape[:2], rest, s)))
+
+    def high(array):  # in a form that is not optimised away
+        return lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
+
+    # One part after the other, so that nothing is written in float32.
+    parts = [high(array) for array in found], [array - high(array) for array in found]
+    return tuple(jnp.concatenate(part, axis=2).astype(_DTYPE) for part in parts)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "head_dim", "interpret"))
@@ -144,11 +150,11 @@ def moments(
 ) -> jax.Array:  # fmt: skip
     """``sum_j p_ij (high_j + low_j)`` for the two `parts`, float32 ``[B, N, F, T]``."""
     env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
-    groups = parts[0].shape[-1] // COLUMNS
+    groups = parts[0].shape[2] // COLUMNS
     size = (shape.batch, shape.heads, groups * COLUMNS, shape.num_queries)
     tile = plgpu.SMEM(
-        (config.stages, config.block, COLUMNS), _DTYPE,
-        transforms=narrow_transforms(config.block, COLUMNS),
+        (config.stages, COLUMNS, config.block), _DTYPE,
+        transforms=narrow_transforms(config.block),
     )  # fmt: skip
     keys = plgpu.SMEM(
         (config.stages, config.block, shape.head_dim), shape.dtype,
@@ -215,7 +221,7 @@ def _sum_body(env: Environment, groups: int, given, out, scratch):
         def stream(j, t):
             keys = pl.ds(j * block, block)
             sources = [given["key"].at[place.b, keys, place.kv_head]]
-            sources += [part.at[place.b, keys, place.kv_head, columns] for part in given["parts"]]
+            sources += [part.at[place.b, place.kv_head, columns, keys] for part in given["parts"]]
             return ring.fill(t, sources)
 
         ring.drain(lax.fori_loop(tiles.low, tiles.high, stream, jnp.int32(0)))
@@ -246,7 +252,7 @@ class _SumRows(QueryRows):
                 return weights.astype(_DTYPE)
 
             weights = arithmetic.with_products(block, use, [(query, keys)])
-            add([(weights, high), (weights, low)])
+            add([(weights, Turned(high)), (weights, Turned(low))])
             self.ring.done(slot)
             return t + 1
 

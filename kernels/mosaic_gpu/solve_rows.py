@@ -319,9 +319,13 @@ class SolveRows(QueryRows):
             contraction = rz / jnp.where(state.rz > 0, state.rz, one)
             rate = jnp.minimum(0.95, jnp.maximum(contraction, state.contraction))
             fast = contraction < 0.3
-            # Step lengths of a preconditioned system are near 1 from the first on.
-            usual = 1.0 if self.preconditioned else jnp.where(state.count == 0, 0.75, 1.0)
-            free = jnp.where(fast, length * usual, 0.0)
+            free = length
+            if not self.preconditioned:  # where step lengths are near 1 from the first on
+                # The second step is shorter than the first, later ones are much alike.
+                first = jnp.where(state.count == 0, 1.0, 0.0)
+                share = jnp.minimum(length * ridge, 0.999)
+                free = length * (1 - share) / (1 - share + first * contraction * share)
+            free = jnp.where(fast, free, 0.0)
             error = length * rz * jnp.where(fast, rate, one) / (1 - rate)
             left = energy
             if not self.forward and self.iteration.precise:

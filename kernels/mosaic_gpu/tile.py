@@ -131,7 +131,7 @@ class Arithmetic:
         return pl.run_scoped(issue, *scratch)
 
     def _issue(self, accumulator, a, b):
-        plgpu.wgmma(accumulator, a, b)
+        plgpu.wgmma(accumulator, a, b.ref.transpose((1, 0)) if isinstance(b, Turned) else b)
         self.issued[0] += 1
 
     def _read(self, accumulator, number: int):
@@ -145,11 +145,12 @@ class Arithmetic:
     def accumulate(self, totals, *sums):
         """Adds the products ``a @ b`` of every list of pairs to the total at the same place.
 
-        ``a [64, n]`` in registers, ``b [n, c]`` in shared memory. Waits for the result.
+        ``a [64, n]`` in registers, ``b [n, c]`` in shared memory, or ``b [c, n]`` as a `Turned`
+        one. Waits for the result.
         """
         if self.interpreted:
             return tuple(
-                total + sum(self._dot(a, b, False) for a, b in pairs)
+                total + sum(self._product(a, b) for a, b in pairs)
                 for total, pairs in zip(totals, sums, strict=True)
             )
 
@@ -167,20 +168,14 @@ class Arithmetic:
         for the result.
         """
         if self.interpreted:
-
-            def product(a, b):
-                turned = isinstance(b, Turned)
-                return self._dot(a[...].T, b.ref if turned else b, turned)
-
             return tuple(
-                total + sum(product(a, b) for a, b in pairs)
+                total + sum(self._product(a[...].T, b) for a, b in pairs)
                 for total, pairs in zip(totals, sums, strict=True)
             )
 
         def issue(accumulators):
             for accumulator, pairs in zip(accumulators, sums, strict=True):
                 for a, b in pairs:
-                    b = b.ref.transpose((1, 0)) if isinstance(b, Turned) else b
                     self._issue(accumulator, a.transpose((1, 0)), b)
 
         return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))
@@ -220,6 +215,9 @@ class Arithmetic:
 
         scratch = [plgpu.ACC((ROW_BLOCK, c), jnp.float32) for c in columns]
         return pl.run_scoped(scoped, *scratch)
+
+    def _product(self, a, b):
+        return self._dot(a, b.ref, True) if isinstance(b, Turned) else self._dot(a, b, False)
 
     def _dot(self, a, b, transposed: bool):
         a = a if isinstance(a, jax.Array) else a[...]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import default_device, match_varying
@@ -21,6 +22,8 @@ from lla.ops.xla import RESIDUAL_NAMES
 
 _MAX_HEAD_DIM = 128
 _MAX_DIRECT_DIM = 32
+# What the inverse systems of the direct solver may take at a time, those of one sequence at least.
+_INVERSE_BYTES = 2**30
 # Estimated relative error of the effective weights at which a tile stops; see kernels/README.md.
 _TOLERANCES = {"large": (1e-3, 3e-3), "medium": (1.5e-3, 5e-3), "small": (1e-3, 1e-3)}
 _LARGE_RIDGE = 10.0
@@ -313,19 +316,15 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     iterations = jnp.zeros(scale.shape, jnp.int32)
     residual = jnp.zeros(scale.shape, jnp.float32)
     if spec.member == "lla":
-        solve = functools.partial(
-            solve_kernel.solve, spec.shape, spec.mask, spec.solve_config,
-            query=query, key=key, scale=scale, ridge=ridge, masking=masking,
-            interpret=spec.interpret,
-        )  # fmt: skip
         if spec.direct is None:
-            solution = solve(spec.forward, choice=_choice(spec.precise_forward, marked))
+            solution = solve_kernel.solve(
+                spec.shape, spec.mask, spec.solve_config, spec.forward, query, key, scale, ridge,
+                masking, choice=_choice(spec.precise_forward, marked), interpret=spec.interpret,
+            )  # fmt: skip
         else:
-            first = solve(dataclasses.replace(spec.forward, tol=None, max_iters=0))
-            inverse = _inverse(spec, operands, masking, first.log_sum_exp)
-            preconditioner = solve_kernel.Preconditioner(inverse, first.log_sum_exp, first.key_mean)
-            solution = solve(spec.forward, preconditioner=preconditioner)
-            solution = solution._replace(key_mean=first.key_mean, log_sum_exp=first.log_sum_exp)
+            solution = _by_sequences(
+                spec, functools.partial(_solve_directly, spec), query, key, scale, ridge, masking
+            )
         solved = attend_kernel.Solved(
             solution.log_sum_exp,
             solution.shift if spec.split else solution.shift_high,
@@ -354,12 +353,59 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     return saved, Stats(natural, iterations, residual)
 
 
-def _inverse(spec: _Spec, operands: _Operands, masking, log_sum_exp) -> jax.Array:
+def _by_sequences(spec: _Spec, function, *operands):
+    """``function(shape, *operands)`` for as many sequences at a time as `_INVERSE_BYTES` allow."""
+    from lla.kernels.mosaic_gpu.inverse import system_dim
+
+    batch, rows = spec.shape.batch, spec.shape.heads * spec.shape.num_queries
+    each = 4 * system_dim(spec.direct) * spec.shape.head_dim * rows
+    fitting = [n for n in range(1, batch + 1) if batch % n == 0 and n * each <= _INVERSE_BYTES]
+    count = max(fitting, default=1)
+    shape = dataclasses.replace(spec.shape, batch=count)
+    if count == batch:
+        return function(shape, *operands)
+    divided = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]), operands)
+    results = lax.map(lambda part: function(shape, *part), divided)
+    return jax.tree.map(lambda a: a.reshape(batch, *a.shape[2:]), results)
+
+
+def _solve_directly(spec: _Spec, shape, query, key, scale, ridge, masking):
+    """The forward solve by inverse systems."""
+    from lla.kernels.mosaic_gpu import solve as solve_kernel
+
+    solve = functools.partial(
+        solve_kernel.solve, shape, spec.mask, spec.solve_config,
+        query=query, key=key, scale=scale, ridge=ridge, masking=masking, interpret=spec.interpret,
+    )  # fmt: skip
+    first = solve(dataclasses.replace(spec.forward, tol=None, max_iters=0))
+    known = first.log_sum_exp, first.key_mean
+    inverse = _inverse(spec, shape, query, key, scale, ridge, masking, first.log_sum_exp)
+    solution = solve(spec.forward, preconditioner=solve_kernel.Preconditioner(inverse, *known))
+    return solution._replace(log_sum_exp=known[0], key_mean=known[1])
+
+
+def _adjoint_directly(spec: _Spec, shape, query, key, scale, ridge, masking, adjoint):
+    """The adjoint solve by inverse systems, which are formed again.
+
+    Without the barrier the compiler would find that they are those of the forward pass, and keep
+    them until here.
+    """
+    from lla.kernels.mosaic_gpu import solve as solve_kernel
+
+    again = lax.optimization_barrier((key, adjoint.log_sum_exp, adjoint.cotangent))[:2]
+    inverse = _inverse(spec, shape, query, again[0], scale, ridge, masking, again[1])
+    return solve_kernel.solve(
+        shape, spec.mask, spec.solve_config, spec.backward, query, key, scale, ridge, masking,
+        adjoint, preconditioner=solve_kernel.Preconditioner(inverse), interpret=spec.interpret,
+    )  # fmt: skip
+
+
+def _inverse(spec: _Spec, shape, query, key, scale, ridge, masking, log_sum_exp) -> jax.Array:
     from lla.kernels.mosaic_gpu.inverse import inverse_systems
 
     return inverse_systems(
-        spec.shape, spec.mask, spec.configs.moments, spec.direct, operands.query, operands.key,
-        operands.scale, operands.ridge, log_sum_exp, masking, interpret=spec.interpret,
+        shape, spec.mask, spec.configs.moments, spec.direct, query, key, scale, ridge, log_sum_exp,
+        masking, interpret=spec.interpret,
     )  # fmt: skip
 
 
@@ -386,22 +432,20 @@ def _backward(
         solution = saved.high.astype(f32) + saved.low.astype(f32)
         probe_square = jnp.swapaxes(jnp.square(solution).sum(-1), 1, 2)
     if spec.member != "softmax":
-        iteration = spec.backward if spec.member == "lla" else solve_kernel.Iteration(None, 0)
-        preconditioner = None
-        if spec.direct is not None:
-            preconditioner = solve_kernel.Preconditioner(
-                _inverse(spec, operands, masking, saved.log_sum_exp)
-            )
-        adjoint = solve_kernel.solve(
-            spec.shape, spec.mask, spec.solve_config, iteration, query, key, scale, ridge,
-            masking,
-            solve_kernel.Adjoint(
-                value, cotangent, saved.log_sum_exp, delta, saved.key_mean, probe_square
-            ),
-            _choice(spec.precise_backward, marked),
-            preconditioner,
-            interpret=spec.interpret,
-        )  # fmt: skip
+        target = solve_kernel.Adjoint(
+            value, cotangent, saved.log_sum_exp, delta, saved.key_mean, probe_square
+        )
+        if spec.direct is None:
+            iteration = spec.backward if spec.member == "lla" else solve_kernel.Iteration(None, 0)
+            adjoint = solve_kernel.solve(
+                spec.shape, spec.mask, spec.solve_config, iteration, query, key, scale, ridge,
+                masking, target, _choice(spec.precise_backward, marked), interpret=spec.interpret,
+            )  # fmt: skip
+        else:
+            adjoint = _by_sequences(
+                spec, functools.partial(_adjoint_directly, spec), query, key, scale, ridge,
+                masking, target,
+            )  # fmt: skip
         cotangent_mean = adjoint.cotangent_mean
         if spec.member == "lla":
             full_mean = cotangent_mean + adjoint.shift

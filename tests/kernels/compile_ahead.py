@@ -4,7 +4,8 @@
     python tests/kernels/compile_ahead.py
 
 Prints a line ``kernel NAME`` before what the assembler says of it (spills, serialized products),
-and lines ``step NAME COUNT``: the kernels that a decoding step of one sequence launches, all told.
+and lines ``step NAME COUNT``: the kernels that a decoding step of one sequence launches, all told;
+``layers COUNT BYTES``: temporary memory for the gradients of layers that solve directly.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def direct_kernels(head_dim: int, dim: int):
     shape, mask, chosen, masking, query, key, row, mean = call(head_dim)
     b, t, n = shape.batch, shape.num_queries, shape.heads
     sums = inverse.num_sums(dim)
-    parts = (jax.ShapeDtypeStruct((*key.shape[:3], sums), jnp.bfloat16),) * 2
+    parts = (jax.ShapeDtypeStruct((b, key.shape[2], sums, key.shape[1]), jnp.bfloat16),) * 2
     yield (
         f"moments_{dim}",
         lambda *a: inverse.moments(shape, mask, chosen.moments, *a),
@@ -204,6 +205,21 @@ def step(member):
     return lambda cache, *a: lla.softmax_decode_step(*a, cache, **options), (cache, *tokens)
 
 
+def layers(count: int):
+    """The gradients of some layers that solve directly, and their arguments."""
+
+    def loss(query, key, value):
+        for _ in range(count):
+            query = lla.local_linear_attention(
+                query, key, value, ridge=0.01, solver=lla.Solver("direct"),
+                implementation="mosaic_gpu",
+            )  # fmt: skip
+        return jnp.square(query.astype(jnp.float32)).sum()
+
+    arguments = [jax.ShapeDtypeStruct((1, 1024, 4, 32), jnp.bfloat16)] * 3
+    return jax.grad(loss, (0, 1, 2)), arguments
+
+
 def launches(compiled) -> int:
     """Kernels of a program, whose fused computations hold no calls of their own."""
     return len(re.findall(r" (?:fusion|custom-call|copy)\(", compiled.as_text()))
@@ -216,6 +232,15 @@ def main():
     )
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.P())
+
+    def compile_for_gpu(function, arguments, **options):
+        placed = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+        )
+        with jax.set_mesh(mesh):
+            traced = jax.jit(function, **options).trace(*placed)
+            return traced.lower(lowering_platforms=("cuda",)).compile()
+
     for head_dim in configs.HEAD_DIMS:
         groups = (1, 4) if head_dim in DECODED else ()
         decoding = [decoding_kernels(head_dim, group) for group in groups]
@@ -223,22 +248,14 @@ def main():
         direct = [direct_kernels(head_dim, dim) for dim in dims]
         for name, function, arguments in itertools.chain(kernels(head_dim), *direct, *decoding):
             print(f"kernel {name}_{head_dim}", flush=True)
-            placed = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
-            )
-            with jax.set_mesh(mesh):
-                traced = jax.jit(function).trace(*placed)
-                traced.lower(lowering_platforms=("cuda",)).compile()
+            compile_for_gpu(function, arguments)
             sys.stdout.flush()
     for member in ("softmax", "lla"):
-        function, arguments = step(member)
-        placed = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
-        )
-        with jax.set_mesh(mesh):
-            traced = jax.jit(function, donate_argnums=0).trace(*placed)
-            compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+        compiled = compile_for_gpu(*step(member), donate_argnums=0)
         print(f"step {member} {launches(compiled)}", flush=True)
+    for count in (2, 3):
+        compiled = compile_for_gpu(*layers(count))
+        print(f"layers {count} {compiled.memory_analysis().temp_size_in_bytes}", flush=True)
 
 
 if __name__ == "__main__":

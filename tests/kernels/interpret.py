@@ -45,7 +45,8 @@ class Case:
     queries; the rows of three come out even for no number of queries here. With an `offset`, times
     one normal vector, that all keys share, products are cut off as on tensor cores. With `clusters`
     queries and keys are near that many points: few keys explain the cotangents almost completely,
-    along with probes of very different length.
+    along with probes of very different length. `single` lets the direct solver have the inverse
+    systems of one sequence at a time.
     """
 
     member: str
@@ -65,6 +66,7 @@ class Case:
     offset: float = 0.0
     clusters: int = 0
     direct: bool = False
+    single: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -122,7 +124,7 @@ CASES = {
         "lla", head_dim=32, value_dim=32, ridge=0.01, offset=4.0, direct=True
     ),
     "lla_direct_lengths": Case(
-        "lla", batch=3, head_dim=32, value_dim=32, direct=True,
+        "lla", batch=3, head_dim=32, value_dim=32, direct=True, single=True,
         options={"key_value_seq_lengths": [128, 70, 0], "is_causal": False},
     ),
     "lla_ridge_10": Case("lla", ridge=10.0),
@@ -195,7 +197,7 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from lla.kernels.mosaic_gpu import configs, tile
-    from lla.ops.mosaic_gpu import mosaic_gpu
+    from lla.ops import mosaic_gpu as operator
     from lla.ops.problem import make_problem
     from lla.ops.reference import reference
 
@@ -236,6 +238,8 @@ def run(case: Case, races: bool) -> dict[str, Any]:
             options[name] = np.asarray(options[name], np.int32)
     if case.direct:
         options["solver"] = lla.Solver("direct")
+    if case.single:
+        operator._INVERSE_BYTES = 1
     if case.member == "lla":
         if not isinstance(case.ridge, float):
             arrays["ridge"] = np.ones(rows, np.float32)
@@ -272,7 +276,9 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     )
     parameters = plgpu.InterpretGPUParams(detect_races=races)
     states = record_race_detectors()
-    actual = evaluate(lambda problem: mosaic_gpu(problem, configs=chosen, interpret=parameters))
+    actual = evaluate(
+        lambda problem: operator.mosaic_gpu(problem, configs=chosen, interpret=parameters)
+    )
     actual = jax.tree.map(lambda a: np.asarray(a, np.float64), actual)
     with jax.enable_x64(True):
         exact = jax.tree.map(np.asarray, evaluate(reference, np.float64))

@@ -151,17 +151,18 @@ def test_products_of_keys():
     length = jnp.asarray([40, 25])
     high, low = jax.jit(inverse.products, static_argnums=2)(key, length, 32)
     assert high.dtype == low.dtype == jnp.bfloat16
-    assert high.shape == low.shape == (2, 40, 3, inverse.num_sums(32)) == (2, 40, 3, 576)
+    assert high.shape == low.shape == (2, 3, inverse.num_sums(32), 40) == (2, 3, 576, 40)
+    high, low = (np.moveaxis(np.asarray(part, np.float64), -1, 1) for part in (high, low))
     exact = np.asarray(key, np.float64)
     a, b = np.tril_indices(32)
     for sequence in range(2):
         there = [j for j in range(int(length[sequence])) if (sequence, j) != (0, 30)]
         keys = exact[sequence] - exact[sequence, there].mean(0)
         want = np.concatenate([keys[..., a] * keys[..., b], keys, np.ones((40, 3, 1))], -1)
-        found = np.asarray(high[sequence], np.float64) + np.asarray(low[sequence], np.float64)
+        found = high[sequence] + low[sequence]
         assert (found[..., want.shape[-1] :] == 0).all()
         found = found[..., : want.shape[-1]]
         error = np.abs(found - want)[there] / np.maximum(1, np.abs(want[there]))
         assert error.max() < 2.0**-15
-        coarse = np.abs(np.asarray(high[sequence], np.float64)[..., : want.shape[-1]] - want)[there]
+        coarse = np.abs(high[sequence][..., : want.shape[-1]] - want)[there]
         assert coarse.max() > 2.0**-10  # the second part is needed, and not optimised away
