@@ -152,7 +152,7 @@ def make_kernels(options, head_dim: int) -> dict:
         return run, operands + (() if marked is None else (marked,))
 
     def summing(dim):
-        parts = inverse.products(key, masking.numbers[:, 1], dim)
+        parts = inverse.products(inverse.centred(key, masking.numbers[:, 1], dim))
         return (
             lambda config, *a: inverse.moments(shape, mask, config, *a),
             (query, key, parts, scale, solution.log_sum_exp, masking),

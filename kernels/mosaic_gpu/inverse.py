@@ -54,7 +54,7 @@ LOADS = 4
 """Columns of an inverse that are loaded at a time."""
 
 _BLOCK = 16  # rows and columns of what is inverted in registers
-_ROWS = 128  # of a program instance that inverts, one a thread
+_ROWS = 128  # or keys, of a program instance that has one a thread
 _DTYPE = jnp.bfloat16  # of weights and products: two float16 numbers may have one out of range
 
 
@@ -73,36 +73,71 @@ def num_sums(dim: int) -> int:
     return -(-(packed(dim, 0) + dim + 1) // COLUMNS) * COLUMNS
 
 
-def products(key: jax.Array, length: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
-    """What is summed for every key, in two parts ``[B, K, F, S]``.
+def centred(key: jax.Array, length: jax.Array, dim: int) -> jax.Array:
+    """Keys relative to the mean of those of the sequence, float32 ``[B, K, dim, S]``.
 
-    Keys are taken relative to the mean of those of the sequence. A key that is not finite is left
-    out of that mean, since earlier queries do not see it.
+    A key that is not finite is left out of the mean, since earlier queries do not see it.
 
     Args:
       key: ``[B, S, K, D]``.
       length: int32 ``[B]``, how many of the keys exist.
-      dim: `system_dim`; entries of a key beyond are zero.
+      dim: `system_dim`; entries of a key beyond are zero, and so are those added.
     """
-    s = key.shape[1]
     key = jnp.moveaxis(key[..., :dim].astype(jnp.float32), 1, -1)
     key = jnp.pad(key, [(0, 0), (0, 0), (0, dim - key.shape[2]), (0, 0)])
-    exists = jnp.arange(s, dtype=jnp.int32)[None, None, None] < length[:, None, None, None]
-    exists = exists & jnp.isfinite(key).all(2, keepdims=True)
+    position = jnp.arange(key.shape[-1], dtype=jnp.int32)[None, None, None]
+    exists = (position < length[:, None, None, None]) & jnp.isfinite(key).all(2, keepdims=True)
     count = jnp.maximum(exists.sum(-1, keepdims=True), 1).astype(jnp.float32)
-    # Coordinates beyond those of the head stay zero.
-    key = key - jnp.where(exists, key, 0.0).sum(-1, keepdims=True) / count
-    found = [key[:, :, i : i + 1] * key[:, :, : i + 1] for i in range(dim)]
-    found += [key, jnp.ones_like(key[:, :, :1])]
-    rest = num_sums(dim) - sum(array.shape[2] for array in found)
-    found.append(jnp.zeros_like(key, shape=(*key.shape[:2], rest, s)))
+    return key - jnp.where(exists, key, 0.0).sum(-1, keepdims=True) / count
 
-    def high(array):  # in a form that is not optimised away
-        return lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
 
-    # One part after the other, so that nothing is written in float32.
-    parts = [high(array) for array in found], [array - high(array) for array in found]
-    return tuple(jnp.concatenate(part, axis=2).astype(_DTYPE) for part in parts)
+def products(key: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Array]:
+    """What is summed for every key, in two parts ``[B, K, F, S]``: of `centred` keys.
+
+    The products of their coordinates, `packed`; the coordinates; 1. Padded with zeros.
+    """
+    b, k, dim, s = key.shape
+    arithmetic = Arithmetic(interpret is not None)
+
+    def body(given, out, scratch):
+        del scratch
+        tiles = jnp.int32(s // _ROWS)
+        program = lax.axis_index("program")
+        which, tile = lax.div(program, tiles), lax.rem(program, tiles)
+        place = lax.div(which, jnp.int32(k)), lax.rem(which, jnp.int32(k))
+        _write_products(arithmetic, dim, given["key"], out, place, pl.ds(tile * _ROWS, _ROWS))
+
+    size = jax.ShapeDtypeStruct((b, k, num_sums(dim), s), _DTYPE)
+    parts = launch(
+        body, {"high": size, "low": size}, {}, {"key": key}, programs=b * k * s // _ROWS,
+        config=Config(), interpret=interpret, threads=1, lanes=True,
+    )  # fmt: skip
+    return parts["high"], parts["low"]
+
+
+def _write_products(arithmetic: Arithmetic, dim: int, key, out, place, keys):
+    """Of 128 keys, one a thread."""
+
+    def coordinate(i):
+        return arithmetic.load_row(key.at[*place, i, keys])
+
+    def write(f, number):
+        high = number.astype(_DTYPE)
+        out["high"].at[*place, f, keys][...] = high
+        out["low"].at[*place, f, keys][...] = (number - high.astype(jnp.float32)).astype(_DTYPE)
+
+    for i in range(dim):
+        first = coordinate(i)
+
+        def multiply(j, _, i=i, first=first):
+            write(packed(i, 0) + j, first * coordinate(j))
+
+        lax.fori_loop(0, i + 1, multiply, None)
+        write(packed(dim, 0) + i, first)
+    zero = first * 0
+    write(packed(dim, 0) + dim, zero + 1)
+    for f in range(packed(dim, 0) + dim + 1, num_sums(dim)):
+        write(f, zero)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "head_dim", "interpret"))
@@ -133,7 +168,7 @@ def inverse_systems(
       log_sum_exp: of the logits, ``[B, N, T]`` in base 2.
     """
     dim = system_dim(head_dim)
-    parts = products(key, masking.numbers[:, 1], dim)
+    parts = products(centred(key, masking.numbers[:, 1], dim), interpret=interpret)
     sums = moments(
         shape, mask, config, query, key, parts, scale, log_sum_exp, masking, interpret=interpret
     )

@@ -25,7 +25,9 @@ _MAX_DIRECT_DIM = 32
 # What the inverse systems of the direct solver may take at a time, those of one sequence at least.
 _INVERSE_BYTES = 2**30
 # Estimated relative error of the effective weights at which a tile stops; see kernels/README.md.
-_TOLERANCES = {"large": (1e-3, 3e-3), "medium": (1.5e-3, 5e-3), "small": (1e-3, 1e-3)}
+_TOLERANCES = {
+    "large": (1e-3, 3e-3), "medium": (1.5e-3, 5e-3), "small": (1e-3, 1e-3), "direct": (1e-3, 1e-4),
+}  # fmt: skip
 _LARGE_RIDGE = 10.0
 _MAX_ITERS, _MAX_PRECISE_ITERS = 64, 256
 # Above this ridge the probe is small enough to be used in one 16-bit part.
@@ -181,7 +183,7 @@ def mosaic_gpu(
         ]
     masking = launch.Masking(jnp.stack([offset, length], axis=1), *segments)
     direct = use_direct(problem)
-    forward, backward = iterations(problem, precise=direct)
+    forward, backward = iterations(problem, precise=direct, direct=direct)
     precise_forward = precise_backward = marked = None
     if choose_by_tile(problem) and not direct:
         precise_forward, precise_backward = iterations(problem, precise=True)
@@ -254,7 +256,7 @@ def mark_small(
     return (smallest < _PRECISE_RIDGE * mean).astype(jnp.int32)
 
 
-def iterations(problem: Problem, *, precise: bool):
+def iterations(problem: Problem, *, precise: bool, direct: bool = False):
     """When the forward and the adjoint solve stop; `precise` asks for two parts."""
     from lla.kernels.mosaic_gpu.solve import Iteration
 
@@ -263,7 +265,8 @@ def iterations(problem: Problem, *, precise: bool):
     small = precise or (ridge is not None and ridge < _PRECISE_RIDGE)
     # A ridge that is not known may be large, where the result is exact enough to notice.
     large = ridge is None or ridge >= _LARGE_RIDGE
-    tol, backward_tol = _TOLERANCES["small" if small else "large" if large else "medium"]
+    kind = "direct" if direct else "small" if small else "large" if large else "medium"
+    tol, backward_tol = _TOLERANCES[kind]
     if solver.tol is not None:
         tol, backward_tol = solver.tol, min(10 * solver.tol, 0.5)
     if solver.backward_tol is not None:

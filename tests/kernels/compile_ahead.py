@@ -139,6 +139,8 @@ def direct_kernels(head_dim: int, dim: int):
     shape, mask, chosen, masking, query, key, row, mean = call(head_dim)
     b, t, n = shape.batch, shape.num_queries, shape.heads
     sums = inverse.num_sums(dim)
+    centred = jax.ShapeDtypeStruct((b, key.shape[2], dim, key.shape[1]), jnp.float32)
+    yield f"products_{dim}", inverse.products, (centred,)
     parts = (jax.ShapeDtypeStruct((b, key.shape[2], sums, key.shape[1]), jnp.bfloat16),) * 2
     yield (
         f"moments_{dim}",

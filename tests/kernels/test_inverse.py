@@ -47,14 +47,15 @@ class _At:
         )
 
 
+def loop(low, high, body, carry):
+    for i in range(low, high):
+        carry = body(i, carry)
+    return carry
+
+
 def invert(monkeypatch, sums, ridge, dim):
     """The inverses ``[rows, dim, 32]`` that the kernel writes, and what it leaves unwritten."""
     from lla.kernels.mosaic_gpu import inverse, launch, tile
-
-    def loop(low, high, body, carry):
-        for i in range(low, high):
-            carry = body(i, carry)
-        return carry
 
     plain = types.SimpleNamespace(
         fori_loop=loop, axis_index=lambda name: 0, div=lambda a, b: int(a) // int(b),
@@ -141,28 +142,44 @@ def test_what_is_served_directly_is_what_can_be_inverted():
     assert configs.choose(configs.DIRECT_DIM).solve_direct is not None
 
 
-def test_products_of_keys():
+def test_centred_keys():
     from lla.kernels.mosaic_gpu import inverse
 
     rng = np.random.default_rng(0)
     key = jnp.asarray(rng.standard_normal((2, 40, 3, 32)) + 5, jnp.bfloat16)
-    key = key.at[..., 20:].set(0)  # of 20 dimensions, padded
+    key = key.at[..., 10:].set(0)  # of 10 dimensions, padded
     key = key.at[0, 30].set(jnp.nan)
-    length = jnp.asarray([40, 25])
-    high, low = jax.jit(inverse.products, static_argnums=2)(key, length, 32)
-    assert high.dtype == low.dtype == jnp.bfloat16
-    assert high.shape == low.shape == (2, 3, inverse.num_sums(32), 40) == (2, 3, 576, 40)
-    high, low = (np.moveaxis(np.asarray(part, np.float64), -1, 1) for part in (high, low))
-    exact = np.asarray(key, np.float64)
-    a, b = np.tril_indices(32)
-    for sequence in range(2):
-        there = [j for j in range(int(length[sequence])) if (sequence, j) != (0, 30)]
-        keys = exact[sequence] - exact[sequence, there].mean(0)
-        want = np.concatenate([keys[..., a] * keys[..., b], keys, np.ones((40, 3, 1))], -1)
-        found = high[sequence] + low[sequence]
-        assert (found[..., want.shape[-1] :] == 0).all()
-        found = found[..., : want.shape[-1]]
-        error = np.abs(found - want)[there] / np.maximum(1, np.abs(want[there]))
-        assert error.max() < 2.0**-15
-        coarse = np.abs(high[sequence][..., : want.shape[-1]] - want)[there]
-        assert coarse.max() > 2.0**-10  # the second part is needed, and not optimised away
+    found = inverse.centred(key, jnp.asarray([40, 25]), 16)
+    assert found.dtype == jnp.float32 and found.shape == (2, 3, 16, 40)
+    exact = np.moveaxis(np.asarray(key, np.float64), 1, -1)[:, :, :16]
+    for sequence, there in enumerate([np.delete(np.arange(40), 30), np.arange(25)]):
+        want = exact[sequence] - exact[sequence][..., there].mean(-1, keepdims=True)
+        np.testing.assert_allclose(found[sequence], want, atol=2e-6)
+    assert not found[1, :, 10:].any()
+
+
+@pytest.mark.parametrize("dim", [16, 32])
+def test_products_of_keys(monkeypatch, dim):
+    from lla.kernels.mosaic_gpu import inverse, tile
+
+    monkeypatch.setattr(inverse, "lax", types.SimpleNamespace(fori_loop=loop))
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((2, 3, dim, 2 * ROWS)).astype(np.float32)
+    shape = (2, 3, inverse.num_sums(dim), 2 * ROWS)
+    parts = {name: np.full(shape, np.nan, jnp.bfloat16) for name in ("high", "low")}
+    memories = {name: Memory(part) for name, part in parts.items()}
+    here = slice(ROWS, 2 * ROWS)
+    inverse._write_products(
+        tile.Arithmetic(interpreted=True), dim, Memory(keys), memories, (1, 2), here
+    )
+    high, low = (part.astype(np.float64) for part in parts.values())
+    assert np.isnan(high[0]).all() and np.isnan(low[1, :2]).all()
+    assert np.isnan(high[1, 2, :, :ROWS]).all()
+    key = keys[1, 2, :, here].astype(np.float64)
+    a, b = np.tril_indices(dim)
+    want = np.concatenate([key[a] * key[b], key, np.ones((1, ROWS))])
+    high, low = (part[1, 2, :, here] for part in (high, low))
+    assert not high[len(want) :].any() and not low[len(want) :].any()
+    error = (high + low)[: len(want)] - want
+    assert np.abs(error / np.maximum(1, np.abs(want))).max() < 2.0**-15
+    assert np.abs(high[: len(want)] - want).max() > 2.0**-10  # the second part is needed

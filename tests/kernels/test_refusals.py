@@ -79,6 +79,9 @@ def test_tolerances(ridge, forward, backward, precise):
     found = mosaic_gpu.iterations(given, precise=False)
     assert [i.tol for i in found] == [forward, backward]
     assert found[0].precise == precise
+    # A product more costs little where there is a preconditioner.
+    found = mosaic_gpu.iterations(given, precise=True, direct=True)
+    assert [(i.tol, i.precise) for i in found] == [(1e-3, True), (1e-4, True)]
     fixed = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(num_iters=3))
     found = mosaic_gpu.iterations(fixed, precise=False)
     assert [(i.tol, i.max_iters) for i in found] == [(None, 3)] * 2
