@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,19 +11,31 @@ import report
 METHODS = {"cg": "conjugate gradients", "direct": "direct"}
 
 
-def crossing(records, head_dim: int, which: str = "forward_backward", kind: str = "normal") -> dict:
-    """`report.break_even` of the kernels' solvers, and the "ridges" at which both were timed."""
+def crossing(
+    records, head_dim: int, which: str = "forward_backward", kind: str | None = None
+) -> dict[str, Any]:
+    """`report.break_even` of the kernels' solvers, and the "ridges" that it rests on.
 
-    def times(method):
-        wanted = (method, head_dim, which, kind)
-        return {
-            record["ridge"]: record["time_median_s"]
-            for record in records
-            if (record["method"], record["head_dim"], record["pass"], record["inputs"]) == wanted
-            and record["status"] == "timed"
+    Without a `kind` of inputs the geometric means over all kinds are compared, at the ridges at
+    which both solvers were timed on every kind.
+    """
+    times: dict[str, dict[float, dict[str, float]]] = {method: {} for method in METHODS}
+    kinds = {kind} if kind else {record["inputs"] for record in records}
+    for record in records:
+        if (record["head_dim"], record["pass"]) != (head_dim, which):
+            continue
+        if record["inputs"] in kinds and record["status"] == "timed":
+            found = times[record["method"]].setdefault(record["ridge"], {})
+            found[record["inputs"]] = record["time_median_s"]
+
+    direct, cg = (
+        {
+            ridge: statistics.geometric_mean(found.values())
+            for ridge, found in times[method].items()
+            if set(found) == kinds
         }
-
-    direct, cg = times("direct"), times("cg")
+        for method in ("direct", "cg")
+    )
     return {**report.break_even(direct, cg), "ridges": sorted(set(direct) & set(cg))}
 
 
@@ -32,9 +45,10 @@ def markdown(document: Mapping) -> str:
     kinds = list(dict.fromkeys(record["inputs"] for record in records))
     rows = []
     for head_dim in dims:
-        for kind in kinds:
+        for kind in (None, *kinds):
             found = [crossing(records, head_dim, which, kind) for which in report.PASSES]
-            rows.append([str(head_dim), kind, *map(_crossing_text, found)])
+            name = kind or "all, geometric mean"
+            rows.append([str(head_dim), name, *map(_crossing_text, found)])
     parts = [
         report.provenance(document),
         "Largest ridge at which, and below which, the direct solver is faster (the crossing, "

@@ -22,7 +22,8 @@ from lla.ops.xla import RESIDUAL_NAMES
 
 _MAX_HEAD_DIM = 128
 _MAX_DIRECT_DIM = 32
-# What the inverse systems of the direct solver may take at a time, those of one sequence at least.
+# What the inverse systems of the direct solver may take at a time. Where one sequence takes more,
+# the solver has to be asked for by name.
 _INVERSE_BYTES = 2**30
 # Estimated relative error of the effective weights at which a tile stops; see kernels/README.md.
 _TOLERANCES = {
@@ -59,7 +60,16 @@ def use_direct(problem: Problem) -> bool:
         return False
     if max(problem.query.shape[-1], problem.value.shape[-1]) > _MAX_DIRECT_DIM:
         return False
-    return choose_method(problem, "mosaic_gpu") == "direct"
+    if choose_method(problem, "mosaic_gpu") != "direct":
+        return False
+    # Who asks for it by name has the memory.
+    _, t, k, g, h = problem.query.shape
+    return problem.solver.method == "direct" or _inverse_bytes(h, t * k * g) <= _INVERSE_BYTES
+
+
+def _inverse_bytes(head_dim: int, rows: int) -> int:
+    """What `lla.kernels.mosaic_gpu.inverse` takes for the inverse systems of some rows."""
+    return 4 * (16 if head_dim <= 16 else 32) * _MAX_DIRECT_DIM * rows
 
 
 def _refuse_device() -> str | None:
@@ -358,10 +368,8 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
 
 def _by_sequences(spec: _Spec, function, *operands):
     """``function(shape, *operands)`` for as many sequences at a time as `_INVERSE_BYTES` allow."""
-    from lla.kernels.mosaic_gpu.inverse import system_dim
-
-    batch, rows = spec.shape.batch, spec.shape.heads * spec.shape.num_queries
-    each = 4 * system_dim(spec.direct) * spec.shape.head_dim * rows
+    batch = spec.shape.batch
+    each = _inverse_bytes(spec.direct, spec.shape.heads * spec.shape.num_queries)
     fitting = [n for n in range(1, batch + 1) if batch % n == 0 and n * each <= _INVERSE_BYTES]
     count = max(fitting, default=1)
     shape = dataclasses.replace(spec.shape, batch=count)

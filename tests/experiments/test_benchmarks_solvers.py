@@ -1,6 +1,7 @@
 """The benchmark of the Hopper kernels' two solvers: a run on a CPU, its rules and its tables."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -83,3 +84,21 @@ def test_crossings(bench):
     slow = tables.crossing(document({**times, ("direct", 0.1): 5.0}), 16)
     assert tables._crossing_text(slow) == "never [0.1]"
     assert tables._crossing_text(tables.crossing(document(times, status="refused"), 16)) == ""
+
+
+def test_crossing_of_all_inputs(bench):
+    """By geometric means: half the time on one kind outweighs 1.5 times the time on another."""
+    tables = bench.solvers_tables
+    easy = {("cg", 1.0): 1.0, ("direct", 1.0): 3.0, ("cg", 0.1): 2.0, ("direct", 0.1): 3.0}
+    hard = {("cg", 1.0): 4.0, ("direct", 1.0): 3.0, ("cg", 0.1): 6.0, ("direct", 0.1): 3.0}
+    records = [*document(easy), *document(hard, inputs="sharp")]
+    found = tables.crossing(records, 16)
+    assert found["measured"] == 0.1 and found["ridges"] == [0.1, 1.0]
+    gains = [math.log(12 / 9), math.log(4 / 9)]
+    assert found["estimate"] == pytest.approx(10 ** (gains[0] / (gains[0] - gains[1]) - 1))
+    assert tables.crossing(records, 16, kind="normal")["measured"] is None
+    assert tables.crossing(records, 16, kind="sharp")["measured"] == 1.0
+    # A kind without a time of both leaves the ridge out.
+    del hard["direct", 0.1]
+    records = [*document(easy), *document(hard, inputs="sharp")]
+    assert tables.crossing(records, 16)["ridges"] == [1.0]

@@ -140,6 +140,9 @@ def test_what_is_served_directly_is_what_can_be_inverted():
 
     assert mosaic_gpu._MAX_DIRECT_DIM == configs.DIRECT_DIM == inverse.system_dim(17)
     assert configs.choose(configs.DIRECT_DIM).solve_direct is not None
+    for head_dim in (1, 16, 17, 32):
+        size = 4 * inverse.system_dim(head_dim) * configs.DIRECT_DIM
+        assert mosaic_gpu._inverse_bytes(head_dim, 3) == 3 * size
 
 
 def test_centred_keys():

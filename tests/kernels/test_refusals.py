@@ -56,6 +56,17 @@ def test_auto_follows_the_kernels_own_crossings(monkeypatch):
     assert not mosaic_gpu.use_direct(problem(head_dim=16, value_dim=64))
 
 
+def test_auto_leaves_memory_alone(monkeypatch):
+    monkeypatch.setattr(auto, "CROSSINGS", {"mosaic_gpu": {"bfloat16": {32: 2.0}}})
+    given = problem(head_dim=32, value_dim=32)
+    rows = given.query.shape[1] * 2  # heads
+    monkeypatch.setattr(mosaic_gpu, "_INVERSE_BYTES", 4096 * rows)
+    assert mosaic_gpu.use_direct(given)
+    monkeypatch.setattr(mosaic_gpu, "_INVERSE_BYTES", 4096 * rows - 1)
+    assert not mosaic_gpu.use_direct(given)
+    assert mosaic_gpu.use_direct(problem(head_dim=32, value_dim=32, solver=lla.Solver("direct")))
+
+
 def test_named_implementation_says_why():
     query = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     expected = "JAX 0.11" if jax.__version_info__ < (0, 11) else "Hopper"
