@@ -186,3 +186,25 @@ def test_products_of_keys(monkeypatch, dim):
     error = (high + low)[: len(want)] - want
     assert np.abs(error / np.maximum(1, np.abs(want))).max() < 2.0**-15
     assert np.abs(high[: len(want)] - want).max() > 2.0**-10  # the second part is needed
+
+
+@pytest.mark.parametrize(("sequences", "count"), [(6, 6), (5, 3), (2.5, 2), (0.1, 1)])
+def test_as_many_sequences_at_a_time_as_fit(monkeypatch, sequences, count):
+    from lla.kernels.mosaic_gpu import launch
+    from lla.ops import mosaic_gpu
+
+    shape = launch.Shape(6, ROWS, ROWS, 2, 1, 32, jnp.dtype(jnp.bfloat16))
+    each = mosaic_gpu._inverse_bytes(20, 2 * ROWS)
+    monkeypatch.setattr(mosaic_gpu, "_INVERSE_BYTES", int(sequences * each))
+    seen = []
+
+    def function(shape, array, pair):
+        seen.append((shape.batch, array.shape))
+        return {"array": 2 * array, "none": None, "pair": pair[0] + pair[1]}
+
+    array = jnp.arange(12.0).reshape(6, 2)
+    spec = types.SimpleNamespace(shape=shape, direct=20)
+    found = mosaic_gpu._by_sequences(spec, function, array, (array, array))
+    assert seen == [(count, (count, 2))]
+    assert found["none"] is None
+    assert (found["array"] == 2 * array).all() and (found["pair"] == 2 * array).all()
