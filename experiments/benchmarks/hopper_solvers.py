@@ -81,7 +81,7 @@ def compile_all(options, head_dim: int, deadline: float) -> dict:
             wanted += [*([small.truth()] if method == METHODS[0] else []), small, *large]
         workers = max(1, options.workers // len(METHODS))
         compiled = hopper.compile_all(wanted, workers, deadline, lla.Solver(method=method))
-        return {(method, program): result for program, result in compiled.items()}
+        return {(method, case): result for case, result in compiled.items()}
 
     with concurrent.futures.ThreadPoolExecutor(len(METHODS)) as pool:
         return {k: v for found in pool.map(compile_method, METHODS) for k, v in found.items()}

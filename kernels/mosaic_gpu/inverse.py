@@ -1,8 +1,8 @@
 """The direct solver's preconditioner: the inverse systems of all rows, up to 32 dimensions.
 
-One kernel sums the products of two key coordinates with the softmax weights: a matrix product whose
-second factor has a column for each pair of coordinates. Another takes one row a thread, forms
-``C_i + ridge_i`` from these sums and inverts it.
+One kernel writes the products of two coordinates for every key. Another sums them with the softmax
+weights: a matrix product whose second factor has a column for each pair of coordinates. The third
+takes one row a thread, forms ``C_i + ridge_i`` from these sums and inverts it.
 
 The weights are rounded to 16 bits, which changes ``C_i`` by a factor of 1 +- 2^-8 in every
 direction, whatever the ridge is; the products of coordinates, whose rounding would be compared with
@@ -101,11 +101,8 @@ def products(key: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.A
 
     def body(given, out, scratch):
         del scratch
-        tiles = jnp.int32(s // _ROWS)
-        program = lax.axis_index("program")
-        which, tile = lax.div(program, tiles), lax.rem(program, tiles)
-        place = lax.div(which, jnp.int32(k)), lax.rem(which, jnp.int32(k))
-        _write_products(arithmetic, dim, given["key"], out, place, pl.ds(tile * _ROWS, _ROWS))
+        *place, keys = _one_a_thread(k, s)
+        _write_products(arithmetic, dim, given["key"], out, place, keys)
 
     size = jax.ShapeDtypeStruct((b, k, num_sums(dim), s), _DTYPE)
     parts = launch(
@@ -113,6 +110,15 @@ def products(key: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.A
         config=Config(), interpret=interpret, threads=1, lanes=True,
     )  # fmt: skip
     return parts["high"], parts["low"]
+
+
+def _one_a_thread(heads: int, size: int) -> tuple:
+    """Batch, head, and the 128 of `size` rows or keys that a program instance has."""
+    tiles = jnp.int32(size // _ROWS)
+    program = lax.axis_index("program")
+    which = lax.div(program, tiles)
+    here = pl.ds(lax.rem(program, tiles) * _ROWS, _ROWS)
+    return lax.div(which, jnp.int32(heads)), lax.rem(which, jnp.int32(heads)), here
 
 
 def _write_products(arithmetic: Arithmetic, dim: int, key, out, place, keys):
@@ -161,7 +167,7 @@ def inverse_systems(
     its smallest eigenvalue, so that rounding has spoiled this one.
 
     Args:
-      shape: padded sizes, with ``shape.head_dim`` D = 32 and T a multiple of 128.
+      shape: padded sizes, with ``shape.head_dim`` D = 32; T and S are multiples of 128.
       head_dim: of the keys before padding, at most 32; the result has its `system_dim`, and
         zeros in the other columns up to D.
       query, key: as for `lla.kernels.mosaic_gpu.solve.solve`; so are `scale`, `ridge`, `masking`.
@@ -324,11 +330,7 @@ class _Invert:
     """
 
     def __init__(self, shape: Shape, dim: int, arithmetic: Arithmetic, given, out):
-        tiles = jnp.int32(shape.num_queries // _ROWS)
-        program = lax.axis_index("program")
-        which = lax.div(program, tiles)
-        b, head = lax.div(which, jnp.int32(shape.heads)), lax.rem(which, jnp.int32(shape.heads))
-        rows = pl.ds(lax.rem(program, tiles) * _ROWS, _ROWS)
+        b, head, rows = _one_a_thread(shape.heads, shape.num_queries)
         self.dim, self.columns = dim, shape.head_dim
         self.arithmetic = arithmetic
         self.sums = lambda index: arithmetic.load_row(given["sums"].at[b, head, index, rows])

@@ -319,9 +319,10 @@ class SolveRows(QueryRows):
             contraction = rz / jnp.where(state.rz > 0, state.rz, one)
             rate = jnp.minimum(0.95, jnp.maximum(contraction, state.contraction))
             fast = contraction < 0.3
+            # Step lengths are much alike, but for the second one of a system that has no
+            # preconditioner: see "The last step" in kernels/README.md.
             free = length
-            if not self.preconditioned:  # where step lengths are near 1 from the first on
-                # The second step is shorter than the first, later ones are much alike.
+            if not self.preconditioned:
                 first = jnp.where(state.count == 0, 1.0, 0.0)
                 share = jnp.minimum(length * ridge, 0.999)
                 free = length * (1 - share) / (1 - share + first * contraction * share)
