@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+pytestmark = [
+    pytest.mark.compat,
+    pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11"),
+]
 TIMES = Path(__file__).parents[2] / "experiments/benchmarks/tuning/hopper_configs.json"
 TUNING = TIMES.parents[1] / "tune_hopper.py"
 NOISE = 1.08  # two runs on different days differ by as much
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize(
     "kernel",
