@@ -128,15 +128,13 @@ class Update:
     def __init__(self, options: argparse.Namespace, cell: Cell):
         settings, runs = config(options, cell)
         self.program = training.Program(training.resolve(settings), runs=runs)
-        count = jax.ShapeDtypeStruct((), jnp.int32)
-        self.compiled = self.program.advance.lower(self.program.abstract_state, count).compile()
-        self.start = self.program.init.lower().compile()
+        self.compiled = self.program.compile(("init", "advance"))["advance"]
         self.state = None
 
     def __call__(self, steps: int):
         if self.state is None:
-            self.state = self.start()
-        self.state, found = self.compiled(self.state, jnp.int32(steps))
+            self.state = self.program.init()
+        self.state, found = self.program.advance(self.state, np.int32(steps))
         return found
 
     def failed(self) -> bool:

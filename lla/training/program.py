@@ -6,7 +6,7 @@ compiled steps, so that a run is a function of its settings and needs no state o
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -137,8 +137,10 @@ class Program:
             return np.float32(self.settings.optimizer.learning_rate)
         return np.asarray(self.runs.learning_rates, np.float32)
 
-    def compile(self) -> None:
-        """Compiles everything now, rather than at the first call; may run in a thread.
+    def compile(
+        self, names: Sequence[str] = ("init", "advance", "evaluate", "test")
+    ) -> dict[str, jax.stages.Compiled]:
+        """Compiles these functions now, rather than at the first call; may run in a thread.
 
         The learning rates are arguments of what is compiled, so that `runs` may be replaced
         afterwards by runs with the same seeds and as many other rates.
@@ -146,13 +148,15 @@ class Program:
         params = self.abstract_state.params
         count, rates = jax.ShapeDtypeStruct((), np.int32), self.rates
         rates = jax.ShapeDtypeStruct(rates.shape, rates.dtype)
-        for name, given in (
-            ("init", ()),
-            ("advance", (self.abstract_state, count, rates)),
-            ("evaluate", (params,)),
-            ("test", (params,)),
-        ):
-            self._calls[name] = self._calls[name].lower(*given).compile()
+        given = {
+            "init": (),
+            "advance": (self.abstract_state, count, rates),
+            "evaluate": (params,),
+            "test": (params,),
+        }
+        compiled = {name: self._calls[name].lower(*given[name]).compile() for name in names}
+        self._calls |= compiled
+        return compiled
 
     def init(self) -> TrainState:
         """The state before the first step."""
