@@ -4,7 +4,8 @@
     python experiments/run_figures.py --workdir=runs/figures      # train it
 
 One process for each card takes point after point, longest first, and compiles the next one while a
-point trains. What the committed results have is not trained again, nor what the work directory has;
+point trains. Where compiling takes longer than training, as it does for points that are solved
+early, several processes for each card take turns: --processes_per_card=3. What the committed results have is not trained again, nor what the work directory has;
 a run that was killed goes on from its last checkpoint when the command is given again.
 
 Each sweep writes one CSV file, anew after every phase of a point, into WORKDIR/SWEEP/results.csv
@@ -47,7 +48,8 @@ _ONLY = flags.DEFINE_string("only", "", "Regular expression: points whose name i
 _LIMIT = flags.DEFINE_float("limit", math.inf, "Seconds after which training pauses.")
 _RESULTS = flags.DEFINE_string("results", None, "Directory that gets a copy of all results.")
 _CARDS = flags.DEFINE_list("cards", None, "CUDA devices, such as 0,1; all if it is not given.")
-_COMMIT = flags.DEFINE_string("commit", None, "For the provenance, outside a repository.")
+_PER_CARD = flags.DEFINE_integer("processes_per_card", 1, "They share its memory.", lower_bound=1)
+_COMMIT = flags.DEFINE_string("commit", None, "For the provenance, of a copy of the files.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print what is finished and what is left, train nothing.")
 _LONGEST = flags.DEFINE_bool("longest_first", True, "Sort the points of all sweeps by their cost.")
 
@@ -191,12 +193,13 @@ def _cards() -> list[str]:
     return listed.stdout.split()
 
 
-def _on_every_card(cards: Sequence[str]) -> int:
-    """Runs this command once for each card; the exit status is that of the worst."""
-    start = [sys.executable, *sys.argv]
+def _on_every_card(cards: Sequence[str], each: int) -> int:
+    """Runs this command `each` times for each card; the exit status is that of the worst."""
+    start = [sys.executable, *sys.argv, "--processes_per_card=1"]
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / each:.2f}"}
     processes = []
-    for card in cards:
-        chosen = os.environ | {"CUDA_VISIBLE_DEVICES": card}
+    for card in [card for card in cards for _ in range(each)]:
+        chosen = os.environ | share | {"CUDA_VISIBLE_DEVICES": card}
         processes.append(subprocess.Popen([*start, f"--cards={card}"], env=chosen))
     return max(process.wait() for process in processes)
 
@@ -210,8 +213,8 @@ def main(argv):
     if not _PLAN.value and _WORKDIR.value is None:
         raise app.UsageError("--workdir must be given, unless --plan is.")
     cards = _cards()
-    if len(cards) > 1 and not _PLAN.value:
-        sys.exit(_on_every_card(cards))
+    if len(cards) * _PER_CARD.value > 1 and not _PLAN.value:
+        sys.exit(_on_every_card(cards, _PER_CARD.value))
     try:
         found = grids(_SWEEPS.value, _ONLY.value, workdir, results)
     except ValueError as error:
@@ -223,7 +226,8 @@ def main(argv):
     if results is not None:
         results.mkdir(parents=True, exist_ok=True)
         described = environment.describe()
-        described["commit"] = described["commit"] or _COMMIT.value
+        if _COMMIT.value is not None:
+            described |= {"commit": _COMMIT.value, "uncommitted_changes": None}
         described["cards"] = len(cards) or 1
         write_whole(results / "provenance.json", json.dumps(described, indent=2) + "\n")
 
@@ -235,7 +239,7 @@ def main(argv):
         order=longest if _LONGEST.value else None,
         end_before=_LIMIT.value - (time.monotonic() - start),
         estimate=costs,
-        report=lambda line: print(line, flush=True),
+        report=lambda line: print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True),
     )
     try:
         work.run()

@@ -99,6 +99,7 @@ class Program:
         self.test_splits = tuple(
             split for split in self.task.splits if split not in ("train", VALIDATION)
         )
+        self._alike = (VALIDATION, *filter(self._like_validation, self.test_splits))
         self.model_config = settings.model_config(self.task)
         self._graph, self._variables, spared = abstract_model(self.model_config)
         self._direction = optimizer.direction(settings.optimizer, spared)
@@ -117,7 +118,7 @@ class Program:
                 out_shardings=(self._placement, everywhere),
             ),
             "evaluate": jax.jit(self._evaluate, out_shardings=everywhere),
-            "test": jax.jit(self._test, out_shardings=everywhere),
+            "evaluate_others": jax.jit(self._evaluate_others, out_shardings=everywhere),
         }
         self.abstract_state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -138,7 +139,7 @@ class Program:
         return np.asarray(self.runs.learning_rates, np.float32)
 
     def compile(
-        self, names: Sequence[str] = ("init", "advance", "evaluate", "test")
+        self, names: Sequence[str] = ("init", "advance", "evaluate", "evaluate_others")
     ) -> dict[str, jax.stages.Compiled]:
         """Compiles these functions now, rather than at the first call; may run in a thread.
 
@@ -151,8 +152,8 @@ class Program:
         given = {
             "init": (),
             "advance": (self.abstract_state, count, rates),
-            "evaluate": (params,),
-            "test": (params,),
+            "evaluate": (params, count),
+            "evaluate_others": (params,),
         }
         compiled = {name: self._calls[name].lower(*given[name]).compile() for name in names}
         self._calls |= compiled
@@ -172,11 +173,19 @@ class Program:
 
     def evaluate(self, params: Mapping[str, jax.Array]) -> Sums:
         """Metrics of the validation split, named "validation/metric"."""
-        return self._calls["evaluate"](params)
+        return self._evaluate_like(VALIDATION, params)
 
     def test(self, params: Mapping[str, jax.Array]) -> Sums:
         """Metrics of the splits that results are reported on, named "test/metric" and so on."""
-        return self._calls["test"](params)
+        found = dict(self._calls["evaluate_others"](params))
+        for split in self.test_splits:
+            if split in self._alike:
+                found |= self._evaluate_like(split, params)
+        return found
+
+    def _evaluate_like(self, split, params) -> Sums:
+        sums = self._calls["evaluate"](params, np.int32(self._alike.index(split)))
+        return {f"{split}/{name}": pair for name, pair in sums.items()}
 
     def model(self, params: Mapping[str, jax.Array]) -> SequenceModel:
         """The model with these parameters."""
@@ -185,6 +194,14 @@ class Program:
             for path, variable in self._variables.items()
         }
         return nnx.merge(self._graph, nnx.from_flat_state(list(variables.items())))
+
+    def _like_validation(self, split) -> bool:
+        """Whether batches of this split have the shapes of those of the validation split."""
+
+        def shapes(name):
+            return jax.eval_shape(lambda: self.task.batch(0, 0, self.eval_batch_size, name))
+
+        return shapes(split) == shapes(VALIDATION)
 
     def _everywhere(self, tree):
         return jax.tree.map(lambda _: replicated(self.mesh), tree)
@@ -224,28 +241,39 @@ class Program:
         state, sums = jax.lax.fori_loop(0, count, body, (state, sums))
         return state, {"sums": sums, "failed_at": state.failed_at}
 
-    def _evaluate(self, params) -> Sums:
-        return self._evaluate_splits((VALIDATION,), params)
+    def _evaluate(self, params, which: jax.Array) -> Sums:
+        """Of the split `self._alike[which]`: one program serves all splits of the same shapes."""
 
-    def _test(self, params) -> Sums:
-        return self._evaluate_splits(self.test_splits, params)
+        def draw(seed, index):
+            branches = [
+                functools.partial(self._batch, size=self.eval_batch_size, split=split)
+                for split in self._alike
+            ]
+            return jax.lax.switch(which, branches, seed, index)
 
-    def _evaluate_splits(self, splits, params) -> Sums:
+        return self._over_runs(draw, params)
+
+    def _evaluate_others(self, params) -> Sums:
         found = {}
-        for split in splits:
-            sums = functools.partial(self._evaluate_split, split)
-            if self.runs is None:
-                metrics = sums(jnp.uint32(self.settings.training.seed), params)
-            else:
-                over_rates = jax.vmap(sums, in_axes=(None, 0))
-                seeds = jnp.asarray(self.runs.seeds, jnp.uint32)
-                metrics = jax.vmap(over_rates)(seeds, params)
-            found |= {f"{split}/{name}": pair for name, pair in metrics.items()}
+        for split in self.test_splits:
+            if split not in self._alike:
+                draw = functools.partial(self._batch, size=self.eval_batch_size, split=split)
+                sums = self._over_runs(draw, params)
+                found |= {f"{split}/{name}": pair for name, pair in sums.items()}
         return found
 
-    def _evaluate_split(self, split, seed, params) -> Sums:
+    def _over_runs(self, draw, params) -> Sums:
+        sums = functools.partial(self._sums, draw)
+        if self.runs is None:
+            return sums(jnp.uint32(self.settings.training.seed), params)
+        over_rates = jax.vmap(sums, in_axes=(None, 0))
+        return jax.vmap(over_rates)(jnp.asarray(self.runs.seeds, jnp.uint32), params)
+
+    def _sums(self, draw, seed, params) -> Sums:
+        """Metrics of all batches of an evaluation."""
+
         def sums(index):
-            batch = self._batch(seed, index, self.eval_batch_size, split)
+            batch = draw(seed, index)
             return self.task.metrics(self._outputs(params, batch), batch)
 
         def body(index, total):
