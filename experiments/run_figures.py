@@ -5,8 +5,9 @@
 
 One process for each card takes point after point, longest first, and compiles the next one while a
 point trains. Where compiling takes longer than training, as it does for points that are solved
-early, several processes for each card take turns: --processes_per_card=3. What the committed results have is not trained again, nor what the work directory has;
-a run that was killed goes on from its last checkpoint when the command is given again.
+early, several processes for each card take turns: --processes_per_card=3. What the committed
+results have is not trained again, nor what the work directory has; a run that was killed goes on
+from its last checkpoint when the command is given again.
 
 Each sweep writes one CSV file, anew after every phase of a point, into WORKDIR/SWEEP/results.csv
 and, where it is given, RESULTS/SWEEP.csv, with RESULTS/provenance.json beside it. Put a finished
