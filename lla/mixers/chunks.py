@@ -161,6 +161,25 @@ def _sum_up(array):
     return jnp.einsum("...m,im->...i", array, ones, precision="highest")
 
 
+def spread_cotangents(onward: jax.Array, leaving: jax.Array, through: jax.Array) -> jax.Array:
+    """The cotangents of the logarithms ``[..., C]`` of a chunk.
+
+    Args:
+      onward: ``[..., C]``, what acts through the sum of the logarithms up to a position.
+      leaving: ``[..., C]``, through the sum of those behind it.
+      through: ``[...]``, through the sum of all of them.
+    """
+    up_to = np.tril(np.ones(onward.shape[-1:] * 2))
+    behind = np.triu(np.ones(onward.shape[-1:] * 2), 1)
+    return (
+        sum(
+            jnp.einsum("...i,im->...m", a, jnp.asarray(mask, a.dtype), precision="highest")
+            for a, mask in ((onward, up_to), (leaving, behind))
+        )
+        + through[..., None]
+    )
+
+
 def pair_decays(sums: Sums) -> jax.Array:
     """`Decays.pair`, which nothing has to store: a function of two positions."""
     rows, columns = (Sums(*(jnp.expand_dims(part, axis) for part in sums)) for axis in (-1, -2))

@@ -23,9 +23,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lla.mixers import chunks
+from lla.mixers import chunks, delta_kernel
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -67,14 +66,14 @@ def delta_rule(
     batch, length, heads, dim = key.shape
     dtype = compute_dtype(value.dtype)
     state = chunks.start_state(state, (batch, heads, dim, value.shape[-1]), dtype)
-    gates = () if log_decay is None else (log_decay,)
-    arrays = tuple(array.astype(dtype) for array in (query, key, value, beta, *gates))
+    gates = () if log_decay is None else (log_decay.astype(dtype),)
+    sequences = (query, key, value)
     if form == "recurrent":
+        sequences = (array.astype(dtype) for array in sequences)
         compute = _recurrent
     else:
-        narrow = chunks.operand_dtype(value.dtype)
-        compute = partial(_parallel, chunk=min(chunk, length), narrow=narrow)
-    out, state = compute(state, *arrays)
+        compute = partial(_parallel, chunk=min(chunk, length))
+    out, state = compute(state, *sequences, beta.astype(dtype), *gates)
     out = out.astype(value.dtype)
     return (out, state) if return_state else out
 
@@ -128,10 +127,12 @@ def _recurrent(state, *arrays):
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _parallel(state, query, key, value, beta, log_decay=None, *, chunk, narrow):
-    length = query.shape[1]
+def _parallel(state, query, key, value, beta, log_decay=None, *, chunk):
+    length, narrow = query.shape[1], chunks.operand_dtype(value.dtype)
     if log_decay is None:
         log_decay = jnp.zeros_like(beta)
+    if delta_kernel.serves(query, value):
+        return delta_kernel.run(state, query, key, value, beta, log_decay)
     arrays = (array.astype(narrow) for array in (query, key, value))
     arrays = (chunks.split(array, chunk) for array in (*arrays, beta, log_decay))
     out, state = _chunked(state, *arrays)
@@ -241,10 +242,7 @@ def _backward(saved, cotangents):
     leaving = jnp.sum(to_end * wide_k, -1)
     inside = jnp.sum(d_q * wide_q + (d_k_row - d_k_column) * wide_k, -1)
     through = jnp.sum(total * d_after.astype(wide) * read[..., :dim, :].astype(wide), (-2, -1))
-    ones = jnp.asarray(np.tril(np.ones((rows, rows), np.float32)), wide)
-    sum_down = partial(jnp.einsum, "...i,im->...m", precision="highest")
-    before = jnp.swapaxes(ones, 0, 1) - jnp.eye(rows, dtype=wide)
-    d_log = sum_down(entering + inside, ones) + sum_down(leaving, before) + through[..., None]
+    d_log = chunks.spread_cotangents(entering + inside, leaving, through)
 
     d_q = d_q + from_start
     d_k = d_k_row + d_k_column + d_incoming + to_end
