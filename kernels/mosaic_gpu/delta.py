@@ -1,17 +1,17 @@
 """The gated delta rule on Hopper: one warpgroup walks over the chunks of one head.
 
-Chunks of 64 tokens, heads of 64 coordinates: every matrix is 64 x 64, the tile of one warpgroup, and
-the state stays in its registers in float32. See `lla.mixers.delta_rule` for the formulas; here a
-chunk reads the state before it, S, so that its corrections come from one right-hand side,
+Chunks of 64 tokens, heads of 64 coordinates: every matrix is 64 x 64, the tile of one warpgroup,
+and the state stays in its registers in float32. See `lla.mixers.delta_rule` for the formulas; here
+a chunk reads the state S before it, so that its corrections come from one right-hand side,
 
-    u = T beta (v - start k S),    T = (1 + A)^-1,    o = start q S + L u,    S' = total S + k^T end u
+    u = T beta (v - start k S),  T = (1 + A)^-1;  o = start q S + L u;  S' = total S + k^T end u
 
 which never takes the difference of two rounded products. A and its inverse, the right-hand side and
 the state that k reads have two 16-bit parts; q, k and v are exact, and what else is multiplied is
 rounded once. The forward pass leaves S, u and T of every chunk, and the backward pass takes the
 chunks in reverse:
 
-    du = L^T do + end k dS',    p = T^T du,    r = -p S^T,    dA = -p u^T
+    du = L^T do + end k dS';  p = T^T du;  r = -p S^T;  dA = -p u^T
     dS = total dS' + q^T (start do) - k^T (start beta p)
 """
 
@@ -37,7 +37,6 @@ from lla.kernels.mosaic_gpu.tile import (
     Arithmetic,
     by_column,
     by_row,
-    full,
     in_parts,
     narrow_transforms,
 )
