@@ -5,12 +5,15 @@ first so that `jax.lax.scan` runs over it. Zeros fill the last chunk. A recurren
 keys or step sizes by what enters the state is not changed by tokens of zeros behind its end.
 """
 
+import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lla.ops.problem import compute_dtype
 
 
 class Decays(NamedTuple):
@@ -37,6 +40,34 @@ def products(dtype):
     computes in float32 anyway.
     """
     return partial(jnp.einsum, precision="high" if jnp.dtype(dtype).itemsize < 4 else "highest")
+
+
+def operand_dtype(dtype) -> jnp.dtype:
+    """What operands of products are rounded to where sequences have `dtype`.
+
+    Bfloat16 stays; float16 does not have the range for what lies between.
+    """
+    return jnp.dtype(dtype) if dtype == jnp.bfloat16 else compute_dtype(jnp.dtype(dtype))
+
+
+class Products(NamedTuple):
+    """Einsums of two operands with sums in `wide`, where rows of keys have the dtype `narrow`."""
+
+    narrow: Any
+    wide: Any
+
+    @property
+    def precision(self) -> str:
+        """Of operands that are not rounded to `narrow`."""
+        return "highest" if self.narrow == self.wide else "high"
+
+    def __call__(self, spec: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
+        """The einsum, rounded to `dtype` or not at all."""
+        dtype = self.wide if dtype is None else dtype
+        if x.dtype != y.dtype:
+            x, y = x.astype(self.wide), y.astype(self.wide)
+        out = jnp.einsum(spec, x, y, precision=self.precision, preferred_element_type=self.wide)
+        return out.astype(dtype)
 
 
 def check_form(form: str, chunk: int) -> None:
@@ -79,24 +110,97 @@ def merge(array: jax.Array, length: int) -> jax.Array:
 
 
 def decays(log_decay: jax.Array) -> Decays:
-    """Decays of a chunk from the logarithms of its gates, ``[..., C]``, finite and <= 0.
+    """Decays of a chunk from the logarithms of its gates, ``[..., C]``, finite and <= 0."""
+    sums = running_sums(log_decay)
+    return Decays(pair_decays(sums), start_decays(sums), end_decays(sums))
 
-    Every exponent is a sum of the logarithms between two positions and nothing else. Differences of
-    running sums would be cheaper and lose digits: behind a few strong decays a running sum is in
-    the hundreds, and the difference of two such numbers cannot resolve a weak one.
+
+class Sums(NamedTuple):
+    """Sums of logarithms up to every position of a chunk, ``[..., C]`` each, in two parts.
+
+    Behind a few strong decays a running sum is in the hundreds, and the difference of two such
+    numbers cannot resolve a weak decay. Here the logarithms are cut at a power of two that is so
+    large that sums of the upper parts need no more digits than a number has. Their differences are
+    exact, and the lower parts are small.
     """
-    chunk = log_decay.shape[-1]
-    leading = (1,) * (log_decay.ndim - 1)
-    visible = jnp.tril(jnp.ones((chunk, chunk), bool)).reshape(*leading, chunk, chunk)
-    later = jnp.tril(jnp.ones((chunk, chunk), bool), -1).reshape(*leading, chunk, chunk)
-    # between[m, j] is the logarithm at m where m > j; summing it over m <= i gives the exponents.
-    between = jnp.where(later, log_decay[..., None], jnp.zeros((), log_decay.dtype))
-    exponent = jnp.einsum(
-        "...im,...mj->...ij", visible.astype(log_decay.dtype), between, precision="highest"
+
+    upper: jax.Array
+    lower: jax.Array
+
+    def between(self, late: "Sums") -> jax.Array:
+        """The logarithms after these positions and up to those of `late`."""
+        return (late.upper - self.upper) + (late.lower - self.lower)
+
+    def at(self, index) -> "Sums":
+        """Both parts at an index behind the leading axes."""
+        return Sums(self.upper[..., index], self.lower[..., index])
+
+
+@jax.custom_jvp
+def running_sums(log_decay: jax.Array) -> Sums:
+    """The sums over positions of `log_decay`, ``[..., C]``, finite and <= 0.
+
+    What is below the logarithm of the smallest number is as good as that.
+    """
+    chunk, limits = log_decay.shape[-1], jnp.finfo(log_decay.dtype)
+    floor = 2.0 ** math.ceil(math.log2(-math.log(limits.smallest_subnormal)))
+    unit = 2.0 ** (math.ceil(math.log2(floor * chunk)) - limits.nmant - 1)
+    log_decay = jnp.maximum(log_decay, -floor)
+    upper = jnp.round(log_decay / unit) * unit
+    return Sums(_sum_up(upper), _sum_up(log_decay - upper))
+
+
+@running_sums.defjvp
+def _running_sums_jvp(primals, tangents):
+    sums = running_sums(*primals)
+    return sums, Sums(_sum_up(tangents[0]), jnp.zeros_like(sums.lower))
+
+
+def _sum_up(array):
+    ones = jnp.asarray(np.tril(np.ones(array.shape[-1:] * 2)), array.dtype)
+    return jnp.einsum("...m,im->...i", array, ones, precision="highest")
+
+
+def spread_cotangents(onward: jax.Array, leaving: jax.Array, through: jax.Array) -> jax.Array:
+    """The cotangents of the logarithms ``[..., C]`` of a chunk.
+
+    Args:
+      onward: ``[..., C]``, what acts through the sum of the logarithms up to a position.
+      leaving: ``[..., C]``, through the sum of those behind it.
+      through: ``[...]``, through the sum of all of them.
+    """
+    up_to = np.tril(np.ones(onward.shape[-1:] * 2))
+    behind = np.triu(np.ones(onward.shape[-1:] * 2), 1)
+    return (
+        sum(
+            jnp.einsum("...i,im->...m", a, jnp.asarray(mask, a.dtype), precision="highest")
+            for a, mask in ((onward, up_to), (leaving, behind))
+        )
+        + through[..., None]
     )
-    pair = jnp.where(visible, jnp.exp(exponent), jnp.zeros((), log_decay.dtype))
-    start = jnp.exp(exponent[..., 0] + log_decay[..., :1])
-    return Decays(pair, start, pair[..., -1, :])
+
+
+def pair_decays(sums: Sums) -> jax.Array:
+    """`Decays.pair`, which nothing has to store: a function of two positions."""
+    rows, columns = (Sums(*(jnp.expand_dims(part, axis) for part in sums)) for axis in (-1, -2))
+    exponent = columns.between(rows)
+    return jnp.exp(jnp.where(lower_triangle(exponent), exponent, -jnp.inf))
+
+
+def start_decays(sums: Sums) -> jax.Array:
+    """`Decays.start`."""
+    return jnp.exp(sums.upper + sums.lower)
+
+
+def end_decays(sums: Sums) -> jax.Array:
+    """`Decays.end`."""
+    return jnp.exp(sums.between(sums.at(slice(-1, None))))
+
+
+def lower_triangle(array: jax.Array, offset: int = 0) -> jax.Array:
+    """True on the diagonal `offset` of matrices ``[..., C, C]`` and below it; same rank."""
+    mask = np.tril(np.ones(array.shape[-2:], bool), offset)
+    return jnp.asarray(mask.reshape((1,) * (array.ndim - 2) + mask.shape))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

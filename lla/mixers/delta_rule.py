@@ -24,7 +24,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from lla.mixers import chunks
+from lla.mixers import chunks, delta_kernel
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -66,14 +66,14 @@ def delta_rule(
     batch, length, heads, dim = key.shape
     dtype = compute_dtype(value.dtype)
     state = chunks.start_state(state, (batch, heads, dim, value.shape[-1]), dtype)
-    gates = () if log_decay is None else (log_decay,)
-    arrays = tuple(array.astype(dtype) for array in (query, key, value, beta, *gates))
+    gates = () if log_decay is None else (log_decay.astype(dtype),)
+    sequences = (query, key, value)
     if form == "recurrent":
+        sequences = (array.astype(dtype) for array in sequences)
         compute = _recurrent
     else:
-        einsum = chunks.products(value.dtype)
-        compute = partial(_parallel, chunk=min(chunk, length), einsum=einsum)
-    out, state = compute(state, *arrays)
+        compute = partial(_parallel, chunk=min(chunk, length))
+    out, state = compute(state, *sequences, beta.astype(dtype), *gates)
     out = out.astype(value.dtype)
     return (out, state) if return_state else out
 
@@ -127,36 +127,127 @@ def _recurrent(state, *arrays):
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _parallel(state, query, key, value, beta, log_decay=None, *, chunk, einsum):
-    length = query.shape[1]
+def _parallel(state, query, key, value, beta, log_decay=None, *, chunk):
+    length, narrow = query.shape[1], chunks.operand_dtype(value.dtype)
     if log_decay is None:
         log_decay = jnp.zeros_like(beta)
-    q, k, v, beta, log_decay = (
-        chunks.split(array, chunk) for array in (query, key, value, beta, log_decay)
-    )
-    decays = chunks.decays(log_decay)
+    if delta_kernel.serves(query, value):
+        return delta_kernel.run(state, query, key, value, beta, log_decay)
+    arrays = (array.astype(narrow) for array in (query, key, value))
+    arrays = (chunks.split(array, chunk) for array in (*arrays, beta, log_decay))
+    out, state = _chunked(state, *arrays)
+    return chunks.merge(out, length), state
+
+
+@jax.custom_vjp
+def _chunked(state, q, k, v, beta, log_decay):
+    """Chunks ``[M, B, N, C, ...]`` of outputs, and the state behind them, ``[B, N, H, Hv]``.
+
+    q, k and v have the dtype that operands of products are rounded to; the others are float32 or
+    better.
+    """
+    return _forward(state, q, k, v, beta, log_decay)[0]
+
+
+def _forward(state, q, k, v, beta, log_decay):
+    narrow, wide = k.dtype, beta.dtype
+    product = chunks.Products(narrow, wide)
+    sums = chunks.running_sums(log_decay)
+    start, end = (f(sums)[..., None] for f in (chunks.start_decays, chunks.end_decays))
+    pair = chunks.pair_decays(sums)
+    wide_k, wide_v = k.astype(wide), v.astype(wide)
 
     # beta multiplies rows i; what is strictly below the diagonal couples u_i to earlier u_j.
-    coupling = beta[..., None] * einsum("...ih,...jh->...ij", k, k) * decays.pair
-    solver = chunks.unit_lower_inverse(coupling, einsum.keywords["precision"]) * beta[..., None, :]
-    u = einsum("...ij,...jv->...iv", solver, v)
-    w = einsum("...ij,...jh->...ih", solver, decays.start[..., None] * k)
-    scores = einsum("...ih,...jh->...ij", q, k) * decays.pair
+    scores = product("...ih,...jh->...ij", jnp.concatenate([q, k], -2), k)
+    coupling = beta[..., None] * scores[..., k.shape[-2] :, :] * pair
+    solver = chunks.unit_lower_inverse(coupling, product.precision)
+    right = jnp.concatenate([beta[..., None] * wide_v, beta[..., None] * start * wide_k], -1)
+    solved = product("...ij,...jv->...iv", solver, right)
+    u, w = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
+
+    # The states before every chunk: S = a S + k^T (u - w S) with k up to the end of the chunk.
+    k_end = end * wide_k
+    both = product("...ih,...iv->...hv", k_end, solved)
+    inflow, removal = both[..., : v.shape[-1]], both[..., v.shape[-1] :]
 
     def advance(state, block):
-        q, k, u, w, scores, total = block
-        u = u - einsum("bnih,bnhv->bniv", w, state)
-        out = einsum("bnih,bnhv->bniv", q, state) + einsum("bnij,bnjv->bniv", scores, u)
-        state = total[..., None, None] * state + einsum("bnih,bniv->bnhv", k, u)
-        return state, out
+        total, inflow, removal = block
+        removed = product("bnhg,bngv->bnhv", removal, state)
+        return total * state + (inflow - removed), state
 
-    blocks = (
-        decays.start[..., None] * q,
-        decays.end[..., None] * k,
-        u,
-        w,
-        scores,
-        decays.start[..., -1],
-    )
-    state, out = jax.lax.scan(advance, state, blocks)
-    return chunks.merge(out, length), state
+    total = start[..., -1:, :]
+    last, before = jax.lax.scan(advance, state, (total, inflow, removal))
+
+    u = u - product("...ih,...hv->...iv", w, before)
+    read = jnp.concatenate([before, u], -2).astype(narrow)
+    weights = jnp.concatenate(
+        [start * q.astype(wide), scores[..., : k.shape[-2], :] * pair], -1
+    ).astype(narrow)
+    out = product("...ij,...jv->...iv", weights, read, narrow)
+    return (out, last), (q, k, v, beta, sums, solver, w, read)
+
+
+def _backward(saved, cotangents):
+    q, k, v, beta, sums, solver, w, read = saved
+    d_out, d_last = cotangents
+    narrow, wide = k.dtype, beta.dtype
+    product = chunks.Products(narrow, wide)
+    dim, rows = k.shape[-1], k.shape[-2]
+    start, end = (f(sums)[..., None] for f in (chunks.start_decays, chunks.end_decays))
+    pair = chunks.pair_decays(sums)
+    strict = chunks.lower_triangle(pair, -1)
+    total = start[..., -1:, :]
+    wide_q, wide_k, wide_v = (array.astype(wide) for array in (q, k, v))
+    k_end = end * wide_k
+    scores = product("...ih,...jh->...ij", jnp.concatenate([q, k], -2), k)
+    scores, overlap = scores[..., :rows, :], scores[..., rows:, :]
+
+    # The cotangents of the states behind every chunk, from the last one back.
+    local = product("...ij,...iv->...jv", scores * pair, d_out)
+    left = jnp.concatenate([start * wide_q, -w.astype(wide)], -2).astype(narrow)
+    right = jnp.concatenate([d_out, local.astype(narrow)], -2)
+    reading = product("...ih,...iv->...hv", left, right)
+    removal = product("...ih,...ig->...hg", k_end, w)
+
+    def advance(d_state, block):
+        total, reading, removal = block
+        removed = product("bnhg,bnhv->bngv", removal, d_state)
+        return total * d_state + (reading - removed), d_state.astype(narrow)
+
+    d_first, d_after = jax.lax.scan(advance, d_last, (total, reading, removal), reverse=True)
+
+    d_u = local + product("...ih,...hv->...iv", k_end, d_after)
+    d_right = product("...ij,...iv->...jv", solver, d_u.astype(narrow))
+    # Of all that reads the state S or u: their cotangents are those of rows times S^T and u^T.
+    d_weights = product("...iv,...jv->...ij", d_out, read)
+    d_solved = product("...iv,...jv->...ij", -d_right.astype(narrow), read)
+    d_k_end = product("...iv,...hv->...ih", read[..., dim:, :], d_after)
+
+    d_scores = jnp.where(chunks.lower_triangle(pair), d_weights[..., dim:] * pair, 0)
+    d_overlap = jnp.where(strict, d_solved[..., dim:] * pair, 0)
+    d_beta = jnp.sum(d_overlap * overlap, -1)
+    d_pairs = jnp.concatenate([d_scores, beta[..., None] * d_overlap], -2).astype(narrow)
+    by_row = product("...ij,...jh->...ih", d_pairs, k)
+    d_q, d_k_row = by_row[..., :rows, :], by_row[..., rows:, :]
+    d_k_column = product("...ij,...ih->...jh", d_pairs, jnp.concatenate([q, k], -2))
+
+    from_start = start * d_weights[..., :dim]
+    d_incoming = start * d_solved[..., :dim]
+    to_end = end * d_k_end
+    d_beta = d_beta + jnp.sum(d_incoming * wide_k, -1) + jnp.sum(d_right * wide_v, -1)
+    d_incoming = beta[..., None] * d_incoming
+
+    # Of the logarithms: every one from the start of the chunk to i, from j to the end, from j to i.
+    entering = jnp.sum(from_start * wide_q + d_incoming * wide_k, -1)
+    leaving = jnp.sum(to_end * wide_k, -1)
+    inside = jnp.sum(d_q * wide_q + (d_k_row - d_k_column) * wide_k, -1)
+    through = jnp.sum(total * d_after.astype(wide) * read[..., :dim, :].astype(wide), (-2, -1))
+    d_log = chunks.spread_cotangents(entering + inside, leaving, through)
+
+    d_q = d_q + from_start
+    d_k = d_k_row + d_k_column + d_incoming + to_end
+    d_v = beta[..., None] * d_right
+    return d_first, *(a.astype(narrow) for a in (d_q, d_k, d_v)), d_beta, d_log
+
+
+_chunked.defvjp(_forward, _backward)

@@ -42,11 +42,15 @@ _PRECISE_TOL = 1e-3
 
 def refuse(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem`, None if they can."""
+    reason = refuse_machine()
+    return refuse_shape(problem) if reason is None else reason
+
+
+def refuse_machine() -> str | None:
+    """Why this machine cannot run kernels for Hopper, None if it can."""
     if jax.__version_info__ < (0, 11):
         return f"the Mosaic GPU kernels need JAX 0.11 or later, this is {jax.__version__}"
-    if (reason := _refuse_device()) is not None:
-        return reason
-    return refuse_shape(problem)
+    return _refuse_device()
 
 
 def refuse_shape(problem: Problem) -> str | None:
