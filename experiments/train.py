@@ -38,9 +38,10 @@ def main(argv):
         raise app.UsageError(str(error)) from error
     except training.NonFiniteError as error:
         raise SystemExit(str(error)) from error
+    test = "".join(f", {name} {value:.6g}" for name, value in result["test"].items())
     print(
         f"{result['status']} at step {result['steps']}: {result['headline']} "
-        f"{result['final']:.6g}, best {result['best']:.6g}"
+        f"{result['final']:.6g}, best {result['best']:.6g}{test}"
     )
 
 

@@ -68,7 +68,11 @@ def delta_rule(
     state = chunks.start_state(state, (batch, heads, dim, value.shape[-1]), dtype)
     gates = () if log_decay is None else (log_decay,)
     arrays = tuple(array.astype(dtype) for array in (query, key, value, beta, *gates))
-    compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
+    if form == "recurrent":
+        compute = _recurrent
+    else:
+        einsum = chunks.products(value.dtype)
+        compute = partial(_parallel, chunk=min(chunk, length), einsum=einsum)
     out, state = compute(state, *arrays)
     out = out.astype(value.dtype)
     return (out, state) if return_state else out
@@ -123,7 +127,7 @@ def _recurrent(state, *arrays):
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _parallel(state, query, key, value, beta, log_decay=None, *, chunk):
+def _parallel(state, query, key, value, beta, log_decay=None, *, chunk, einsum):
     length = query.shape[1]
     if log_decay is None:
         log_decay = jnp.zeros_like(beta)
@@ -133,17 +137,17 @@ def _parallel(state, query, key, value, beta, log_decay=None, *, chunk):
     decays = chunks.decays(log_decay)
 
     # beta multiplies rows i; what is strictly below the diagonal couples u_i to earlier u_j.
-    coupling = beta[..., None] * _einsum("...ih,...jh->...ij", k, k) * decays.pair
-    solver = chunks.unit_lower_inverse(coupling) * beta[..., None, :]
-    u = _einsum("...ij,...jv->...iv", solver, v)
-    w = _einsum("...ij,...jh->...ih", solver, decays.start[..., None] * k)
-    scores = _einsum("...ih,...jh->...ij", q, k) * decays.pair
+    coupling = beta[..., None] * einsum("...ih,...jh->...ij", k, k) * decays.pair
+    solver = chunks.unit_lower_inverse(coupling, einsum.keywords["precision"]) * beta[..., None, :]
+    u = einsum("...ij,...jv->...iv", solver, v)
+    w = einsum("...ij,...jh->...ih", solver, decays.start[..., None] * k)
+    scores = einsum("...ih,...jh->...ij", q, k) * decays.pair
 
     def advance(state, block):
         q, k, u, w, scores, total = block
-        u = u - _einsum("bnih,bnhv->bniv", w, state)
-        out = _einsum("bnih,bnhv->bniv", q, state) + _einsum("bnij,bnjv->bniv", scores, u)
-        state = total[..., None, None] * state + _einsum("bnih,bniv->bnhv", k, u)
+        u = u - einsum("bnih,bnhv->bniv", w, state)
+        out = einsum("bnih,bnhv->bniv", q, state) + einsum("bnij,bnjv->bniv", scores, u)
+        state = total[..., None, None] * state + einsum("bnih,bniv->bnhv", k, u)
         return state, out
 
     blocks = (

@@ -75,8 +75,8 @@ class GatedLinearAttention(parts.Recurrence):
         self.gate_temperature, self.form, self.chunk = gate_temperature, form, chunk
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        sequences = self._sequences(x, parts.whole(self))
-        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+        *sequences, dtype = self._sequences(x, parts.whole(self))
+        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk, dtype=dtype)
         return self.out(self.norm(out, self.gate(x)))
 
     def decode(
@@ -84,7 +84,7 @@ class GatedLinearAttention(parts.Recurrence):
     ) -> tuple[jax.Array, parts.State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
         piece = parts.Piece(self, x, state.convolutions, new_lengths)
-        query, key, value, log_decay = self._sequences(piece.x, piece.project)
+        query, key, value, log_decay, dtype = self._sequences(piece.x, piece.project)
         out, memory = linear_recurrence(
             query,
             piece.keep(key),
@@ -94,11 +94,15 @@ class GatedLinearAttention(parts.Recurrence):
             form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
             return_state=True,
+            dtype=dtype,
         )
         return self.out(self.norm(out, self.gate(piece.x))), state.advance(memory, piece)
 
     def _sequences(self, x, apply):
-        """Arguments of `linear_recurrence`; `apply` calls a projection by its name."""
+        """Arguments of `linear_recurrence`, and the dtype of the projections.
+
+        `apply` calls a projection by its name.
+        """
         query, key, value = (apply(name, x) for name in ("query", "key", "value"))
         score = self.decay(x)
         log_decay = jax.nn.log_sigmoid(score.astype(compute_dtype(score.dtype)))
@@ -107,4 +111,5 @@ class GatedLinearAttention(parts.Recurrence):
             key,
             value.astype(log_decay.dtype),
             log_decay / self.gate_temperature,
+            key.dtype,
         )

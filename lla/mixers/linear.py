@@ -106,7 +106,7 @@ class LinearAttention(parts.Recurrence):
     def __call__(self, x: jax.Array) -> jax.Array:
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         *sequences, dtype = self._sequences(x, parts.whole(self), positions)
-        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk, dtype=dtype)
         return self._finish(out, dtype)
 
     def decode(
@@ -123,6 +123,7 @@ class LinearAttention(parts.Recurrence):
             form=form_of_piece(self.form, length),
             chunk=self.chunk,
             return_state=True,
+            dtype=dtype,
         )
         return self._finish(out, dtype), state.advance(memory, piece)
 

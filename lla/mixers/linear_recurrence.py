@@ -22,6 +22,7 @@ exponent is the difference of running sums (`chunks.decays` says why).
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ def linear_recurrence(
     form: str = "parallel",
     chunk: int = 64,
     return_state: bool = False,
+    dtype: Any = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Outputs of decayed linear attention.
 
@@ -58,6 +60,8 @@ def linear_recurrence(
       chunk: tokens per chunk of the parallel form; with gates per coordinate rounded up to a
         multiple of 16.
       return_state: also return the state after the last token.
+      dtype: of the model; products are as exact as it deserves (`chunks.products`). None for that
+        of `value`.
 
     Returns:
       ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the state ``[B, N, H, Hv]``. States,
@@ -82,12 +86,16 @@ def linear_recurrence(
             f"log_decay must have shape {key.shape[:3]} or {key.shape}, got {log_decay.shape}."
         )
     batch, length, heads, dim = key.shape
+    einsum = chunks.products(value.dtype if dtype is None else dtype)
     dtype = compute_dtype(value.dtype)
     state = chunks.start_state(state, (batch, heads, dim, value.shape[-1]), dtype)
     if log_decay is None:
         log_decay = jnp.zeros(key.shape[:3], dtype)
     arrays = tuple(array.astype(dtype) for array in (query, key, value, log_decay))
-    compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
+    if form == "recurrent":
+        compute = _recurrent
+    else:
+        compute = partial(_parallel, chunk=min(chunk, length), einsum=einsum)
     out, state = compute(state, *arrays)
     out = out.astype(value.dtype)
     return (out, state) if return_state else out
@@ -125,7 +133,7 @@ def _recurrent(state, *arrays):
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _parallel(state, query, key, value, log_decay, *, chunk):
+def _parallel(state, query, key, value, log_decay, *, chunk, einsum):
     length = query.shape[1]
     per_head = log_decay.ndim == 3
     if not per_head:
@@ -134,12 +142,12 @@ def _parallel(state, query, key, value, log_decay, *, chunk):
 
     def advance(state, block):
         q, k, v, scores, total = block
-        out = _einsum("bnih,bnhv->bniv", q, state) + _einsum("bnij,bnjv->bniv", scores, v)
-        state = total[..., None] * state + _einsum("bnih,bniv->bnhv", k, v)
+        out = einsum("bnih,bnhv->bniv", q, state) + einsum("bnij,bnjv->bniv", scores, v)
+        state = total[..., None] * state + einsum("bnih,bniv->bnhv", k, v)
         return state, out
 
     if per_head:
-        q, k, scores, total = _gates_per_head(q, k, log_decay)
+        q, k, scores, total = _gates_per_head(q, k, log_decay, einsum)
         state, out = jax.lax.scan(advance, state, (q, k, v, scores, total))
     else:
         # The gates between pairs of tokens are 16 times as large as the keys: they exist for one
@@ -147,20 +155,20 @@ def _parallel(state, query, key, value, log_decay, *, chunk):
         @jax.checkpoint
         def gate_and_advance(state, block):
             q, k, v, log_decay = block
-            q, k, scores, total = _gates_per_coordinate(q, k, log_decay)
+            q, k, scores, total = _gates_per_coordinate(q, k, log_decay, einsum)
             return advance(state, (q, k, v, scores, total))
 
         state, out = jax.lax.scan(gate_and_advance, state, (q, k, v, log_decay))
     return chunks.merge(out, length), state
 
 
-def _gates_per_head(q, k, log_decay):
+def _gates_per_head(q, k, log_decay, einsum):
     """What a chunk needs: q from S0, k up to its end, scores, and the decay of S0.
 
     ``[..., C, H]``, ``[..., C, H]``, ``[..., C, C]``, ``[..., 1]``.
     """
     decays = chunks.decays(log_decay)
-    scores = _einsum("...ih,...jh->...ij", q, k) * decays.pair
+    scores = einsum("...ih,...jh->...ij", q, k) * decays.pair
     return (
         decays.start[..., None] * q,
         decays.end[..., None] * k,
@@ -169,7 +177,7 @@ def _gates_per_head(q, k, log_decay):
     )
 
 
-def _gates_per_coordinate(q, k, log_decay):
+def _gates_per_coordinate(q, k, log_decay, einsum):
     """The same from log_decay ``[..., C, H]``; the decay of S0 is ``[..., H]``."""
     *leading, chunk, dim = q.shape
     block = min(_BLOCK, chunk)
@@ -179,7 +187,7 @@ def _gates_per_coordinate(q, k, log_decay):
     # Inside blocks: [..., I, H, i, j] for pairs, [..., I, i, H] for the way to either end.
     inner = chunks.decays(jnp.swapaxes(log_decay, -1, -2))
     near_keys = inner.pair * jnp.swapaxes(k, -1, -2)[..., None, :]
-    near = _einsum("...ih,...hij->...ij", q, near_keys)
+    near = einsum("...ih,...hij->...ij", q, near_keys)
     q = jnp.swapaxes(inner.start, -1, -2) * q
     k = jnp.swapaxes(inner.end, -1, -2) * k
 
@@ -187,8 +195,8 @@ def _gates_per_coordinate(q, k, log_decay):
     # Column J + 1 leaves out block J, and is 0 unless I > J.
     totals = jnp.swapaxes(log_decay.sum(-2), -1, -2)
     over = chunks.decays(jnp.pad(totals, [(0, 0)] * (totals.ndim - 1) + [(1, 0)])).pair
-    far_keys = _einsum("...hIJ,...Jjh->...IJjh", over[..., :-1, 1:], k)
-    far = _einsum("...Iih,...IJjh->...IiJj", q, far_keys)
+    far_keys = einsum("...hIJ,...Jjh->...IJjh", over[..., :-1, 1:], k)
+    far = einsum("...Iih,...IJjh->...IiJj", q, far_keys)
 
     same = jnp.eye(count, dtype=q.dtype).reshape(*(1,) * len(leading), count, 1, count, 1)
     scores = (far + same * near[..., :, :, None, :]).reshape(*leading, chunk, chunk)

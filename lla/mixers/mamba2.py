@@ -79,7 +79,7 @@ class Mamba2(parts.Recurrence):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         u, *sequences = self._sequences(x, parts.whole(self))
-        y = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+        y = linear_recurrence(*sequences, form=self.form, chunk=self.chunk, dtype=u.dtype)
         return self._finish(x, u, y)
 
     def decode(
@@ -97,6 +97,7 @@ class Mamba2(parts.Recurrence):
             form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
             return_state=True,
+            dtype=u.dtype,
         )
         return self._finish(piece.x, u, y), state.advance(memory, piece)
 

@@ -117,7 +117,8 @@ def mesa(
     if form == "recurrent":
         out, state = _recurrent(state, *arrays, ridge=ridge, solve=solve)
     else:
-        out, state = _parallel(state, *arrays, ridge=ridge, solve=solve, chunk=min(chunk, length))
+        options = dict(chunk=min(chunk, length), einsum=chunks.products(value.dtype))
+        out, state = _parallel(state, *arrays, ridge=ridge, solve=solve, **options)
     out = out.astype(value.dtype)
     return (out, state) if return_state else out
 
@@ -257,7 +258,7 @@ def _recurrent(state, *arrays, ridge, solve):
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _parallel(state, query, key, value, beta, log_decay, *, ridge, solve, chunk):
+def _parallel(state, query, key, value, beta, log_decay, *, ridge, solve, chunk, einsum):
     length, dim = query.shape[1], key.shape[-1]
     exact = isinstance(solve, _Exact)
     if exact:
@@ -275,7 +276,7 @@ def _parallel(state, query, key, value, beta, log_decay, *, ridge, solve, chunk)
         return total[..., None, None] * state + contribution, state
 
     pairs = jnp.concatenate([k, v], axis=-1)
-    contribution = _einsum("...ih,...iv->...hv", decays.end[..., None] * weighted, pairs)
+    contribution = einsum("...ih,...iv->...hv", decays.end[..., None] * weighted, pairs)
     joined, before = jax.lax.scan(
         advance, jnp.concatenate(state, axis=-1), (decays.start[..., -1], contribution)
     )
@@ -284,15 +285,15 @@ def _parallel(state, query, key, value, beta, log_decay, *, ridge, solve, chunk)
     pair = decays.pair * beta[..., None, :]
 
     def attend(x, state, value):
-        scores = _einsum("...ih,...jh->...ij", x, k) * pair
-        incoming = _einsum("...ih,...hv->...iv", start * x, state)
-        return incoming + _einsum("...ij,...jv->...iv", scores, value)
+        scores = einsum("...ih,...jh->...ij", x, k) * pair
+        incoming = einsum("...ih,...hv->...iv", start * x, state)
+        return incoming + einsum("...ij,...jv->...iv", scores, value)
 
     if exact:
         solution = q
     else:
         diagonal = start * jnp.diagonal(moment, axis1=-2, axis2=-1)[..., None, :]
-        diagonal = diagonal + _einsum("...ij,...jh->...ih", pair, k * k)
+        diagonal = diagonal + einsum("...ij,...jh->...ih", pair, k * k)
         lam = ridge[None, None, :, None, :]
         solution = solve(lambda x: attend(x, moment, k) + lam * x, diagonal + lam, q)
     out = chunks.merge(attend(solution, target, v), length)

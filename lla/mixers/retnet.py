@@ -77,7 +77,7 @@ class RetNet(parts.Recurrence):
     def __call__(self, x: jax.Array) -> jax.Array:
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         *sequences, gate, dtype = self._sequences(x, parts.whole(self), positions)
-        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk, dtype=dtype)
         return self._finish(out, gate, dtype)
 
     def decode(
@@ -97,6 +97,7 @@ class RetNet(parts.Recurrence):
             form=form_of_piece(self.form, length),
             chunk=self.chunk,
             return_state=True,
+            dtype=dtype,
         )
         return self._finish(out, gate, dtype), state.advance(memory, piece)
 

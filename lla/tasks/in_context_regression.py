@@ -30,7 +30,7 @@ _SAMPLED = (8, 8)  # batches and sequences per batch that `baselines` are measur
 
 @dataclasses.dataclass(frozen=True)
 class InContextRegression:
-    """What to draw; every step draws new sequences, in both splits.
+    """What to draw; every step draws new sequences, in all splits.
 
     Attributes:
       dim: coordinates of x.
@@ -51,7 +51,7 @@ class InContextRegression:
     token_dim: int | None = None
 
     vocab_size: ClassVar[None] = None
-    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    splits: ClassVar[tuple[str, ...]] = ("train", "test", "validation")
     headline: ClassVar[str] = "mse"
     headline_mode: ClassVar[str] = "min"
 

@@ -38,18 +38,19 @@ class MQAR:
 
     The training set is finite unless `train_examples` is None: batches run through it in an order
     that is new in every epoch, without a shorter batch at its end [ours]; the count of examples
-    shown must stay below 2^32. The test set is read in its own order, step by step; what a batch
-    has beyond its end has weight 0, so that enough batches from step 0 on count every example
-    once [ours]. Both sets belong to the seed.
+    shown must stay below 2^32. "validation", for what is chosen, and "test", for what is reported,
+    are sets of their own [ours], read in order, step by step; what a batch has beyond the end of
+    its set has weight 0, so that enough batches from step 0 on count every example once [ours].
+    All three sets belong to the seed.
 
     Attributes:
       vocab_size: V, tokens and logits.
       length: N, tokens per sequence; even.
-      pairs: D; or several of them, which the examples of both sets take in turn [ours] and which
+      pairs: D; or several of them, which the examples of all sets take in turn [ours] and which
         metrics tell apart.
       power_a: a of the law of the gaps, > 0; 1 makes it uniform.
       train_examples: size of the training set; None draws new examples at every step [ours].
-      test_examples: size of the test set.
+      test_examples: size of the test set, and of the validation set.
     """
 
     vocab_size: int = 8192
@@ -60,7 +61,7 @@ class MQAR:
     test_examples: int = 3_000
 
     input_dim: ClassVar[None] = None
-    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    splits: ClassVar[tuple[str, ...]] = ("train", "test", "validation")
     headline: ClassVar[str] = "accuracy"
     headline_mode: ClassVar[str] = "max"
 
@@ -124,7 +125,7 @@ class MQAR:
         order, content = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         index = as_uint32(step) * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
         counted = jnp.ones((size,), bool)
-        if split == "test":
+        if split != "train":
             counted = index < jnp.uint32(self.test_examples)
             keys = fold_each(content, index)
         elif self.train_examples is None:

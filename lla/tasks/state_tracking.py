@@ -41,10 +41,10 @@ _PAD, _BOS = 0, 1
 class StateTracking:
     """What to draw; every step draws new sequences, in all splits.
 
-    "train" and "test" have T uniform in [min_swaps, max_swaps], "test_long" has T uniform in
-    [max_swaps + 1, 2 * max_swaps]: lengths that training never shows. Random streams of splits
-    differ, but for very small N, T and Q the sequences cannot all be different: two items have but
-    two sequences of every length.
+    "train", "validation" and "test" have T uniform in [min_swaps, max_swaps], "test_long" has T
+    uniform in [max_swaps + 1, 2 * max_swaps]: lengths that training never shows. Random streams of
+    splits differ, but for very small N, T and Q the sequences cannot all be different: two items
+    have but two sequences of every length.
 
     Attributes:
       num_items: N, positions and items.
@@ -58,7 +58,7 @@ class StateTracking:
     queries: int = 1
 
     input_dim: ClassVar[None] = None
-    splits: ClassVar[tuple[str, ...]] = ("train", "test", "test_long")
+    splits: ClassVar[tuple[str, ...]] = ("train", "test", "test_long", "validation")
     headline: ClassVar[str] = "accuracy"
     headline_mode: ClassVar[str] = "max"
 

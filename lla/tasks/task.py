@@ -20,7 +20,9 @@ class Task(Protocol):
       input_dim: width of continuous inputs, or None where they are tokens.
       output_dim: logits, or numbers to predict, per position.
       max_length: longest sequence that `batch` returns, over all splits.
-      splits: names of the streams of data, "train" first.
+      splits: names of the streams of data: "train" first; "test", for what is reported and read
+        once; possibly further ones to report; and "validation", for everything that is chosen: when
+        to stop, and which learning rate. A stream depends on its place: new ones go to the end.
       readout: where a model takes its outputs from, as `lla.models.ModelConfig` has it; a task
         without this attribute has "each".
       headline: name of the metric that models are compared by.

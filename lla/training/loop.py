@@ -1,5 +1,6 @@
 """The host's side of training: when to evaluate, record, save, stop, and where to go on."""
 
+import dataclasses
 import json
 import math
 import os
@@ -63,26 +64,34 @@ def fit(
     *,
     profile: int = 0,
     stream: TextIO | None = None,
+    pause_at: float = math.inf,
 ) -> dict[str, Any]:
     """Runs `program` to its end: one run, or several at once.
 
-    `metrics.jsonl` gets a record of kind "train" every `log_every` steps, averaged over them, and
-    one of kind "eval" before the first step, every `eval_every` and after the last step. A run that
-    is killed goes on from its latest checkpoint: records after that are dropped and computed again,
-    so that on one device the file is equal, byte by byte, to that of a run that was never killed.
-    On a GPU that takes a compiler that chooses the same kernels again, and kernels that repeat.
+    `metrics.jsonl` gets a record of kind "train" every `log_every` steps, averaged over them, one
+    of kind "eval" on the validation split before the first step, every `eval_every` and after the
+    last step, and in the end one of kind "test". A run stays as it is from the evaluation on that
+    shows it at `stop_at`; training ends when all are there, or failed (or all runs of one learning
+    rate are there, for `Runs.one_rate`). A run that is killed goes on from its latest checkpoint:
+    records after that are dropped and computed again, so that on one device the file is equal, byte
+    by byte, to that of a run that was never killed. On a GPU that takes a compiler that chooses the
+    same kernels again, and kernels that repeat.
 
     Args:
       program: what to run.
       path: the work directory.
       record: the resolved config that belongs to it.
       profile, stream: as in `train`.
+      pause_at: `time.monotonic()` after which training pauses at the next record, with a checkpoint
+        from which the next call goes on.
 
     Returns:
-      {"status", "steps", "headline", "mode", "final", "best", "failed_at"}, as in `result.json`;
-      "status" is "finished" (all steps), "stopped" (`stop_at` is reached) or "non_finite"; "final"
-      and "best" are values of the headline metric, and nested lists like "failed_at" where there
-      are several runs.
+      {"status", "steps", "headline", "mode", "final", "best", "test", "failed_at", "stopped_at"},
+      as in `result.json`; "status" is "finished" (all steps), "stopped" (`stop_at` is reached) or
+      "non_finite"; "final" and "best" are values of the headline metric, "test" has its value on
+      each split that results are reported on, by name; they are nested lists like "failed_at" and
+      "stopped_at" (of `TrainState`) where there are several runs. After a pause it has nothing but
+      "status", "paused", and "steps", and there is no `result.json`.
     """
     path = pathlib.Path(path)
     if jax.process_index() == 0:
@@ -106,13 +115,13 @@ def fit(
         else:
             records = NoRecords()
         state = program.init() if state is None else state
-        job = _Fit(program, path, records, checkpoints, known, profile, stream)
+        job = _Fit(program, path, records, checkpoints, known, profile, stream, pause_at)
         try:
             result = job.run(state, start)
         finally:
             job.close()
             records.close()
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and result["status"] != "paused":
         write_whole(finished, _pretty(result))
     return result
 
@@ -120,22 +129,22 @@ def fit(
 class _Fit:
     """One pass from a state to the end; the fields are what changes on the way."""
 
-    def __init__(self, program, path, records, checkpoints, known, profile, stream):
+    def __init__(self, program, path, records, checkpoints, known, profile, stream, pause_at):
         self.program, self.options = program, program.settings.training
         self.path, self.records, self.checkpoints = path, records, checkpoints
         self.evaluations = [entry for entry in known if entry["kind"] == "eval"]
-        self.profile, self.stream = profile, stream
+        self.profile, self.stream, self.pause_at = profile, stream, pause_at
         self.window: list[Sums] = []  # of the steps since the last training record
         self.pending = None  # (step, metrics) of a call that may still be running
-        self.failed_at = np.full(program.shape, -1)
+        self.failed_at = self.stopped_at = np.full(program.shape, -1)
         self.clock = (0, time.monotonic())
         self.tracing = False
 
     def run(self, state, start: int) -> dict[str, Any]:
         step, steps = max(start, 0), self.options.steps
-        self.failed_at = jax.device_get(state.failed_at)
+        self.failed_at, self.stopped_at = jax.device_get((state.failed_at, state.stopped_at))
         if start < 0:
-            self._evaluate(0, state)
+            state = self._evaluate(0, state)
         self.progress = Progress(max(steps - step, 1), self.stream)
         self.clock = (step, time.monotonic())
         calls = 0
@@ -155,14 +164,17 @@ class _Fit:
             if not (last or step % self.options.log_every == 0):
                 continue
             evaluates = last or step % self.options.eval_every == 0
-            saves = last or step % self.options.checkpoint_every == 0
+            pauses = not last and time.monotonic() > self.pause_at
+            saves = last or pauses or step % self.options.checkpoint_every == 0
             if evaluates or saves:
                 self._fetch()
             if evaluates and not self._all_failed():
-                self._evaluate(step, state)
+                state = self._evaluate(step, state)
             if (saves or self._over()) and not self._all_failed():
                 self.checkpoints.save(state)
                 self._restart_clock()
+            if pauses and not self._over():
+                return {"status": "paused", "steps": step}
         self._fetch()
         return self._finish(state, step)
 
@@ -211,11 +223,18 @@ class _Fit:
         self.progress.advance(step - before, f"step {step}  {shown}  {speed:.3g} steps/s")
 
     def _evaluate(self, step, state):
+        """Writes the record; the state, in which the runs that are where they were to get stop."""
         found = means(jax.device_get(self.program.evaluate(state.params)))
         self.records.write("eval", step, found)
         values = {name: plain_numbers(value) for name, value in found.items()}
         self.evaluations.append({"kind": "eval", "step": step, **values})
+        there = self._reached() & (self.stopped_at < 0) & (self.failed_at < 0)
+        if there.any():
+            self.stopped_at = np.where(there, step, self.stopped_at).astype(np.int32)
+            placed = jax.device_put(self.stopped_at, state.stopped_at.sharding)
+            state = dataclasses.replace(state, stopped_at=placed)
         self._restart_clock()
+        return state
 
     def _restart_clock(self):
         self.clock = (self.clock[0], time.monotonic())  # speed is that of the training steps
@@ -224,12 +243,15 @@ class _Fit:
         return bool(np.all(self.failed_at >= 0))
 
     def _over(self) -> bool:
-        """Whether every run has failed, or is where it was to get."""
-        return self._all_failed() or bool(np.all((self.failed_at >= 0) | self._reached()))
+        """Whether every run has failed or stopped; of one learning rate, if that is enough."""
+        stopped, runs = self.stopped_at >= 0, self.program.runs
+        if runs is not None and runs.one_rate and stopped.all(axis=0).any():
+            return True
+        return bool(np.all((self.failed_at >= 0) | stopped))
 
     def _reached(self):
         goal = self.options.stop_at
-        if goal is None or not self.evaluations:
+        if goal is None:
             return np.zeros(self.program.shape, bool)
         value = _array(self.evaluations[-1][self.program.headline])
         return value >= goal if self._mode() == "max" else value <= goal
@@ -254,6 +276,10 @@ class _Fit:
                 step = int(self.failed_at)
                 self._save_failure(state, step)
                 self.records.write("non_finite", step, {})
+        test = {} if self._all_failed() else means(jax.device_get(self.program.test(state.params)))
+        if test:
+            self.records.write("test", step, test)
+        metric = self.program.task.headline
         history = np.stack([_array(entry[self.program.headline]) for entry in self.evaluations])
         best = np.fmax if self._mode() == "max" else np.fmin
         return {
@@ -263,13 +289,19 @@ class _Fit:
             "mode": self._mode(),
             "final": plain_numbers(history[-1]),
             "best": plain_numbers(best.reduce(history)),
+            "test": {
+                name: plain_numbers(values)
+                for name, values in test.items()
+                if name.partition("/")[2] == metric
+            },
             "failed_at": self.failed_at.tolist(),
+            "stopped_at": self.stopped_at.tolist(),
         }
 
     def _save_failure(self, state, step):
         placed = jax.device_put(np.int32(step), state.step.sharding)
         with Checkpoints(self.path / "non_finite") as checkpoints:
-            checkpoints.save(type(state)(placed, state.failed_at, state.params, state.moments))
+            checkpoints.save(dataclasses.replace(state, step=placed))
 
 
 def _add(window: list[Sums]) -> Sums:

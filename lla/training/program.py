@@ -6,7 +6,7 @@ compiled steps, so that a run is a function of its settings and needs no state o
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +22,13 @@ from lla.training.settings import Settings
 from lla.training.sharding import BATCH, make_mesh, replicated, shard_state
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # name: weighted sum, weight
+VALIDATION = "validation"  # the split that decides when to stop and which run is best
 _INIT_STREAM = 0x696E6974  # keeps the keys of parameters apart from those of the data
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "failed_at", "params", "moments"],
+    data_fields=["step", "failed_at", "stopped_at", "params", "moments"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +39,32 @@ class TrainState:
       step: int32, updates so far; one number for all runs.
       failed_at: int32, for each run the update whose loss or gradient was not finite, -1 if none:
         from there on the run keeps the parameters and moments that it had before that update.
+      stopped_at: int32, for each run the number of updates after which it was where it was to get,
+        -1 if it is not there yet: it keeps its parameters and moments from there on, too.
       params: by path, such as "blocks.0.mixer.query.kernel".
       moments: the optimiser's state.
     """
 
     step: jax.Array
     failed_at: jax.Array
+    stopped_at: jax.Array
     params: dict[str, jax.Array]
     moments: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """Runs that are trained at once: every seed with every learning rate, in this order of axes."""
+    """Runs that are trained at once: every seed with every learning rate, in this order of axes.
+
+    Attributes:
+      seeds, learning_rates: of the runs.
+      one_rate: whether training ends as soon as all seeds of one learning rate are where they were
+        to get, rather than all runs.
+    """
 
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
+    one_rate: bool = False
 
 
 class Program:
@@ -85,7 +96,9 @@ class Program:
                     f"training.{name} must be a multiple of the {self.mesh.size} devices of the "
                     f"mesh, got {getattr(self, name)}."
                 )
-        self.splits = tuple(split for split in self.task.splits if split != "train")
+        self.test_splits = tuple(
+            split for split in self.task.splits if split not in ("train", VALIDATION)
+        )
         self.model_config = settings.model_config(self.task)
         self._graph, self._variables, spared = abstract_model(self.model_config)
         self._direction = optimizer.direction(settings.optimizer, spared)
@@ -94,15 +107,18 @@ class Program:
         placed = functools.partial(shard_state, mesh=self.mesh)
         abstract = jax.eval_shape(self._init)
         self._placement = placed(abstract) if runs is None else self._everywhere(abstract)
-        self.init = jax.jit(self._init, out_shardings=self._placement)
-        self.advance = jax.jit(
-            self._advance,
-            donate_argnums=0,
-            in_shardings=(self._placement, None),
-            out_shardings=(self._placement, replicated(self.mesh)),
-        )
-        self.evaluate = jax.jit(self._evaluate, out_shardings=replicated(self.mesh))
-        self.init.__doc__ = "() -> the state before the first step."
+        everywhere = replicated(self.mesh)
+        self._calls = {
+            "init": jax.jit(self._init, out_shardings=self._placement),
+            "advance": jax.jit(
+                self._advance,
+                donate_argnums=0,
+                in_shardings=(self._placement, None, None),
+                out_shardings=(self._placement, everywhere),
+            ),
+            "evaluate": jax.jit(self._evaluate, out_shardings=everywhere),
+            "test": jax.jit(self._test, out_shardings=everywhere),
+        }
         self.abstract_state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             abstract,
@@ -111,9 +127,56 @@ class Program:
 
     @property
     def headline(self) -> str:
-        """Name of the metric that evaluations are compared by, such as "test/accuracy"."""
-        split = "test" if "test" in self.splits else self.splits[0]
-        return f"{split}/{self.task.headline}"
+        """Name of the metric that runs are stopped and chosen by: "validation/accuracy"."""
+        return f"{VALIDATION}/{self.task.headline}"
+
+    @property
+    def rates(self) -> np.ndarray:
+        """The peak learning rates, float32: one number, or [learning rates] of `runs`."""
+        if self.runs is None:
+            return np.float32(self.settings.optimizer.learning_rate)
+        return np.asarray(self.runs.learning_rates, np.float32)
+
+    def compile(
+        self, names: Sequence[str] = ("init", "advance", "evaluate", "test")
+    ) -> dict[str, jax.stages.Compiled]:
+        """Compiles these functions now, rather than at the first call; may run in a thread.
+
+        The learning rates are arguments of what is compiled, so that `runs` may be replaced
+        afterwards by runs with the same seeds and as many other rates.
+        """
+        params = self.abstract_state.params
+        count, rates = jax.ShapeDtypeStruct((), np.int32), self.rates
+        rates = jax.ShapeDtypeStruct(rates.shape, rates.dtype)
+        given = {
+            "init": (),
+            "advance": (self.abstract_state, count, rates),
+            "evaluate": (params,),
+            "test": (params,),
+        }
+        compiled = {name: self._calls[name].lower(*given[name]).compile() for name in names}
+        self._calls |= compiled
+        return compiled
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+        return self._calls["init"]()
+
+    def advance(self, state: TrainState, count: np.int32) -> tuple[TrainState, dict[str, Any]]:
+        """`count` updates: the new state, and {"sums": of all of them, "failed_at": as there}.
+
+        An update that fails, or that a run does not make because it has failed or stopped, adds
+        nothing to the sums. The memory of `state` is used again.
+        """
+        return self._calls["advance"](state, count, self.rates)
+
+    def evaluate(self, params: Mapping[str, jax.Array]) -> Sums:
+        """Metrics of the validation split, named "validation/metric"."""
+        return self._calls["evaluate"](params)
+
+    def test(self, params: Mapping[str, jax.Array]) -> Sums:
+        """Metrics of the splits that results are reported on, named "test/metric" and so on."""
+        return self._calls["test"](params)
 
     def model(self, params: Mapping[str, jax.Array]) -> SequenceModel:
         """The model with these parameters."""
@@ -126,7 +189,7 @@ class Program:
     def _everywhere(self, tree):
         return jax.tree.map(lambda _: replicated(self.mesh), tree)
 
-    # Each of the three below is the traced body of the public function of that name.
+    # Each of the four below is the traced body of the public function of that name.
 
     def _init(self) -> TrainState:
         def init(seed):
@@ -146,28 +209,30 @@ class Program:
             params, moments = jax.tree.map(
                 lambda leaf: jnp.repeat(leaf[:, None], rates, axis=1), each
             )
-        return TrainState(jnp.int32(0), jnp.full(self.shape, -1, jnp.int32), params, moments)
+        never = jnp.full(self.shape, -1, jnp.int32)
+        return TrainState(jnp.int32(0), never, never, params, moments)
 
-    def _advance(self, state: TrainState, count: jax.Array) -> tuple[TrainState, dict[str, Any]]:
-        """`count` updates: the new state, and {"sums": of all of them, "failed_at": as there}.
-
-        An update that fails, or comes after one that did, adds nothing to the sums.
-        """
-        sums = jax.eval_shape(self._step, state)[1]
+    def _advance(self, state: TrainState, count: jax.Array, rates: jax.Array):
+        sums = jax.eval_shape(self._step, state, rates)[1]
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
 
         def body(_, carry):
             state, sums = carry
-            state, more = self._step(state)
+            state, more = self._step(state, rates)
             return state, jax.tree.map(jnp.add, sums, more)
 
         state, sums = jax.lax.fori_loop(0, count, body, (state, sums))
         return state, {"sums": sums, "failed_at": state.failed_at}
 
     def _evaluate(self, params) -> Sums:
-        """Metrics of every split but the training one, named "split/metric"."""
+        return self._evaluate_splits((VALIDATION,), params)
+
+    def _test(self, params) -> Sums:
+        return self._evaluate_splits(self.test_splits, params)
+
+    def _evaluate_splits(self, splits, params) -> Sums:
         found = {}
-        for split in self.splits:
+        for split in splits:
             sums = functools.partial(self._evaluate_split, split)
             if self.runs is None:
                 metrics = sums(jnp.uint32(self.settings.training.seed), params)
@@ -191,17 +256,16 @@ class Program:
         )
         return jax.lax.fori_loop(0, self.settings.training.eval_batches, body, zero)
 
-    def _step(self, state: TrainState) -> tuple[TrainState, Sums]:
+    def _step(self, state: TrainState, rates: jax.Array) -> tuple[TrainState, Sums]:
         factor = self._schedule(state.step)
-        body = (state.params, state.moments, state.failed_at)
+        body = (state.params, state.moments, state.failed_at, state.stopped_at)
         update = functools.partial(self._update, state.step)
         if self.runs is None:
-            rate = factor * self.settings.optimizer.learning_rate
             seed = jnp.uint32(self.settings.training.seed)
             batch = self._batch(seed, state.step, self.batch_size, "train")
-            new, sums = update(body, rate, batch)
+            new, sums = update(body, factor * rates, batch)
         else:
-            rates = factor * jnp.asarray(self.runs.learning_rates, jnp.float32)
+            rates = factor * rates
 
             def for_seed(body, seed):
                 # The learning rates of a seed share its batch.
@@ -209,11 +273,11 @@ class Program:
                 return jax.vmap(update, in_axes=(0, 0, None))(body, rates, batch)
 
             new, sums = jax.vmap(for_seed)(body, jnp.asarray(self.runs.seeds, jnp.uint32))
-        params, moments, failed_at = new
-        return TrainState(state.step + 1, failed_at, params, moments), sums
+        params, moments, failed_at, stopped_at = new
+        return TrainState(state.step + 1, failed_at, stopped_at, params, moments), sums
 
     def _update(self, step, body, rate, batch):
-        params, moments, failed_at = body
+        params, moments, failed_at, stopped_at = body
 
         def loss_of(params):
             outputs = self._outputs(params, batch)
@@ -228,9 +292,11 @@ class Program:
             direction,
         )
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        going = finite & (failed_at < 0)
-        new_failed_at = jnp.where(finite | (failed_at >= 0), failed_at, step)
-        # A failed update is not made: the state stays the one that reproduces the failure.
+        waits = (failed_at >= 0) | (stopped_at >= 0)
+        going = finite & ~waits
+        new_failed_at = jnp.where(finite | waits, failed_at, step)
+        # A failed update is not made: the state stays the one that reproduces the failure. Nor is
+        # one of a run that has stopped.
         new_params, new_moments = jax.tree.map(
             lambda new, old: jnp.where(going, new, old),
             (new_params, new_moments),
@@ -240,7 +306,7 @@ class Program:
         sums = dict(self.task.metrics(outputs, batch))
         sums |= {"gradient_norm": (norm, one), "learning_rate": (rate, one)}
         sums = jax.tree.map(lambda leaf: jnp.where(going, leaf, jnp.zeros_like(leaf)), sums)
-        return (new_params, new_moments, new_failed_at), sums
+        return (new_params, new_moments, new_failed_at, stopped_at), sums
 
     def _batch(self, seed, index, size, split):
         batch = self.task.batch(seed, index, size, split)

@@ -7,6 +7,8 @@
 import importlib.util
 import json
 import math
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +64,13 @@ class NoRecords:
 
     def close(self):
         pass
+
+
+def training_seconds(path: str | os.PathLike) -> float:
+    """The time that all updates took in the work directory `path`, those made twice included."""
+    file = pathlib.Path(path) / "timing.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return sum(json.loads(line)["seconds"] for line in lines)
 
 
 def plain_numbers(value: Any) -> Any:

@@ -100,8 +100,8 @@ class Training:
       checkpoint_every: steps between checkpoints; one comes after the last step.
       keep_checkpoints: how many of the latest checkpoints stay.
       steps_per_call: steps that the device makes without the host; a call ends at every record.
-      stop_at: value of the task's headline metric at which training ends early; None for never.
-        Runs of a sweep that are trained at once end when all of them are there.
+      stop_at: value of the task's headline metric on the validation split at which training ends
+        early; None for never. Of the runs of a sweep each one stops for itself.
     """
 
     steps: int = 1000
@@ -154,6 +154,9 @@ class Sweep:
 
     Attributes:
       seeds, learning_rates: trained at once, each seed with each rate, at every point of the grid.
+      selection_seeds: where there are any, these are trained first, with all learning rates, until
+        all of them have reached `training.stop_at` at one rate, or to the end; then `seeds` are
+        trained at the rate that `results.select` takes. They must be other seeds.
       grid: nested like the config; its leaves are tuples of values, and every combination of them
         is a point. An option of a mechanism multiplies the points of that mechanism alone.
       cases: name -> nested overrides that belong together; multiplied with the grid. Empty for a
@@ -162,6 +165,7 @@ class Sweep:
 
     seeds: tuple[int, ...] = (0,)
     learning_rates: tuple[float, ...] = (1e-3,)
+    selection_seeds: tuple[int, ...] = ()
     grid: dict[str, Any] = dataclasses.field(default_factory=dict)
     cases: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -172,6 +176,10 @@ class Sweep:
                 raise ValueError(f"sweep.{name} must be different values, got {values!r}.")
         for rate in self.learning_rates:
             _range("sweep.learning_rates", rate, 0.0, math.inf, open_low=True)
+        if both := set(self.seeds) & set(self.selection_seeds):
+            raise ValueError(
+                f"sweep.selection_seeds must be others than sweep.seeds; both have {both}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ def statistic(counts, probabilities):
     ],
     ids=["paper_64", "paper_512", "full", "mixed"],
 )
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", "test", "validation"])
 def test_contract(task, split):
     batch = {key: np.asarray(array) for key, array in draw(task, 7, 3, 60, split).items()}
     first_value = task.vocab_size // 2
@@ -164,16 +164,17 @@ def test_new_examples_at_every_step_without_a_training_set():
     assert len(np.unique(rows(task, 15, 4)["inputs"], axis=0)) == 60
 
 
-def test_the_test_set_counts_once_whatever_the_batches():
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_set_counts_once_whatever_the_batches(split):
     task = MQAR(length=16, pairs=2, test_examples=10, train_examples=10)
-    by_four, by_five = rows(task, 4, 4, "test"), rows(task, 2, 5, "test")
+    by_four, by_five = rows(task, 4, 4, split), rows(task, 2, 5, split)
     assert by_four["weights"].sum() == by_five["weights"].sum() == 20
     np.testing.assert_array_equal(by_four["weights"][:, 0], np.arange(16) < 10)
     for key in by_four:
         np.testing.assert_array_equal(by_four[key][:10], by_five[key])
     shown = {tuple(row) for row in rows(task, 3, 4)["inputs"]}
     assert not shown & {tuple(row) for row in by_five["inputs"]}
-    nothing = draw(task, 2, 9, 4, "test")
+    nothing = draw(task, 2, 9, 4, split)
     outputs = jnp.ones((4, 16, task.vocab_size))
     assert task.loss(outputs, nothing) == 0.0
     np.testing.assert_array_equal(task.metrics(outputs, nothing)["accuracy"], (0.0, 0.0))

@@ -67,7 +67,7 @@ def test_unknown_words_name_the_nearest():
 def test_shapes_of_every_split(name):
     task = TASKS[name]
     lengths = []
-    assert task.splits[:2] == ("train", "test")
+    assert task.splits[:2] == ("train", "test") and task.splits[-1] == "validation"
     assert (task.vocab_size is None) != (task.input_dim is None)
     for split in task.splits:
         batch = BATCHES[name, split](0, 1)

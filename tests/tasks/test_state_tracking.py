@@ -41,7 +41,7 @@ def read(task, tokens):
     ],
     ids=["two", "default", "eight"],
 )
-@pytest.mark.parametrize("split", ["train", "test", "test_long"])
+@pytest.mark.parametrize("split", ["train", "test", "test_long", "validation"])
 def test_labels_are_those_of_a_simulation(task, split):
     size = 100
     batch = {key: np.asarray(array) for key, array in draw(task, 3, 5, size, split).items()}

@@ -54,18 +54,22 @@ def test_records_come_at_their_steps_and_evaluation_before_the_first(finished):
         ("train", 6),
         ("train", 8),
         ("eval", 8),
+        ("test", 8),
     ]
-    assert all(record["test/loss"] > 0 for record in records if record["kind"] == "eval")
-    accuracies = [record["test/accuracy"] for record in records if record["kind"] == "eval"]
+    assert all(record["validation/loss"] > 0 for record in records if record["kind"] == "eval")
+    accuracies = [record["validation/accuracy"] for record in records if record["kind"] == "eval"]
     assert result == {
         "status": "finished",
         "steps": 8,
-        "headline": "test/accuracy",
+        "headline": "validation/accuracy",
         "mode": "max",
         "final": accuracies[-1],
         "best": max(accuracies),
+        "test": {"test/accuracy": records[-1]["test/accuracy"]},
         "failed_at": -1,
+        "stopped_at": -1,
     }
+    assert not any(name.startswith("test/") for record in records[:-1] for name in record)
     assert json.loads((path / "result.json").read_text()) == result
     assert read_config(path)["model"]["mixer"]["name"] == "linear"
     environment = json.loads((path / "environment.json").read_text())
@@ -196,7 +200,7 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "tensorboard", package)
     monkeypatch.setitem(sys.modules, "tensorboard.summary", summary)
     train(tmp_path)
-    assert ("train/loss", 2) in written and ("test/accuracy", 0) in written
+    assert ("train/loss", 2) in written and ("validation/accuracy", 0) in written
 
 
 def test_a_profile_is_written(tmp_path):

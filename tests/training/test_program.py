@@ -95,9 +95,9 @@ def test_training_learns(name):
     chance = means(jax.device_get(program.evaluate(program.init().params)))
     state, _ = run(program, 150)
     after = means(jax.device_get(program.evaluate(state.params)))
-    assert chance["test/loss"] > 0.6
-    assert after["test/loss"] < 0.5 * chance["test/loss"]
-    assert after["test/accuracy"] > 0.85
+    assert chance["validation/loss"] > 0.6
+    assert after["validation/loss"] < 0.5 * chance["validation/loss"]
+    assert after["validation/accuracy"] > 0.85
 
 
 def test_the_number_of_steps_in_a_call_changes_nothing():
@@ -140,13 +140,15 @@ def test_a_step_is_the_rule_written_out():
 def test_evaluation_is_the_mean_over_all_batches():
     program = training.Program(resolve(training={"eval_batches": 3, "eval_batch_size": 4}))
     params = program.init().params
-    found = means(jax.device_get(program.evaluate(params)))
-    model, losses = program.model(params), []
-    for index in range(3):
-        batch = program.task.batch(0, index, 4, "test")
-        losses.append(float(program.task.loss(model(batch["inputs"]), batch)))
-    np.testing.assert_allclose(found["test/loss"], np.mean(losses), rtol=1e-5)
-    assert program.headline == "test/accuracy"
+    model = program.model(params)
+    for split, call in (("validation", program.evaluate), ("test", program.test)):
+        found, losses = means(jax.device_get(call(params))), []
+        for index in range(3):
+            batch = program.task.batch(0, index, 4, split)
+            losses.append(float(program.task.loss(model(batch["inputs"]), batch)))
+        np.testing.assert_allclose(found[f"{split}/loss"], np.mean(losses), rtol=1e-5)
+        assert all(name.startswith(f"{split}/") for name in found)
+    assert program.headline == "validation/accuracy"
 
 
 @pytest.mark.parametrize(
@@ -206,3 +208,33 @@ def test_a_failed_update_is_not_made():
     again = dataclasses.replace(before, failed_at=jnp.int32(-1))
     again, _ = program.advance(again, np.int32(1))
     assert int(again.failed_at) == failed
+
+
+def test_a_run_that_has_stopped_stays_as_it_is():
+    program = training.Program(resolve(), runs=training.Runs(seeds=(0, 1), learning_rates=(1e-2,)))
+    state, _ = program.advance(program.init(), np.int32(2))
+    state = dataclasses.replace(state, stopped_at=jnp.asarray([[-1], [2]], jnp.int32))
+    before = jax.device_get((state.params, state.moments))
+    state, metrics = program.advance(state, np.int32(2))
+    after = jax.device_get((state.params, state.moments))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old[1], new[1])
+    assert any(
+        (old[0] != new[0]).any()
+        for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True)
+    )
+    assert np.asarray(metrics["sums"]["learning_rate"][1]).tolist() == [[2.0], [0.0]]
+
+
+def test_a_program_compiled_ahead_trains_at_other_rates():
+    ahead = training.Program(resolve(), runs=training.Runs((0, 1), (1e-3,)))
+    ahead.compile()
+    ahead.runs = dataclasses.replace(ahead.runs, learning_rates=(1e-2,))
+    usual = training.Program(resolve(), runs=training.Runs((0, 1), (1e-2,)))
+    states = [program.advance(program.init(), np.int32(3))[0] for program in (ahead, usual)]
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get(states))
+    found, expected = (
+        jax.device_get((program.evaluate(state.params), program.test(state.params)))
+        for program, state in zip((ahead, usual), states, strict=True)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -11,7 +11,7 @@ import pytest
 
 from lla import training
 from lla.experiment import WorkdirError
-from lla.experiment.workdir import read_records
+from lla.experiment.workdir import read_config, read_records
 from lla.training import sweep
 from tests.training.test_program import SMALL, resolve
 
@@ -51,7 +51,7 @@ def test_a_run_of_a_cell_is_the_single_run(cell, i, j):
 def test_a_run_that_diverges_does_not_stop_the_others(cell):
     state, _, evaluation = cell
     assert (state.failed_at[:, :2] == -1).all() and (state.failed_at[:, 2] > 0).all()
-    assert np.isfinite(evaluation["test/loss"][0][:, :2]).all()
+    assert np.isfinite(evaluation["validation/loss"][0][:, :2]).all()
 
 
 def config(**changes):
@@ -101,22 +101,23 @@ def test_results_have_a_row_for_every_run(swept):
         diverged = row["learning_rate"] == TOO_LARGE
         assert row["status"] == ("diverged" if diverged else "finished")
         assert (row["final"] is None) == diverged
-        assert row["headline"] == "test/accuracy" and row["mode"] == "max"
-    history = [
-        record
-        for record in read_records(path / "cells" / "model.mixer.name=linear")
-        if record["kind"] == "eval"
-    ]
+        assert row["headline"] == "validation/accuracy" and row["mode"] == "max"
+        assert row["phase"] == "final" and row["seconds"] > 0 and row["eval_every"] == 2
+    *records, test = read_records(path / "cells" / "model.mixer.name=linear" / "final")
+    history = [record for record in records if record["kind"] == "eval"]
     assert [record["step"] for record in history] == [0, 2, 4]
-    last = np.asarray(history[-1]["test/accuracy"], float)
+    last = np.asarray(history[-1]["validation/accuracy"], float)
     assert last.shape == (2, 3)
     assert [row["final"] for row in rows[:2]] == list(last[0, :2])
-    assert rows[0]["best"] == max(record["test/accuracy"][0][0] for record in history)
+    values = [record["validation/accuracy"][0][0] for record in history]
+    assert rows[0]["best"] == max(values)
+    np.testing.assert_allclose(rows[0]["curve"], values, rtol=1e-3)
+    assert rows[1]["final:test/accuracy"] == test["test/accuracy"][0][1]
 
 
 def test_finished_points_are_skipped_and_new_ones_added(swept):
     _, lines, path = swept
-    assert [line.split()[-1] for line in lines] == ["training", "finished"]
+    assert [line.split()[-1] for line in lines] == ["training", "finished", "4"]
     before = (path / "results.csv").read_bytes()
     (path / "results.csv").unlink()
     _, lines = run(path)
@@ -130,7 +131,7 @@ def test_a_point_with_other_settings_is_refused(swept):
     given["training"]["batch_size"] = 16
     with pytest.raises(WorkdirError, match=r"training\.batch_size: 8 there, 16 now"):
         run(path, given)
-    assert json.loads((path / "cells/model.mixer.name=linear/result.json").read_text())
+    assert json.loads((path / "cells/model.mixer.name=linear/final/result.json").read_text())
 
 
 def test_processes_share_a_sweep(tmp_path):
@@ -144,11 +145,133 @@ def test_processes_share_a_sweep(tmp_path):
         rows, lines = run(tmp_path)
         process.communicate()
     assert {row["model.mixer.name"] for row in rows} == {"linear"}
-    assert ["another process" in line for line in lines] == [False, True]
+    assert sum("another process" in line for line in lines) == 1
     # What has died holds nothing, and a limit begins nothing.
     rows, lines = run(tmp_path, limit=-1.0)
-    assert len(rows) == 6 and "not begun" in lines[0]
+    assert len(rows) == 6 and "already finished" in lines[0] and "not begun" in lines[1]
     assert {row["model.mixer.name"] for row in run(tmp_path)[0]} == {"linear", "retnet"}
+
+
+SELECTION = dict(selection_seeds=(5, 6), learning_rates=(1e-3, 1e-2), seeds=(0, 1, 2))
+
+
+def two_phases(**training_changes):
+    given = config(**SELECTION, grid={"model": {"mixer": {"name": ("linear",)}}})
+    given["training"].update(training_changes)
+    return given
+
+
+def test_selection_has_seeds_of_its_own(tmp_path):
+    rows, lines = run(tmp_path, two_phases())
+    chosen = [row for row in rows if row["phase"] == "select"]
+    final = [row for row in rows if row["phase"] == "final"]
+    assert [(row["seed"], row["learning_rate"]) for row in chosen] == [
+        (seed, rate) for seed in (5, 6) for rate in (1e-3, 1e-2)
+    ]
+    (best,) = sweep.select(chosen, ())
+    assert {row["learning_rate"] for row in final} == {best["learning_rate"]}
+    assert [row["seed"] for row in final] == [0, 1, 2]
+    folder = tmp_path / "cells" / "model.mixer.name=linear" / "final"
+    assert read_config(folder)["runs"]["learning_rates"] == [best["learning_rate"]]
+    # What is reported is that of single runs with this seed and rate.
+    settings = resolve(
+        model={"mixer": {"name": "linear"}},
+        training={**two_phases()["training"], "seed": 1},
+        optimizer={"warmup_fraction": 0.0, "learning_rate": best["learning_rate"]},
+    )
+    alone = training.train(training.Program(settings), tmp_path / "alone", stream=io.StringIO())
+    assert final[1]["final:test/accuracy"] == pytest.approx(alone["test"]["test/accuracy"])
+    assert len(sweep.summary(rows)) == 1 and "3 seeds" in sweep.summary(rows)[0]
+    with pytest.raises(ValueError, match="selection_seeds must be others"):
+        run(tmp_path / "both", config(selection_seeds=(0,), seeds=(0, 1)))
+
+
+def test_selection_ends_when_one_rate_is_at_the_goal(tmp_path, monkeypatch):
+    """Both seeds of the lower rate are at the goal after two steps: the other rate is cut short."""
+    later = {2: [[0.9, 0.5], [0.9, 0.5]], 3: [[0.6], [0.95], [0.6]]}  # by the number of seeds
+
+    def evaluate(self, params):
+        values = np.asarray(later[self.shape[0]])
+        first = not hasattr(self, "evaluated")
+        self.evaluated = True
+        return {"validation/accuracy": (0.0 * values if first else values, np.ones_like(values))}
+
+    monkeypatch.setattr(training.Program, "evaluate", evaluate)
+    rows, _ = run(tmp_path, two_phases(stop_at=0.8, steps=6))
+    ends = {
+        (row["phase"], row["seed"], row["learning_rate"]): (row["status"], row["steps"])
+        for row in rows
+    }
+    assert ends == {
+        ("select", 5, 1e-3): ("stopped", 2),
+        ("select", 5, 1e-2): ("cut", 2),
+        ("select", 6, 1e-3): ("stopped", 2),
+        ("select", 6, 1e-2): ("cut", 2),
+        ("final", 0, 1e-3): ("finished", 6),
+        ("final", 1, 1e-3): ("stopped", 2),
+        ("final", 2, 1e-3): ("finished", 6),
+    }
+    assert [row["curve"] for row in rows if row["seed"] == 1] == [(0.0, 0.95)]
+
+
+def test_known_results_are_not_made_again(tmp_path):
+    first, _ = run(tmp_path / "first", two_phases())
+    grid, points = sweep.cells(two_phases())
+    known = sweep.Grid(grid, points, tmp_path / "second", known=first)
+    assert known.open_phases(points[0]) == []
+    chosen = [row for row in first if row["phase"] == "select"]
+    half = sweep.Grid(grid, points, tmp_path / "second", known=chosen)
+    assert half.open_phases(points[0]) == ["final"]
+    assert half.runs(points[0], "final").learning_rates == (
+        sweep.select(chosen, ())[0]["learning_rate"],
+    )
+    _, others = sweep.cells(two_phases(steps=6))
+    assert known.open_phases(others[0]) == ["select", "final"]
+    # How often something is recorded changes no result.
+    _, others = sweep.cells(two_phases(log_every=1))
+    assert known.open_phases(others[0]) == []
+
+
+def test_a_pause_goes_on_where_it_was(tmp_path):
+    from lla.training.queue import Queue
+
+    whole, _ = run(tmp_path / "whole", two_phases())
+    grid, points = sweep.cells(two_phases())
+    lines, paused = [], sweep.Grid(grid, points, tmp_path / "paused")
+
+    def work(**options):
+        Queue([paused], stream=io.StringIO(), report=lines.append, **options).run()
+
+    work(end_before=0.0, estimate=lambda cell, runs: -1e9)
+    assert "paused at step 2" in lines[1] and "not begun" in lines[2]
+    assert not list((tmp_path / "paused").rglob("result.json"))
+    work()
+    rows = sweep.read_results(paused.write())
+    timeless = [{**row, "seconds": None} for row in rows]
+    assert timeless == [{**row, "seconds": None} for row in whole]
+
+
+def test_what_takes_too_long_is_not_begun(tmp_path):
+    from lla.training.queue import Queue
+
+    grid, points = sweep.cells(config())
+    lines, order = [], []
+
+    def estimate(cell, runs):
+        order.append(cell.name)
+        return 1e9 if "retnet" in cell.name else 0.0
+
+    Queue(
+        [sweep.Grid(grid, points, tmp_path)],
+        order=lambda grid, cell: -points.index(cell),
+        end_before=1e6,
+        estimate=estimate,
+        stream=io.StringIO(),
+        report=lines.append,
+    ).run()
+    assert "retnet" in order[0] and "not begun" in lines[0]
+    rows = sweep.read_results(tmp_path / "results.csv")
+    assert {row["model.mixer.name"] for row in rows} == {"linear"}
 
 
 def test_parts_outside_are_errors(tmp_path):
@@ -212,11 +335,12 @@ def test_other_splits_are_further_columns_and_no_choice(tmp_path):
     grid = {"model": {"mixer": {"name": ("linear",)}}}
     given["sweep"].update(seeds=(0, 1), learning_rates=(1e-3, 1e-2), grid=grid)
     rows, _ = run(tmp_path, given)
-    records = read_records(tmp_path / "cells" / "model.mixer.name=linear")
-    last = [record for record in records if record["kind"] == "eval"][-1]["test_long/accuracy"]
+    last = read_records(tmp_path / "cells" / "model.mixer.name=linear" / "final")[-1]
+    assert last["kind"] == "test"
     assert len(rows) == 4
     for row in rows:
         i, j = row["seed"], (1e-3, 1e-2).index(row["learning_rate"])
-        assert row["final:test_long/accuracy"] == last[i][j]
+        for name in ("test/accuracy", "test_long/accuracy"):
+            assert row[f"final:{name}"] == last[name][i][j]
     (found,) = sweep.select(rows, ["model.mixer.name"])
     assert found["seeds"] == 2

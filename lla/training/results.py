@@ -1,0 +1,221 @@
+"""Results of sweeps: a row for every run, and the choice of the learning rate.
+
+A work directory of a sweep has `cells/NAME/PHASE/` for every point NAME and each of its phases,
+"select" and "final", or "final" alone where nothing is selected beforehand.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lla.experiment.workdir import read_config, read_records, write_whole
+from lla.training.records import training_seconds
+
+SELECT, FINAL = "select", "final"
+_COLUMNS = (
+    "phase",
+    "settings",
+    "seed",
+    "learning_rate",
+    "status",
+    "steps",
+    "headline",
+    "mode",
+    "final",
+    "best",
+)
+_LAST = ("seconds", "eval_every", "curve")
+_FURTHER = "final:"  # columns of the headline metric's value on other splits begin with this
+
+
+def is_choice(column: str) -> bool:
+    """Whether the column is one of a point of the grid, rather than of its runs."""
+    return column not in (*_COLUMNS, *_LAST) and not column.startswith(_FURTHER)
+
+
+def write_results(path: str | os.PathLike, *copies: str | os.PathLike) -> pathlib.Path:
+    """Collects every finished phase below `path` into `path/results.csv`; returns its path.
+
+    Args:
+      path: the work directory of a sweep.
+      *copies: further files that get the same text.
+    """
+    path = pathlib.Path(path)
+    folders = sorted((path / "cells").glob("*/*"))
+    found = [row for folder in folders for row in rows(folder)]
+    columns = dict.fromkeys(column for row in found for column in row)
+    choices = [column for column in columns if is_choice(column)]
+    further = [column for column in columns if column.startswith(_FURTHER)]
+    text = io.StringIO()
+    columns = [*choices, *_COLUMNS, *further, *_LAST]
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    path.mkdir(parents=True, exist_ok=True)
+    for file in (path / "results.csv", *map(pathlib.Path, copies)):
+        write_whole(file, text.getvalue())
+    return path / "results.csv"
+
+
+def read_results(file: str | os.PathLike) -> list[dict[str, Any]]:
+    """Rows of `results.csv`; numbers are numbers, and what is empty is None."""
+    with pathlib.Path(file).open(encoding="utf-8", newline="") as lines:
+        return [
+            {column: _parsed(column, text) for column, text in row.items()}
+            for row in csv.DictReader(lines)
+        ]
+
+
+def select(rows: Iterable[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
+    """The learning rate of every group of runs.
+
+    It is the rate at which most seeds got to where they were to stop, of equal ones that with the
+    best mean over seeds of the final headline metric, which is one of the validation split. A rate
+    with which any run diverged is not taken unless all rates have such a run; then the group's
+    "mean" is None. Of equal rates the lowest is taken. This is the selection rule of every figure
+    that shows trained models [ours].
+
+    Args:
+      rows: of `read_results`.
+      by: columns that make a group, such as ("model.mixer.name", "task.segment_length"). Options
+        that are not among them are selected like the learning rate.
+
+    Returns:
+      For each group its columns, all choices and the "learning_rate" selected, "mean" and "std"
+      (of the seeds, with n - 1; 0 for one seed), "best" (mean over seeds of the runs' best values),
+      "seeds" (their number), "diverged" (runs of the group at any rate), "headline" and "mode".
+    """
+    groups: dict[tuple, list] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(column) for column in by), []).append(row)
+    return [_selected(members) for members in groups.values()]
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line of text for every choice but options of mechanisms, with the best learning rate.
+
+    Runs that served the selection alone are not counted.
+    """
+    columns = dict.fromkeys(column for row in rows for column in row)
+    by = [c for c in columns if is_choice(c) and not c.startswith("mixers.")]
+    lines = []
+    for found in select([row for row in rows if row.get("phase", FINAL) == FINAL], by):
+        name = ", ".join(f"{column}={found[column]}" for column in by) or "all"
+        value = (
+            "diverged"
+            if found["mean"] is None
+            else f"{found['mean']:.4g} +- {found['std']:.2g} ({found['seeds']} seeds)"
+        )
+        lines.append(f"{name}: {found['headline']} {value} at {found['learning_rate']:.3g}")
+    return lines
+
+
+def _selected(members):
+    candidates: dict[tuple, list] = {}
+    for row in members:
+        choice = {k: v for k, v in row.items() if is_choice(k)}
+        key = (row["learning_rate"], *choice.items())
+        candidates.setdefault(key, []).append((choice, row))
+    modes = {row["mode"] for row in members}
+    if len(modes) > 1:
+        raise ValueError("rows of a group must share one headline metric.")
+    (mode,) = modes
+    sign = -1.0 if mode == "max" else 1.0
+
+    def quality(item):
+        _, runs = item
+        finals = [row["final"] for _, row in runs]
+        bad = any(row["status"] == "diverged" for _, row in runs) or None in finals
+        mean = math.inf if bad else sign * float(np.mean(finals))
+        there = 0 if bad else sum(row["status"] == "stopped" for _, row in runs)
+        return -there, mean, runs[0][1]["learning_rate"]
+
+    _, runs = min(candidates.items(), key=quality)
+    choice, first = runs[0]
+    sound = math.isfinite(quality((None, runs))[1])
+    finals = [row["final"] for _, row in runs] if sound else []
+    return {
+        **choice,
+        "learning_rate": first["learning_rate"],
+        "mean": float(np.mean(finals)) if sound else None,
+        "std": (float(np.std(finals, ddof=1)) if len(finals) > 1 else 0.0) if sound else None,
+        "best": float(np.mean([row["best"] for _, row in runs])) if sound else None,
+        "seeds": len(runs),
+        "diverged": sum(row["status"] == "diverged" for row in members),
+        "headline": first["headline"],
+        "mode": mode,
+    }
+
+
+def rows(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Those of the phase that is in the work directory `folder`; none if it is not finished."""
+    if not (folder / "result.json").exists():
+        return
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
+    evaluations = [record for record in read_records(folder) if record["kind"] == "eval"]
+    for i, seed in enumerate(config["runs"]["seeds"]):
+        for j, rate in enumerate(config["runs"]["learning_rates"]):
+            status, steps = _end(result, i, j)
+            diverged = status == "diverged"
+            curve = [
+                record[result["headline"]][i][j]
+                for record in evaluations
+                if record["step"] <= steps
+            ]
+            yield {
+                **config["choices"],
+                "phase": folder.name,
+                "settings": config["settings"],
+                "seed": seed,
+                "learning_rate": rate,
+                "status": status,
+                "steps": steps,
+                "headline": result["headline"],
+                "mode": result["mode"],
+                # The parameters of a diverged run are those before it: no result of training.
+                "final": "" if diverged else result["final"][i][j],
+                "best": result["best"][i][j],
+                **{
+                    f"{_FURTHER}{name}": "" if diverged else values[i][j]
+                    for name, values in result["test"].items()
+                },
+                "seconds": round(training_seconds(folder), 1),
+                "eval_every": config["training"]["eval_every"],
+                "curve": " ".join("nan" if v is None else f"{v:.4g}" for v in curve),
+            }
+
+
+def _end(result, i, j) -> tuple[str, int]:
+    """How a run ended, and after how many updates."""
+    failed, stopped = result["failed_at"][i][j], result["stopped_at"][i][j]
+    if failed >= 0:
+        return "diverged", failed
+    if stopped >= 0:
+        return "stopped", stopped
+    # Where another learning rate was selected before the last step, this run was cut short.
+    return ("finished" if result["status"] == "finished" else "cut"), result["steps"]
+
+
+def _parsed(column: str, text: str) -> Any:
+    if column == "curve":
+        return tuple(map(float, text.split()))
+    if column == "settings":
+        return text  # a hash may look like a number
+    if text in ("", "None"):
+        return None
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
