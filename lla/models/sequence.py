@@ -1,6 +1,7 @@
 """A residual model around any mixer: embeddings, blocks, a head for tokens or for regression."""
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,7 +30,16 @@ class ModelConfig:
       positions: "learned" adds a vector per position to the input, "none" does not, "auto" does
         for mixers that cannot tell the order of tokens by themselves.
       mlp_ratio: width of the hidden layer of a block's MLP over `width`; 0 for no MLP.
+      mlp_type: "gelu" for two linear maps with a GELU between them, "swiglu" for three, of which
+        one is a gate (arXiv 2002.05202).
+      mlp_multiple_of: the width of the hidden layer is rounded up to a multiple of this.
       tie_embeddings: whether logits are products with the token embeddings.
+      embedding_std: standard deviation of the tables of embeddings, which are then used as they
+        are; None for a table of variance 1 / width, multiplied by sqrt(width).
+      head_bias: whether the head has a bias; excludes `tie_embeddings`.
+      readout: "each" reads the output at a position from the residual stream there; "last" reads
+        all of them from the stream at the last token, which has to hold the whole sequence: see
+        `PositionDecoder`.
       dtype: of the computation, such as "bfloat16"; norms and states of mixers are float32 anyway.
       param_dtype: of the parameters.
     """
@@ -45,12 +55,19 @@ class ModelConfig:
     max_length: int
     positions: Literal["auto", "learned", "none"] = "auto"
     mlp_ratio: float = 0.0
+    mlp_type: Literal["gelu", "swiglu"] = "gelu"
+    mlp_multiple_of: int = 1
     tie_embeddings: bool = False
+    embedding_std: float | None = None
+    head_bias: bool = False
+    readout: Literal["each", "last"] = "each"
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("width", "depth", "num_heads", "output_dim", "max_length"):
+        for name in (
+            "width", "depth", "num_heads", "output_dim", "max_length", "mlp_multiple_of"
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if (self.vocab_size is None) == (self.input_dim is None):
@@ -58,12 +75,18 @@ class ModelConfig:
                 "exactly one of vocab_size and input_dim must be given, got "
                 f"{self.vocab_size} and {self.input_dim}."
             )
-        if self.positions not in ("auto", "learned", "none"):
-            raise ValueError(
-                f"positions must be 'auto', 'learned' or 'none', got {self.positions!r}."
-            )
+        for name, valid in _CHOICES.items():
+            if getattr(self, name) not in valid:
+                *others, last = map(repr, valid)
+                raise ValueError(
+                    f"{name} must be {', '.join(others)} or {last}, got {getattr(self, name)!r}."
+                )
         if self.mlp_ratio < 0:
             raise ValueError(f"mlp_ratio must be >= 0, got {self.mlp_ratio}.")
+        if self.embedding_std is not None and not 0 < self.embedding_std < float("inf"):
+            raise ValueError(f"embedding_std must be > 0 and finite, got {self.embedding_std}.")
+        if self.tie_embeddings and self.head_bias:
+            raise ValueError("head_bias needs a head of its own: tie_embeddings must be False.")
         if self.tie_embeddings and self.vocab_size != self.output_dim:
             raise ValueError(
                 f"tie_embeddings needs as many logits as tokens, got output_dim {self.output_dim} "
@@ -85,6 +108,21 @@ class ModelConfig:
         if self.positions == "auto":
             return mixers.uses_positions(self.mixer)
         return self.positions == "learned"
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the hidden layer of a block's MLP; 0 if there is none."""
+        if self.mlp_ratio == 0:
+            return 0
+        hidden = max(1, round(self.width * self.mlp_ratio))
+        return -(-hidden // self.mlp_multiple_of) * self.mlp_multiple_of
+
+
+_CHOICES = {
+    "positions": ("auto", "learned", "none"),
+    "mlp_type": ("gelu", "swiglu"),
+    "readout": ("each", "last"),
+}
 
 
 class ModelState(NamedTuple):
@@ -111,6 +149,55 @@ class MLP(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x)))
 
 
+class SwiGLU(nnx.Module):
+    """``down(silu(gate(x)) * up(x))`` without biases (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        options = dict(use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.gate = nnx.Linear(width, hidden, **options)
+        self.up = nnx.Linear(width, hidden, **options)
+        self.down = nnx.Linear(hidden, width, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class PositionDecoder(nnx.Module):
+    """The last token's vector ``[B, width]`` and positions ``[B, Q]`` -> ``[B, Q, width]``.
+
+    The vector plus a sinusoid of the position goes twice through a norm, a linear map with a bias
+    and a GELU, without residuals: the decoder of the compression task of MAD (arXiv 2403.17844),
+    which only widens what the vector holds. Sines fill the first half of the channels and cosines
+    the second, at ``width // 2`` angular frequencies from 1 to 1 / 10000 in equal ratios.
+    """
+
+    def __init__(self, width: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        options = dict(kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norms = nnx.List([HeadNorm(width, param_dtype=param_dtype) for _ in range(2)])
+        self.maps = nnx.List([nnx.Linear(width, width, **options) for _ in range(2)])
+
+    def __call__(self, vector: jax.Array, at: jax.Array) -> jax.Array:
+        width = vector.shape[-1]
+        x = vector[:, None].astype(jnp.float32) + _sinusoids(at, width)
+        x = x.astype(vector.dtype)
+        for norm, linear in zip(self.norms, self.maps, strict=True):
+            x = jax.nn.gelu(linear(norm(x)), approximate=False)
+        return x
+
+
+def _sinusoids(at: jax.Array, width: int) -> jax.Array:
+    """Float32 ``[B, Q, width]`` of positions ``[B, Q]``; an odd width ends with a zero."""
+    half = width // 2
+    steps = jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1)
+    rates = jnp.exp(-math.log(10_000.0) * steps)
+    angles = at[:, :, None].astype(jnp.float32) * rates[None, None]
+    return jnp.pad(
+        jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1),
+        ((0, 0), (0, 0), (0, width - 2 * half)),
+    )
+
+
 class Block(nnx.Module):
     """``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` where there is an MLP."""
 
@@ -130,11 +217,12 @@ class Block(nnx.Module):
             param_dtype=param_dtype,
             **options,
         )
-        self.has_mlp = config.mlp_ratio > 0
+        hidden = config.mlp_width
+        self.has_mlp = hidden > 0
         if self.has_mlp:
             self.mlp_norm = HeadNorm(config.width, param_dtype=param_dtype)
-            hidden = max(1, round(config.width * config.mlp_ratio))
-            self.mlp = MLP(config.width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            kind = SwiGLU if config.mlp_type == "swiglu" else MLP
+            self.mlp = kind(config.width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self._add_mlp(x + self.mixer(self.mixer_norm(x)).astype(x.dtype))
@@ -158,7 +246,8 @@ class SequenceModel(nnx.Module):
     Pre-norm blocks on a residual stream, a last norm, a linear head. Embeddings of tokens and of
     positions enter the stream with a variance of about 1 per coordinate: their tables have
     1 / width and are multiplied by sqrt(width), so that the same table gives logits of variance 1
-    where it is tied to the head (as in Gemma, arXiv 2403.08295; that of positions is ours).
+    where it is tied to the head (as in Gemma, arXiv 2403.08295; that of positions is ours). With
+    `ModelConfig.embedding_std` tables have that standard deviation and no factor.
 
     `decode` goes on with sequences from a state, token by token or in pieces of any length;
     `lla.generate` samples with it.
@@ -178,6 +267,8 @@ class SequenceModel(nnx.Module):
         # Rows are looked up in the parameters' own dtype and cast afterwards: the gradient of a
         # table sums over all tokens, which 16 bits are too short for, and too slow on a GPU.
         tables = options | {"dtype": param_dtype}
+        if config.embedding_std is not None:
+            tables["embedding_init"] = nnx.initializers.normal(config.embedding_std)
         if config.vocab_size is not None:
             self.embed = nnx.Embed(config.vocab_size, config.width, **tables)
         else:
@@ -185,9 +276,13 @@ class SequenceModel(nnx.Module):
         if config.learned_positions:
             self.positions = nnx.Embed(config.max_length, config.width, **tables)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        if config.readout == "last":
+            self.decoder = PositionDecoder(config.width, **options)
         self.norm = HeadNorm(config.width, param_dtype=param_dtype)
         if not config.tie_embeddings:
-            self.head = nnx.Linear(config.width, config.output_dim, use_bias=False, **options)
+            self.head = nnx.Linear(
+                config.width, config.output_dim, use_bias=config.head_bias, **options
+            )
 
     def __call__(self, inputs: jax.Array, at: jax.Array | None = None) -> jax.Array:
         """Outputs ``[B, T, output_dim]`` in `config.dtype`.
@@ -212,7 +307,11 @@ class SequenceModel(nnx.Module):
             x = x + jnp.broadcast_to(positions[None], x.shape)
         for block in self.blocks:
             x = block(x)
-        if at is not None:
+        if config.readout == "last":
+            if at is None:
+                at = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+            x = self.decoder(x[:, -1], at)
+        elif at is not None:
             x = jnp.take_along_axis(x, at[:, :, None], axis=1)
         return self._read(x)
 
@@ -231,7 +330,12 @@ class SequenceModel(nnx.Module):
 
         Raises:
           ValueError: `max_length` exceeds that of the learned positions, or is below 1.
+          NotImplementedError: a model that reads everything from the last token.
         """
+        if self.config.readout == "last":
+            raise NotImplementedError(
+                "a model with readout 'last' cannot decode: no output exists before the last token."
+            )
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}.")
         if self.length_limit is not None and max_length > self.length_limit:
@@ -301,7 +405,8 @@ class SequenceModel(nnx.Module):
 
     def _scaled(self, rows):
         """Rows of a table as they enter the residual stream."""
-        return (rows * self.config.width**0.5).astype(jnp.dtype(self.config.dtype))
+        factor = self.config.width**0.5 if self.config.embedding_std is None else 1.0
+        return (rows * factor).astype(jnp.dtype(self.config.dtype))
 
     def _read(self, x):
         x = self.norm(x)

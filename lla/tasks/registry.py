@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from lla.tasks.in_context_regression import InContextRegression
+from lla.tasks.mad import MAD
 from lla.tasks.mqar import MQAR
 from lla.tasks.state_tracking import StateTracking
 from lla.tasks.task import Task
 
 _TASKS: dict[str, type] = {
     "in_context_regression": InContextRegression,
+    "mad": MAD,
     "mqar": MQAR,
     "state_tracking": StateTracking,
 }

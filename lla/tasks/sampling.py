@@ -92,3 +92,29 @@ def permuted(key: jax.Array, index: jax.Array, count: int) -> jax.Array:
         return number >= jnp.uint32(count)
 
     return jax.lax.while_loop(outside, shuffle, shuffle(index))
+
+
+def from_set(
+    key: jax.Array, step: int | jax.Array, size: int, count: int, *, shuffled: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The examples of a batch from a set of `count` of them, which `key` decides.
+
+    Args:
+      key: of the set.
+      step: of the batch; the examples shown so far must stay below 2^32.
+      size: examples of a batch.
+      count: of the set, at most 2^31.
+      shuffled: whether the set is run through again and again, in an order that is new every time;
+        otherwise it is read once, in its own order.
+
+    Returns:
+      Keys [size], the same for the same example, and whether the set has these examples, bool
+      [size]: not what a batch has beyond the end of a set that is read once.
+    """
+    order, content = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    index = as_uint32(step) * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
+    if not shuffled:
+        return fold_each(content, index), index < jnp.uint32(count)
+    epochs = fold_each(order, index // jnp.uint32(count))
+    index = jax.vmap(permuted, in_axes=(0, 0, None))(epochs, index % jnp.uint32(count), count)
+    return fold_each(content, index), jnp.ones((size,), bool)

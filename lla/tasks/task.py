@@ -23,6 +23,8 @@ class Task(Protocol):
       splits: names of the streams of data: "train" first; "test", for what is reported and read
         once; possibly further ones to report; and "validation", for everything that is chosen: when
         to stop, and which learning rate. A stream depends on its place: new ones go to the end.
+      readout: where a model takes its outputs from, as `lla.models.ModelConfig` has it; a task
+        without this attribute has "each".
       headline: name of the metric that models are compared by.
       headline_mode: "max" or "min", whichever is better.
     """
@@ -107,22 +109,29 @@ def check_outputs(outputs: jax.Array, batch: Batch, counted: int, output_dim: in
     return outputs.shape == valid[0]
 
 
+def counted_logits(outputs: jax.Array, batch: Batch, vocab_size: int) -> jax.Array:
+    """Float32 logits [B, Q, vocab_size] at the positions that count; see `token_scores`."""
+    count = batch["labels"].shape[1]
+    if check_outputs(outputs, batch, count, vocab_size) and "positions" in batch:
+        # Before anything is computed: there are few of them, and many logits at each.
+        outputs = jnp.take_along_axis(outputs, batch["positions"][:, :, None], axis=1)
+    return outputs.astype(jnp.float32)
+
+
 def token_scores(outputs: jax.Array, batch: Batch, vocab_size: int) -> tuple[jax.Array, jax.Array]:
     """Cross entropy and correctness at the positions that count.
 
     Args:
       outputs: logits [B, T, vocab_size], or [B, Q, vocab_size] at `batch["positions"]` alone.
-      batch: with "positions" and "labels", int32 [B, Q].
+      batch: with "positions" and "labels", int32 [B, Q]; without "positions" all T count, and
+        "labels" are [B, T].
       vocab_size: number of logits.
 
     Returns:
       Cross entropy in nats, and 1.0 where the largest logit is that of the label; float32 [B, Q].
     """
-    positions, labels = batch["positions"], batch["labels"]
-    if check_outputs(outputs, batch, positions.shape[1], vocab_size):
-        # Before anything is computed: there are few of them, and many logits at each.
-        outputs = jnp.take_along_axis(outputs, positions[:, :, None], axis=1)
-    logits = outputs.astype(jnp.float32)
+    labels = batch["labels"]
+    logits = counted_logits(outputs, batch, vocab_size)
     at_label = jnp.take_along_axis(logits, labels[:, :, None], axis=2)[..., 0]
     entropy = jax.nn.logsumexp(logits, axis=-1) - at_label
     correct = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels

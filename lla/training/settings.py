@@ -39,8 +39,12 @@ class Model:
     depth: int = 2
     num_heads: int = 4
     mlp_ratio: float = 0.0
+    mlp_type: str = "gelu"
+    mlp_multiple_of: int = 1
     positions: str = "auto"
     tie_embeddings: bool = False
+    embedding_std: float | None = None
+    head_bias: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -211,6 +215,7 @@ class Settings:
             input_dim=task.input_dim,
             output_dim=task.output_dim,
             max_length=task.max_length,
+            readout=getattr(task, "readout", "each"),
             **fields,
         )
 

@@ -11,6 +11,7 @@ from lla import tasks
 
 SMALL = {
     "in_context_regression": dict(dim=4, value_dim=3, length=20, segment_length=8),
+    "mad": dict(length=24, train_examples=37, test_examples=11, macro_batch=3),
     "mqar": dict(vocab_size=40, length=24, pairs=(2, 5), train_examples=37, test_examples=11),
     "state_tracking": dict(num_items=4, min_swaps=3, max_swaps=9, queries=2),
 }

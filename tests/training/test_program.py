@@ -12,6 +12,7 @@ from lla.training.program import means
 from lla.training.settings import override
 
 SMALL = {
+    "mad": {"length": 8, "train_examples": 16, "test_examples": 8, "macro_batch": 4},
     "mqar": {"vocab_size": 16, "length": 8, "pairs": 2, "train_examples": None},
     "in_context_regression": {"dim": 3, "length": 6, "segment_length": 3},
     "state_tracking": {"num_items": 3, "min_swaps": 1, "max_swaps": 3},
