@@ -52,6 +52,9 @@ _CARDS = flags.DEFINE_list("cards", None, "CUDA devices, such as 0,1; all if it 
 _PER_CARD = flags.DEFINE_integer("processes_per_card", 1, "They share its memory.", lower_bound=1)
 _COMMIT = flags.DEFINE_string("commit", None, "For the provenance, of a copy of the files.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print what is finished and what is left, train nothing.")
+_BEGIN_ALL = flags.DEFINE_bool(
+    "begin_all", False, "Begin phases that would not be over at the limit if no run stopped early."
+)
 _LONGEST = flags.DEFINE_bool("longest_first", True, "Sort the points of all sweeps by their cost.")
 
 # Where there is no result to go by: nanoseconds that a token of a run costs an update, by mechanism
@@ -239,7 +242,7 @@ def main(argv):
         found,
         order=longest if _LONGEST.value else None,
         end_before=_LIMIT.value - (time.monotonic() - start),
-        estimate=costs,
+        estimate=None if _BEGIN_ALL.value else costs,
         report=lambda line: print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True),
     )
     try:
