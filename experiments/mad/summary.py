@@ -175,8 +175,8 @@ def result_tables(found: Sequence[Score]) -> list[str]:
     ]
     if levels := _levels(found, labels):
         parts += [
-            "Averages over all levels of difficulty, which are the benchmark's scores; where not all "
-            "levels were run, how many were:",
+            "Averages over all levels of difficulty, which are the benchmark's scores; where not "
+            "all levels were run, how many were:",
             tables.markdown([*heads, "average"], levels),
         ]
     parts += [
