@@ -175,8 +175,8 @@ def result_tables(found: Sequence[Score]) -> list[str]:
     ]
     if levels := _levels(found, labels):
         parts += [
-            "Averages over all levels of difficulty, which are the benchmark's scores; of those of "
-            "whom not all levels were run, the number of levels:",
+            "Averages over all levels of difficulty, which are the benchmark's scores; where not "
+            "all levels were run, how many were:",
             tables.markdown([*heads, "average"], levels),
         ]
     parts += [
@@ -192,14 +192,16 @@ def _levels(found, labels):
         return []
     lines = []
     for label in labels:
-        means = {}
+        means, cells = [], []
         for kind in SHORT:
             here = [one.mean for one in found if (one.label, one.kind) == (label, kind)]
-            whole = len(here) == 1 + sum(map(len, LEVELS[kind].values()))
-            means[kind] = float(np.mean(here)) if whole else len(here)
-        sound = all(isinstance(mean, float) for mean in means.values())
-        cells = [f"{m:.3f}" if isinstance(m, float) else f"({m} levels)" for m in means.values()]
-        average = f"{np.mean(list(means.values())):.3f}" if sound else "–"
+            most = 1 + sum(map(len, LEVELS[kind].values()))
+            if len(here) == most:
+                means.append(float(np.mean(here)))
+            cells.append(
+                f"{means[-1]:.3f}" if len(here) == most else f"({len(here)} of {most} levels)"
+            )
+        average = f"{np.mean(means):.3f}" if len(means) == len(SHORT) else "–"
         lines.append([label, *cells, average])
     return lines
 

@@ -12,6 +12,10 @@ A sequence of N tokens shows D pairs and then asks for each of them once:
 what is left are scaled to sum to 1. The order of log p + Gumbel noise, largest first, has exactly
 this law (Yellott, 1977), so a single sort replaces D dependent draws. Labels count at the queries
 alone. [paper] V = 8192, a = 0.01, 100 000 training and 3 000 test examples.
+
+With random fillers the tokens that are 0 above are uniform among all V instead, as is the default
+of Zoology's code: some of them are keys of the context, asked for without a label, and 0 is one of
+them.
 """
 
 import dataclasses
@@ -45,20 +49,24 @@ class MQAR:
 
     Attributes:
       vocab_size: V, tokens and logits.
-      length: N, tokens per sequence; even.
+      length: N, tokens per sequence; even. Or several of them, one for each of `pairs` (for all of
+        them, if `pairs` is one number): Zoology's training on several lengths, but in one batch
+        [ours]. What is behind the end of a shorter sequence is 0 and without label.
       pairs: D; or several of them, which the examples of all sets take in turn [ours] and which
         metrics tell apart.
       power_a: a of the law of the gaps, > 0; 1 makes it uniform.
       train_examples: size of the training set; None draws new examples at every step [ours].
       test_examples: size of the test set, and of the validation set.
+      random_fillers: whether tokens that are neither of a pair nor a query are random.
     """
 
     vocab_size: int = 8192
-    length: int = 64
+    length: int | tuple[int, ...] = 64
     pairs: int | tuple[int, ...] = 4
     power_a: float = 0.01
     train_examples: int | None = 100_000
     test_examples: int = 3_000
+    random_fillers: bool = False
 
     input_dim: ClassVar[None] = None
     splits: ClassVar[tuple[str, ...]] = ("train", "test", "validation")
@@ -66,35 +74,52 @@ class MQAR:
     headline_mode: ClassVar[str] = "max"
 
     def __post_init__(self):
-        if isinstance(self.pairs, list):
-            object.__setattr__(self, "pairs", tuple(self.pairs))
-        if isinstance(self.pairs, tuple) and (
-            not self.pairs or len(set(self.pairs)) < len(self.pairs)
-        ):
-            raise ValueError(f"pairs must be a number or different numbers; got {self.pairs!r}.")
-        for pairs in self._cases:
-            check_integers(1, pairs=pairs)
-        check_integers(4, vocab_size=self.vocab_size, length=self.length)
+        for name in ("length", "pairs"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_cases()
+        check_integers(4, vocab_size=self.vocab_size)
         check_integers(1, test_examples=self.test_examples)
         if self.train_examples is not None:
             check_integers(1, train_examples=self.train_examples)
         for name in ("train_examples", "test_examples"):
             if (getattr(self, name) or 0) > 2**31:
                 raise ValueError(f"{name} must be at most 2^31; got {getattr(self, name)}.")
-        if self.length % 2:
-            raise ValueError(f"length must be even; got {self.length}.")
-        if 4 * max(self._cases) > self.length:
-            raise ValueError(
-                f"pairs must be at most length / 4, or queries do not fit; got {self.pairs!r} at "
-                f"length {self.length}."
-            )
-        if max(self._cases) > self.vocab_size // 2 - 1:
+        if not isinstance(self.random_fillers, bool):
+            raise ValueError(f"random_fillers must be a bool; got {self.random_fillers!r}.")
+        if self._most > self.vocab_size // 2 - 1:
             raise ValueError(
                 f"pairs must be at most vocab_size / 2 - 1, the number of keys; got {self.pairs!r} "
                 f"with vocab_size {self.vocab_size}."
             )
         if not 0 < self.power_a < float("inf"):
             raise ValueError(f"power_a must be > 0 and finite; got {self.power_a!r}.")
+
+    def _check_cases(self):
+        lengths, pairs = self.length, self.pairs
+        if isinstance(lengths, tuple):
+            numbers = pairs if isinstance(pairs, tuple) else (pairs,) * len(lengths)
+            if not lengths or len(lengths) != len(numbers):
+                raise ValueError(
+                    f"length must be a number, or as many as pairs has; got {lengths!r} and "
+                    f"pairs {pairs!r}."
+                )
+            if len(set(self._cases)) < len(lengths):
+                raise ValueError(
+                    f"length and pairs must make different cases; got {lengths!r} and {pairs!r}."
+                )
+        elif isinstance(pairs, tuple) and (not pairs or len(set(pairs)) < len(pairs)):
+            raise ValueError(f"pairs must be a number or different numbers; got {pairs!r}.")
+        for length, number in self._cases:
+            check_integers(1, pairs=number)
+            check_integers(4, length=length)
+            if length % 2:
+                raise ValueError(f"length must be even; got {lengths!r}.")
+            if 4 * number > length:
+                raise ValueError(
+                    f"pairs must be at most length / 4, or queries do not fit; got {number} at "
+                    f"length {length}."
+                )
 
     @property
     def output_dim(self) -> int:
@@ -104,11 +129,27 @@ class MQAR:
     @property
     def max_length(self) -> int:
         """Tokens per sequence."""
-        return self.length
+        return max(length for length, _ in self._cases)
 
     @property
-    def _cases(self) -> tuple[int, ...]:
-        return self.pairs if isinstance(self.pairs, tuple) else (self.pairs,)
+    def _cases(self) -> tuple[tuple[int, int], ...]:
+        """(N, D) that the examples take in turn."""
+        many = [len(each) for each in (self.length, self.pairs) if isinstance(each, tuple)]
+        lengths, pairs = (
+            each if isinstance(each, tuple) else (each,) * (many[0] if many else 1)
+            for each in (self.length, self.pairs)
+        )
+        return tuple(zip(lengths, pairs, strict=True))
+
+    @property
+    def _most(self) -> int:
+        """The largest number of pairs."""
+        return max(pairs for _, pairs in self._cases)
+
+    @property
+    def _rooms(self) -> int:
+        """The largest number of places for queries."""
+        return max((length - 2 * pairs) // 2 for length, pairs in self._cases)
 
     def batch(
         self, seed: int | jax.Array, step: int | jax.Array, size: int, split: str = "train"
@@ -116,9 +157,9 @@ class MQAR:
         """See `lla.tasks.Task`; D below is the largest of `pairs`.
 
         Returns:
-          "inputs" int32 [B, N]; "positions" and "labels" int32 [B, D], of the query of each pair in
-          the order of the context; "weights" float32 [B, D], 0 for pairs that an example does not
-          have; "pairs" int32 [B].
+          "inputs" int32 [B, N], with the largest N; "positions" and "labels" int32 [B, D], of the
+          query of each pair in the order of the context; "weights" float32 [B, D], 0 for pairs that
+          an example does not have; "pairs" int32 [B]; "lengths" int32 [B] if there are several.
         """
         check_batch(size, split, self.splits)
         key = split_key(seed, self.splits, split)
@@ -138,9 +179,10 @@ class MQAR:
             )
             keys = fold_each(content, index)
         cases = jnp.asarray(self._cases, jnp.int32)
-        pairs = cases[index % jnp.uint32(len(self._cases))]
-        tokens, positions, labels, exists = jax.vmap(self._example)(keys, pairs)
-        return {
+        lengths, pairs = jnp.moveaxis(cases[index % jnp.uint32(len(self._cases))], 1, 0)
+        tokens, positions, labels, exists = jax.vmap(self._example)(keys, lengths, pairs)
+        more = {"lengths": lengths} if isinstance(self.length, tuple) else {}
+        return more | {
             "inputs": tokens,
             "positions": positions,
             "labels": labels,
@@ -148,27 +190,36 @@ class MQAR:
             "pairs": pairs,
         }
 
-    def _example(self, key, pairs):
-        """Tokens [N]; positions, labels and whether the pair exists [D], for the traced `pairs`."""
-        most, half = max(self._cases), self.vocab_size // 2
+    def _example(self, key, length, pairs):
+        """Tokens [N]; positions, labels and whether the pair exists [D].
+
+        `length` and `pairs` are traced; N and D are the largest of them.
+        """
+        most, half = self._most, self.vocab_size // 2
         for_words, for_gaps = jax.random.split(key)
         words = distinct(for_words, (half - 1, self.vocab_size - half), most)
         exists = jnp.arange(most, dtype=jnp.int32) < pairs
         keys = jnp.where(exists, 1 + words[0], 0)
         values = jnp.where(exists, half + words[1], 0)
 
-        rooms = (self.length - 2 * min(self._cases)) // 2
+        rooms = self._rooms
         slot = jnp.arange(rooms, dtype=jnp.int32)
         log_p = (self.power_a - 1.0) * jnp.log1p(slot.astype(jnp.float32))
         noisy = log_p + jax.random.gumbel(for_gaps, (rooms,), jnp.float32)
-        room = self.length // 2 - pairs
+        room = length // 2 - pairs
         _, gaps = jax.lax.top_k(jnp.where(slot < room, noisy, -jnp.inf), most)
 
         # Pairs that do not exist read token 0, with weight 0, and write nowhere.
         positions = jnp.where(exists, 2 * (pairs + gaps), 0)
         context = jnp.stack([keys, values], axis=1).reshape(2 * most)
-        tokens = jnp.pad(context, (0, self.length - 2 * most))
-        tokens = tokens.at[jnp.where(exists, positions, self.length)].set(keys, mode="drop")
+        tokens = jnp.pad(context, (0, self.max_length - 2 * most))
+        tokens = tokens.at[jnp.where(exists, positions, self.max_length)].set(keys, mode="drop")
+        if self.random_fillers:
+            fillers = jax.random.randint(
+                jax.random.fold_in(key, 2), tokens.shape, 0, self.vocab_size, dtype=jnp.int32
+            )
+            inside = jnp.arange(self.max_length, dtype=jnp.int32) < length
+            tokens = jnp.where((tokens == 0) & inside, fillers, tokens)
         return tokens, positions, values, exists
 
     def loss(self, outputs: jax.Array, batch: Batch) -> jax.Array:
@@ -178,22 +229,24 @@ class MQAR:
     def metrics(self, outputs: jax.Array, batch: Batch) -> Sums:
         """Per query: "loss" in nats, and "accuracy": the largest of all logits is the label's.
 
-        Slices: "accuracy/gap_4-15", by gap, and "accuracy/pairs_8" where there are several `pairs`.
+        Slices: "accuracy/gap_4-15", by gap; where there are several, "accuracy/pairs_8" by `pairs`
+        and "accuracy/length_128" by `length`.
         """
         gaps = batch["positions"] // 2 - batch["pairs"][:, None]
         slices = {
             f"gap_{span(low, high)}": (gaps >= low) & (gaps <= high)
             for low, high in self._gap_spans()
         }
-        if len(self._cases) > 1:
-            for pairs in self._cases:
-                inside = jnp.broadcast_to(batch["pairs"][:, None] == pairs, gaps.shape)
-                slices[f"pairs_{pairs}"] = inside
+        for name, entry, which in (("length", "lengths", 0), ("pairs", "pairs", 1)):
+            values = sorted({case[which] for case in self._cases})
+            for value in values if len(values) > 1 else ():
+                here = batch[entry] == value
+                slices[f"{name}_{value}"] = jnp.broadcast_to(here[:, None], gaps.shape)
         return token_metrics(outputs, batch, self.vocab_size, slices)
 
     def _gap_spans(self):
         """Gaps 0, 1-3, 4-15, 16-63, ...: of like probability at small a, where p is about 1 / r."""
-        rooms, low, spans = (self.length - 2 * min(self._cases)) // 2, 0, []
+        rooms, low, spans = self._rooms, 0, []
         while low < rooms:
             high = min(4 * low, rooms) - 1 if low else 0
             spans.append((low, high))
@@ -208,6 +261,6 @@ class MQAR:
         """
         return {
             "chance": 1.0 / (self.vocab_size - self.vocab_size // 2),
-            "context": len(self._cases) / sum(self._cases),
+            "context": len(self._cases) / sum(pairs for _, pairs in self._cases),
             "recall": 1.0,
         }

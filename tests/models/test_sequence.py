@@ -1,6 +1,7 @@
 """The model around the mixers."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,87 @@ def test_mlp_adds_a_branch():
     assert not np.allclose(before, model(tokens()))
 
 
+def test_swiglu_is_gated_and_its_width_is_rounded_up():
+    config = dataclasses.replace(
+        TOKENS, width=128, mlp_ratio=8 / 3, mlp_type="swiglu", mlp_multiple_of=16, depth=1
+    )
+    assert config.mlp_width == 352 and TOKENS.mlp_width == 0
+    assert dataclasses.replace(TOKENS, mlp_ratio=2.0).mlp_width == 32
+    mlp = build(config).blocks[0].mlp
+    x = np.random.default_rng(0).normal(size=(2, 3, 128))
+    gate, up, down = (
+        np.asarray(layer.kernel[...], float) for layer in (mlp.gate, mlp.up, mlp.down)
+    )
+    assert gate.shape == up.shape == (128, 352)
+    gated = x @ gate
+    expected = (gated / (1 + np.exp(-gated)) * (x @ up)) @ down
+    np.testing.assert_allclose(mlp(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-5)
+    assert {mlp.gate.bias, mlp.up.bias, mlp.down.bias} == {None}
+
+
+def test_plain_embeddings_enter_the_stream_as_they_are():
+    config = dataclasses.replace(
+        TOKENS, width=64, vocab_size=512, output_dim=512, positions="learned", embedding_std=0.02
+    )
+    model = build(config)
+    for table in (model.embed, model.positions):
+        assert 0.018 < float(jnp.std(table.embedding[...])) < 0.022
+    np.testing.assert_array_equal(model._embed(tokens()), model.embed(tokens()))
+
+
+def test_the_head_has_a_bias_if_it_is_told_to():
+    assert build(TOKENS).head.bias is None
+    model = build(dataclasses.replace(TOKENS, head_bias=True))
+    before = model(tokens())
+    np.testing.assert_array_equal(model.head.bias[...], np.zeros(11))
+    model.head.bias[...] = jnp.arange(11.0)
+    expected = np.asarray(before) + np.arange(11.0)
+    np.testing.assert_allclose(model(tokens()), expected, rtol=1e-4, atol=1e-5)
+
+
+LAST = dataclasses.replace(TOKENS, readout="last", width=17, num_heads=1, head_bias=True)
+
+
+def normed(x, norm):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * np.asarray(norm.scale[...])
+
+
+def test_all_outputs_are_read_from_the_last_token():
+    model = build(LAST)
+    stream = model.embed(tokens()) * 17**0.5 + (model.positions(jnp.arange(8)) * 17**0.5)[None]
+    for block in model.blocks:
+        stream = block(stream)
+    # Positions as sines and cosines, with angular frequencies from 1 to 1 / 10000.
+    x = np.asarray(stream, float)[:, -1:] + np.stack(
+        [
+            [np.sin(t * 1e4 ** (-i / 7)) for i in range(8)]
+            + [np.cos(t * 1e4 ** (-i / 7)) for i in range(8)]
+            + [0.0]
+            for t in range(8)
+        ]
+    )
+    for norm, linear in zip(model.decoder.norms, model.decoder.maps, strict=True):
+        x = normed(x, norm) @ np.asarray(linear.kernel[...], float) + np.asarray(linear.bias[...])
+        x = x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
+    expected = normed(x, model.norm) @ np.asarray(model.head.kernel[...], float)
+    outputs = model(tokens())
+    assert outputs.shape == (2, 8, 11)
+    np.testing.assert_allclose(outputs, expected, rtol=2e-3, atol=2e-4)
+
+    at = jnp.array([[0, 5], [7, 2]])
+    np.testing.assert_allclose(
+        model(tokens(), at), jnp.take_along_axis(outputs, at[:, :, None], axis=1), rtol=1e-5
+    )
+    # Every output depends on every token, through the last one alone.
+    changed = model(tokens().at[:, 0].add(1) % 11)
+    assert np.all(np.abs(changed - outputs).max(-1) > 1e-6)
+
+
+def test_a_model_that_reads_the_last_token_cannot_decode():
+    with pytest.raises(NotImplementedError, match="readout 'last' cannot decode"):
+        build(LAST).init_state(2, 8)
+
+
 @pytest.mark.compat
 @pytest.mark.parametrize("config", [TOKENS, NUMBERS], ids=["tokens", "numbers"])
 def test_bfloat16_computes_near_float32(config):
@@ -126,7 +208,13 @@ def test_bfloat16_computes_near_float32(config):
         ({"vocab_size": None}, "exactly one of vocab_size and input_dim"),
         ({"positions": "rotary"}, "positions must be"),
         ({"mlp_ratio": -1.0}, "mlp_ratio must be"),
+        ({"mlp_type": "relu"}, "mlp_type must be 'gelu' or 'swiglu', got 'relu'"),
+        ({"mlp_multiple_of": 0}, "mlp_multiple_of must be at least 1"),
+        ({"readout": "first"}, "readout must be 'each' or 'last'"),
+        ({"embedding_std": 0.0}, "embedding_std must be > 0"),
+        ({"embedding_std": float("inf")}, "embedding_std must be > 0 and finite"),
         ({"tie_embeddings": True, "output_dim": 3}, "tie_embeddings needs"),
+        ({"tie_embeddings": True, "head_bias": True}, "head_bias needs a head of its own"),
         ({"dtype": "int32"}, "dtype must name a floating point type"),
         ({"param_dtype": "float31"}, "param_dtype must name a floating point type"),
     ],

@@ -62,6 +62,83 @@ def test_contract(task, split):
     assert seen == set(task.pairs if isinstance(task.pairs, tuple) else [task.pairs])
 
 
+@pytest.mark.parametrize("fillers", [False, True])
+def test_several_lengths_are_taken_in_turn(fillers):
+    cases = [(16, 2), (40, 2), (24, 5)]
+    lengths, pairs = zip(*cases, strict=True)
+    task = MQAR(
+        length=lengths, pairs=pairs, vocab_size=25, train_examples=None, random_fillers=fillers
+    )
+    assert task.max_length == 40
+    batch = {key: np.asarray(array) for key, array in draw(task, 7, 3, 60, "train").items()}
+    assert batch["inputs"].shape == (60, 40) and batch["labels"].shape == (60, 5)
+    seen = list(zip(batch["lengths"].tolist(), batch["pairs"].tolist(), strict=True))
+    assert sorted(seen) == sorted(cases * 20)
+    for b, (length, count) in enumerate(seen):
+        tokens = batch["inputs"][b]
+        assert (tokens[length:] == 0).all()
+        exists = np.arange(5) < count
+        np.testing.assert_array_equal(batch["weights"][b], exists)
+        told = dict(zip(tokens[0 : 2 * count : 2], tokens[1 : 2 * count : 2], strict=True))
+        positions = batch["positions"][b][exists]
+        assert len(set(positions)) == len(told) == count
+        assert positions.min() >= 2 * count and positions.max() < length
+        np.testing.assert_array_equal(
+            batch["labels"][b][exists], [told[key] for key in tokens[positions]]
+        )
+        rest = np.setdiff1d(np.arange(2 * count, length), positions)
+        assert fillers or (tokens[rest] == 0).all()
+
+
+def test_one_number_of_pairs_serves_all_lengths():
+    task = MQAR(length=(16, 8), pairs=2, vocab_size=25)
+    assert task == MQAR(length=[16, 8], pairs=2, vocab_size=25)
+    batch = draw(task, 0, 0, 8, "test")
+    assert set(np.asarray(batch["lengths"]).tolist()) == {8, 16}
+    assert (np.asarray(batch["pairs"]) == 2).all()
+    alone = draw(MQAR(length=16, pairs=2, vocab_size=25), 0, 0, 8, "test")
+    assert alone.keys() == batch.keys() - {"lengths"}
+    assert set(task.metrics(jnp.ones((8, 16, 25)), batch)) >= {
+        "accuracy/length_8",
+        "accuracy/length_16",
+    }
+
+
+def test_gaps_of_a_shorter_sequence_have_the_law_of_its_own_room():
+    task = MQAR(length=(24, 10), pairs=1, train_examples=None)
+    batch = draw(task, 1, 0, 20_000, "train")
+    gaps = np.asarray(batch["positions"])[:, 0] // 2 - 1
+    for length, places in ((24, 11), (10, 4)):
+        law = np.arange(1, places + 1) ** (0.01 - 1)
+        counts = np.bincount(gaps[np.asarray(batch["lengths"]) == length], minlength=places)
+        assert len(counts) == places and counts.sum() == 10_000
+        assert statistic(counts, law / law.sum()) < CHI_SQUARED[11]
+
+
+def test_random_fillers_are_uniform_and_change_nothing_else():
+    options = dict(length=24, pairs=(2, 4), vocab_size=12, train_examples=None)
+    plain, filled = (
+        {
+            key: np.asarray(array)
+            for key, array in draw(
+                MQAR(random_fillers=fillers, **options), 3, 0, 4000, "train"
+            ).items()
+        }
+        for fillers in (False, True)
+    )
+    empty = plain["inputs"] == 0
+    np.testing.assert_array_equal(plain["inputs"][~empty], filled["inputs"][~empty])
+    for key in plain.keys() - {"inputs"}:
+        np.testing.assert_array_equal(plain[key], filled[key])
+    drawn = filled["inputs"][empty]
+    counts = np.bincount(drawn, minlength=12)
+    assert len(counts) == 12 and statistic(counts, np.full(12, 1 / 12)) < CHI_SQUARED[11]
+    # Independent of one another: neighbours are equal as often as chance has it.
+    both = empty[:, :-1] & empty[:, 1:]
+    equal = (filled["inputs"][:, :-1] == filled["inputs"][:, 1:])[both]
+    assert abs(equal.mean() - 1 / 12) < 5 * np.sqrt(1 / 12 / equal.size)
+
+
 def gaps_of(task, size):
     batch = draw(task, 1, 0, size, "train")
     return np.asarray(batch["positions"]) // 2 - np.asarray(batch["pairs"])[:, None]
@@ -228,6 +305,12 @@ def test_baselines():
         ("pairs", dict(pairs=0)),
         ("pairs", dict(pairs=())),
         ("pairs", dict(pairs=(4, 4))),
+        ("length", dict(length=(64, 63), pairs=4)),
+        ("length", dict(length=())),
+        ("length", dict(length=(64, 128), pairs=(4, 8, 16))),
+        ("length", dict(length=(64, 64), pairs=(4, 4))),
+        ("pairs", dict(length=(64, 16), pairs=(4, 8))),
+        ("random_fillers", dict(random_fillers=1)),
         ("pairs", dict(vocab_size=8, pairs=4)),
         ("vocab_size", dict(vocab_size=2)),
         ("power_a", dict(power_a=0.0)),

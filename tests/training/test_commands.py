@@ -12,7 +12,7 @@ from lla.experiment.workdir import read_records
 from lla.training import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
-TASKS = ("in_context_regression", "mqar", "state_tracking")
+TASKS = ("in_context_regression", "mad", "mqar", "state_tracking")
 
 
 def run(script, *arguments):

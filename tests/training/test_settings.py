@@ -25,6 +25,15 @@ def test_defaults_resolve_with_every_key(task):
     assert settings.model.mixer.options == mixers.options("lla")
 
 
+def test_the_task_says_where_outputs_are_read():
+    base = {"task": {"name": "mad"}, "model": {"mixer": {"name": "lla"}}}
+    for kind, readout in (("memorization", "each"), ("compression", "last")):
+        settings = training.resolve(override(base | {"task": {"name": "mad", "kind": kind}}, {}))
+        assert settings.model_config(settings.create_task()).readout == readout
+    settings = training.resolve(base | {"task": {"name": "mqar"}})
+    assert settings.model_config(settings.create_task()).readout == "each"
+
+
 def test_one_name_swaps_the_mechanism_and_only_its_options_are_recorded():
     table = {"mixers": {"gla": {"chunk": 16}, "lla": {"ridge": 0.5}}}
     gla = training.resolve(config(model={"mixer": {"name": "gla"}}, **table))
