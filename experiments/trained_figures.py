@@ -2,7 +2,9 @@
 
 Used by the scripts in in_context_regression/, mqar/ and state_tracking/. Everything is made from
 the `results.csv` files that `experiments/sweep.py` writes, all of those in one folder together.
-trained_plots.py draws them.
+Rows of the phase "select" choose the learning rate, by the validation split where they have it;
+those of the phase "final" are what is shown. Where no file has a column "phase", the same rows do
+both. trained_plots.py draws them.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lla import tasks
-from lla.experiment import tables
+from lla.experiment import styles, tables
 from lla.experiment.boundary import plain
 from lla.training import sweep
 from lla.training.settings import override
@@ -29,24 +31,9 @@ Row = dict[str, Any]
 MECHANISM = "model.mixer.name"
 VARIANT = "figure"  # of the configs: what the committed results were made with
 FURTHER = "final:"  # columns of metrics beside the headline begin with this
+PHASE = "phase"  # column: "select" or "final"
 _RUN = ("seed", "learning_rate", "status", "steps", "headline", "mode", "final", "best")
-
-# Name in the configs: name as printed, colour, marker, line. Okabe and Ito's palette, told apart
-# under the common colour-vision deficiencies; a mechanism looks the same in all figures, and a
-# colour serves at most two mechanisms, whose markers and lines differ.
-STYLES = {
-    "lla": ("LLA", "#D55E00", "o", "-"),
-    "parallax": ("Parallax", "#E69F00", "v", "-"),
-    "softmax": ("softmax", "#0072B2", "s", "-"),
-    "mesanet": ("MesaNet", "#009E73", "^", "-"),
-    "deltanet": ("DeltaNet", "#CC79A7", "<", "-"),
-    "gated_deltanet": ("Gated DeltaNet", "#CC79A7", ">", "--"),
-    "gla": ("GLA", "#8C8C8C", "P", "--"),
-    "mamba": ("Mamba", "#56B4E9", "X", "-"),
-    "mamba2": ("Mamba-2", "#56B4E9", "d", "--"),
-    "hyena": ("Hyena", "#000000", "*", ":"),
-    "linear": ("linear", "#8C8C8C", "D", "-"),
-}
+_ABOUT = (*_RUN, PHASE, "split")  # columns that choose nothing
 
 # Settings that change no result, or that the sweep replaces.
 NOT_SHOWN = {
@@ -94,30 +81,40 @@ class Point:
 
     Attributes:
       choices: column -> value.
+      taps: of its short convolutions; None where the files do not say.
       learning_rate: the one selected.
       edge: whether it is the lowest or highest of several that were tried.
       values: of the headline metric after the last step, by seed; empty if runs diverged at every
         rate.
       further: metric -> its values, of those that the file has a column for.
       diverged, runs: how many there are at all rates.
+      phase: of the rows that `values` are from; None where the files do not say.
     """
 
     choices: Row
+    taps: int | None
     learning_rate: float
     edge: bool
     values: tuple[float, ...]
     further: dict[str, tuple[float, ...]]
     diverged: int
     runs: int
+    phase: str | None = None
 
     @property
     def mechanism(self) -> str:
         """Its name in the configs."""
         return self.choices[MECHANISM]
 
+    @property
+    def style(self) -> styles.Style:
+        """How it is drawn."""
+        return styles.style(self.mechanism, self.taps)
 
-# ---------------------------------------------------------------------------------------------
-# From files to points
+    @property
+    def label(self) -> str:
+        """Mechanism and convolutions as printed: what makes a row of a table, or a line."""
+        return self.style.name
 
 
 def read(experiment: Experiment, folder: pathlib.Path) -> list[Row]:
@@ -131,6 +128,7 @@ def read(experiment: Experiment, folder: pathlib.Path) -> list[Row]:
     columns = dict.fromkeys(column for rows in files.values() for row in rows for column in row)
     columns |= dict.fromkeys(experiment.columns)
     needed = {*_RUN, *experiment.columns} - set(experiment.optional)
+    validation = _validation(experiment.headline)
     found, origin = [], {}
     for file, rows in files.items():
         for row in rows:
@@ -138,13 +136,16 @@ def read(experiment: Experiment, folder: pathlib.Path) -> list[Row]:
                 raise ValueError(
                     f"{file} is no result file of {experiment.name}: it lacks {', '.join(lacking)}."
                 )
-            if row["headline"] != experiment.headline:
+            if row.get(PHASE) not in (None, "select", "final"):
+                raise ValueError(f"{file} has the phase {row[PHASE]!r}; known: select, final.")
+            fits = (experiment.headline, validation if row.get(PHASE) == "select" else None)
+            if row["headline"] not in fits:
                 raise ValueError(
                     f"{file} has the metric {row['headline']}, {experiment.name} shows "
                     f"{experiment.headline}."
                 )
             row = columns | row
-            run = (row["seed"], row["learning_rate"], *_choices(row).items())
+            run = (row["seed"], row["learning_rate"], row.get(PHASE), *_choices(row).items())
             if run in origin:
                 what = ", ".join(f"{k}={v}" for k, v in _choices(row).items() if v is not None)
                 raise ValueError(
@@ -159,71 +160,108 @@ def read(experiment: Experiment, folder: pathlib.Path) -> list[Row]:
 
 
 def points(rows: Sequence[Row], by: Sequence[str]) -> list[Point]:
-    """The points of `rows`, mechanisms in the order of `STYLES`, then sorted by their columns.
+    """The points of `rows`, mechanisms in the order of `lla.experiment.styles`, then by columns.
 
-    `lla.training.sweep.select` takes the learning rate, and options that are not in `by`, from
-    those candidates that have as many seeds as any.
+    With and without short convolutions, a mechanism is two; one with trials alone is no point yet.
+
+    Raises:
+      ValueError: of a point there are final runs at several learning rates or options, or there is
+        no point.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[column] for column in by), []).append(row)
-    found = [_point(members, by) for members in groups.values()]
+        groups.setdefault((*(row[column] for column in by), _taps(row)), []).append(row)
+    found = [
+        _point(members, by)
+        for members in groups.values()
+        if any(row.get(PHASE) != "select" for row in members)
+    ]
+    if not found:
+        raise ValueError("all rows are of the phase 'select': there is nothing to show yet.")
 
     def place(point):
         values = [point.choices[column] for column in by]
-        return (_rank(point.mechanism), [(isinstance(v, str), v or 0) for v in values])
+        own = styles.rank(point.mechanism), point.label
+        return (*own, [(isinstance(v, str), v or 0) for v in values])
 
     return sorted(found, key=place)
 
 
 def _point(members, by):
-    candidates: dict[tuple, list[Row]] = {}
-    for row in members:
-        candidates.setdefault((row["learning_rate"], *_choices(row).items()), []).append(row)
-    most = max(map(len, candidates.values()))
-    full = [row for rows in candidates.values() if len(rows) == most for row in rows]
-    # `select` takes every column that it does not know for a choice.
-    (best,) = sweep.select([{c: row[c] for c in (*_choices(row), *_RUN)} for row in full], by)
-    runs = [
-        row
-        for row in full
-        if row["learning_rate"] == best["learning_rate"]
-        and all(best[column] == value for column, value in _choices(row).items())
-    ]
-    sound = best["mean"] is not None
+    final = [row for row in members if row.get(PHASE) == "final"]
+    trials = [row for row in members if row.get(PHASE) != "final"]
+    full = _most_seeds(trials)
+    if final:
+        kinds = {(row["learning_rate"], *_choices(row).items()) for row in final}
+        if len(kinds) > 1:
+            where = ", ".join(f"{column}={members[0][column]}" for column in by)
+            raise ValueError(f"final runs differ in more than their seed, at {where}: {kinds}.")
+        full = full or final
+        runs = [row for row in final if row["final"] is not None] or final
+        sound = runs[0]["final"] is not None
+    else:
+        best = _select(full, by)
+        sound = best["mean"] is not None
+        runs = [
+            row
+            for row in full
+            if row["learning_rate"] == best["learning_rate"]
+            and all(best[column] == value for column, value in _choices(row).items())
+        ]
     further = {
         column.removeprefix(FURTHER): tuple(row[column] for row in runs)
         for column in runs[0]
         if column.startswith(FURTHER) and sound and all(row[column] is not None for row in runs)
     }
-    rates = {row["learning_rate"] for row in full}
+    rate, rates = runs[0]["learning_rate"], {row["learning_rate"] for row in full}
     return Point(
         choices={column: members[0][column] for column in by},
-        learning_rate=best["learning_rate"],
-        edge=len(rates) > 1 and best["learning_rate"] in (min(rates), max(rates)),
+        taps=_taps(members[0]),
+        learning_rate=rate,
+        edge=len(rates) > 1 and rate in (min(rates), max(rates)),
         values=tuple(row["final"] for row in runs) if sound else (),
         further=further,
         diverged=sum(row["status"] == "diverged" for row in members),
         runs=len(members),
+        phase=runs[0].get(PHASE),
     )
 
 
+def _most_seeds(rows):
+    """The rows of those rates and options that have as many seeds as any."""
+    kinds = [(row["learning_rate"], *_choices(row).items()) for row in rows]
+    most = max(map(kinds.count, kinds), default=0)
+    return [row for row, kind in zip(rows, kinds, strict=True) if kinds.count(kind) == most]
+
+
+def _select(rows, by):
+    """What `lla.training.sweep.select` takes, by the validation split where all rows have it."""
+    column = FURTHER + _validation(rows[0]["headline"])
+    judged = all(row.get(column) is not None or row["final"] is None for row in rows)
+    # `select` takes every column that it does not know for a choice.
+    known = [{name: row[name] for name in (*_choices(row), *_RUN)} for row in rows]
+    if judged:
+        known = [run | {"final": row.get(column)} for run, row in zip(known, rows, strict=True)]
+    (best,) = sweep.select(known, by)
+    return best
+
+
+def _validation(headline):
+    """The headline metric on the validation split."""
+    return f"validation/{headline.partition('/')[2]}"
+
+
+def _taps(row):
+    return row.get(f"mixers.{row[MECHANISM]}.short_conv")
+
+
 def _choices(row):
-    return {k: v for k, v in row.items() if k not in _RUN and not k.startswith(FURTHER)}
+    return {k: v for k, v in row.items() if k not in _ABOUT and not k.startswith(FURTHER)}
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1; 0 for one value)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def label(mechanism: str) -> str:
-    """The name as printed; a mechanism without one is printed as it is called in the configs."""
-    return STYLES[mechanism][0] if mechanism in STYLES else mechanism
-
-
-def _rank(mechanism):
-    return list(STYLES).index(mechanism) if mechanism in STYLES else len(STYLES)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -299,7 +337,7 @@ def settings_tables(experiment: Experiment, variant: str | None = None) -> list[
     for name in mechanisms:
         given = full["mixers"][name].items()
         shown = ", ".join(f"{key} {_shown(value)}" for key, value in given if value is not None)
-        options.append([label(name), shown or "none"])
+        options.append([styles.style(name).name, shown or "none"])
     return [
         f"All of `{path}`:",
         "\n".join([tables.markdown(["setting", "value", "source"], ()), *lines]),
@@ -340,16 +378,16 @@ def grid_table(
     """A Markdown table: mechanisms down, the values of `across` to the right, "–" if not run.
 
     Args:
-      found: points, at most one for each mechanism and value of `across`.
+      found: points, at most one for each label and value of `across`.
       across: the column that a point belongs to.
       heads: value -> head of its column, in order.
       cell: text of a point.
       more: further rows below, their first cell included.
     """
-    cells = {(point.mechanism, across(point)): cell(point) for point in found}
+    cells = {(point.label, across(point)): cell(point) for point in found}
     lines = [
-        [label(mechanism), *(cells.get((mechanism, value), "–") for value in heads)]
-        for mechanism in dict.fromkeys(point.mechanism for point in found)
+        [label, *(cells.get((label, value), "–") for value in heads)]
+        for label in dict.fromkeys(point.label for point in found)
     ]
     return tables.markdown(["mechanism", *heads.values()], [*lines, *more])
 
@@ -419,8 +457,11 @@ def renewed(experiment: Experiment, text: str) -> str:
     results = experiment.folder / "results"
     made = {"settings": settings_tables(experiment), "results": []}
     if any(results.glob("*.csv")):
-        image = f"![{experiment.headline} of the mechanisms](results/figure.png)"
-        made["results"] = [image, *experiment.tables(experiment.points(results), results, None)]
+        what = f"{experiment.headline} of the mechanisms"
+        images = [f"![{what}](results/figure.png)"]
+        if any((results / "curves").glob("*.csv")):
+            images.append(f"![{what} during training](results/curves.png)")
+        made["results"] = [*images, *experiment.tables(experiment.points(results), results, None)]
 
     def block(match):
         parts = "".join(f"\n{_wrapped(part)}\n" for part in made[match[2]])

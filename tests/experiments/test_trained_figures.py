@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from experiments import trained_curves
 from experiments import trained_figures as shared
 from experiments.in_context_regression import plot as regression_plot
 from experiments.in_context_regression import summary as regression
@@ -12,6 +13,7 @@ from experiments.mqar import plot as mqar_plot
 from experiments.mqar import summary as mqar
 from experiments.state_tracking import plot as tracking_plot
 from experiments.state_tracking import summary as tracking
+from tests.experiments import printable
 
 EXPERIMENTS = [module.EXPERIMENT for module in (regression, mqar, tracking)]
 LONG = shared.FURTHER + tracking.LONG
@@ -138,14 +140,14 @@ def test_in_context_regression(tmp_path, capsys):
     )
     write(tmp_path / "results.csv", regression.EXPERIMENT, rows)
     svg = drawn(regression_plot, tmp_path, "--variant=smoke")
-    assert "<!-- LLA -->" in svg and "<!-- softmax -->" in svg and "oracle" in svg
+    assert "<!-- LLA -->" in svg and "<!-- Softmax -->" in svg and "Oracle" in svg
     floor = regression.baselines(tmp_path)
     assert sorted(floor) == [8, 16] and floor[8]["dim"] == 4
     assert 0 < floor[16]["oracle"] < floor[8]["oracle"] < 1
     text = printed(regression.EXPERIMENT, capsys, tmp_path)
     assert "| mechanism | S = 8 | S = 16 |" in text
     assert "| LLA | 0.250 ± 0.071 | 0.100 ± 0.000 |" in text
-    assert "| softmax | 0.450 ± 0.071 | – |" in text and "| softmax | 0.2\\* | – |" in text
+    assert "| Softmax | 0.450 ± 0.071 | – |" in text and "| Softmax | 0.2\\* | – |" in text
     assert f"| oracle | {floor[8]['oracle']:.3f} | {floor[16]['oracle']:.3f} |" in text
     # Drawn again from the files alone, to the byte.
     assert drawn(regression_plot, tmp_path) == svg
@@ -160,7 +162,8 @@ def test_mqar(tmp_path, capsys):
     )
     write(tmp_path / "results.csv", mqar.EXPERIMENT, rows)
     svg = drawn(mqar_plot, tmp_path, "--variant=")
-    assert "<!-- N = 64, D = 4 -->" in svg and "<!-- width 64 -->" in svg
+    assert "<!-- N = 64, D = 4, width 64 -->" in svg
+    assert "<!-- N = 128, D = 8, width 128 -->" in svg
     text = printed(mqar.EXPERIMENT, capsys, tmp_path, "--variant=")
     first, second = text.split("N = 128, D = 8:")[:2]
     assert "N = 64, D = 4:" in first and "1 to 2 seeds" in first
@@ -175,7 +178,7 @@ def test_mqar(tmp_path, capsys):
 def test_mqar_without_cases(tmp_path):
     write(tmp_path / "results.csv", mqar.EXPERIMENT, mqar_rows("lla", None, 32, (1.0, 0.4)))
     svg = drawn(mqar_plot, tmp_path, "--variant=short")
-    assert "<!-- width 32 -->" in svg and "model width" not in svg
+    assert "<!-- N = 32, D = 4, width 32 -->" in svg
 
 
 def test_state_tracking(tmp_path, capsys):
@@ -248,11 +251,189 @@ def test_a_block_that_is_missing_is_an_error():
         shared.renewed(mqar.EXPERIMENT, "<!-- generated: results -->\n<!-- end generated -->")
 
 
-def test_printed_names_and_styles():
-    looks = [style[1:] for style in shared.STYLES.values()]
-    assert len({marker for _, marker, _ in looks}) == len(
-        {colour + line for colour, _, line in looks}
-    )
-    assert len(looks) == len(set(looks)) == 11
+def test_experiments_are_folders_beside_what_they_share():
     folder = pathlib.Path(shared.__file__).parent
     assert all(experiment.folder.parent == folder for experiment in EXPERIMENTS)
+
+
+# ---------------------------------------------------------------------------------------------
+# Two phases, and mechanisms with and without short convolutions
+
+CONV = "mixers.gated_deltanet.short_conv"
+VALIDATION = shared.FURTHER + "validation/accuracy"
+
+
+def phase(rows, name, **more):
+    return [({**choices, shared.PHASE: name, **more}, *run) for choices, *run in rows]
+
+
+def trials(mechanism, width, finals, **more):
+    """Rows of the phase "select"; `finals`: learning rate -> validation accuracy of each seed."""
+    choices = {"model.mixer.name": mechanism, "model.width": width, "case": "length_64", **more}
+    return phase(
+        [(choices, seed, rate, final) for rate, all_ in finals.items()
+         for seed, final in enumerate(all_)],
+        "select",
+    )  # fmt: skip
+
+
+def finals(mechanism, width, rate, values, **more):
+    choices = {"model.mixer.name": mechanism, "model.width": width, "case": "length_64", **more}
+    rows = [(choices, 100 + seed, rate, final) for seed, final in enumerate(values)]
+    return phase(rows, "final")
+
+
+def write_validated(path, rows):
+    """`write`, with the validation accuracy as the headline of the phase "select"."""
+    write(path, mqar.EXPERIMENT, rows)
+    with path.open(encoding="utf-8") as file:
+        made = list(csv.DictReader(file))
+    for row in made:
+        if row[shared.PHASE] == "select":
+            row["headline"] = "validation/accuracy"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, made[0])
+        writer.writeheader()
+        writer.writerows(made)
+
+
+def test_final_runs_are_shown_and_trials_tell_the_edge(tmp_path):
+    rows = trials("softmax", 64, {0.001: (0.2, 0.3), 0.003: (0.9, 1.0), 0.01: (0.5, None)})
+    rows += finals("softmax", 64, 0.003, (0.91, 0.92, 0.93, 0.94, 0.95))
+    rows += trials("lla", 64, {0.001: (0.99, 1.0)}) + finals("lla", 64, 0.001, (1.0, None, 0.98))
+    rows += trials("gla", 64, {0.001: (0.99, 1.0)})  # its final runs are still to come
+    write_validated(tmp_path / "results.csv", rows)
+    lla, softmax = mqar.EXPERIMENT.points(tmp_path)
+    assert softmax.values == (0.91, 0.92, 0.93, 0.94, 0.95) and softmax.learning_rate == 0.003
+    assert not softmax.edge and (softmax.diverged, softmax.runs) == (1, 11)
+    assert lla.values == (1.0, 0.98) and (lla.diverged, lla.runs) == (1, 5)
+    assert shared.rate_cell(lla) == "0.001 (1 of 5 diverged)"
+    assert shared.seeds([lla, softmax]) == "2 to 5 seeds"
+
+
+def test_final_runs_at_the_lowest_rate_are_marked(tmp_path):
+    rows = trials("lla", 64, {0.001: (0.9,), 0.003: (0.8,)}) + finals("lla", 64, 0.001, (0.7,))
+    write_validated(tmp_path / "results.csv", rows)
+    (point,) = mqar.EXPERIMENT.points(tmp_path)
+    assert point.edge and point.values == (0.7,)
+
+
+def test_final_runs_at_two_rates_are_refused(tmp_path):
+    rows = finals("lla", 64, 0.001, (0.9,)) + finals("lla", 64, 0.003, (0.9,))
+    write(tmp_path / "results.csv", mqar.EXPERIMENT, rows)
+    with pytest.raises(ValueError, match=r"final runs differ.*model\.mixer\.name=lla"):
+        mqar.EXPERIMENT.points(tmp_path)
+
+
+def test_trials_alone_are_no_result(tmp_path):
+    write_validated(tmp_path / "results.csv", trials("lla", 64, {0.001: (0.9,)}))
+    with pytest.raises(ValueError, match="nothing to show yet"):
+        mqar.EXPERIMENT.points(tmp_path)
+    # Without the phase, another split is another metric.
+    write(tmp_path / "results.csv", mqar.EXPERIMENT, mqar_rows("lla", None, 64, (1.0,)))
+    text = (tmp_path / "results.csv").read_text().replace("test/acc", "validation/acc")
+    (tmp_path / "results.csv").write_text(text)
+    with pytest.raises(ValueError, match="has the metric validation/accuracy"):
+        mqar.EXPERIMENT.points(tmp_path)
+
+
+def test_an_unknown_phase_is_refused(tmp_path):
+    rows = phase(mqar_rows("lla", "length_64", 64, (1.0,)), "finale")
+    write(tmp_path / "results.csv", mqar.EXPERIMENT, rows)
+    with pytest.raises(ValueError, match=r"phase 'finale'; known: select, final"):
+        mqar.EXPERIMENT.points(tmp_path)
+
+
+def test_without_phases_the_validation_split_selects(tmp_path):
+    rows = [
+        ({"model.mixer.name": "lla", "model.width": 64, VALIDATION: validation}, 0, rate, test)
+        for rate, validation, test in ((0.001, 0.8, 0.7), (0.003, 0.7, 0.9))
+    ]
+    write(tmp_path / "results.csv", mqar.EXPERIMENT, rows)
+    (point,) = mqar.EXPERIMENT.points(tmp_path)
+    assert point.learning_rate == 0.001 and point.values == (0.7,)
+    assert point.further == {"validation/accuracy": (0.8,)}
+
+
+def with_and_without():
+    rows = finals("gated_deltanet", 64, 0.003, (1.0, 0.9), **{CONV: 4})
+    rows += finals("gated_deltanet", 64, 0.001, (0.5, 0.3), **{CONV: 0})
+    return rows + finals("lla", 64, 0.01, (1.0, 1.0))
+
+
+def test_without_its_convolutions_a_mechanism_has_a_row_of_its_own(tmp_path, capsys):
+    write(tmp_path / "results.csv", mqar.EXPERIMENT, with_and_without())
+    found = mqar.EXPERIMENT.points(tmp_path)
+    names = ["LLA", "Gated DeltaNet", "Gated DeltaNet, no conv."]
+    assert [point.label for point in found] == names
+    assert [point.taps for point in found] == [None, 4, 0]
+    text = printed(mqar.EXPERIMENT, capsys, tmp_path, "--variant=")
+    assert "| Gated DeltaNet | 0.950 ± 0.071 (1/2) |" in text
+    assert "| Gated DeltaNet, no conv. | 0.400 ± 0.141 (0/2) |" in text
+    figure = mqar_plot.draw(found, tmp_path, "")["figure"]
+    printable.check(figure)
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == names
+    bars = [container.lines[0] for container in axis.containers]
+    assert [line.get_ydata().tolist() for line in bars] == [[0], [1], [2]]
+    assert [line.get_xdata().tolist() for line in bars] == [[1.0], [0.95], [0.4]]
+    assert [line.get_markerfacecolor() == "white" for line in bars] == [False, False, True]
+    assert bars[1].get_color() == bars[2].get_color()
+
+
+def test_the_other_figures_draw_both(tmp_path):
+    rows = []
+    for items in (2, 3, 5):
+        for taps, value in ((4, 1.0), (0, 0.4)):
+            choices = {"model.mixer.name": "gated_deltanet", "task.num_items": items, CONV: taps}
+            rows += [(choices, seed, 0.01, value - 0.1 * seed) for seed in (0, 1)]
+    write(tmp_path / "results.csv", tracking.EXPERIMENT, rows)
+    figure = tracking_plot.draw(tracking.EXPERIMENT.points(tmp_path), tmp_path, "")["figure"]
+    printable.check(figure)
+    both, without = (container.lines[0] for container in figure.axes[0].containers)
+    assert both.get_linestyle() == "-" and without.get_linestyle() == ":"
+    assert both.get_xdata().tolist() == without.get_xdata().tolist() == [2, 3, 5]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["Gated DeltaNet", "Gated DeltaNet, no conv.", "chance, 1/N"]
+
+
+def write_curves(path, rows):
+    """Rows (choices, seed, rate, step -> validation accuracy) as a file of curves."""
+    made = [
+        {**choices, "seed": seed, "learning_rate": rate, "step": step, "validation/accuracy": value}
+        for choices, seed, rate, run in rows
+        for step, value in run.items()
+    ]
+    path.parent.mkdir()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(c for row in made for c in row), restval="")
+        writer.writeheader()
+        writer.writerows(made)
+
+
+def test_learning_curves(tmp_path):
+    write(tmp_path / "results.csv", mqar.EXPERIMENT, with_and_without())
+    found = mqar.EXPERIMENT.points(tmp_path)
+    assert mqar_plot.draw(found, tmp_path, "")["curves"] is None
+    choices = {"model.mixer.name": "gated_deltanet", "model.width": 64, "case": "length_64"}
+    final, trial = ({**choices, shared.PHASE: name, CONV: 0} for name in ("final", "select"))
+    runs = [
+        (final, 100, 0.001, {0: 0.0, 500: 0.1, 1000: 0.5}),
+        (final, 101, 0.001, {0: 0.0, 500: 0.3}),  # stopped: 0.3 from then on
+        (trial, 100, 0.001, {0: 0.0, 500: 0.9}),
+        (final, 102, 0.003, {0: 0.0, 500: 0.9}),
+        ({**final, CONV: 4}, 100, 0.001, {0: 0.0, 500: 0.9}),
+    ]
+    write_curves(tmp_path / "curves" / "results.csv", runs)
+    metric, ((point, (steps, values)),) = trained_curves.read(mqar.EXPERIMENT, found, tmp_path)
+    assert metric == "validation/accuracy" and point.label == "Gated DeltaNet, no conv."
+    assert steps.tolist() == [0, 500, 1000]
+    assert values.tolist() == [[0.0, 0.1, 0.5], [0.0, 0.3, 0.3]]
+    figure = mqar_plot.draw(found, tmp_path, "")["curves"]
+    printable.check(figure)
+    (axis,) = figure.axes
+    assert axis.lines[0].get_xydata().tolist() == [[500, 0.2], [1000, 0.4]]
+    assert axis.get_ylabel() == "validation accuracy"
+    # Curves of a file without results are in no figure.
+    (tmp_path / "results.csv").rename(tmp_path / "other.csv")
+    assert trained_curves.read(mqar.EXPERIMENT, found, tmp_path)[1] == []
