@@ -256,7 +256,11 @@ def _taps(row):
 
 
 def _choices(row):
-    return {k: v for k, v in row.items() if k not in _ABOUT and not k.startswith(FURTHER)}
+    """What a row chose, without the options of other mechanisms."""
+    others = [k for k in row if k.startswith("mixers.") and row[MECHANISM] != k.split(".")[1]]
+    return {
+        k: v for k, v in row.items() if k not in (*_ABOUT, *others) and not k.startswith(FURTHER)
+    }
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -364,10 +368,6 @@ def _source(experiment, key, value):
     return source if value in published else "[ours]"
 
 
-# ---------------------------------------------------------------------------------------------
-# Tables
-
-
 def grid_table(
     found: Sequence[Point],
     across: Callable[[Point], Any],
@@ -436,8 +436,7 @@ def summary_command(experiment: Experiment, argv: Sequence[str]) -> int:
     if options.folder != experiment.folder / "results" or options.variant is not None:
         command.error("the README has the tables of the committed results: give no other.")
     file = experiment.folder / "README.md"
-    text = file.read_text(encoding="utf-8")
-    new = renewed(experiment, text)
+    new = renewed(experiment, text := file.read_text(encoding="utf-8"))
     if options.write:
         file.write_text(new, encoding="utf-8")
     elif new != text:

@@ -51,7 +51,8 @@ def curves_figure(
 ):
     """The learning curves of the points `found`, or None if the folder has none.
 
-    Means of the seeds, with bands from the least to the largest.
+    Means of the seeds, with bands from the least to the largest but for mechanisms with an open
+    marker, so that what is published stays legible.
 
     Args:
       experiment, found, folder: as in `trained_curves.read`.
@@ -79,8 +80,9 @@ def curves_figure(
             style = point.style
             last = {"markevery": [len(steps) - 1], "zorder": 4 if point.mechanism == "lla" else 3}
             axis.plot(steps, values.mean(0), label=style.name, **style.options() | last)
-            low, high = values.min(0), values.max(0)
-            axis.fill_between(steps, low, high, color=style.colour, alpha=0.13, linewidth=0)
+            if style.filled:
+                low, high = values.min(0), values.max(0)
+                axis.fill_between(steps, low, high, color=style.colour, alpha=0.13, linewidth=0)
         axis.set_title(title)
         axis.grid(axis="y")
         figures.log_axis(axis, "x", most=4 if columns > 3 else 5)

@@ -191,7 +191,7 @@ def draw(records):
         figures.length_axis(axes[0, 0], [r["n"] for r in growth])
     if axes[0, 1].lines:
         figures.log_axis(axes[0, 1], "x")
-    figures.legend(figure, axes[0, ::-1], 3)
+    figures.legend(figure, axes[0, ::-1])
     return figure
 
 

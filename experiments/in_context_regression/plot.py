@@ -38,7 +38,7 @@ def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | Non
     axis.set_title(f"mean ± standard deviation of {shared.seeds(found)}")
     figures.length_axis(axis, lengths)
     figures.log_axis(axis)
-    figures.legend(figure, [axis], 1, "outside right center")
+    figures.legend(figure, [axis], beside=True)
     curves = plots.curves_figure(
         summary.EXPERIMENT, found, folder, length, {s: f"S = {s}" for s in lengths}, log=True
     )

@@ -74,7 +74,7 @@ def make(document):
     ]
     label = f"out of memory: above {limit:g} GiB, not run"
     handles.append(Line2D([], [], label=label, color="red", markersize=5, **_CROSS))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figures.add_legend(figure, handles)
     dtypes = ", ".join(sorted({record["dtype"] for record in records}))
     device = document["header"]["device"]["kind"]
     figure.suptitle(f"{device}, {dtypes}, causal, B*H = {heads}")

@@ -50,14 +50,16 @@ def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | Non
                 figures.marks(axis, style, [mean], [at], **look)
             context = task.baselines()["context"]
             axis.axvline(context, color="0.4", linestyle=":", linewidth=0.9)
-            axis.set_title(f"N = {task.length}, D = {task.pairs}, width {width}", fontsize=7.5)
             axis.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.4, -0.6))
             axis.set_xticks((0, 0.25, 0.5, 0.75, 1), labels=("0", "", "0.5", "", "1"))
             axis.set_yticks(range(len(rows)), labels=list(rows))
             axis.grid(axis="both")
             axis.tick_params(axis="y", length=0)
+        row[0].set_ylabel(f"width {width}")
+    for axis, task in zip(axes[0], tasks.values(), strict=True):
+        axis.set_title(f"N = {task.length}, D = {task.pairs}")
     for axis in axes[-1]:
-        axis.set_xlabel("accuracy at the queries")
+        axis.set_xlabel("accuracy")
     parts = [
         f"Mean ± standard deviation and single runs of {shared.seeds(found)}",
         "dotted: a value of the context, 1/D",

@@ -43,7 +43,7 @@ def make(config, rows):
         axis.set_xlabel("iterations of CG")
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error")
-    figure.legend(handles=_legend(config), loc="outside lower center", ncols=4)
+    figures.add_legend(figure, _legend(config))
     title = f"Error of the output against float64, n = {config['length']}, {config['heads']} heads,"
     title += f" causal; bands: least to largest of {len(config['seeds'])} seeds"
     figure.suptitle(title)

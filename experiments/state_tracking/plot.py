@@ -29,7 +29,7 @@ def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | Non
     panels = [(trained, lambda point: point.values)]
     if any(summary.long_values(point) for point in found):
         panels.append((long, summary.long_values))
-    width = figures.PAGE if len(panels) > 1 else 4.2
+    width = figures.PAGE if len(panels) > 1 else 4.8
     figure, axes = figures.new(1, len(panels), width=width, height=2.9, sharey=True)
     for axis, (title, values) in zip(axes[0], panels, strict=True):
         plots.draw_lines(axis, found, items, values)
@@ -40,7 +40,7 @@ def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | Non
         axis.grid(axis="y")
     axes[0, 0].set(ylabel="accuracy")
     figure.suptitle(f"Mean ± standard deviation of {shared.seeds(found)}")
-    figures.legend(figure, axes[0])
+    figures.legend(figure, axes[0], beside=len(panels) == 1)
     titles = {number: f"N = {number}" for number in numbers}
     curves = plots.curves_figure(summary.EXPERIMENT, found, folder, items, titles)
     return {"figure": figure, "curves": curves}

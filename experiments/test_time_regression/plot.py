@@ -139,7 +139,7 @@ def _dimensions(rows, config):
     tuned = any("grid" in entry for entry in config["estimators"].values())
     what = "every estimator tuned at every dimension" if tuned else "fixed options"
     axis.set_title(f"S = {config['segment_length']}: {what}")
-    figures.legend(figure, [axis], 1, "outside right center")
+    figures.legend(figure, [axis], beside=True)
     return figure
 
 
@@ -149,7 +149,7 @@ def _series(path, rows):
     for column, name in enumerate(names):
         _forecast(axes[0, column], summary.select_series(path, name))
         _errors(axes[1, column], [row for row in rows if row["series"] == name])
-    figures.legend(figure, axes[0], 4)
+    figures.legend(figure, axes[0])
     return figure
 
 

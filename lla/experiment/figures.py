@@ -160,10 +160,8 @@ def _power(value):
     return f"$10^{{{exponent}}}$" if math.isclose(factor, 1) else f"${factor:g}·10^{{{exponent}}}$"
 
 
-def legend(
-    figure: Figure, axes: Sequence[Axes], columns: int = 5, place: str = "outside lower center"
-) -> None:
-    """One legend for all `axes` outside of them, every name once.
+def legend(figure: Figure, axes: Sequence[Axes], beside: bool = False) -> None:
+    """One legend for all `axes`, every name once, below them or `beside` them.
 
     Series come first, in the order of `lla.experiment.styles`, what is no series after them.
     """
@@ -172,8 +170,20 @@ def legend(
         handles, names = axis.get_legend_handles_labels()
         for handle, name in zip(handles, names, strict=True):
             entries.setdefault(name, handle)
-    names = sorted(entries, key=rank_of_name)
-    figure.legend([entries[name] for name in names], names, loc=place, ncols=columns)
+    add_legend(figure, [entries[name] for name in sorted(entries, key=rank_of_name)], beside)
+
+
+def add_legend(figure: Figure, handles: Sequence[Any], beside: bool = False) -> None:
+    """A legend of `handles` with labels, in as many columns as the figure has room for."""
+    names = [handle.get_label() for handle in handles]
+    if beside:
+        figure.legend(handles, names, loc="outside right center")
+        return
+    for columns in range(min(6, len(names)), 0, -1):
+        made = figure.legend(handles, names, loc="outside lower center", ncols=columns)
+        if columns == 1 or made.get_window_extent().width < 0.98 * figure.bbox.width:
+            return
+        made.remove()
 
 
 def save(

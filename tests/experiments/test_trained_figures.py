@@ -2,6 +2,7 @@
 
 import csv
 import pathlib
+import random
 
 import pytest
 
@@ -162,8 +163,8 @@ def test_mqar(tmp_path, capsys):
     )
     write(tmp_path / "results.csv", mqar.EXPERIMENT, rows)
     svg = drawn(mqar_plot, tmp_path, "--variant=")
-    assert "<!-- N = 64, D = 4, width 64 -->" in svg
-    assert "<!-- N = 128, D = 8, width 128 -->" in svg
+    for text in ("N = 64, D = 4", "N = 128, D = 8", "width 64", "width 128"):
+        assert f"<!-- {text} -->" in svg
     text = printed(mqar.EXPERIMENT, capsys, tmp_path, "--variant=")
     first, second = text.split("N = 128, D = 8:")[:2]
     assert "N = 64, D = 4:" in first and "1 to 2 seeds" in first
@@ -178,7 +179,7 @@ def test_mqar(tmp_path, capsys):
 def test_mqar_without_cases(tmp_path):
     write(tmp_path / "results.csv", mqar.EXPERIMENT, mqar_rows("lla", None, 32, (1.0, 0.4)))
     svg = drawn(mqar_plot, tmp_path, "--variant=short")
-    assert "<!-- N = 32, D = 4, width 32 -->" in svg
+    assert "<!-- N = 32, D = 4 -->" in svg and "<!-- width 32 -->" in svg
 
 
 def test_state_tracking(tmp_path, capsys):
@@ -395,6 +396,46 @@ def test_the_other_figures_draw_both(tmp_path):
     assert both.get_xdata().tolist() == without.get_xdata().tolist() == [2, 3, 5]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["Gated DeltaNet", "Gated DeltaNet, no conv.", "chance, 1/N"]
+
+
+def test_options_of_other_mechanisms_choose_nothing(tmp_path):
+    """Seeds of a point in two files, of which one has other mechanisms with options, too."""
+    first, second = finals("lla", 64, 0.01, (1.0, 0.8))
+    write(tmp_path / "a.csv", mqar.EXPERIMENT, [first])
+    other = finals("gated_deltanet", 64, 0.01, (0.5,), **{CONV: 4})
+    write(tmp_path / "b.csv", mqar.EXPERIMENT, [second, *other])
+    lla, _ = mqar.EXPERIMENT.points(tmp_path)
+    assert lla.values == (1.0, 0.8)
+
+
+CONVOLUTIONAL = ("mesanet", "deltanet", "gated_deltanet", "mamba", "mamba2", "hyena")
+MECHANISMS = ("lla", "parallax", "softmax", *CONVOLUTIONAL, "gla")
+GRIDS = {
+    regression_plot: [{"task.segment_length": 2**power} for power in range(5, 10)],
+    tracking_plot: [{"task.num_items": items} for items in (2, 3, 4, 5, 6, 8)],
+    mqar_plot: [
+        {"case": f"length_{length}", "model.width": width}
+        for length in (64, 128, 256, 512)
+        for width in (64, 128)
+    ],
+}
+
+
+@pytest.mark.parametrize("module", GRIDS, ids=lambda module: module.summary.EXPERIMENT.name)
+def test_a_grid_of_all_mechanisms_can_be_printed(module, tmp_path):
+    draws = random.Random(0)
+    rows = [
+        ({"model.mixer.name": name, f"mixers.{name}.short_conv": taps, **cell}, seed, 0.01, value)
+        for name in MECHANISMS
+        for taps in ((4, 0) if name in CONVOLUTIONAL else (0,))
+        for cell in GRIDS[module]
+        for seed, value in enumerate(draws.random() for _ in range(5))
+    ]
+    experiment = module.summary.EXPERIMENT
+    write(tmp_path / "results.csv", experiment, phase(rows, "final"))
+    found = experiment.points(tmp_path)
+    assert len(found) == 16 * len(GRIDS[module])
+    printable.check(module.draw(found, tmp_path, "")["figure"])
 
 
 def write_curves(path, rows):
