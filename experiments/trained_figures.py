@@ -1,14 +1,10 @@
-"""What the figures of trained models share: result files, selection, tables, READMEs.
+"""What the figures of trained models share: tables, settings, READMEs, commands.
 
-Used by the scripts in in_context_regression/, mqar/ and state_tracking/. Everything is made from
-the `results.csv` files that `experiments/sweep.py` writes, all of those in one folder together.
-Rows of the phase "select" choose the learning rate, by the validation split where they have it;
-those of the phase "final" are what is shown. Where no file has a column "phase", the same rows do
-both. trained_plots.py draws them.
+Used by the scripts in in_context_regression/, mqar/ and state_tracking/, through which they have
+the points of trained_results.py, too. trained_plots.py draws them.
 """
 
 import argparse
-import dataclasses
 import importlib
 import json
 import pathlib
@@ -18,22 +14,24 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from experiments import trained_curves
+from experiments.trained_results import (
+    FURTHER,
+    MECHANISM,
+    PHASE,
+    Experiment,
+    Point,
+    Row,
+    mean_std,
+)
 from lla import tasks
 from lla.experiment import styles, tables
 from lla.experiment.boundary import plain
-from lla.training import sweep
 from lla.training.settings import override
 
-Row = dict[str, Any]
+__all__ = ["FURTHER", "PHASE"]  # for the scripts, beside what is defined here
 
-MECHANISM = "model.mixer.name"
 VARIANT = "figure"  # of the configs: what the committed results were made with
-FURTHER = "final:"  # columns of metrics beside the headline begin with this
-PHASE = "phase"  # column: "select" or "final"
-_RUN = ("seed", "learning_rate", "status", "steps", "headline", "mode", "final", "best")
-_ABOUT = (*_RUN, PHASE, "split")  # columns that choose nothing
 
 # Settings that change no result, or that the sweep replaces.
 NOT_SHOWN = {
@@ -42,230 +40,6 @@ NOT_SHOWN = {
     "training.steps_per_call",
 }  # fmt: skip
 _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """One figure.
-
-    Attributes:
-      name: of its folder here and of its config.
-      columns: of the result files that make a point of the figure, the mechanism first.
-      optional: those of `columns` that a file may lack; they are None then.
-      headline: the metric.
-      published: dotted path of a setting: (values, source), for the table of settings. A setting
-        with another value, or that is not listed, is ours.
-      tables: the results as Markdown, from the points and their folder.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-    headline: str
-    published: Mapping[str, tuple[tuple, str]]
-    tables: Callable[[list["Point"], pathlib.Path, str | None], list[str]]
-    optional: tuple[str, ...] = ()
-
-    @property
-    def folder(self) -> pathlib.Path:
-        """Where its scripts and its README are."""
-        return pathlib.Path(__file__).resolve().parent / self.name
-
-    def points(self, folder: pathlib.Path) -> list["Point"]:
-        """The points that the result files in `folder` make; see `read` and `points`."""
-        return points(read(self, folder), self.columns)
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A mechanism at one setting, at the learning rate selected for it.
-
-    Attributes:
-      choices: column -> value.
-      taps: of its short convolutions; None where the files do not say.
-      learning_rate: the one selected.
-      edge: whether it is the lowest or highest of several that were tried.
-      values: of the headline metric after the last step, by seed; empty if runs diverged at every
-        rate.
-      further: metric -> its values, of those that the file has a column for.
-      diverged, runs: how many there are at all rates.
-      phase: of the rows that `values` are from; None where the files do not say.
-    """
-
-    choices: Row
-    taps: int | None
-    learning_rate: float
-    edge: bool
-    values: tuple[float, ...]
-    further: dict[str, tuple[float, ...]]
-    diverged: int
-    runs: int
-    phase: str | None = None
-
-    @property
-    def mechanism(self) -> str:
-        """Its name in the configs."""
-        return self.choices[MECHANISM]
-
-    @property
-    def style(self) -> styles.Style:
-        """How it is drawn."""
-        return styles.style(self.mechanism, self.taps)
-
-    @property
-    def label(self) -> str:
-        """Mechanism and convolutions as printed: what makes a row of a table, or a line."""
-        return self.style.name
-
-
-def read(experiment: Experiment, folder: pathlib.Path) -> list[Row]:
-    """The rows of all CSV files in `folder`; every row has the columns of all files.
-
-    Raises:
-      ValueError: there are no results, a file lacks a column or has another headline metric, or two
-        rows are the same run.
-    """
-    files = {file: sweep.read_results(file) for file in sorted(folder.glob("*.csv"))}
-    columns = dict.fromkeys(column for rows in files.values() for row in rows for column in row)
-    columns |= dict.fromkeys(experiment.columns)
-    needed = {*_RUN, *experiment.columns} - set(experiment.optional)
-    validation = _validation(experiment.headline)
-    found, origin = [], {}
-    for file, rows in files.items():
-        for row in rows:
-            if lacking := sorted(needed - row.keys()):
-                raise ValueError(
-                    f"{file} is no result file of {experiment.name}: it lacks {', '.join(lacking)}."
-                )
-            if row.get(PHASE) not in (None, "select", "final"):
-                raise ValueError(f"{file} has the phase {row[PHASE]!r}; known: select, final.")
-            fits = (experiment.headline, validation if row.get(PHASE) == "select" else None)
-            if row["headline"] not in fits:
-                raise ValueError(
-                    f"{file} has the metric {row['headline']}, {experiment.name} shows "
-                    f"{experiment.headline}."
-                )
-            row = columns | row
-            run = (row["seed"], row["learning_rate"], row.get(PHASE), *_choices(row).items())
-            if run in origin:
-                what = ", ".join(f"{k}={v}" for k, v in _choices(row).items() if v is not None)
-                raise ValueError(
-                    f"a run is there twice, in {origin[run]} and in {file}: {what}, seed "
-                    f"{row['seed']}, learning rate {row['learning_rate']}."
-                )
-            origin[run] = file
-            found.append(row)
-    if not found:
-        raise ValueError(f"{folder} has no results: no CSV file with rows in it.")
-    return found
-
-
-def points(rows: Sequence[Row], by: Sequence[str]) -> list[Point]:
-    """The points of `rows`, mechanisms in the order of `lla.experiment.styles`, then by columns.
-
-    With and without short convolutions, a mechanism is two; one with trials alone is no point yet.
-
-    Raises:
-      ValueError: of a point there are final runs at several learning rates or options, or there is
-        no point.
-    """
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((*(row[column] for column in by), _taps(row)), []).append(row)
-    found = [
-        _point(members, by)
-        for members in groups.values()
-        if any(row.get(PHASE) != "select" for row in members)
-    ]
-    if not found:
-        raise ValueError("all rows are of the phase 'select': there is nothing to show yet.")
-
-    def place(point):
-        values = [point.choices[column] for column in by]
-        own = styles.rank(point.mechanism), point.label
-        return (*own, [(isinstance(v, str), v or 0) for v in values])
-
-    return sorted(found, key=place)
-
-
-def _point(members, by):
-    final = [row for row in members if row.get(PHASE) == "final"]
-    trials = [row for row in members if row.get(PHASE) != "final"]
-    full = _most_seeds(trials)
-    if final:
-        kinds = {(row["learning_rate"], *_choices(row).items()) for row in final}
-        if len(kinds) > 1:
-            where = ", ".join(f"{column}={members[0][column]}" for column in by)
-            raise ValueError(f"final runs differ in more than their seed, at {where}: {kinds}.")
-        full = full or final
-        runs = [row for row in final if row["final"] is not None] or final
-        sound = runs[0]["final"] is not None
-    else:
-        best = _select(full, by)
-        sound = best["mean"] is not None
-        runs = [
-            row
-            for row in full
-            if row["learning_rate"] == best["learning_rate"]
-            and all(best[column] == value for column, value in _choices(row).items())
-        ]
-    further = {
-        column.removeprefix(FURTHER): tuple(row[column] for row in runs)
-        for column in runs[0]
-        if column.startswith(FURTHER) and sound and all(row[column] is not None for row in runs)
-    }
-    rate, rates = runs[0]["learning_rate"], {row["learning_rate"] for row in full}
-    return Point(
-        choices={column: members[0][column] for column in by},
-        taps=_taps(members[0]),
-        learning_rate=rate,
-        edge=len(rates) > 1 and rate in (min(rates), max(rates)),
-        values=tuple(row["final"] for row in runs) if sound else (),
-        further=further,
-        diverged=sum(row["status"] == "diverged" for row in members),
-        runs=len(members),
-        phase=runs[0].get(PHASE),
-    )
-
-
-def _most_seeds(rows):
-    """The rows of those rates and options that have as many seeds as any."""
-    kinds = [(row["learning_rate"], *_choices(row).items()) for row in rows]
-    most = max(map(kinds.count, kinds), default=0)
-    return [row for row, kind in zip(rows, kinds, strict=True) if kinds.count(kind) == most]
-
-
-def _select(rows, by):
-    """What `lla.training.sweep.select` takes, by the validation split where all rows have it."""
-    column = FURTHER + _validation(rows[0]["headline"])
-    judged = all(row.get(column) is not None or row["final"] is None for row in rows)
-    # `select` takes every column that it does not know for a choice.
-    known = [{name: row[name] for name in (*_choices(row), *_RUN)} for row in rows]
-    if judged:
-        known = [run | {"final": row.get(column)} for run, row in zip(known, rows, strict=True)]
-    (best,) = sweep.select(known, by)
-    return best
-
-
-def _validation(headline):
-    """The headline metric on the validation split."""
-    return f"validation/{headline.partition('/')[2]}"
-
-
-def _taps(row):
-    return row.get(f"mixers.{row[MECHANISM]}.short_conv")
-
-
-def _choices(row):
-    """What a row chose, without the options of other mechanisms."""
-    others = [k for k in row if k.startswith("mixers.") and row[MECHANISM] != k.split(".")[1]]
-    return {
-        k: v for k, v in row.items() if k not in (*_ABOUT, *others) and not k.startswith(FURTHER)
-    }
-
-
-def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1; 0 for one value)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -289,7 +63,7 @@ def task_settings(
     """
     records = [
         json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted((folder / "cells").glob("*/config.json"))
+        for file in sorted((folder / "cells").rglob("config.json"))
     ]
     if records:
         return {record["choices"].get("case"): record["task"] for record in records}
@@ -333,7 +107,10 @@ def settings_tables(experiment: Experiment, variant: str | None = None) -> list[
             for key, value in changes.items()
         )
         lines.append(f"| case {name} | {shown} | |")
-    swept = {"seeds": full["sweep"]["seeds"], "learning rates": full["sweep"]["learning_rates"]}
+    swept = {"seeds": full["sweep"]["seeds"]}
+    if selecting := full["sweep"].get("selection_seeds"):
+        swept["seeds that learning rates are selected on"] = selecting
+    swept["learning rates"] = full["sweep"]["learning_rates"]
     mechanisms = grid.pop(MECHANISM, (full["model"]["mixer"]["name"],))
     for key, value in {**grid, **swept}.items():
         lines.append(f"| {key}, each | {_shown(value)} | {_source(experiment, key, value)} |")
@@ -406,6 +183,21 @@ def rate_cell(point: Point) -> str:
     return f"{text} ({point.diverged} of {point.runs} diverged)" if point.diverged else text
 
 
+def updates_cell(point: Point) -> str:
+    """Mean ± standard deviation of the updates to the goal, and how many of the seeds got there."""
+    if not point.updates:
+        return f"none of {len(point.rows)}"
+    mean, std = mean_std(point.updates)
+    return f"{mean:,.0f} ± {std:,.0f} ({len(point.updates)}/{len(point.rows)})"
+
+
+def protocol(found: Sequence[Point]) -> str:
+    """How the values came to be selected, in words; the files tell by their phases."""
+    if any(point.phase == "final" for point in found):
+        return "at learning rates that other seeds selected, by the validation split"
+    return "at the learning rate with the best mean over the same seeds"
+
+
 RATES_CAPTION = (
     "Learning rates selected; a star marks the lowest or highest of those tried, beyond which a "
     "better one may lie:"
@@ -456,11 +248,12 @@ def renewed(experiment: Experiment, text: str) -> str:
     results = experiment.folder / "results"
     made = {"settings": settings_tables(experiment), "results": []}
     if any(results.glob("*.csv")):
-        what = f"{experiment.headline} of the mechanisms"
-        images = [f"![{what}](results/figure.png)"]
-        if any((results / "curves").glob("*.csv")):
-            images.append(f"![{what} during training](results/curves.png)")
-        made["results"] = [*images, *experiment.tables(experiment.points(results), results, None)]
+        found = experiment.points(results)
+        images = [f"![{experiment.headline} of the mechanisms](results/figure.png)"]
+        metric, curves = trained_curves.read(experiment, found, results)
+        if curves:
+            images.append(f"![{metric} of the mechanisms during training](results/curves.png)")
+        made["results"] = [*images, *experiment.tables(found, results, None)]
 
     def block(match):
         parts = "".join(f"\n{_wrapped(part)}\n" for part in made[match[2]])

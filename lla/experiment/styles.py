@@ -83,24 +83,32 @@ STYLES = {
     "oracle": Style("Oracle (segments known)", "#000000", "_", "--"),
 }
 
-# Mechanisms that were published with short convolutions.
+# Mechanisms that were published with short convolutions, and with normalised queries and keys.
 CONVOLUTIONAL = ("mesanet", "deltanet", "gated_deltanet", "mamba", "mamba2", "hyena")
+NORMALISED = ("lla", "parallax")
 
 
-def style(name: str, taps: int | None = None) -> Style:
+def style(name: str, short_conv: int | None = None, qk_norm: bool | None = None) -> Style:
     """The style of a series; one that is not in `STYLES` is grey and called by its `name`.
+
+    A mechanism with an option that it was published without, or without one that it was published
+    with, is said to be so, and has an open marker and another line.
 
     Args:
       name: in configs and result files.
-      taps: of its short convolutions, if they are known. A mechanism with the convolutions that it
-        was published without, or without those that it was published with, is said to be so, and
-        has an open marker on a dotted line.
+      short_conv, qk_norm: its options, where they are known.
     """
     found = STYLES.get(name, Style(name, "#555555", "8", "-."))
-    if taps is None or bool(taps) == (name in CONVOLUTIONAL):
-        return found
-    what = "conv." if taps else "no conv."
-    return dataclasses.replace(found, name=f"{found.name}, {what}", line=":", filled=False)
+    if short_conv is not None and bool(short_conv) != (name in CONVOLUTIONAL):
+        found = _other(found, "conv." if short_conv else "no conv.", ":")
+    if qk_norm is not None and qk_norm != (name in NORMALISED):
+        found = _other(found, "QK-norm" if qk_norm else "no QK-norm", "--")
+    return found
+
+
+def _other(found, what, line):
+    line = line if found.filled else "-."  # of two others
+    return dataclasses.replace(found, name=f"{found.name}, {what}", line=line, filled=False)
 
 
 def rank(name: str) -> int:
@@ -109,10 +117,11 @@ def rank(name: str) -> int:
 
 
 def rank_of_name(name: str) -> int:
-    """The place of a series that is printed as `name`, with or without a remark behind a comma."""
+    """The place of a series that is printed as `name`, with or without remarks behind commas."""
     printed = [style.name for style in STYLES.values()]
-    whole, _, _ = name.rpartition(", ")
-    return next((printed.index(part) for part in (name, whole) if part in printed), len(printed))
+    while name not in printed and ", " in name:
+        name = name.rpartition(", ")[0]
+    return printed.index(name) if name in printed else len(printed)
 
 
 def ordered(names: Iterable[str]) -> list[str]:

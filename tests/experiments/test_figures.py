@@ -160,6 +160,7 @@ def test_committed_figures_of_trained_models(name):
     for kind, figure in drawn.items():
         if figure is None:
             assert kind == "curves" and not any((results / "curves").glob("*.csv"))
+            assert not (results / "curves.png").exists()
             continue
         printable.check(figure)
         assert (results / f"{kind}.png").is_file() and (results / f"{kind}.svg").is_file()

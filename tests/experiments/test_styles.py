@@ -67,7 +67,13 @@ def test_every_mechanism_and_estimator_has_a_style():
 
 
 def test_looks_differ_and_variants_keep_their_colour():
-    everything = [styles.style(name, taps) for name in mixers.names() for taps in (0, 4)]
+    normed = ("lla", "parallax", "softmax", "linear")  # those with an option for it
+    everything = [
+        styles.style(name, taps, norm)
+        for name in mixers.names()
+        for taps in (0, 4)
+        for norm in ((False, True) if name in normed else (None,))
+    ]
     looks = [(s.colour, s.marker, s.line, s.filled) for s in everything]
     assert len(set(looks)) == len(looks) == len({s.name for s in everything})
     pairs = (("lla_cg", "lla"), ("lla_direct", "lla"), ("mesanet_decay", "mesanet"))
@@ -84,6 +90,17 @@ def test_short_convolutions():
     assert without.line != plain.line
     assert styles.style("softmax", 0).name == "Softmax"
     assert styles.style("softmax", 3).name == "Softmax, conv."
+
+
+def test_normalised_queries_and_keys():
+    assert styles.style("softmax", qk_norm=False) == styles.style("softmax")
+    assert styles.style("lla", qk_norm=True) == styles.style("lla")
+    normed = styles.style("softmax", qk_norm=True)
+    assert normed.name == "Softmax, QK-norm" and not normed.filled and normed.line == "--"
+    assert styles.style("lla", qk_norm=False).name == "LLA, no QK-norm"
+    both = styles.style("softmax", 4, True)
+    assert both.name == "Softmax, conv., QK-norm" and both.line == "-."
+    assert styles.rank_of_name(both.name) == styles.rank_of_name("Softmax")
 
 
 def test_order():
