@@ -1,12 +1,10 @@
-"""What the figures of trained models share: result files, selection, tables, READMEs.
+"""What the figures of trained models share: tables, settings, READMEs, commands.
 
-Used by the scripts in in_context_regression/, mqar/ and state_tracking/. Everything is made from
-the `results.csv` files that `experiments/sweep.py` writes, all of those in one folder together.
-trained_plots.py draws them.
+Used by the scripts in in_context_regression/, mqar/ and state_tracking/, through which they have
+the points of trained_results.py, too. trained_plots.py draws them.
 """
 
 import argparse
-import dataclasses
 import importlib
 import json
 import pathlib
@@ -16,37 +14,24 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from experiments import trained_curves
+from experiments.trained_results import (
+    FURTHER,
+    MECHANISM,
+    PHASE,
+    Experiment,
+    Point,
+    Row,
+    mean_std,
+)
 from lla import tasks
-from lla.experiment import tables
+from lla.experiment import styles, tables
 from lla.experiment.boundary import plain
-from lla.training import sweep
 from lla.training.settings import override
 
-Row = dict[str, Any]
+__all__ = ["FURTHER", "PHASE"]  # for the scripts, beside what is defined here
 
-MECHANISM = "model.mixer.name"
 VARIANT = "figure"  # of the configs: what the committed results were made with
-FURTHER = "final:"  # columns of metrics beside the headline begin with this
-_RUN = ("seed", "learning_rate", "status", "steps", "headline", "mode", "final", "best")
-
-# Name in the configs: name as printed, colour, marker, line. Okabe and Ito's palette, told apart
-# under the common colour-vision deficiencies; a mechanism looks the same in all figures, and a
-# colour serves at most two mechanisms, whose markers and lines differ.
-STYLES = {
-    "lla": ("LLA", "#D55E00", "o", "-"),
-    "parallax": ("Parallax", "#E69F00", "v", "-"),
-    "softmax": ("softmax", "#0072B2", "s", "-"),
-    "mesanet": ("MesaNet", "#009E73", "^", "-"),
-    "deltanet": ("DeltaNet", "#CC79A7", "<", "-"),
-    "gated_deltanet": ("Gated DeltaNet", "#CC79A7", ">", "--"),
-    "gla": ("GLA", "#8C8C8C", "P", "--"),
-    "mamba": ("Mamba", "#56B4E9", "X", "-"),
-    "mamba2": ("Mamba-2", "#56B4E9", "d", "--"),
-    "hyena": ("Hyena", "#000000", "*", ":"),
-    "linear": ("linear", "#8C8C8C", "D", "-"),
-}
 
 # Settings that change no result, or that the sweep replaces.
 NOT_SHOWN = {
@@ -55,175 +40,6 @@ NOT_SHOWN = {
     "training.steps_per_call",
 }  # fmt: skip
 _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """One figure.
-
-    Attributes:
-      name: of its folder here and of its config.
-      columns: of the result files that make a point of the figure, the mechanism first.
-      optional: those of `columns` that a file may lack; they are None then.
-      headline: the metric.
-      published: dotted path of a setting: (values, source), for the table of settings. A setting
-        with another value, or that is not listed, is ours.
-      tables: the results as Markdown, from the points and their folder.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-    headline: str
-    published: Mapping[str, tuple[tuple, str]]
-    tables: Callable[[list["Point"], pathlib.Path, str | None], list[str]]
-    optional: tuple[str, ...] = ()
-
-    @property
-    def folder(self) -> pathlib.Path:
-        """Where its scripts and its README are."""
-        return pathlib.Path(__file__).resolve().parent / self.name
-
-    def points(self, folder: pathlib.Path) -> list["Point"]:
-        """The points that the result files in `folder` make; see `read` and `points`."""
-        return points(read(self, folder), self.columns)
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A mechanism at one setting, at the learning rate selected for it.
-
-    Attributes:
-      choices: column -> value.
-      learning_rate: the one selected.
-      edge: whether it is the lowest or highest of several that were tried.
-      values: of the headline metric after the last step, by seed; empty if runs diverged at every
-        rate.
-      further: metric -> its values, of those that the file has a column for.
-      diverged, runs: how many there are at all rates.
-    """
-
-    choices: Row
-    learning_rate: float
-    edge: bool
-    values: tuple[float, ...]
-    further: dict[str, tuple[float, ...]]
-    diverged: int
-    runs: int
-
-    @property
-    def mechanism(self) -> str:
-        """Its name in the configs."""
-        return self.choices[MECHANISM]
-
-
-# ---------------------------------------------------------------------------------------------
-# From files to points
-
-
-def read(experiment: Experiment, folder: pathlib.Path) -> list[Row]:
-    """The rows of all CSV files in `folder`; every row has the columns of all files.
-
-    Raises:
-      ValueError: there are no results, a file lacks a column or has another headline metric, or two
-        rows are the same run.
-    """
-    files = {file: sweep.read_results(file) for file in sorted(folder.glob("*.csv"))}
-    columns = dict.fromkeys(column for rows in files.values() for row in rows for column in row)
-    columns |= dict.fromkeys(experiment.columns)
-    needed = {*_RUN, *experiment.columns} - set(experiment.optional)
-    found, origin = [], {}
-    for file, rows in files.items():
-        for row in rows:
-            if lacking := sorted(needed - row.keys()):
-                raise ValueError(
-                    f"{file} is no result file of {experiment.name}: it lacks {', '.join(lacking)}."
-                )
-            if row["headline"] != experiment.headline:
-                raise ValueError(
-                    f"{file} has the metric {row['headline']}, {experiment.name} shows "
-                    f"{experiment.headline}."
-                )
-            row = columns | row
-            run = (row["seed"], row["learning_rate"], *_choices(row).items())
-            if run in origin:
-                what = ", ".join(f"{k}={v}" for k, v in _choices(row).items() if v is not None)
-                raise ValueError(
-                    f"a run is there twice, in {origin[run]} and in {file}: {what}, seed "
-                    f"{row['seed']}, learning rate {row['learning_rate']}."
-                )
-            origin[run] = file
-            found.append(row)
-    if not found:
-        raise ValueError(f"{folder} has no results: no CSV file with rows in it.")
-    return found
-
-
-def points(rows: Sequence[Row], by: Sequence[str]) -> list[Point]:
-    """The points of `rows`, mechanisms in the order of `STYLES`, then sorted by their columns.
-
-    `lla.training.sweep.select` takes the learning rate, and options that are not in `by`, from
-    those candidates that have as many seeds as any.
-    """
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[column] for column in by), []).append(row)
-    found = [_point(members, by) for members in groups.values()]
-
-    def place(point):
-        values = [point.choices[column] for column in by]
-        return (_rank(point.mechanism), [(isinstance(v, str), v or 0) for v in values])
-
-    return sorted(found, key=place)
-
-
-def _point(members, by):
-    candidates: dict[tuple, list[Row]] = {}
-    for row in members:
-        candidates.setdefault((row["learning_rate"], *_choices(row).items()), []).append(row)
-    most = max(map(len, candidates.values()))
-    full = [row for rows in candidates.values() if len(rows) == most for row in rows]
-    # `select` takes every column that it does not know for a choice.
-    (best,) = sweep.select([{c: row[c] for c in (*_choices(row), *_RUN)} for row in full], by)
-    runs = [
-        row
-        for row in full
-        if row["learning_rate"] == best["learning_rate"]
-        and all(best[column] == value for column, value in _choices(row).items())
-    ]
-    sound = best["mean"] is not None
-    further = {
-        column.removeprefix(FURTHER): tuple(row[column] for row in runs)
-        for column in runs[0]
-        if column.startswith(FURTHER) and sound and all(row[column] is not None for row in runs)
-    }
-    rates = {row["learning_rate"] for row in full}
-    return Point(
-        choices={column: members[0][column] for column in by},
-        learning_rate=best["learning_rate"],
-        edge=len(rates) > 1 and best["learning_rate"] in (min(rates), max(rates)),
-        values=tuple(row["final"] for row in runs) if sound else (),
-        further=further,
-        diverged=sum(row["status"] == "diverged" for row in members),
-        runs=len(members),
-    )
-
-
-def _choices(row):
-    return {k: v for k, v in row.items() if k not in _RUN and not k.startswith(FURTHER)}
-
-
-def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1; 0 for one value)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def label(mechanism: str) -> str:
-    """The name as printed; a mechanism without one is printed as it is called in the configs."""
-    return STYLES[mechanism][0] if mechanism in STYLES else mechanism
-
-
-def _rank(mechanism):
-    return list(STYLES).index(mechanism) if mechanism in STYLES else len(STYLES)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -247,7 +63,7 @@ def task_settings(
     """
     records = [
         json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted((folder / "cells").glob("*/config.json"))
+        for file in sorted((folder / "cells").rglob("config.json"))
     ]
     if records:
         return {record["choices"].get("case"): record["task"] for record in records}
@@ -291,7 +107,10 @@ def settings_tables(experiment: Experiment, variant: str | None = None) -> list[
             for key, value in changes.items()
         )
         lines.append(f"| case {name} | {shown} | |")
-    swept = {"seeds": full["sweep"]["seeds"], "learning rates": full["sweep"]["learning_rates"]}
+    swept = {"seeds": full["sweep"]["seeds"]}
+    if selecting := full["sweep"].get("selection_seeds"):
+        swept["seeds that learning rates are selected on"] = selecting
+    swept["learning rates"] = full["sweep"]["learning_rates"]
     mechanisms = grid.pop(MECHANISM, (full["model"]["mixer"]["name"],))
     for key, value in {**grid, **swept}.items():
         lines.append(f"| {key}, each | {_shown(value)} | {_source(experiment, key, value)} |")
@@ -299,7 +118,7 @@ def settings_tables(experiment: Experiment, variant: str | None = None) -> list[
     for name in mechanisms:
         given = full["mixers"][name].items()
         shown = ", ".join(f"{key} {_shown(value)}" for key, value in given if value is not None)
-        options.append([label(name), shown or "none"])
+        options.append([styles.style(name).name, shown or "none"])
     return [
         f"All of `{path}`:",
         "\n".join([tables.markdown(["setting", "value", "source"], ()), *lines]),
@@ -326,10 +145,6 @@ def _source(experiment, key, value):
     return source if value in published else "[ours]"
 
 
-# ---------------------------------------------------------------------------------------------
-# Tables
-
-
 def grid_table(
     found: Sequence[Point],
     across: Callable[[Point], Any],
@@ -340,16 +155,16 @@ def grid_table(
     """A Markdown table: mechanisms down, the values of `across` to the right, "–" if not run.
 
     Args:
-      found: points, at most one for each mechanism and value of `across`.
+      found: points, at most one for each label and value of `across`.
       across: the column that a point belongs to.
       heads: value -> head of its column, in order.
       cell: text of a point.
       more: further rows below, their first cell included.
     """
-    cells = {(point.mechanism, across(point)): cell(point) for point in found}
+    cells = {(point.label, across(point)): cell(point) for point in found}
     lines = [
-        [label(mechanism), *(cells.get((mechanism, value), "–") for value in heads)]
-        for mechanism in dict.fromkeys(point.mechanism for point in found)
+        [label, *(cells.get((label, value), "–") for value in heads)]
+        for label in dict.fromkeys(point.label for point in found)
     ]
     return tables.markdown(["mechanism", *heads.values()], [*lines, *more])
 
@@ -366,6 +181,21 @@ def rate_cell(point: Point) -> str:
     """The learning rate, with a star at the edge of those tried, and how many runs diverged."""
     text = f"{point.learning_rate:.3g}" + ("\\*" if point.edge else "")
     return f"{text} ({point.diverged} of {point.runs} diverged)" if point.diverged else text
+
+
+def updates_cell(point: Point) -> str:
+    """Mean ± standard deviation of the updates to the goal, and how many of the seeds got there."""
+    if not point.updates:
+        return f"none of {len(point.rows)}"
+    mean, std = mean_std(point.updates)
+    return f"{mean:,.0f} ± {std:,.0f} ({len(point.updates)}/{len(point.rows)})"
+
+
+def protocol(found: Sequence[Point]) -> str:
+    """How the values came to be selected, in words; the files tell by their phases."""
+    if any(point.phase == "final" for point in found):
+        return "at learning rates that other seeds selected, by the validation split"
+    return "at the learning rate with the best mean over the same seeds"
 
 
 RATES_CAPTION = (
@@ -398,8 +228,7 @@ def summary_command(experiment: Experiment, argv: Sequence[str]) -> int:
     if options.folder != experiment.folder / "results" or options.variant is not None:
         command.error("the README has the tables of the committed results: give no other.")
     file = experiment.folder / "README.md"
-    text = file.read_text(encoding="utf-8")
-    new = renewed(experiment, text)
+    new = renewed(experiment, text := file.read_text(encoding="utf-8"))
     if options.write:
         file.write_text(new, encoding="utf-8")
     elif new != text:
@@ -419,8 +248,12 @@ def renewed(experiment: Experiment, text: str) -> str:
     results = experiment.folder / "results"
     made = {"settings": settings_tables(experiment), "results": []}
     if any(results.glob("*.csv")):
-        image = f"![{experiment.headline} of the mechanisms](results/figure.png)"
-        made["results"] = [image, *experiment.tables(experiment.points(results), results, None)]
+        found = experiment.points(results)
+        images = [f"![{experiment.headline} of the mechanisms](results/figure.png)"]
+        metric, curves = trained_curves.read(experiment, found, results)
+        if curves:
+            images.append(f"![{metric} of the mechanisms during training](results/curves.png)")
+        made["results"] = [*images, *experiment.tables(found, results, None)]
 
     def block(match):
         parts = "".join(f"\n{_wrapped(part)}\n" for part in made[match[2]])

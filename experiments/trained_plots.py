@@ -1,104 +1,132 @@
-"""How the figures of trained models are drawn: lines, legend, files.
+"""How the figures of trained models are drawn: lines, learning curves, files.
 
 The scripts plot.py in in_context_regression/, mqar/ and state_tracking/ use it.
 """
 
+import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.lines import Line2D
 
+from experiments import trained_curves
 from experiments import trained_figures as shared
 from lla.experiment import figures
 
+SALT = "trained figures"
+SEEDS = {"linestyle": "none", "marker": "o", "markersize": 2.2, "markeredgewidth": 0, "alpha": 0.45}
+
 
 def draw_lines(
-    axis: plt.Axes,
+    axis,
     found: Sequence[shared.Point],
     x: Callable[[shared.Point], float],
     values: Callable[[shared.Point], Sequence[float]] = lambda point: point.values,
-    *,
-    log2: bool = False,
-    dots: bool = False,
 ) -> None:
-    """A line for each mechanism, mean and standard deviation; without points that diverged.
+    """Mean and standard deviation of every point at its `x`, and a line for each mechanism.
+
+    Points that diverged are left out, and of fewer than three points there is no line.
 
     Args:
-      axis: where.
-      found: at most one point for each mechanism and value of `x`.
+      axis: of Matplotlib; if its vertical scale is to be logarithmic, it has to be that already.
+      found: at most one point for each label and value of `x`.
       x, values: of a point; the values are those of its seeds.
-      log2: whether the horizontal axis is logarithmic. Lines are moved a little sideways, so that
-        equal values stay visible.
-      dots: whether every seed is shown instead of the standard deviation.
     """
-    order = list(dict.fromkeys(point.mechanism for point in found))
-    for place, mechanism in enumerate(order):
-        _, colour, marker, line = shared.STYLES.get(mechanism, (mechanism, "#555555", "h", "-."))
-        shift = 0.25 * ((place + 0.5) / len(order) - 0.5)
-        own = mechanism == "lla"
-        style = {"color": colour, "zorder": 5 if own else 3}
-        here = sorted((p for p in found if p.mechanism == mechanism and values(p)), key=x)
-        at = np.array([x(point) * 2**shift if log2 else x(point) + shift for point in here])
-        mean, std = np.array([shared.mean_std(values(point)) for point in here]).reshape(-1, 2).T
-        # A logarithmic axis has no room for zero or less.
-        down = np.minimum(std, 0.9 * np.abs(mean)) if axis.get_yscale() == "log" else std
-        axis.errorbar(
-            at, mean, None if dots else [down, std], marker=marker, linestyle=line, capsize=2,
-            label=shared.label(mechanism), linewidth=2.8 if own else 1.3,
-            markersize=9 if own else 6, elinewidth=1, **style,
-        )  # fmt: skip
-        if dots:
-            for position, point in zip(at, here, strict=True):
-                several = values(point)
-                axis.plot(
-                    [position] * len(several), several, linestyle="none", marker="o", markersize=4,
-                    color=colour, alpha=0.35, markeredgewidth=0, zorder=2,
-                )  # fmt: skip
-    if log2:
-        axis.set_xscale("log", base=2)
-    ticks = sorted({x(point) for point in found})
-    axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
-    axis.minorticks_off()
-    axis.grid(axis="y", color="0.92")
-    axis.set_axisbelow(True)
+    for label in dict.fromkeys(point.label for point in found):
+        here = sorted((p for p in found if p.label == label and values(p)), key=x)
+        if here:
+            mean, std = zip(*(shared.mean_std(values(point)) for point in here), strict=True)
+            figures.marks(axis, here[0].style, [x(point) for point in here], mean, std)
 
 
-def new_figure(panels: int) -> tuple[plt.Figure, list[plt.Axes]]:
-    """A figure with `panels` axes in one row."""
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(
-        1, panels, figsize=(max(8.5, 5.2 * panels), 5.4), squeeze=False, layout="constrained"
-    )
-    return figure, list(axes[0])
+def curves_figure(
+    experiment: shared.Experiment,
+    found: Sequence[shared.Point],
+    folder: pathlib.Path,
+    panel: Callable[[shared.Point], Hashable],
+    titles: Mapping[Hashable, str],
+    *,
+    columns: int | None = None,
+    log: bool = False,
+):
+    """The learning curves of the points `found`, or None if the folder has none.
+
+    Means of the seeds, with bands from the least to the largest but for mechanisms with an open
+    marker, so that what is published stays legible.
+
+    Args:
+      experiment, found, folder: as in `trained_curves.read`.
+      panel: which of the panels a point belongs to.
+      titles: panel -> its title, in order; those without curves are left out.
+      columns: panels in a row; None for up to four.
+      log: whether the vertical axes are logarithmic.
+    """
+    metric, curves = trained_curves.read(experiment, found, folder)
+    titles = {key: text for key, text in titles.items() if any(panel(p) == key for p, _ in curves)}
+    if not titles:
+        return None
+    if columns is None:
+        columns = 3 if len(titles) in (5, 6, 9) else min(len(titles), 4)
+    rows = math.ceil(len(titles) / columns)
+    figure, axes = figures.new(rows, columns, height=0.9 + 1.45 * rows, sharey=True)
+    flat = list(axes.flat)
+    for axis, (key, title) in zip(flat, titles.items(), strict=False):
+        here = [(point, curve) for point, curve in curves if panel(point) == key]
+        if log:
+            axis.set_yscale("log")
+        for point, (steps, values) in here:
+            trained = steps > 0  # a logarithmic axis has no room for the start
+            steps, values = steps[trained], values[:, trained]
+            style = point.style
+            last = {"markevery": [len(steps) - 1], "zorder": 4 if point.mechanism == "lla" else 3}
+            axis.plot(steps, values.mean(0), label=style.name, **style.options() | last)
+            if style.filled:
+                low, high = values.min(0), values.max(0)
+                axis.fill_between(steps, low, high, color=style.colour, alpha=0.13, linewidth=0)
+        axis.set_title(title)
+        axis.grid(axis="y")
+        figures.log_axis(axis, "x", most=4 if columns > 3 else 5)
+    for axis in flat[len(titles) :]:
+        axis.set_axis_off()
+    for axis in flat[max(0, len(titles) - columns) : len(titles)]:
+        axis.set_xlabel("updates")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(metric.replace("/", " "))
+        if log:
+            figures.log_axis(axis, "y")
+        else:
+            axis.set_ylim(0, 1.03)
+    figure.suptitle(f"Mean of {shared.seeds(found)}; bands from the least to the largest")
+    figures.legend(figure, flat)
+    return figure
 
 
-def save(figure: plt.Figure, axes: Sequence[plt.Axes], folder: pathlib.Path) -> list[pathlib.Path]:
-    """Adds the legend, every name once, and writes figure.png and figure.svg; returns paths."""
-    entries = {}
-    for axis in axes:
-        handles, names = axis.get_legend_handles_labels()
-        entries |= {name: handle for handle, name in zip(handles, names, strict=True)}
-    # Lines with error bars come last by themselves; the mechanisms are to come first.
-    names = sorted(entries, key=lambda name: isinstance(entries[name], Line2D))
-    below = {"loc": "outside lower center", "ncols": 5}
-    beside = {"loc": "outside right center", "ncols": 1}
-    figure.legend(
-        [entries[name] for name in names], names, frameon=False, fontsize=10,
-        **(below if len(axes) > 1 else beside),
-    )  # fmt: skip
-    return figures.save(figure, folder, "trained figures")
+def save(drawn: Mapping[str, object], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the figures, name of the files -> figure or None, into `folder`; returns paths."""
+    paths = []
+    for name, figure in drawn.items():
+        if figure is not None:
+            paths += figures.save(figure, folder, SALT, name=name)
+    return paths
 
 
 def plot_command(
-    experiment: shared.Experiment, draw: Callable[..., list[pathlib.Path]], argv: Sequence[str]
+    experiment: shared.Experiment, draw: Callable[..., Mapping[str, object]], argv: Sequence[str]
 ) -> int:
-    """`plot.py [FOLDER] [--variant V]`; `draw` takes points, folder and variant."""
-    options = shared.parser(experiment, "Draws figure.png and figure.svg.").parse_args(argv)
-    return shared.told(
-        lambda: draw(experiment.points(options.folder), options.folder, options.variant)
-    )
+    """`plot.py [FOLDER] [--variant V]`.
+
+    `draw` takes points, folder and variant, and returns the figures by the names of their files.
+    """
+    command = shared.parser(experiment, "Draws figure and, of curves/, curves as PNG and SVG.")
+    options = command.parse_args(argv)
+
+    def work():
+        found = experiment.points(options.folder)
+        return save(draw(found, options.folder, options.variant), options.folder)
+
+    return shared.told(work)
+
+
+def seed_marks(axis, at: float, values: Sequence[float], colour: str) -> None:
+    """A small mark for each of the values of a point's seeds, on the horizontal line at `at`."""
+    axis.plot(values, np.full(len(values), at), color=colour, zorder=2, **SEEDS)

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import report
 
 _FLOOR = "softmax"
-# Okabe and Ito's palette.
-_STYLES = {
-    "softmax": ("softmax", "#0072B2", "s", "-"),
-    "cudnn": ("cuDNN softmax", "#8C8C8C", "D", "--"),
-    "parallax": ("Parallax", "#009E73", "^", "-"),
-    "lla_10": ("LLA, ridge 10", "#E69F00", "o", "-"),
-    "lla_0.1": ("LLA, ridge 0.1", "#D55E00", "o", "-"),
+# Implementation -> its series in figures.
+_SERIES = {
+    "softmax": "softmax",
+    "cudnn": "cudnn",
+    "parallax": "parallax",
+    "lla_10": "lla_10",
+    "lla_0.1": "lla_0.1",
 }
 
 
@@ -99,27 +99,35 @@ def panels(records: Sequence[Mapping]) -> list[list[tuple[int, int]]]:
     return rows
 
 
-def draw(records: Sequence[Mapping], axes) -> None:
-    """Time of a step against the length of the cache, on two of `axes` for each row of `panels`."""
-    cells, axes = _drawn(records), iter(axes)
-    for row in panels(records):
-        for (head_dim, batch), axis in zip(row, (next(axes), next(axes)), strict=False):
-            for name, (label, colour, marker, line) in _STYLES.items():
-                here = [
-                    r
-                    for r in cells
-                    if (r["head_dim"], r["batch"], r["implementation"]) == (head_dim, batch, name)
-                ]
-                points = sorted((r["n"], 1e6 * r["time_median_s"]) for r in here)
-                if points:
-                    axis.plot(
-                        *zip(*points, strict=True), label=label, color=colour, marker=marker,
-                        linestyle=line, markersize=5,
-                    )  # fmt: skip
-            axis.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="time, µs")
-            axis.set_title(f"batch {batch}, d = {head_dim}", fontsize=10)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
+def draw(records: Sequence[Mapping]):
+    """Time of a step against the length of the cache: a figure with the panels of `panels`."""
+    from lla.experiment import figures, styles
+
+    cells, rows = _drawn(records), panels(records)
+    columns = max(map(len, rows), default=1)
+    figure, axes = figures.new(max(1, len(rows)), columns, height=0.8 + 1.9 * max(1, len(rows)))
+    for row, places in zip(rows, axes, strict=False):
+        for axis in places[len(row) :]:
+            axis.set_axis_off()
+        for (head_dim, batch), axis in zip(row, places, strict=False):
+            axis.set_yscale("log")
+            panel = [r for r in cells if (r["head_dim"], r["batch"]) == (head_dim, batch)]
+            for name, series in _SERIES.items():
+                here = sorted(
+                    (r for r in panel if r["implementation"] == name), key=lambda r: r["n"]
+                )
+                if here:
+                    median = [1e6 * r["time_median_s"] for r in here]
+                    bars = [1e6 * (r["time_median_s"] - r["time_min_s"]) for r in here]
+                    lengths = [r["n"] for r in here]
+                    style = styles.style(series)
+                    figures.marks(axis, style, lengths, median, bars, [0.0] * len(bars))
+            axis.set(xlabel="tokens in the cache", ylabel="time, µs")
+            axis.set_title(f"batch {batch}, d = {head_dim}")
+            figures.length_axis(axis, [r["n"] for r in panel])
+            figures.log_axis(axis)
+    figures.legend(figure, axes.flat)
+    return figure
 
 
 def solvers_markdown(document: Mapping) -> str:
@@ -162,24 +170,29 @@ def traffic_markdown(document: Mapping) -> str:
     return f"{report.provenance(document)}\n\n{table}"
 
 
-def draw_traffic(records: Sequence[Mapping], axes) -> None:
-    """Bytes moved over those of the cache, one of `axes` for each of two head dimensions."""
+def draw_traffic(records: Sequence[Mapping]):
+    """Bytes moved over those of the cache: a figure with a panel for each head dimension."""
+    from lla.experiment import figures, styles
+
     cells = [r for r in records if "moved_bytes" in r and r["group"] == 1]
     batch = max((r["batch"] for r in cells), default=0)
-    for axis, head_dim in zip(axes, sorted({r["head_dim"] for r in cells}), strict=False):
-        for name, (label, colour, marker, line) in _STYLES.items():
+    head_dims = sorted({r["head_dim"] for r in cells})
+    figure, axes = figures.new(1, max(1, len(head_dims)), height=2.6, sharey=True)
+    for axis, head_dim in zip(axes[0], head_dims, strict=False):
+        panel = [r for r in cells if (r["head_dim"], r["batch"]) == (head_dim, batch)]
+        for name, series in _SERIES.items():
             points = sorted(
                 (r["n"], r["moved_bytes"] / r["cache_bytes"])
-                for r in cells
-                if (r["head_dim"], r["batch"], r["implementation"]) == (head_dim, batch, name)
+                for r in panel
+                if r["implementation"] == name
             )
             if points:
-                axis.plot(
-                    *zip(*points, strict=True), label=label, color=colour, marker=marker,
-                    linestyle=line, markersize=5,
-                )  # fmt: skip
-        axis.axhline(1, color="#8C8C8C", linewidth=1, linestyle=":")
-        axis.set(xscale="log", xlabel="tokens in the cache", ylabel="moved / cache")
-        axis.set_title(f"batch {batch}, d = {head_dim}", fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+                figures.marks(axis, styles.style(series), *zip(*points, strict=True))
+        axis.axhline(1, color="#8C8C8C", linewidth=0.8, linestyle=":")
+        axis.set(xlabel="tokens in the cache")
+        axis.set_title(f"batch {batch}, d = {head_dim}")
+        figures.length_axis(axis, [r["n"] for r in panel])
+        axis.grid(axis="y")
+    axes[0, 0].set_ylabel("moved / cache")
+    figures.legend(figure, axes[0])
+    return figure

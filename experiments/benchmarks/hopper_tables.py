@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import report
@@ -141,31 +142,64 @@ def _growth(records, speed) -> str:
     )  # fmt: skip
 
 
-def draw(records, axes) -> None:
+def draw(records):
     """Time against length, and against the ridge relative to cuDNN's softmax attention."""
+    from lla.experiment import figures, styles
+
+    figure, axes = figures.new(1, 2, height=2.9)
     growth = [r for r in records if r["group"] == "growth" and r["heads"] > 1]
-    for which, marker in (("forward", "o"), ("forward_backward", "s")):
-        for name, head_dim in {(r["implementation"], r["head_dim"]) for r in growth}:
-            values = report.series(growth, name, which, head_dim, "time_median_s")
-            axes[0].plot(
-                list(values), [1e3 * v for v in values.values()], marker=marker,
-                label=report.PASSES[which],
-            )  # fmt: skip
+    look = styles.style("lla")
+    dims = {
+        r["head_dim"]
+        for r in records
+        if r["group"] == "speed" and r["member"] == "lla" and r["ridge_kind"] == "static"
+    }
+    # Passes by the marker's filling, head dimensions by its form.
+    forms = dict(zip(sorted(dims | {r["head_dim"] for r in growth}), "o^Ds", strict=False))
+    for axis in axes[0]:
+        axis.set_yscale("log")
+    for which, title in report.PASSES.items():
+        pass_ = {"filled": which == "forward", "line": "-" if which == "forward" else "--"}
+        for name, head_dim in sorted({(r["implementation"], r["head_dim"]) for r in growth}):
+            style = dataclasses.replace(
+                look, name=f"{title}, d = {head_dim}", marker=forms[head_dim], **pass_
+            )
+            found = [
+                report.series(growth, name, which, head_dim, field)
+                for field in ("time_median_s", "time_min_s")
+            ]
+            _marks(axes[0, 0], style, found[0], found[1], 1e3)
         speed = [r for r in records if r["group"] == "speed" and r["pass"] == which]
-        for head_dim in sorted({r["head_dim"] for r in speed if r["member"] == "lla"}):
+        for head_dim in sorted(dims):
             here = [r for r in speed if r["head_dim"] == head_dim and r["status"] == "timed"]
             floor = [r["time_median_s"] for r in here if r["implementation"] == "cudnn"]
-            lla = sorted(
-                (r["ridge"], r["time_median_s"]) for r in here if r["ridge_kind"] == "static"
-            )
+            lla = sorted((r for r in here if r["ridge_kind"] == "static"), key=lambda r: r["ridge"])
             if floor and lla:
-                axes[1].plot(
-                    [ridge for ridge, _ in lla], [time / floor[0] for _, time in lla],
-                    marker=marker, label=f"{report.PASSES[which]}, d = {head_dim}",
-                )  # fmt: skip
-    labels = (("sequence length n", "time, ms"), ("ridge", "time / cuDNN softmax"))
-    for axis, (x, y) in zip(axes, labels, strict=True):
-        axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
-        axis.grid(alpha=0.3)
+                style = dataclasses.replace(
+                    look, name=f"{title}, d = {head_dim}", marker=forms[head_dim], **pass_
+                )
+                median, least = (
+                    {r["ridge"]: r[field] for r in lla} for field in ("time_median_s", "time_min_s")
+                )
+                _marks(axes[0, 1], style, median, least, 1 / floor[0])
+    axes[0, 0].set(xlabel="sequence length n", ylabel="time, ms")
+    axes[0, 1].set(xlabel="ridge", ylabel="time / Softmax, cuDNN")
+    for axis in axes[0]:
         if axis.lines:
-            axis.legend(fontsize=8)
+            figures.log_axis(axis)
+    if axes[0, 0].lines:
+        figures.length_axis(axes[0, 0], [r["n"] for r in growth])
+    if axes[0, 1].lines:
+        figures.log_axis(axes[0, 1], "x")
+    figures.legend(figure, axes[0, ::-1])
+    return figure
+
+
+def _marks(axis, style, median, least, unit):
+    """Medians with bars down to the least."""
+    from lla.experiment import figures
+
+    if median:
+        bars = [unit * (median[x] - least[x]) for x in median]
+        values = [unit * value for value in median.values()]
+        figures.marks(axis, style, list(median), values, bars, [0.0] * len(bars))

@@ -46,11 +46,20 @@ _HEADER = (
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call over `repeats` measurements."""
+    """Seconds of one call over `repeats` measurements.
+
+    Attributes:
+      time_min_s, time_median_s: the least and the median.
+      repeats: measurements, of several calls each where they are short.
+      calls_in_queue: how many calls' time passed between the last launch of a measurement and its
+        end, the median. About 1 or less means that the device waited for the host, whose launches
+        were measured then.
+    """
 
     time_min_s: float
     time_median_s: float
     repeats: int
+    calls_in_queue: float
 
 
 def time_interleaved(
@@ -65,6 +74,7 @@ def time_interleaved(
     """
     spent = dict.fromkeys(calls, 0.0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    queues: dict[str, list[float]] = {name: [] for name in calls}
     inner = {name: _calls_per_sample(call) for name, call in calls.items()}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -73,12 +83,16 @@ def time_interleaved(
             start = time.perf_counter()
             for _ in range(inner[name]):
                 out = call()
+            launched = time.perf_counter()
             jax.block_until_ready(out)
-            elapsed = time.perf_counter() - start
-            spent[name] += elapsed
-            samples[name].append(elapsed / inner[name])
+            end = time.perf_counter()
+            spent[name] += end - start
+            samples[name].append((end - start) / inner[name])
+            queues[name].append((end - launched) / samples[name][-1])
     return {
-        name: Timing(min(times), statistics.median(times), len(times))
+        name: Timing(
+            min(times), statistics.median(times), len(times), statistics.median(queues[name])
+        )
         for name, times in samples.items()
     }
 
@@ -100,12 +114,16 @@ def exclusive(path: str | os.PathLike | None):
 
 
 def _calls_per_sample(call) -> int:
-    """An accelerator's queue hides the launch of a short call, as it does in a real program."""
+    """An accelerator's queue hides the launch of a short call, as it does in a real program.
+
+    So many calls follow one another that they take 50 ms: a queue is filled after some tens of
+    them, and what the first launches take no longer counts.
+    """
     if jax.default_backend() == "cpu":
         return 1
     start = time.perf_counter()
     jax.block_until_ready(call())
-    return max(1, min(50, math.ceil(0.02 / (time.perf_counter() - start))))
+    return max(1, min(1000, math.ceil(0.05 / (time.perf_counter() - start))))
 
 
 # ---------------------------------------------------------------------------------------------

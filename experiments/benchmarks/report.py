@@ -29,14 +29,14 @@ DRAWN = {
 }
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
-# Okabe and Ito's palette, told apart under the common colour-vision deficiencies.
-STYLES = {
-    "reference": ("reference", "#000000", "X", "-"),
-    "xla_cg": ("xla, cg", "#D55E00", "o", "-"),
-    "xla_direct": ("xla, direct", "#009E73", "^", "-"),
-    "xla_softmax": ("xla, softmax", "#0072B2", "s", "-"),
-    "jax_softmax": ("jax.nn softmax", "#8C8C8C", "D", "--"),
-    "jax_softmax_cudnn": ("cuDNN softmax", "#CC79A7", "P", "--"),
+# Implementations: name in tables, and the series that they are in figures.
+LABELS = {
+    "reference": ("reference", "dense"),
+    "xla_cg": ("xla, cg", "lla_cg"),
+    "xla_direct": ("xla, direct", "lla_direct"),
+    "xla_softmax": ("xla, softmax", "softmax"),
+    "jax_softmax": ("jax.nn softmax", "jax_softmax"),
+    "jax_softmax_cudnn": ("cuDNN softmax", "cudnn"),
 }
 _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
@@ -165,8 +165,8 @@ def scaling_markdown(document: Mapping) -> str:
     """Tables of `operator_scaling.py`."""
     records = document["records"]
     parts = [provenance(document)]
-    names = [name for name in STYLES if any(r["implementation"] == name for r in records)]
-    labels = [STYLES[name][0] for name in names]
+    names = [name for name in LABELS if any(r["implementation"] == name for r in records)]
+    labels = [LABELS[name][0] for name in names]
     cells = {(r["head_dim"], r["pass"], r["n"], r["implementation"]): r for r in records}
     lengths = sorted({record["n"] for record in records})
     for head_dim in sorted({record["head_dim"] for record in records}):
@@ -204,14 +204,14 @@ def _growth(records, names: Sequence[str], head_dim: int) -> str:
             ratio = f"{times[name][common[-1]] / floor[common[-1]]:.1f}" if common else ""
             at = str(common[-1]) if common else ""
             growth = [exponents(times[name]), exponents(memory)]
-            rows.append([STYLES[name][0], title, *growth, ratio, at])
+            rows.append([LABELS[name][0], title, *growth, ratio, at])
         for name in ("xla_cg", "xla_direct"):
             common = set(times.get(name, {})) & set(times.get("reference", {}))
             if common:
                 first = faster_from(times[name], times["reference"])
                 where = "nowhere" if first is None else f"from n = {first}"
                 sentences.append(
-                    f"{STYLES[name][0]}, {title}: faster than the reference {where} (both timed "
+                    f"{LABELS[name][0]}, {title}: faster than the reference {where} (both timed "
                     f"for n = {min(common)} to {max(common)})."
                 )
     head = ["implementation", "pass", "time exponent", "memory exponent", "time / jax.nn", "at n"]
@@ -263,7 +263,7 @@ def choice_markdown(document: Mapping) -> str:
             [
                 d,
                 str(h),
-                STYLES[name][0],
+                LABELS[name][0],
                 *(cell_text(cells.get((d, h, None, name, w))) for w in PASSES),
             ]
             for d, h, name in sorted(keys, key=lambda key: (key[0] != "float32", *key[1:]))
@@ -400,62 +400,65 @@ def add(path: pathlib.Path, results: pathlib.Path, text: str) -> str:
     return f"{text.rstrip()}\n\n### {path.stem}, {device}\n\n{begin}\n{end}\n"
 
 
-def _draw_scaling(records, plt):
+def _draw_scaling(records):
     """Time and memory against length."""
+    from lla.experiment import figures, styles
+
     head_dims = sorted({record["head_dim"] for record in records})
     panels = [(which, field) for field in ("time_median_s", "temp_bytes") for which in PASSES]
-    size = (4 * len(panels), 3.6 * len(head_dims))
-    figure, axes = plt.subplots(len(head_dims), len(panels), figsize=size, squeeze=False)
+    figure, axes = figures.new(
+        len(head_dims), len(panels), height=0.85 + 1.75 * len(head_dims), sharex=True
+    )
     for row, head_dim in zip(axes, head_dims, strict=True):
         for axis, (which, field) in zip(row, panels, strict=True):
-            for name, (label, colour, marker, line) in STYLES.items():
-                values = series(records, name, which, head_dim, field)
-                unit = 1e3 if field == "time_median_s" else 2.0**-20
-                if values:
-                    axis.plot(
-                        list(values), [unit * value for value in values.values()], label=label,
-                        color=colour, marker=marker, linestyle=line, markersize=5,
-                    )  # fmt: skip
-            axis.set_xscale("log", base=2)
             axis.set_yscale("log")
-            axis.set_xlabel("sequence length n")
-            axis.set_ylabel("time, ms" if field == "time_median_s" else "temporary memory, MiB")
-            axis.set_title(f"{PASSES[which]}, d = {head_dim}", fontsize=10)
-            axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+            unit = 1e3 if field == "time_median_s" else 2.0**-20
+            for name, (_, series_name) in LABELS.items():
+                values = series(records, name, which, head_dim, field)
+                if not values:
+                    continue
+                values = {n: unit * value for n, value in values.items()}
+                bars = None
+                if field == "time_median_s":
+                    least = series(records, name, which, head_dim, "time_min_s")
+                    bars = [values[n] - unit * least[n] for n in values]
+                figures.marks(
+                    axis, styles.style(series_name), list(values), list(values.values()), bars,
+                    bars and [0.0] * len(bars),
+                )  # fmt: skip
+            figures.length_axis(axis, [record["n"] for record in records], most=4)
+            figures.log_axis(axis, most=6)
+            axis.grid(axis="x")
+        row[0].set_ylabel(f"d = {head_dim}: time, ms")
+        row[2].set_ylabel(f"d = {head_dim}: memory, MiB")
+    for axis, (which, field) in zip(axes[0], panels, strict=True):
+        what = "time" if field == "time_median_s" else "temporary memory"
+        axis.set_title(f"{what},\n{PASSES[which]}")
+    for axis in axes[-1]:
+        axis.set_xlabel("sequence length n")
+    figures.legend(figure, axes.flat)
     return figure
 
 
-def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
-    """The figure of a result file as PNG and SVG; returns the paths."""
+def make(document: dict):
+    """The figure of a result file."""
     import decoding_tables
     import hopper_tables
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from lla.experiment import figures
-
-    document = measure.load(path)
-    pairs = {
+    drawers = {
         "hopper": hopper_tables.draw,
         "decoding": decoding_tables.draw,
         "decoding_traffic": decoding_tables.draw_traffic,
     }
-    benchmark = document["header"]["benchmark"]
-    if (draw_panels := pairs.get(benchmark)) is not None:
-        rows = 1
-        if benchmark == "decoding":
-            rows = max(1, len(decoding_tables.panels(document["records"])))
-        figure, axes = plt.subplots(rows, 2, figsize=(8, 3.6 * rows), squeeze=False)
-        draw_panels(document["records"], axes.flat)
-    else:
-        figure = _draw_scaling(document["records"], plt)
-    figure.tight_layout()
-    return figures.save(
-        figure, folder, path.stem, name=path.stem, dpi=120, png_metadata={"Software": None}
-    )
+    return drawers.get(document["header"]["benchmark"], _draw_scaling)(document["records"])
+
+
+def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
+    """The figure of a result file as PNG and SVG; returns the paths."""
+    from lla.experiment import figures
+
+    figure = make(measure.load(path))
+    return figures.save(figure, folder, path.stem, name=path.stem, png_metadata={"Software": None})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

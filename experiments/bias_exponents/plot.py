@@ -4,54 +4,57 @@ python experiments/bias_exponents/plot.py runs/bias_exponents
 """
 
 import pathlib
+import re
 import sys
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import population
 import summary
 
-from lla.experiment import figures, tables
+from lla.experiment import figures, styles, tables
 from lla.experiment.workdir import read_config
 
-# Okabe and Ito's palette, told apart under the common colour-vision deficiencies.
-_COLOURS = {"constant": "#0072B2", "linear": "#D55E00"}
-_NAMES = {"constant": "local constant", "linear": "local linear"}
+# Softmax attention is the local constant fit, LLA the local linear one.
+_COLOURS = {"constant": styles.style("softmax").colour, "linear": styles.style("lla").colour}
+_MARKERS = {"constant": styles.style("softmax").marker, "linear": styles.style("lla").marker}
+_NAMES = {"constant": "constant", "linear": "linear"}
 
 
 def draw(path: str | pathlib.Path) -> list[pathlib.Path]:
     """Writes summary.csv and the figure, PNG and SVG, into the work directory; returns paths."""
     path = pathlib.Path(path)
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     config, rows = read_config(path), summary.table(path)
-    figure = _figure(config, rows)
+    figure = make(config, rows)
     written = tables.write_csv(path / "summary.csv", rows)
     return [written, *figures.save(figure, path, "bias exponents")]
 
 
-def _figure(config, rows):
-    figure, axes = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
+def make(config, rows):
+    """The figure, from the config and the rows of summary.csv."""
+    figure, axes = figures.new(2, 2, height=6.6)
     _bias(axes[0, 0], rows, "integrated")
-    axes[0, 0].set_title("Squared bias, integrated (d = 1)", fontsize=11)
+    axes[0, 0].set_title("squared bias, integrated, d = 1")
     _bias(axes[0, 1], rows, "boundary")
-    axes[0, 1].set_title("Squared bias at the boundary point (d = 1)", fontsize=11)
+    axes[0, 1].set_title("squared bias at the boundary point, d = 1")
     _slopes(axes[1, 0], rows)
     if config["seeds"]:
         _random(axes[1, 1], config, rows)
     else:
         axes[1, 1].set_axis_off()
-    places = ("upper left", "lower right", "upper right", "upper left")
-    for axis, place in zip(axes.flat, places, strict=True):
-        axis.set_xscale("log")
+    for axis in axes.flat:
+        if not axis.has_data():
+            continue
         axis.set_xlabel("bandwidth b")
-        axis.grid(color="0.92", zorder=0)
-        axis.set_axisbelow(True)
-        if axis.has_data():
-            columns = 2 if axis is axes[1, 0] else 1
-            axis.legend(loc=place, frameon=False, fontsize=9, ncols=columns)
+        figures.log_axis(axis, "x")
+        if axis is not axes[1, 0]:
+            figures.log_axis(axis)
+        axis.grid(axis="both")
+        # Below the axis, where it covers no data.
+        axis.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=6.8,
+            handlelength=1.8, columnspacing=1.0,
+        )  # fmt: skip
+    figure.suptitle("Local constant fit (softmax attention) and local linear fit (LLA)")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not for every file
     return figure
@@ -62,18 +65,17 @@ def _bias(axis, rows, quantity):
     target = population.TARGETS[where["target"]]
     for fit, colour in _COLOURS.items():
         x, y = summary.curve(rows, quantity, fit=fit, **where)
-        axis.plot(x, y, color=colour, linewidth=2, label=f"{_NAMES[fit]}, integral")
+        axis.plot(x, y, color=colour, linewidth=1.4, label=f"{_NAMES[fit]}, integral")
         if where["dim"] == 1 and where["ridge"] == "0":
             terms = [population.leading_terms(target, b)[fit][quantity] for b in x]
             power = round(population.exponent(x, np.array(terms)))
             style = {"color": colour, "linestyle": (0, (2, 2)), "linewidth": 1}
-            axis.plot(x, terms, label=f"{_NAMES[fit]}, leading term: b^{power}", **style)
+            axis.plot(x, terms, label=f"{_NAMES[fit]}, leading: $b^{power}$", **style)
         grids = [g for g in summary.settings(rows, "grid") if g["target"] == where["target"]]
         for grid in grids[:1]:
             x, y = summary.curve(rows, quantity, fit=fit, **grid)
-            name = {"constant": "lla.softmax_attention", "linear": "lla.local_linear_attention"}
-            style = {"color": colour, "linestyle": "none", "marker": "o", "markersize": 7}
-            label = f"{name[fit]}, circle of radius {grid['radius']:g}"
+            style = {"color": colour, "linestyle": "none", "marker": _MARKERS[fit]}
+            label = f"{_NAMES[fit]}, operator"
             axis.plot(x, y, markerfacecolor="none", label=label, **style)
     axis.set_yscale("log")
     axis.set_ylabel("squared bias")
@@ -100,28 +102,29 @@ def _slopes(axis, rows):
                     where["ridge"]
                 )
                 style = {"color": "0.45", "linestyle": "none", "marker": "sxv+"[index % 4]}
-                style |= {"markersize": 4}
-                label = f"{_NAMES[fit]}, ridge {where['ridge']}"
+                style |= {"markersize": 3}
+                ridge = re.sub(r"b\^(\d+)", r"$b^\1$", where["ridge"])
+                label = f"{_NAMES[fit]}, ridge {ridge}"
             axis.plot(np.sqrt(x[1:] * x[:-1]), slope, label=label, **style)
     for power in (3, 4):
         axis.axhline(power, color="0.7", linewidth=1, zorder=0)
     axis.set_ylabel("exponent between neighbours")
     axis.set_ylim(2, 5.4)
-    axis.set_title("Exponent of the integrated squared bias", fontsize=11)
+    axis.set_title("exponent of the integrated squared bias")
 
 
 def _random(axis, config, rows):
     (where,) = summary.settings(rows, "random")
-    styles = {"error": ("-", 2.2), "bias": ((0, (5, 2)), 1.3), "variance": ((0, (1, 1.5)), 1.3)}
+    lines = {"error": ("-", 1.4), "bias": ((0, (5, 2)), 1.0), "variance": ((0, (1, 1.5)), 1.0)}
     for fit, colour in _COLOURS.items():
-        for name, (dash, width) in styles.items():
+        for name, (dash, width) in lines.items():
             wanted = where | {"fit": fit, "quantity": f"{name}_integrated"}
             line = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
             x, y, low, high = (
                 np.array([row[key] for row in line])
                 for key in ("bandwidth", "value", "low", "high")
             )
-            label = f"{_NAMES[fit]}, {'squared bias' if name == 'bias' else name}"
+            label = f"{_NAMES[fit]}, {name}"
             axis.plot(x, y, color=colour, linestyle=dash, linewidth=width, label=label)
             axis.fill_between(
                 x, np.maximum(low, y / 10), high, color=colour, alpha=0.2, linewidth=0
@@ -131,14 +134,15 @@ def _random(axis, config, rows):
             continue
         x, y = summary.curve(rows, "integrated", fit=fit, **exact)
         inside = (x >= min(config["sample_bandwidths"])) & (x <= max(config["sample_bandwidths"]))
-        label = f"{_NAMES[fit]}, squared bias, integral"
-        style = {"color": colour, "linestyle": "none", "marker": "o", "markerfacecolor": "none"}
+        label = f"{_NAMES[fit]}, bias, integral"
+        style = {"color": colour, "linestyle": "none", "markerfacecolor": "none"}
+        style |= {"marker": _MARKERS[fit]}
         axis.plot(x[inside], y[inside], label=label, **style)
     axis.set_yscale("log")
     axis.set_ylabel("integrated square")
-    title = f"Random keys, n = {config['sample_keys']}, noise {config['noise']:g}; "
-    title += f"bands: least to largest of {len(config['seeds'])} seeds"
-    axis.set_title(title, fontsize=11)
+    title = f"random keys, n = {config['sample_keys']}, noise {config['noise']:g}\n"
+    title += f"(bands: least to largest of {len(config['seeds'])} seeds)"
+    axis.set_title(title)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Error against segment length, drawn from the result files alone.
+"""Error against segment length, and learning curves, drawn from the result files alone.
 
 python experiments/in_context_regression/plot.py                 # the committed results
 python experiments/in_context_regression/plot.py runs/in_context_regression_sweep
@@ -13,30 +13,36 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of confi
 from experiments import trained_figures as shared
 from experiments import trained_plots as plots
 from experiments.in_context_regression import baselines, summary
+from lla.experiment import figures
 
 
-def draw(
-    found: Sequence[shared.Point], folder: pathlib.Path, variant: str | None = None
-) -> list[pathlib.Path]:
-    """Writes figure.png and figure.svg into `folder`, and baselines.json if it lacks a length."""
-    lengths = sorted({point.choices[summary.LENGTH] for point in found})
+def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | None = None) -> dict:
+    """The figures by name: errors and learning curves; baselines.json if it lacks a length."""
+
+    def length(point):
+        return point.choices[summary.LENGTH]
+
+    lengths = sorted({length(point) for point in found})
     floor = summary.baselines(folder)
     if not set(lengths) <= floor.keys():
         baselines.measure(found, folder, variant)
         floor = summary.baselines(folder)
-    figure, axes = plots.new_figure(1)
-    (axis,) = axes
+    figure, axes = figures.new(width=4.8, height=3.0)
+    axis = axes[0, 0]
     axis.set_yscale("log")
-    plots.draw_lines(axis, found, lambda point: point.choices[summary.LENGTH], log2=True)
+    plots.draw_lines(axis, found, length)
     oracle = [floor[length]["oracle"] for length in lengths]
-    axis.plot(lengths, oracle, color="0.2", linestyle="--", label="oracle (segments known)")
+    axis.plot(lengths, oracle, color="0.2", linestyle="--", label="Oracle (segments known)")
     axis.axhline(1.0, color="0.4", linestyle=":", label="predicting zero")
     axis.set(xlabel="segment length S (pairs)", ylabel="squared error")
-    axis.set_title(
-        f"In-context regression, trained: mean ± standard deviation, {shared.seeds(found)}",
-        fontsize=11,
+    axis.set_title(f"mean ± standard deviation of {shared.seeds(found)}")
+    figures.length_axis(axis, lengths)
+    figures.log_axis(axis)
+    figures.legend(figure, [axis], beside=True)
+    curves = plots.curves_figure(
+        summary.EXPERIMENT, found, folder, length, {s: f"S = {s}" for s in lengths}, log=True
     )
-    return plots.save(figure, axes, folder)
+    return {"figure": figure, "curves": curves}
 
 
 if __name__ == "__main__":

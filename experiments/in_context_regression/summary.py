@@ -45,7 +45,8 @@ def tables(
         return shared.value_cell(point.values)
 
     return [
-        f"Squared error after the last step, mean ± standard deviation of {shared.seeds(found)}:",
+        f"Squared error after the last step, mean ± standard deviation of {shared.seeds(found)}, "
+        f"{shared.protocol(found)}:",
         shared.grid_table(found, length, heads, error, more),
         shared.RATES_CAPTION,
         shared.grid_table(found, length, heads, shared.rate_cell),

@@ -252,7 +252,7 @@ def run(options, cell: Cell, subject: subjects.Subject, found: Compiled) -> dict
     if "reason" in verdict:
         return verdict | {"status": "refused"}
     if first > options.call_limit:
-        timing = measure.Timing(first, first, 1)
+        timing = measure.Timing(first, first, 1, 1.0)
     else:
         timed = measure.time_interleaved(
             {"": lambda: found.call(inputs)}, options.repeats, options.seconds_per_cell

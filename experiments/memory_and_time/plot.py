@@ -10,28 +10,15 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import summary
 from benches import measure, report
 from matplotlib.lines import Line2D
 
-from lla.experiment import figures
+from lla.experiment import figures, styles
 
 HEADS = 8  # of the figure, if they were measured
-# Okabe and Ito's palette, told apart under the common colour-vision deficiencies.
-STYLES = {
-    "dense": ("#000000", "X", "-"),
-    "dense_matrices": ("#E69F00", "v", "-"),
-    "lla_direct": ("#009E73", "^", "-"),
-    "lla_cg": ("#D55E00", "o", "-"),
-    "mesanet": ("#56B4E9", "p", "-"),
-    "softmax": ("#0072B2", "s", "-"),
-    "jax_softmax": ("#CC79A7", "D", "--"),
-}
 PANELS = [(field, which) for field in ("memory", "time") for which in report.PASSES]
+_CROSS = {"linestyle": "none", "marker": "x", "markeredgewidth": 1.1}
 
 
 def main_result(results: pathlib.Path = summary.RESULTS) -> pathlib.Path:
@@ -41,82 +28,96 @@ def main_result(results: pathlib.Path = summary.RESULTS) -> pathlib.Path:
 
 def draw(path: str | pathlib.Path, folder: str | pathlib.Path) -> list[pathlib.Path]:
     """Writes figure.png and figure.svg of a result file into `folder`; returns paths."""
-    document = measure.load(path)
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    return figures.save(
-        _figure(document), folder, "memory and time", dpi=120, png_metadata={"Software": None}
-    )
+    figure = make(measure.load(path))
+    return figures.save(figure, folder, "memory and time", png_metadata={"Software": None})
 
 
-def _figure(document):
+def make(document):
+    """The figure of a result file: memory and time by length, a row for each head dimension."""
     every = document["records"]
     counts = {record["heads"] for record in every}
     heads = HEADS if HEADS in counts else min(counts)
     records = [record for record in every if record["heads"] == heads]
     head_dims = sorted({record["head_dim"] for record in records})
     limit = document["header"]["settings"]["memory_limit_gib"]
-    figure, axes = plt.subplots(
-        len(head_dims), len(PANELS), figsize=(3.5 * len(PANELS), 0.9 + 3.1 * len(head_dims)),
-        sharex=True, squeeze=False, layout="constrained",
-    )  # fmt: skip
+    figure, axes = figures.new(
+        len(head_dims), len(PANELS), height=0.85 + 1.75 * len(head_dims), sharex=True
+    )
     for row, head_dim in zip(axes, head_dims, strict=True):
         here = [record for record in records if record["head_dim"] == head_dim]
         for axis, (field, which) in zip(row, PANELS, strict=True):
-            _panel(axis, here, field, which, limit)
-            axis.set_title(f"{report.PASSES[which]}, d = {head_dim}", fontsize=10)
-            axis.set_ylabel("temporary memory, MiB" if field == "memory" else "time, ms")
+            (_memory if field == "memory" else _time)(axis, here, which, limit)
+        row[0].set_ylabel(f"d = {head_dim}: memory, MiB")
+        row[2].set_ylabel(f"d = {head_dim}: time, ms")
+    for axis, (field, which) in zip(axes[0], PANELS, strict=True):
+        what = "temporary memory" if field == "memory" else "time"
+        axis.set_title(f"{what},\n{report.PASSES[which]}")
+    lengths = sorted({record["n"] for record in records})
+    # One scale for both passes and all dimensions, with room for the crosses above the times.
+    for pair, room in ((axes[:, :2], 1.0), (axes[:, 2:], 12.0)):
+        limits = [axis.get_ylim() for axis in pair.flat]
+        low, high = min(low for low, _ in limits), max(high for _, high in limits) * room
+        for axis in pair.flat:
+            axis.set_ylim(low, high)
+            figures.length_axis(axis, lengths, most=4)
+            figures.log_axis(axis, most=6)
+            axis.grid(axis="x")
+    for column in (1, 3):
+        for axis in axes[:, column]:
+            axis.tick_params(labelleft=False)
     for axis in axes[-1]:
         axis.set_xlabel("sequence length n")
-        axis.set_xlim(auto=True)
-    names = [name for name in STYLES if any(r["implementation"] == name for r in records)]
-    figure.legend(handles=_legend(names, limit), loc="outside lower center", ncols=5, frameon=False)
+    names = [name for name in summary.NAMES if any(r["implementation"] == name for r in records)]
+    handles = [
+        Line2D([], [], label=styles.style(name).name, **styles.style(name).options())
+        for name in names
+    ]
+    label = f"out of memory: above {limit:g} GiB, not run"
+    handles.append(Line2D([], [], label=label, color="red", markersize=5, **_CROSS))
+    figures.add_legend(figure, handles)
     dtypes = ", ".join(sorted({record["dtype"] for record in records}))
     device = document["header"]["device"]["kind"]
-    figure.suptitle(f"{device}, {dtypes}, causal, B*H = {heads}", fontsize=11)
+    figure.suptitle(f"{device}, {dtypes}, causal, B*H = {heads}")
     return figure
 
 
-def _panel(axis, records, field, which, limit):
-    for place, (name, (colour, marker, line)) in enumerate(STYLES.items()):
-        found = summary.series(records, implementation=name, which=which)
-        style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5}
-        if field == "memory":
-            known = {n: summary.memory(record) for n, record in found.items()}
-            known = {n: amount / 2**20 for n, amount in known.items() if amount}
-            axis.plot(list(known), list(known.values()), **style)
-        else:
-            timed = {n: record for n, record in found.items() if record["status"] == "timed"}
-            milliseconds = [1e3 * record["time_median_s"] for record in timed.values()]
-            axis.plot(list(timed), milliseconds, **style)
-        lost = [n for n, record in found.items() if summary.state(record) == "out of memory"]
-        if field == "memory":
-            axis.plot(
-                [n for n in lost if n in known], [known[n] for n in lost if n in known], "x",
-                color="red", markersize=9, markeredgewidth=1.6, zorder=5,
-            )  # fmt: skip
-        else:
-            # At the top of the panel, one line for each series.
-            axis.plot(
-                lost, [0.98 - 0.045 * place] * len(lost), "x", color=colour, markersize=7,
-                markeredgewidth=1.6, transform=axis.get_xaxis_transform(),
-            )  # fmt: skip
-    if field == "memory":
-        axis.axhline(limit * 2**10, color="0.5", linestyle=":", zorder=0)
-    axis.set_xscale("log", base=2)
+def _lost(found):
+    return [n for n, record in found.items() if summary.state(record) == "out of memory"]
+
+
+def _memory(axis, records, which, limit):
+    """Temporary memory as compiled; crosses where it was too much to run."""
     axis.set_yscale("log")
-    axis.grid(color="0.92", zorder=0)
-    axis.set_axisbelow(True)
+    for name in summary.NAMES:
+        found = summary.series(records, implementation=name, which=which)
+        known = {n: summary.memory(record) for n, record in found.items()}
+        known = {n: amount / 2**20 for n, amount in known.items() if amount}
+        if known:
+            figures.marks(axis, styles.style(name), list(known), list(known.values()))
+        lost = [n for n in _lost(found) if n in known]
+        axis.plot(lost, [known[n] for n in lost], color="red", markersize=5, zorder=6, **_CROSS)
+    axis.axhline(limit * 2**10, color="0.5", linestyle=":", zorder=0)
 
 
-def _legend(names, limit):
-    handles = []
-    for name in names:
-        colour, marker, line = STYLES[name]
-        label = summary.LABELS[name]
-        handles.append(Line2D([], [], color=colour, marker=marker, linestyle=line, label=label))
-    cross = {"linestyle": "none", "marker": "x", "color": "red", "markersize": 8}
-    handles.append(Line2D([], [], label=f"out of memory: above {limit:g} GiB, not run", **cross))
-    return handles
+def _time(axis, records, which, limit):
+    """Median times, with bars down to the least; crosses above where it was not run."""
+    del limit
+    axis.set_yscale("log")
+    place = 0.96
+    for name in summary.NAMES:
+        found = summary.series(records, implementation=name, which=which)
+        timed, look = summary.settled(found), styles.style(name)
+        if timed:
+            median = [1e3 * record["time_median_s"] for record in timed.values()]
+            least = [1e3 * record["time_min_s"] for record in timed.values()]
+            down = [high - low for high, low in zip(median, least, strict=True)]
+            figures.marks(axis, look, list(timed), median, down, [0.0] * len(down))
+        if lost := _lost(found):
+            axis.plot(
+                lost, [place] * len(lost), color=look.colour, markersize=4, label=None,
+                transform=axis.get_xaxis_transform(), **_CROSS,
+            )  # fmt: skip
+            place -= 0.055
 
 
 def main(arguments: Sequence[str]) -> int:

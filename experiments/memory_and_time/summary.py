@@ -15,19 +15,19 @@ from collections.abc import Mapping, Sequence
 
 from benches import measure, report
 
+from lla.experiment import styles
+
 FOLDER = pathlib.Path(__file__).resolve().parent
 README = FOLDER / "README.md"
 RESULTS = FOLDER / "results"
 # Series, in the order of tables and legends.
-LABELS = {
-    "dense": "dense, n² d",
-    "dense_matrices": "dense, n² + n d²",
-    "lla_direct": "LLA, direct",
-    "lla_cg": "LLA, CG",
-    "mesanet": "MesaNet",
-    "softmax": "softmax",
-    "jax_softmax": "jax.nn softmax",
-}
+NAMES = styles.ordered(
+    ("dense", "dense_matrices", "lla_direct", "lla_cg", "mesanet", "softmax", "jax_softmax")
+)
+LABELS = {name: styles.style(name).name for name in NAMES}
+SHORT = 1e-3  # seconds, see `settled`
+SPREAD = 1.25
+QUEUE = 2.0
 _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 
@@ -50,6 +50,30 @@ def series(records: Sequence[Mapping], **fields) -> dict[int, Mapping]:
         fields["pass"] = fields.pop("which")
     chosen = [r for r in records if all(r[name] == value for name, value in fields.items())]
     return {record["n"]: record for record in sorted(chosen, key=lambda record: record["n"])}
+
+
+def settled(found: Mapping[int, Mapping]) -> dict[int, Mapping]:
+    """The timed records of a series, by length, whose time is that of the device.
+
+    Launches take tenths of a millisecond, now more and now less, and hide shorter calls. A time
+    below `SHORT` is left out where the host set the pace: with fewer than `QUEUE` calls in the
+    queue at the last launch. Of records that do not have that number a time below `SHORT` is left
+    out where the median is more than `SPREAD` times the least, or a longer sequence took less.
+    With a length all shorter ones are left out.
+    """
+    timed = {n: record for n, record in found.items() if record["status"] == "timed"}
+
+    def of_the_device(n, record):
+        if record["time_median_s"] >= SHORT:
+            return True
+        if "calls_in_queue" in record:
+            return record["calls_in_queue"] >= QUEUE
+        longer = [other["time_median_s"] for m, other in timed.items() if m > n]
+        agree = record["time_median_s"] <= SPREAD * record["time_min_s"]
+        return agree and all(record["time_median_s"] <= time for time in longer)
+
+    first = max((n for n, record in timed.items() if not of_the_device(n, record)), default=0)
+    return {n: record for n, record in timed.items() if n > first}
 
 
 def _size(amount: float) -> str:

@@ -1,4 +1,4 @@
-"""Accuracy against width and against length, drawn from the result files alone.
+"""Accuracy by mechanism, width and length, and learning curves, from the result files alone.
 
 python experiments/mqar/plot.py                                  # the committed results
 python experiments/mqar/plot.py runs/mqar_sweep
@@ -13,57 +13,67 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of confi
 from experiments import trained_figures as shared
 from experiments import trained_plots as plots
 from experiments.mqar import summary
+from lla.experiment import figures
 
 
-def draw(
-    found: Sequence[shared.Point], folder: pathlib.Path, variant: str | None = None
-) -> list[pathlib.Path]:
-    """Writes figure.png and figure.svg into `folder`.
+def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | None = None) -> dict:
+    """The figures by name: accuracies and learning curves.
 
-    There is a panel over widths for each case that was run at several, and one over lengths at the
-    width that has most points, of equal ones the least. What was run at one width and one length
-    only is in the latter.
+    Accuracies have a panel for each width and length, in which every mechanism has a line of its
+    own: many of them are 1, and would hide one another on a common axis.
     """
     tasks = summary.case_tasks(found, folder, variant)
 
-    def width(point):
-        return point.choices[summary.WIDTH]
+    def place(point):
+        return point.choices[summary.WIDTH], point.choices["case"]
 
-    def length(point):
-        return tasks[point.choices["case"]].length
-
-    by_case = {case: [p for p in found if p.choices["case"] == case] for case in tasks}
-    scanned = {case: here for case, here in by_case.items() if len({*map(width, here)}) > 1}
-    by_width = {number: [p for p in found if width(p) == number] for number in map(width, found)}
-    fixed = min(by_width, key=lambda number: (-len(by_width[number]), number))
-    across = len({*map(length, by_width[fixed])}) > 1 or not scanned
-
-    figure, axes = plots.new_figure(len(scanned) + across)
-    for axis, (case, here) in zip(axes, scanned.items(), strict=False):
-        plots.draw_lines(axis, here, width, log2=True, dots=True)
-        context = tasks[case].baselines()["context"]
-        axis.axhline(context, color="0.4", linestyle=":", label="a value of the context, 1/D")
-        axis.set(xlabel="model width")
-        axis.set_title(f"N = {tasks[case].length}, D = {tasks[case].pairs}", fontsize=11)
-    if across:
-        axis, here = axes[-1], by_width[fixed]
-        plots.draw_lines(axis, here, length, log2=True, dots=True)
-        shown = [task for task in tasks.values() if task.length in {*map(length, here)}]
-        context = [task.baselines()["context"] for task in shown]
-        axis.plot(
-            [task.length for task in shown], context, color="0.4", linestyle=":",
-            label="a value of the context, 1/D", marker="_",
-        )  # fmt: skip
-        ticks = {task.length: f"{task.length}\nD = {task.pairs}" for task in shown}
-        axis.set_xticks(list(ticks), labels=list(ticks.values()))
-        axis.set(xlabel="length N (tokens) and pairs D")
-        axis.set_title(f"width {fixed}", fontsize=11)
-    for axis in axes:
-        axis.set(ylim=(0, 1.04))
-    axes[0].set(ylabel="accuracy at the queries")
-    title = f"MQAR: mean of {shared.seeds(found)}; faint dots: single seeds"
-    figure.suptitle(title, fontsize=11)
-    return plots.save(figure, axes, folder)
+    widths = sorted({place(point)[0] for point in found})
+    labels = {
+        width: list(dict.fromkeys(p.label for p in found if place(p)[0] == width))
+        for width in widths
+    }
+    figure, axes = figures.new(
+        len(widths), len(tasks), sharex=True, sharey="row",
+        width=figures.PAGE if len(tasks) > 1 else 3.6,
+        height=0.75 + sum(0.3 + 0.125 * len(names) for names in labels.values()),
+        height_ratios=[len(names) + 1.5 for names in labels.values()],
+    )  # fmt: skip
+    for row, width in zip(axes, widths, strict=True):
+        rows = {label: number for number, label in enumerate(labels[width])}
+        for axis, (case, task) in zip(row, tasks.items(), strict=True):
+            here = [point for point in found if place(point) == (width, case) and point.values]
+            for point in here:
+                at, style = rows[point.label], point.style
+                mean, std = shared.mean_std(point.values)
+                plots.seed_marks(axis, at, point.values, style.colour)
+                look = {"linestyle": "none", "xerr": std, "label": None}
+                figures.marks(axis, style, [mean], [at], **look)
+            context = task.baselines()["context"]
+            axis.axvline(context, color="0.4", linestyle=":", linewidth=0.9)
+            axis.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.4, -0.6))
+            axis.set_xticks((0, 0.25, 0.5, 0.75, 1), labels=("0", "", "0.5", "", "1"))
+            axis.set_yticks(range(len(rows)), labels=list(rows))
+            axis.grid(axis="both")
+            axis.tick_params(axis="y", length=0)
+        row[0].set_ylabel(f"width {width}")
+    for axis, task in zip(axes[0], tasks.values(), strict=True):
+        axis.set_title(f"N = {task.length}, D = {task.pairs}")
+    for axis in axes[-1]:
+        axis.set_xlabel("accuracy")
+    parts = [
+        f"Mean ± standard deviation and single runs of {shared.seeds(found)}",
+        "dotted: a value of the context, 1/D",
+    ]
+    figure.suptitle(("; " if len(tasks) > 2 else "\n").join(parts))
+    titles = {
+        (width, case): f"N = {task.length}, D = {task.pairs}, width {width}"
+        for width in widths
+        for case, task in tasks.items()
+    }
+    curves = plots.curves_figure(
+        summary.EXPERIMENT, found, folder, place, titles, columns=min(len(tasks), 4)
+    )
+    return {"figure": figure, "curves": curves}
 
 
 if __name__ == "__main__":

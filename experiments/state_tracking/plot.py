@@ -1,4 +1,4 @@
-"""Accuracy against the number of items, drawn from the result files alone.
+"""Accuracy against the number of items, and learning curves, drawn from the result files alone.
 
 python experiments/state_tracking/plot.py                        # the committed results
 python experiments/state_tracking/plot.py runs/state_tracking_sweep
@@ -15,32 +15,35 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of confi
 from experiments import trained_figures as shared
 from experiments import trained_plots as plots
 from experiments.state_tracking import summary
+from lla.experiment import figures
 
 
-def draw(
-    found: Sequence[shared.Point], folder: pathlib.Path, variant: str | None = None
-) -> list[pathlib.Path]:
-    """Writes figure.png and figure.svg into `folder`; a panel for the long test if it is there."""
+def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | None = None) -> dict:
+    """The figures by name: accuracies, with a panel for the long test if there; learning curves."""
 
     def items(point):
         return point.choices[summary.ITEMS]
 
+    numbers = sorted({items(point) for point in found})
     trained, long = summary.swaps(found, folder, variant)
     panels = [(trained, lambda point: point.values)]
     if any(summary.long_values(point) for point in found):
         panels.append((long, summary.long_values))
-    figure, axes = plots.new_figure(len(panels))
-    for axis, (title, values) in zip(axes, panels, strict=True):
+    width = figures.PAGE if len(panels) > 1 else 4.8
+    figure, axes = figures.new(1, len(panels), width=width, height=2.9, sharey=True)
+    for axis, (title, values) in zip(axes[0], panels, strict=True):
         plots.draw_lines(axis, found, items, values)
-        numbers = sorted({items(point) for point in found})
         span = np.linspace(numbers[0] - 0.3, numbers[-1] + 0.3, 99)
         axis.plot(span, 1 / span, color="0.4", linestyle=":", label="chance, 1/N")
-        axis.set(xlabel="items N", ylim=(0, 1.04))
-        axis.set_title(title, fontsize=11)
-    axes[0].set(ylabel="accuracy")
-    title = f"State tracking: mean ± standard deviation, {shared.seeds(found)}"
-    figure.suptitle(title, fontsize=11)
-    return plots.save(figure, axes, folder)
+        axis.set(xlabel="items N", ylim=(0, 1.04), xticks=numbers)
+        axis.set_title(title)
+        axis.grid(axis="y")
+    axes[0, 0].set(ylabel="accuracy")
+    figure.suptitle(f"Mean ± standard deviation of {shared.seeds(found)}")
+    figures.legend(figure, axes[0], beside=len(panels) == 1)
+    titles = {number: f"N = {number}" for number in numbers}
+    curves = plots.curves_figure(summary.EXPERIMENT, found, folder, items, titles)
+    return {"figure": figure, "curves": curves}
 
 
 if __name__ == "__main__":

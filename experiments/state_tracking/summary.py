@@ -45,8 +45,8 @@ def tables(
     chance = [["chance", *(f"{1 / number:.3f}" for number in numbers)]]
     trained, long = swaps(found, folder, variant)
     parts = [
-        f"Accuracy after the last step, mean ± standard deviation of {shared.seeds(found)}; "
-        f"{trained}:",
+        f"Accuracy after the last step, mean ± standard deviation of {shared.seeds(found)}, "
+        f"{shared.protocol(found)}; {trained}:",
         shared.grid_table(found, items, heads, lambda p: shared.value_cell(p.values), chance),
     ]
     measured = [point for point in found if long_values(point)]
@@ -55,6 +55,10 @@ def tables(
             measured, items, heads, lambda p: shared.value_cell(long_values(p)), chance
         )
         parts += [f"The same models, {long}:", cells]
+    if any(point.updates for point in found):
+        cells = shared.grid_table(found, items, heads, shared.updates_cell)
+        text = "Updates after which training stopped at its goal, and how many of the seeds did:"
+        parts += [text, cells]
     rates = shared.grid_table(found, items, heads, shared.rate_cell)
     return [*parts, shared.RATES_CAPTION, rates]
 

@@ -193,8 +193,35 @@ def test_calls_take_turns_within_their_budget(bench, monkeypatch):
     calls = {name: lambda name=name: call(name, seconds) for name in seconds}
     found = bench.measure.time_interleaved(calls, repeats=4, budget=3.0)
     assert order == ["slow", "quick", "slow", "quick", "quick", "quick"]
-    assert vars(found["slow"]) == {"time_min_s": 4.0, "time_median_s": 4.0, "repeats": 2}
+    expected = {"time_min_s": 4.0, "time_median_s": 4.0, "repeats": 2, "calls_in_queue": 0.0}
+    assert vars(found["slow"]) == expected
     assert found["quick"].repeats == 4
+
+
+def test_the_queue_tells_a_busy_device_from_one_that_waits(bench, monkeypatch):
+    """A device that takes `busy` seconds a call, and a host that takes 1 to launch one."""
+    now, ready = [0.0], [0.0]
+    monkeypatch.setattr(bench.measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench.measure.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(bench.measure, "_calls_per_sample", lambda call: 10)
+
+    def wait(out):
+        now[0] = max(now[0], ready[0])
+
+    monkeypatch.setattr(bench.measure.jax, "block_until_ready", wait)
+
+    def call(busy):
+        now[0] += 1.0
+        ready[0] = max(ready[0], now[0]) + busy
+
+    busy = {"short": 0.5, "long": 4.0}
+    found = bench.measure.time_interleaved(
+        {name: lambda name=name: call(busy[name]) for name in busy}, repeats=3, budget=1e9
+    )
+    assert found["short"].time_median_s == 1.05  # of the host
+    assert found["short"].calls_in_queue == pytest.approx(0.5 / 1.05)
+    assert found["long"].time_median_s == pytest.approx(4.1)
+    assert found["long"].calls_in_queue == pytest.approx(31 / 4.1)
 
 
 def test_malformed_results_are_rejected(bench, measured, tmp_path):

@@ -118,27 +118,33 @@ def test_counted_bytes(bench, tmp_path, monkeypatch):
     assert "softmax" in bench.decoding_tables.traffic_markdown(document)
 
 
+def points(axis):
+    """What is drawn by each error bar of an axis."""
+    return [bars.lines[0].get_xydata().tolist() for bars in axis.containers]
+
+
 def test_figure_has_a_row_for_each_head_dimension(bench):
     pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
     cells = [(64, 1, 10), (64, 1, 20), (64, 32, 10), (128, 32, 10)]
     records = [
         {"pass": "decode", "status": "timed", "group": 1, "implementation": "lla_10",
-         "head_dim": d, "batch": b, "n": n, "time_median_s": 1e-6 * d * b * n}
+         "head_dim": d, "batch": b, "n": n, "time_median_s": 1e-6 * d * b * n,
+         "time_min_s": 5e-7 * d * b * n}
         for d, b, n in cells
     ]  # fmt: skip
     records += [{**records[0], "group": 4}, {**records[0], "status": "refused"}]
     assert bench.decoding_tables.panels(records) == [[(64, 1), (64, 32)], [(128, 32)]]
-    axes = Figure().subplots(2, 2)
-    bench.decoding_tables.draw(records, axes.flat)
-    drawn = [[line.get_xydata().tolist() for line in axis.lines] for axis in axes.flat]
-    assert drawn == [[[[10, 640], [20, 1280]]], [[[10, 20480]]], [[[10, 40960]]], []]
+    axes = bench.decoding_tables.draw(records).axes
+    drawn = [points(axis) for axis in axes]
+    expected = [[[[10, 640], [20, 1280]]], [[[10, 20480]]], [[[10, 40960]]], []]
+    assert [np.shape(here) for here in drawn] == [np.shape(here) for here in expected]
+    assert all(np.allclose(got, want) for got, want in zip(drawn, expected, strict=True))
+    (bar,) = axes[1].containers[0].lines[2]
+    assert bar.get_segments()[0][:, 1] == pytest.approx([10240, 20480])  # the least, the median
 
 
 def test_figure_of_counted_bytes(bench):
     pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
 
     def record(n, moved, **changes):
         cell = {"group": 1, "batch": 32, "head_dim": 64, "implementation": "softmax"}
@@ -146,9 +152,7 @@ def test_figure_of_counted_bytes(bench):
 
     records = [record(200, 600), record(100, 250), record(100, 900, batch=1), record(1, 9, group=4)]
     records += [{"group": 1, "batch": 64, "status": "unavailable"}, record(100, 220, head_dim=128)]
-    axes = Figure().subplots(1, 2)
-    bench.decoding_tables.draw_traffic(records, axes)
-    drawn = [[line.get_xydata().tolist() for line in axis.lines[:-1]] for axis in axes]
+    drawn = [points(axis) for axis in bench.decoding_tables.draw_traffic(records).axes]
     assert drawn == [[[[100, 1.25], [200, 1.5]]], [[[100, 1.1]]]]
 
 

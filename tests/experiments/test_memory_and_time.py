@@ -142,8 +142,41 @@ def test_figure_and_tables(figure, measured, tmp_path):
     assert png.startswith(b"\x89PNG") and b"<svg" in svg
     text = f"a\n<!-- generated: {path.stem} -->\nold\n<!-- end generated -->\nb\n"
     text = figure.summary.render(text, path.parent)
-    assert "old" not in text and "| n | dense, n² + n d² | LLA, CG | MesaNet |" in text
+    assert "old" not in text and "| n | LLA, CG | LLA, dense, n² + n d² | MesaNet |" in text
     assert figure.summary.render(text, path.parent) == text
+
+
+def record(n, median, least=None, **more):
+    """A timed record, in milliseconds."""
+    seconds = {"time_median_s": 1e-3 * median, "time_min_s": 1e-3 * (least or median)}
+    return {"n": n, "status": "timed", **seconds, **more}
+
+
+def shown(figure, *records):
+    return list(figure.summary.settled({r["n"]: r for r in records}))
+
+
+def test_short_times_that_are_not_the_devices_are_left_out(figure):
+    # One longer sequence took less; repeats that differ; with a length all shorter ones go.
+    assert shown(figure, record(1, 0.5), record(2, 0.6), record(4, 0.1), record(8, 0.2)) == [4, 8]
+    assert shown(figure, record(1, 0.1), record(2, 0.3, 0.2), record(4, 0.4)) == [4]
+    assert shown(figure, record(1, 0.1), record(2, 0.25, 0.2), record(4, 0.4)) == [1, 2, 4]
+    # From a millisecond on launches do not matter.
+    assert shown(figure, record(1, 5.0, 1.0), record(2, 3.0)) == [1, 2]
+    assert shown(figure, record(1, 5.0), {"n": 2, "status": "memory only"}) == [1]
+    # The queue tells by itself.
+    waits, busy = {"calls_in_queue": 1.1}, {"calls_in_queue": 9.0}
+    assert shown(figure, record(1, 0.2, **waits), record(2, 0.2, 0.1, **busy)) == [2]
+    assert shown(figure, record(1, 0.2, **busy), record(2, 0.1, **busy)) == [1, 2]
+    assert shown(figure, record(1, 2.0, **waits), record(2, 9.0, **waits)) == [1, 2]
+
+
+def test_the_committed_figure_leaves_out_what_is_noise(figure):
+    document = figure.benches.measure.load(figure.plot.main_result())
+    records = [r for r in document["records"] if (r["heads"], r["head_dim"]) == (8, 64)]
+    found = figure.summary.series(records, implementation="softmax", which="forward")
+    times = [r["time_median_s"] for r in figure.summary.settled(found).values()]
+    assert len(times) >= 3 and times == sorted(times)
 
 
 def test_readme_tables_are_those_of_the_results(figure):

@@ -1,6 +1,5 @@
-"""Figures of trained models: selection, tables and drawing, on made-up results."""
+"""Tables and figures of trained models, on made-up results."""
 
-import csv
 import pathlib
 
 import pytest
@@ -12,108 +11,9 @@ from experiments.mqar import plot as mqar_plot
 from experiments.mqar import summary as mqar
 from experiments.state_tracking import plot as tracking_plot
 from experiments.state_tracking import summary as tracking
+from tests.experiments.trained import mqar_rows, regression_rows, tracking_rows, write
 
 EXPERIMENTS = [module.EXPERIMENT for module in (regression, mqar, tracking)]
-LONG = shared.FURTHER + tracking.LONG
-
-
-def write(path, experiment, rows):
-    """Writes rows (choices, seed, rate, final), where no final stands for a run that diverged."""
-    mode = "min" if experiment is regression.EXPERIMENT else "max"
-    made = [
-        {
-            **choices,
-            "seed": seed,
-            "learning_rate": rate,
-            "status": "diverged" if final is None else "finished",
-            "steps": 10,
-            "headline": experiment.headline,
-            "mode": mode,
-            "final": final,
-            "best": final,
-        }
-        for choices, seed, rate, final in rows
-    ]
-    columns = dict.fromkeys(column for row in made for column in row)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(made)
-
-
-def regression_rows(mechanism, length, finals, seeds=(0, 1)):
-    """`finals`: learning rate -> value of each seed."""
-    choices = {"model.mixer.name": mechanism, "task.segment_length": length}
-    return [
-        (choices, seed, rate, final)
-        for rate, values in finals.items()
-        for seed, final in zip(seeds, values, strict=True)
-    ]
-
-
-def mqar_rows(mechanism, case, width, finals):
-    choices = {"model.mixer.name": mechanism, "model.width": width}
-    choices |= {"case": case} if case else {}
-    return [(choices, seed, 0.01, final) for seed, final in enumerate(finals)]
-
-
-def tracking_rows(mechanism, items, finals, long=None):
-    choices = {"model.mixer.name": mechanism, "task.num_items": items}
-    further = [{} if long is None else {LONG: value} for value in long or finals]
-    return [
-        (choices | further[seed], seed, rate, final - rate)
-        for seed, final in enumerate(finals)
-        for rate in (0.01, 0.02)
-    ]
-
-
-def test_selection_is_by_the_mean_over_seeds(tmp_path):
-    experiment = regression.EXPERIMENT
-    rows = regression_rows("softmax", 32, {0.1: (0.2, 0.9), 0.2: (0.5, 0.4), 0.3: (None, 0.1)})
-    rows += regression_rows("lla", 32, {0.1: (None, 0.2)})
-    write(tmp_path / "results.csv", experiment, rows)
-    lla, softmax = experiment.points(tmp_path)
-    assert (lla.mechanism, lla.values, lla.diverged) == ("lla", (), 1) and not lla.edge
-    assert softmax.learning_rate == 0.2 and softmax.values == (0.5, 0.4) and not softmax.edge
-    assert (softmax.diverged, softmax.runs) == (1, 6)
-    assert shared.mean_std(softmax.values) == pytest.approx((0.45, 0.005**0.5))
-    assert shared.value_cell(softmax.values) == "0.450 ± 0.071"
-    assert shared.value_cell(lla.values) == "diverged"
-    assert shared.rate_cell(softmax) == "0.2 (1 of 6 diverged)"
-
-
-def test_a_rate_with_fewer_seeds_is_no_candidate(tmp_path):
-    experiment = regression.EXPERIMENT
-    write(
-        tmp_path / "a.csv", experiment, regression_rows("lla", 32, {0.1: (0.5,), 0.2: (0.1,)}, (0,))
-    )
-    write(tmp_path / "b.csv", experiment, regression_rows("lla", 32, {0.1: (0.5,)}, (1,)))
-    (point,) = experiment.points(tmp_path)
-    assert point.learning_rate == 0.1 and point.values == (0.5, 0.5) and point.runs == 3
-
-
-def test_a_run_that_is_there_twice_is_refused(tmp_path):
-    experiment = regression.EXPERIMENT
-    rows = regression_rows("lla", 32, {0.1: (0.5, 0.6)})
-    write(tmp_path / "one.csv", experiment, rows)
-    write(tmp_path / "two.csv", experiment, regression_rows("lla", 64, {0.1: (0.5, 0.6)}))
-    assert len(experiment.points(tmp_path)) == 2
-    # An option that one file lacks is no other choice where it is empty.
-    again = [(choices | {"mixers.lla.ridge": None}, *run) for choices, *run in rows[1:]]
-    write(tmp_path / "two.csv", experiment, again)
-    with pytest.raises(ValueError, match=r"twice, in \S+one\.csv and in \S+two\.csv.*seed 1"):
-        experiment.points(tmp_path)
-
-
-def test_other_files_are_refused(tmp_path, capsys):
-    assert shared.summary_command(mqar.EXPERIMENT, [str(tmp_path)]) == 1
-    assert "no CSV file" in capsys.readouterr().err
-    write(tmp_path / "r.csv", regression.EXPERIMENT, regression_rows("lla", 8, {1: (1, 1)}))
-    with pytest.raises(ValueError, match=r"r\.csv is no result file of mqar: .*model\.width"):
-        mqar.EXPERIMENT.points(tmp_path)
-    write(tmp_path / "r.csv", regression.EXPERIMENT, mqar_rows("lla", "length_64", 64, [1.0]))
-    with pytest.raises(ValueError, match="test/mse, mqar shows test/accuracy"):
-        mqar.EXPERIMENT.points(tmp_path)
 
 
 def drawn(module, folder, *arguments):
@@ -138,14 +38,14 @@ def test_in_context_regression(tmp_path, capsys):
     )
     write(tmp_path / "results.csv", regression.EXPERIMENT, rows)
     svg = drawn(regression_plot, tmp_path, "--variant=smoke")
-    assert "<!-- LLA -->" in svg and "<!-- softmax -->" in svg and "oracle" in svg
+    assert "<!-- LLA -->" in svg and "<!-- Softmax -->" in svg and "Oracle" in svg
     floor = regression.baselines(tmp_path)
     assert sorted(floor) == [8, 16] and floor[8]["dim"] == 4
     assert 0 < floor[16]["oracle"] < floor[8]["oracle"] < 1
     text = printed(regression.EXPERIMENT, capsys, tmp_path)
     assert "| mechanism | S = 8 | S = 16 |" in text
     assert "| LLA | 0.250 ± 0.071 | 0.100 ± 0.000 |" in text
-    assert "| softmax | 0.450 ± 0.071 | – |" in text and "| softmax | 0.2\\* | – |" in text
+    assert "| Softmax | 0.450 ± 0.071 | – |" in text and "| Softmax | 0.2\\* | – |" in text
     assert f"| oracle | {floor[8]['oracle']:.3f} | {floor[16]['oracle']:.3f} |" in text
     # Drawn again from the files alone, to the byte.
     assert drawn(regression_plot, tmp_path) == svg
@@ -160,7 +60,8 @@ def test_mqar(tmp_path, capsys):
     )
     write(tmp_path / "results.csv", mqar.EXPERIMENT, rows)
     svg = drawn(mqar_plot, tmp_path, "--variant=")
-    assert "<!-- N = 64, D = 4 -->" in svg and "<!-- width 64 -->" in svg
+    for text in ("N = 64, D = 4", "N = 128, D = 8", "width 64", "width 128"):
+        assert f"<!-- {text} -->" in svg
     text = printed(mqar.EXPERIMENT, capsys, tmp_path, "--variant=")
     first, second = text.split("N = 128, D = 8:")[:2]
     assert "N = 64, D = 4:" in first and "1 to 2 seeds" in first
@@ -175,7 +76,7 @@ def test_mqar(tmp_path, capsys):
 def test_mqar_without_cases(tmp_path):
     write(tmp_path / "results.csv", mqar.EXPERIMENT, mqar_rows("lla", None, 32, (1.0, 0.4)))
     svg = drawn(mqar_plot, tmp_path, "--variant=short")
-    assert "<!-- width 32 -->" in svg and "model width" not in svg
+    assert "<!-- N = 32, D = 4 -->" in svg and "<!-- width 32 -->" in svg
 
 
 def test_state_tracking(tmp_path, capsys):
@@ -248,11 +149,6 @@ def test_a_block_that_is_missing_is_an_error():
         shared.renewed(mqar.EXPERIMENT, "<!-- generated: results -->\n<!-- end generated -->")
 
 
-def test_printed_names_and_styles():
-    looks = [style[1:] for style in shared.STYLES.values()]
-    assert len({marker for _, marker, _ in looks}) == len(
-        {colour + line for colour, _, line in looks}
-    )
-    assert len(looks) == len(set(looks)) == 11
+def test_experiments_are_folders_beside_what_they_share():
     folder = pathlib.Path(shared.__file__).parent
     assert all(experiment.folder.parent == folder for experiment in EXPERIMENTS)
