@@ -1,5 +1,6 @@
 """Figure of a work directory, from its files alone.
 
+python experiments/bias_exponents/plot.py                  # the committed results
 python experiments/bias_exponents/plot.py runs/bias_exponents
 """
 
@@ -14,9 +15,10 @@ import numpy as np
 import population
 import summary
 
-from lla.experiment import figures, tables
+from lla.experiment import command, figures, tables
 from lla.experiment.workdir import read_config
 
+RESULTS = pathlib.Path(__file__).parent / "results"
 # Okabe and Ito's palette, told apart under the common colour-vision deficiencies.
 _COLOURS = {"constant": "#0072B2", "linear": "#D55E00"}
 _NAMES = {"constant": "local constant", "linear": "local linear"}
@@ -141,7 +143,11 @@ def _random(axis, config, rows):
     axis.set_title(title, fontsize=11)
 
 
+def redraw(path: pathlib.Path) -> None:
+    """Draws a work directory and prints what was written."""
+    for written in draw(path):
+        print(written)
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        for written in draw(argument):
-            print(written)
+    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))

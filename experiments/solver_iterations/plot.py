@@ -1,5 +1,6 @@
 """Figure of a work directory, from its files alone.
 
+python experiments/solver_iterations/plot.py                  # the committed results
 python experiments/solver_iterations/plot.py runs/solver_iterations
 """
 
@@ -13,9 +14,10 @@ import matplotlib.pyplot as plt
 import summary
 from matplotlib.lines import Line2D
 
-from lla.experiment import figures, tables
+from lla.experiment import command, figures, tables
 from lla.experiment.workdir import read_config
 
+RESULTS = pathlib.Path(__file__).parent / "results"
 # Okabe and Ito's palette, told apart under the common colour-vision deficiencies.
 _COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
 _MARKERS = ("s", "^", "D", "o", "v", "P")
@@ -96,7 +98,11 @@ def _legend(config):
     ]
 
 
+def redraw(path: pathlib.Path) -> None:
+    """Draws a work directory and prints what was written."""
+    for written in draw(path):
+        print(written)
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        for written in draw(argument):
-            print(written)
+    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))

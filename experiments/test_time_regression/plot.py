@@ -1,5 +1,6 @@
 """Figures of a work directory, from its files alone.
 
+python experiments/test_time_regression/plot.py                  # the committed results
 python experiments/test_time_regression/plot.py runs/test_time_regression
 """
 
@@ -14,9 +15,10 @@ import numpy as np
 import summary
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lla.experiment import figures, tables
+from lla.experiment import command, figures, tables
 from lla.experiment.workdir import read_config, read_records
 
+RESULTS = pathlib.Path(__file__).parent / "results"
 # Okabe and Ito's palette, told apart under the common colour-vision deficiencies; every estimator
 # keeps its colour and marker in all figures.
 STYLES = {
@@ -237,6 +239,11 @@ def _errors(axis, rows):
     axis.grid(axis="x", color="0.9")
 
 
-if __name__ == "__main__":
-    for written in draw(sys.argv[1]):
+def redraw(path: pathlib.Path) -> None:
+    """Draws a work directory and prints what was written."""
+    for written in draw(path):
         print(written)
+
+
+if __name__ == "__main__":
+    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))

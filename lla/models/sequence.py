@@ -1,6 +1,7 @@
 """A residual model around any mixer: embeddings, blocks, a head for tokens or for regression."""
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,6 +11,8 @@ from flax import nnx
 from lla import mixers
 from lla.nn.layer import HeadNorm, Piece
 from lla.ops.cache import check_room
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +65,23 @@ class ModelConfig:
             raise ValueError(
                 f"positions must be 'auto', 'learned' or 'none', got {self.positions!r}."
             )
-        if self.mlp_ratio < 0:
-            raise ValueError(f"mlp_ratio must be >= 0, got {self.mlp_ratio}.")
+        if not 0 <= self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must be >= 0 and finite, got {self.mlp_ratio}.")
         if self.tie_embeddings and self.vocab_size != self.output_dim:
             raise ValueError(
                 f"tie_embeddings needs as many logits as tokens, got output_dim {self.output_dim} "
                 f"and vocab_size {self.vocab_size}."
             )
         for name in ("dtype", "param_dtype"):
+            given = getattr(self, name)
             try:
-                inexact = jnp.issubdtype(jnp.dtype(getattr(self, name)), jnp.floating)
+                valid = jnp.dtype(given).name in _DTYPES
             except TypeError:
-                inexact = False
-            if not inexact:
-                raise ValueError(
-                    f"{name} must name a floating point type, got {getattr(self, name)!r}."
-                )
+                valid = False
+            if not valid:
+                raise ValueError(f"{name} must be one of {', '.join(_DTYPES)}, got {given!r}.")
+            if jnp.dtype(given) == jnp.float64 and not jax.config.jax_enable_x64:
+                raise ValueError(f"{name} 'float64' needs jax_enable_x64 (JAX_ENABLE_X64=1).")
 
     @property
     def learned_positions(self) -> bool:

@@ -1,5 +1,6 @@
 """The host's side of training: when to evaluate, record, save, stop, and where to go on."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,8 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lla.experiment import Progress, Workdir, environment
-from lla.experiment.workdir import read_records, write_whole
+from lla.experiment import Progress, Workdir, WorkdirError, environment
+from lla.experiment.lock import exclusive
+from lla.experiment.workdir import check_config, directory, read_json, read_records, write_whole
 from lla.training.checkpoint import Checkpoints
 from lla.training.program import Program, Sums, means
 from lla.training.records import NoRecords, Records, plain_numbers
@@ -43,7 +45,7 @@ def train(
       What `fit` returns.
 
     Raises:
-      WorkdirError: the directory belongs to another config.
+      RefusedError, WorkdirError: as `fit`.
       NonFiniteError: see there; also when a directory with such an end is used again.
     """
     result = fit(program, path, program.settings.record(), profile=profile, stream=stream)
@@ -83,21 +85,36 @@ def fit(
       "status" is "finished" (all steps), "stopped" (`stop_at` is reached) or "non_finite"; "final"
       and "best" are values of the headline metric, and nested lists like "failed_at" where there
       are several runs.
+
+    Raises:
+      RefusedError: the model cannot compute with its settings; nothing was written.
+      WorkdirError: the directory belongs to another config, another process is at it, or a file
+        there is damaged. A damaged checkpoint is passed over with a warning if there is an earlier
+        one.
     """
-    path = pathlib.Path(path)
+    path = directory(path)
+    if (path / "result.json").exists():
+        return _finished(path, record)
+    program.check()  # before anything is written
+    alone = exclusive(path) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone:
+        return _fit(program, path, record, profile, stream)
+
+
+def _fit(program, path, record, profile, stream):
     if jax.process_index() == 0:
         workdir = Workdir(path, record)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("work directory")
     finished = path / "result.json"
-    if finished.exists():
-        return json.loads(finished.read_text(encoding="utf-8"))
+    if finished.exists():  # since then
+        return _finished(path, record)
     with Checkpoints(
         path / "checkpoints", program.settings.training.keep_checkpoints
     ) as checkpoints:
         state = checkpoints.restore(program.abstract_state)
         start = -1 if state is None else int(state.step)
-        known = [entry for entry in read_records(path) if entry["step"] <= start]
+        known = _records_until(path, start)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("records read")
         if jax.process_index() == 0:
@@ -115,6 +132,31 @@ def fit(
     if jax.process_index() == 0:
         write_whole(finished, _pretty(result))
     return result
+
+
+def _finished(path, record):
+    """The result of a run that is not run again; writes nothing."""
+    check_config(path, record)
+    file = path / "result.json"
+    return read_json(file, f"Delete {file}, and the run goes on from its latest checkpoint.")
+
+
+def _records_until(path, start):
+    """The records up to step `start`, that of the checkpoint to go on from, -1 for none."""
+    records, file = read_records(path), path / "metrics.jsonl"
+    for number, entry in enumerate(records, 1):
+        if not isinstance(entry.get("step"), int) or "kind" not in entry:
+            raise WorkdirError(
+                f"{file}, line {number} is damaged: no record of training. Delete that line and "
+                "those below it."
+            )
+    known = [entry for entry in records if entry["step"] <= start]
+    if start >= 0 and (not known or known[0]["step"] > 0 or known[-1]["step"] < start):
+        raise WorkdirError(
+            f"{file} is damaged: it lacks records up to step {start}, where the latest checkpoint "
+            f"is. Put the file back, or delete {path / 'checkpoints'} to begin at the first step."
+        )
+    return known
 
 
 class _Fit:
@@ -136,7 +178,7 @@ class _Fit:
         self.failed_at = jax.device_get(state.failed_at)
         if start < 0:
             self._evaluate(0, state)
-        self.progress = Progress(max(steps - step, 1), self.stream)
+        self.progress = Progress(max(steps, 1), self.stream, done=step)
         self.clock = (step, time.monotonic())
         calls = 0
         while step < steps and not self._over():

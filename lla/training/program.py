@@ -25,6 +25,10 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]  # name: weighted sum, weight
 _INIT_STREAM = 0x696E6974  # keeps the keys of parameters apart from those of the data
 
 
+class RefusedError(ValueError):
+    """The model cannot compute with these settings."""
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["step", "failed_at", "params", "moments"],
@@ -102,6 +106,7 @@ class Program:
             out_shardings=(self._placement, replicated(self.mesh)),
         )
         self.evaluate = jax.jit(self._evaluate, out_shardings=replicated(self.mesh))
+        self._compiled = (self.advance, self.evaluate)
         self.init.__doc__ = "() -> the state before the first step."
         self.abstract_state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -114,6 +119,21 @@ class Program:
         """Name of the metric that evaluations are compared by, such as "test/accuracy"."""
         split = "test" if "test" in self.splits else self.splits[0]
         return f"{split}/{self.task.headline}"
+
+    def check(self) -> None:
+        """Traces a step and an evaluation: what the model refuses is raised here, before any work.
+
+        Nothing is compiled, and the first calls do not trace again.
+
+        Raises:
+          RefusedError: options that do not fit each other, the sequences or the device.
+        """
+        advance, evaluate = self._compiled
+        try:
+            advance.eval_shape(self.abstract_state, np.int32(1))
+            evaluate.eval_shape(self.abstract_state.params)
+        except (NotImplementedError, ValueError) as error:
+            raise RefusedError(f"mixer {self.model_config.mixer!r}: {error}") from error
 
     def model(self, params: Mapping[str, jax.Array]) -> SequenceModel:
         """The model with these parameters."""

@@ -17,12 +17,14 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from lla.experiment import lock
 from lla.experiment.boundary import from_config, plain
 from lla.experiment.workdir import read_config, read_records, write_whole
 from lla.training.loop import fit
 from lla.training.program import Program, Runs, abstract_model
 from lla.training.settings import Settings, Sharding, Sweep, override, resolve
 from lla.training.sharding import make_mesh
+from lla.training.unused import check_used
 
 _RESULT_COLUMNS = (
     "seed",
@@ -59,7 +61,8 @@ def cells(config: Mapping[str, Any]) -> tuple[Sweep, list[Cell]]:
     are one point: the first.
 
     Raises:
-      ValueError: an unknown key or impossible value in any of the points.
+      ValueError: an unknown key or impossible value in any of the points, or an axis or an override
+        of a case that none of them reads.
     """
     config = {key: plain(entry) for key, entry in config.items()}
     sweep = from_config(Sweep, config.pop("sweep", {}), "config.sweep")
@@ -92,6 +95,8 @@ def cells(config: Mapping[str, Any]) -> tuple[Sweep, list[Cell]]:
             }
             labels = ({"case": case} if case else {}) | used
             found.append(Cell(_folder(labels), labels, settings))
+    paths = [*axes, *(path for case in sweep.cases.values() for path, _ in _axes(case))]
+    check_used(paths, {cell.settings.model.mixer.name: None for cell in found}, sweeps=True)
     return sweep, found
 
 
@@ -222,16 +227,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 @contextlib.contextmanager
 def _claimed(file: pathlib.Path) -> Iterator[bool]:
     """Whether no other process is inside with the same `file`; a process that dies lets it go."""
-    import fcntl  # here, because Windows lacks it
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    with lock.claimed(file) as holder:
+        yield holder is None
 
 
 def _selected(members):
