@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Union
 
+LARGEST_SEED = 2**32 - 1  # keys of random streams are made from 32 bits
 _NAMES = {
     bool: ("True or False", "booleans"),
     int: ("an integer", "integers"),
@@ -36,6 +37,15 @@ def conform(value: Any, declared: Any, name: str) -> Any:
     if not fits:
         raise ValueError(f"{name} must be {describe(declared)}, got {value!r}.")
     return converted
+
+
+def check_range(low: float, high: float = math.inf, **given: Any) -> None:
+    """Raises ValueError for the first number, or tuple with a number, outside `low` ... `high`."""
+    for name, value in given.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high:
+                limits = f">= {low}" + ("" if high == math.inf else f" and <= {high}")
+                raise ValueError(f"{name} must be {limits}, got {value!r}.")
 
 
 def describe(declared: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from lla.typed import conform, describe
+from lla.typed import check_range, conform, describe
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,13 @@ def test_types_in_words():
     assert describe(tuple[tuple[str, float], ...]) == (
         "a tuple, each entry a tuple (a string, a finite number)"
     )
+
+
+def test_ranges_name_the_number():
+    check_range(1, 3, a=1, b=(2, 3), c=())
+    with pytest.raises(ValueError, match=r"b must be >= 1 and <= 3, got \(2, 4\)"):
+        check_range(1, 3, a=1, b=(2, 4))
+    with pytest.raises(ValueError, match="a must be >= 1, got 0"):
+        check_range(1, a=0)
+    with pytest.raises(ValueError, match="a must be >= 1, got nan"):
+        check_range(1, a=float("nan"))

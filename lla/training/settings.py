@@ -16,9 +16,8 @@ from typing import Any
 from lla import mixers, tasks
 from lla.experiment.boundary import check_keys, check_types, from_config, plain
 from lla.models import ModelConfig
-from lla.typed import conform
+from lla.typed import LARGEST_SEED, conform
 
-LARGEST_SEED = 2**32 - 1  # keys of random streams are made from 32 bits
 _LARGEST_COUNT = 2**31 - 1  # steps are int32
 _SECTIONS = ("task", "model", "mixers", "optimizer", "training", "sharding", "sweep")
 
