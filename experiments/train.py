@@ -43,12 +43,11 @@ def main(argv):
             ) from error
     try:
         program = training.Program(settings)
-        program.check()
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     try:
         result = training.train(program, path, profile=_PROFILE.value)
-    except WorkdirError as error:
+    except (WorkdirError, training.RefusedError) as error:
         raise app.UsageError(str(error)) from error
     except training.NonFiniteError as error:
         raise SystemExit(str(error)) from error

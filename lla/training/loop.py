@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -45,15 +44,19 @@ def train(
       What `fit` returns.
 
     Raises:
-      RefusedError, WorkdirError: as `fit`.
+      RefusedError: the model cannot compute with its settings; nothing was written.
+      WorkdirError: as `fit`.
       NonFiniteError: see there; also when a directory with such an end is used again.
     """
+    path = directory(path)
+    if not (path / "result.json").exists():
+        program.check()
     result = fit(program, path, program.settings.record(), profile=profile, stream=stream)
     if result["status"] == "non_finite":
         raise NonFiniteError(
             f"the loss or its gradient was not finite at step {result['failed_at']}: the state "
-            f"before that update is in {pathlib.Path(path) / 'non_finite'}, and the batch is a "
-            "function of seed and step."
+            f"before that update is in {path / 'non_finite'}, and the batch is a function of seed "
+            "and step."
         )
     return result
 
@@ -87,7 +90,6 @@ def fit(
       are several runs.
 
     Raises:
-      RefusedError: the model cannot compute with its settings; nothing was written.
       WorkdirError: the directory belongs to another config, another process is at it, or a file
         there is damaged. A damaged checkpoint is passed over with a warning if there is an earlier
         one.
@@ -95,7 +97,6 @@ def fit(
     path = directory(path)
     if (path / "result.json").exists():
         return _finished(path, record)
-    program.check()  # before anything is written
     alone = exclusive(path) if jax.process_index() == 0 else contextlib.nullcontext()
     with alone:
         return _fit(program, path, record, profile, stream)
