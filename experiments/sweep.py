@@ -19,7 +19,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lla.experiment import WorkdirError, command
+from lla.experiment.workdir import directory
 from lla.training import sweep
+from lla.training.unused import check_used
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
@@ -38,13 +40,14 @@ def main(argv):
         raise app.UsageError(f"--part must be I/N with I < N; got {_PART.value!r}.")
     config = _CONFIG.value.to_dict()
     try:
-        sweep.cells(config)
+        path = directory(_WORKDIR.value)
+        _, points = sweep.cells(config)
+        names = dict.fromkeys(point.settings.model.mixer.name for point in points)
+        check_used(command.overrides(), names, sweeps=True)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     try:
-        results = sweep.run(
-            config, _WORKDIR.value, part=(index, parts), limit=_LIMIT.value or float("inf")
-        )
+        results = sweep.run(config, path, part=(index, parts), limit=_LIMIT.value or float("inf"))
     except WorkdirError as error:
         raise app.UsageError(str(error)) from error
     for line in sweep.summary(sweep.read_results(results)):

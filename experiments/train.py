@@ -12,6 +12,8 @@ from ml_collections import config_flags
 
 from lla import training
 from lla.experiment import WorkdirError, command
+from lla.experiment.workdir import directory
+from lla.training.unused import check_used
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
@@ -26,23 +28,40 @@ _MULTI_HOST = flags.DEFINE_bool(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if _MULTI_HOST.value:
-        jax.distributed.initialize()
     try:
-        program = training.Program(training.resolve(_CONFIG.value.to_dict()))
+        settings = training.resolve(_CONFIG.value.to_dict())
+        check_used(command.overrides(), [settings.model.mixer.name], sweeps=False)
+        path = directory(_WORKDIR.value)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    if _MULTI_HOST.value:
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise app.UsageError(
+                f"--multi_host needs a cluster that JAX can find, such as SLURM's: {error}"
+            ) from error
+    try:
+        program = training.Program(settings)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     try:
-        result = training.train(program, _WORKDIR.value, profile=_PROFILE.value)
-    except WorkdirError as error:
+        result = training.train(program, path, profile=_PROFILE.value)
+    except (WorkdirError, training.RefusedError) as error:
         raise app.UsageError(str(error)) from error
     except training.NonFiniteError as error:
         raise SystemExit(str(error)) from error
-    test = "".join(f", {name} {value:.6g}" for name, value in result["test"].items())
+    final, best = (_shown(result[name]) for name in ("final", "best"))
+    test = "".join(f", {name} {_shown(value)}" for name, value in result["test"].items())
     print(
-        f"{result['status']} at step {result['steps']}: {result['headline']} "
-        f"{result['final']:.6g}, best {result['best']:.6g}{test}"
+        f"{result['status']} at step {result['steps']}: {result['headline']} {final}, best "
+        f"{best}{test}"
     )
+
+
+def _shown(value):
+    """A metric of a result file, where None stands for what is not finite."""
+    return "not finite" if value is None else f"{value:.6g}"
 
 
 if __name__ == "__main__":

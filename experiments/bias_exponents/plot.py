@@ -1,5 +1,6 @@
 """Figure of a work directory, from its files alone.
 
+python experiments/bias_exponents/plot.py                  # the committed results
 python experiments/bias_exponents/plot.py runs/bias_exponents
 """
 
@@ -11,9 +12,10 @@ import numpy as np
 import population
 import summary
 
-from lla.experiment import figures, styles, tables
+from lla.experiment import command, figures, styles, tables
 from lla.experiment.workdir import read_config
 
+RESULTS = pathlib.Path(__file__).parent / "results"
 # Softmax attention is the local constant fit, LLA the local linear one.
 _COLOURS = {"constant": styles.style("softmax").colour, "linear": styles.style("lla").colour}
 _MARKERS = {"constant": styles.style("softmax").marker, "linear": styles.style("lla").marker}
@@ -145,7 +147,11 @@ def _random(axis, config, rows):
     axis.set_title(title)
 
 
+def redraw(path: pathlib.Path) -> None:
+    """Draws a work directory and prints what was written."""
+    for written in draw(path):
+        print(written)
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        for written in draw(argument):
-            print(written)
+    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))

@@ -16,6 +16,7 @@ import numpy as np
 import population
 
 import lla
+from lla.typed import LARGEST_SEED, check_range
 
 # (factor, power): the ridge is factor * bandwidth^power.
 Ridge = tuple[float, float]
@@ -64,6 +65,9 @@ class Study:
         for bandwidths, span in (*fits, (self.operator_bandwidths, self.operator_range)):
             if np.sum(within(bandwidths, *span)) < 2:
                 raise ValueError(f"fewer than two bandwidths lie in the range {span} of a fit.")
+        check_range(0, LARGEST_SEED, seeds=self.seeds)
+        check_range(2, operator_keys=self.operator_keys, sample_keys=self.sample_keys)
+        check_range(0, noise=self.noise)
         if self.replicates < 2:
             raise ValueError(f"replicates must be >= 2 for a variance; got {self.replicates}.")
 

@@ -1,9 +1,11 @@
 """From records to tables: exponents, leading terms, operators, random keys. Reads files alone.
 
+python experiments/bias_exponents/summary.py               # the committed results
 python experiments/bias_exponents/summary.py runs/bias_exponents
 """
 
 import os
+import pathlib
 import sys
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import population
 import study
 
-from lla.experiment import tables
+from lla.experiment import command, tables
 from lla.experiment.workdir import read_config, read_records
 
 Row = dict[str, Any]
@@ -154,5 +156,9 @@ def _random(rows):
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(markdown(argument), end="")
+    results = pathlib.Path(__file__).parent / "results"
+
+    def show(path):
+        print(markdown(path), end="")
+
+    sys.exit(command.for_each_result(show, results, sys.argv[1:]))

@@ -1,5 +1,6 @@
 """Figure of a work directory, from its files alone.
 
+python experiments/solver_iterations/plot.py                  # the committed results
 python experiments/solver_iterations/plot.py runs/solver_iterations
 """
 
@@ -9,9 +10,10 @@ import sys
 import summary
 from matplotlib.lines import Line2D
 
-from lla.experiment import figures, tables
+from lla.experiment import command, figures, tables
 from lla.experiment.workdir import read_config
 
+RESULTS = pathlib.Path(__file__).parent / "results"
 # From dark to light with the ridge: matplotlib's cividis, made for the common colour-vision
 # deficiencies, without its lightest part.
 _COLOURS = ("#00224E", "#35456C", "#666970", "#948E77", "#C8B866", "#E3CD53")
@@ -92,7 +94,11 @@ def _legend(config):
     ]
 
 
+def redraw(path: pathlib.Path) -> None:
+    """Draws a work directory and prints what was written."""
+    for written in draw(path):
+        print(written)
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        for written in draw(argument):
-            print(written)
+    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))

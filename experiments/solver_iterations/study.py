@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import lla
+from lla.typed import LARGEST_SEED, check_range
 
 KINDS = ("normal", "anisotropic", "clustered")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,12 @@ class Study:
                 raise ValueError(f"settings may name {', '.join(KINDS)}; got {inputs!r}.")
         if not all(ridge > 0 for ridge in self.ridges):
             raise ValueError(f"ridges must be positive; got {self.ridges}.")
+        for dtype in self.dtypes:
+            if dtype not in DTYPES:
+                raise ValueError(f"dtypes may name {', '.join(DTYPES)}; got {dtype!r}.")
+        check_range(0, LARGEST_SEED, seeds=self.seeds)
+        check_range(1, length=self.length, heads=self.heads, iterations=self.iterations)
+        check_range(1, dimensions=tuple(dim for _, dim in self.settings))
 
     def pieces(self) -> list[Piece]:
         """All pieces in the order of the settings."""

@@ -1,15 +1,17 @@
 """From records to a table: means and ranges over seeds. Reads the files of a work directory.
 
+python experiments/solver_iterations/summary.py               # the committed results
 python experiments/solver_iterations/summary.py runs/solver_iterations
 """
 
 import os
+import pathlib
 import sys
 from typing import Any
 
 import numpy as np
 
-from lla.experiment import tables
+from lla.experiment import command, tables
 from lla.experiment.workdir import read_records
 
 Row = dict[str, Any]
@@ -114,5 +116,9 @@ def _short(error):
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(markdown(table(argument)), end="")
+    results = pathlib.Path(__file__).parent / "results"
+
+    def show(path):
+        print(markdown(table(path)), end="")
+
+    sys.exit(command.for_each_result(show, results, sys.argv[1:]))

@@ -1,5 +1,6 @@
 """Figures of a work directory, from its files alone.
 
+python experiments/test_time_regression/plot.py                  # the committed results
 python experiments/test_time_regression/plot.py runs/test_time_regression
 """
 
@@ -10,8 +11,10 @@ import sys
 import numpy as np
 import summary
 
-from lla.experiment import figures, styles, tables
+from lla.experiment import command, figures, styles, tables
 from lla.experiment.workdir import read_config, read_records
+
+RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def draw(path: str | pathlib.Path) -> list[pathlib.Path]:
@@ -188,6 +191,11 @@ def _errors(axis, rows):
     axis.grid(axis="x")
 
 
-if __name__ == "__main__":
-    for written in draw(sys.argv[1]):
+def redraw(path: pathlib.Path) -> None:
+    """Draws a work directory and prints what was written."""
+    for written in draw(path):
         print(written)
+
+
+if __name__ == "__main__":
+    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))

@@ -18,6 +18,7 @@ import numpy as np
 from lla import estimators
 from lla.tasks import series
 from lla.tasks.test_time_regression import Batch, Task, generate, oracle
+from lla.typed import LARGEST_SEED, check_range
 
 # Rough seconds on two cores, for the time left alone: per sequence of 1024 pairs at dim 64, to
 # compile an estimator for a dimension, and to compile and draw the data of a setting.
@@ -168,6 +169,8 @@ class SyntheticStudy:
         }
 
     def __post_init__(self):
+        check_range(0, LARGEST_SEED, seed=self.seed)
+        check_range(1, group=self.group, position_bin=self.position_bin)
         if self.length % self.position_bin:
             raise ValueError(f"position_bin={self.position_bin} must divide length={self.length}.")
         if self.sequences < 2 or self.scan_sequences < 2:
@@ -199,6 +202,23 @@ class SeriesStudy:
     block: Mapping[str, int]
     resamples: int
     estimators: Mapping[str, Mapping[str, Any]]
+
+    def __post_init__(self):
+        for name in self.delays:
+            if name not in series.names():
+                raise ValueError(f"delays may name {', '.join(series.names())}; got {name!r}.")
+        if not self.delays.keys() <= self.block.keys():
+            raise ValueError(f"block must have the series of delays, got {dict(self.block)}.")
+        check_range(1, delays=tuple(self.delays.values()), block=tuple(self.block.values()))
+        check_range(1, resamples=self.resamples)
+        if not 0 < self.statistics_fraction < self.selection_fraction < 1:
+            raise ValueError(
+                "statistics_fraction and selection_fraction must lie in (0, 1), the former below "
+                f"the latter; got {self.statistics_fraction} and {self.selection_fraction}."
+            )
+        for embedding in self.embeddings:
+            if embedding not in ("plain", "sphere"):
+                raise ValueError(f"embeddings may be plain and sphere; got {embedding!r}.")
 
     def pieces(self) -> list[Piece]:
         """Estimators on every embedding; the two baselines do not depend on one."""

@@ -2,10 +2,13 @@
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, config_dict
+
+from lla.typed import conform
 
 T = TypeVar("T")
 
@@ -18,8 +21,8 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "config") -
     `path` is how messages call `config`.
 
     Raises:
-      ValueError: a key that `cls` does not have (the nearest valid one is named), or a field
-        without a default that is missing.
+      ValueError: a key that `cls` does not have (the nearest valid one is named), a field without a
+        default that is missing, or a value of another type than its field is declared with.
     """
     return _build(cls, config, path)
 
@@ -27,13 +30,18 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "config") -
 def to_config(settings: Mapping[str, Any]) -> ConfigDict:
     """A config with the same nested keys, every one of which a command line can override.
 
-    Where the default is None, any literal is accepted: `--config.option=3`.
+    Any literal is accepted for a number or None, so that `--config.option=3` and
+    `--config.option=None` reach an option whose default is of another type. Whether the value fits
+    is for `from_config` and `check_types` to say.
     """
     config = ConfigDict()
     for key, entry in settings.items():
         if isinstance(entry, Mapping):
-            entry = to_config(entry)
-        config[key] = config_dict.placeholder(object) if entry is None else entry
+            config[key] = to_config(entry)
+        elif entry is None or (isinstance(entry, (int, float)) and not isinstance(entry, bool)):
+            config[key] = config_dict.FieldReference(entry, field_type=object)
+        else:
+            config[key] = entry
     return config
 
 
@@ -59,16 +67,30 @@ def check_keys(path: str, given: Iterable[str], valid: Iterable[str]) -> None:
             raise ValueError(f"{path}.{key} does not exist{hint} Valid: {', '.join(valid)}.")
 
 
+def check_types(path: str, given: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `given` as plain Python of the types that are declared under their names.
+
+    Raises:
+      ValueError: a value of another type; named with `path` before its key.
+    """
+    return {
+        key: conform(plain(entry), declared.get(key, Any), f"{path}.{key}")
+        for key, entry in given.items()
+    }
+
+
 def _build(cls, config, path):
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    declared = typing.get_type_hints(cls)
     given = {}
+    if not hasattr(config, "items"):
+        raise ValueError(f"{path} is a section, got {config!r}.")
     check_keys(path, config, fields)
     for key, entry in config.items():
-        kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
-            given[key] = _build(kind, entry, f"{path}.{key}")
+        if dataclasses.is_dataclass(declared[key]):
+            given[key] = _build(declared[key], entry, f"{path}.{key}")
         else:
-            given[key] = plain(entry)
+            given |= check_types(path, {key: entry}, declared)
     missing = [
         name
         for name, field in fields.items()

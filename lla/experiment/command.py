@@ -1,37 +1,95 @@
 """A main whose mistakes on the command line are one line of text, not a traceback."""
 
+import pathlib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
 
 from lla.experiment.boundary import check_keys
+from lla.experiment.workdir import WorkdirError, read_config
 
-_OVERRIDE = re.compile(r"--?config\.([\w.]+)")
+# What reading a config file, or the overrides of one, may raise.
+_ERRORS = (AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError)
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """`absl.app.run` for a program with a config flag "config".
 
     An override of a key that the config does not have ends with exit status 1 and the nearest key
-    that it has; so does a config file that raises ValueError. `main` itself may raise
-    `absl.app.UsageError` for what it finds wrong later.
+    that it has; so do a config file that does not exist and one that raises ValueError. `main`
+    itself may raise `absl.app.UsageError` for what it finds wrong later, which is shown without the
+    list of flags. Warnings are a line each.
     """
-    app.run(main, flags_parser=_parse)
+
+    def checked(argv):
+        try:
+            main(argv)
+        except app.UsageError as error:
+            sys.stderr.write(f"FATAL {error}\n")
+            sys.exit(error.exitcode or 1)
+
+    app.run(checked, flags_parser=_parse)
+
+
+def overrides() -> list[str]:
+    """Dotted keys of the config that the command line sets, such as "model.width"."""
+    return list(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def for_each_result(
+    work: Callable[[pathlib.Path], None], results: pathlib.Path, arguments: Sequence[str]
+) -> int:
+    """Calls `work` for the work directories that a command line names.
+
+    Args:
+      work: reads or draws one work directory.
+      results: the folder of the committed work directories, which are meant without arguments.
+      arguments: of the command line, without the program's name.
+
+    Returns:
+      An exit status: 1 if a directory cannot be read, which is told in a line, else 0.
+    """
+    paths = [pathlib.Path(argument).expanduser() for argument in arguments]
+    try:
+        for path in paths or sorted(file.parent for file in results.glob("*/config.json")):
+            read_config(path)  # of a directory that has none, nothing is read or drawn
+            work(path)
+    except WorkdirError as error:
+        sys.stderr.write(f"FATAL {error}\n")
+        return 1
+    return 0
 
 
 def _parse(argv):
+    warnings.formatwarning = _one_line
     try:
         positional = flags.FLAGS(argv)
+        _check_file()
     except flags.Error as error:
         _exit(error)
-    except (AttributeError, KeyError, ValueError) as error:
+    except _ERRORS as error:
         # The config library names a key only where it is similar, and with its own traceback.
         _exit(_unknown_key(argv) or error)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the checkpoint library tells every rename
     return positional
+
+
+def _check_file():
+    """Raises ValueError if the config is none, which the config library leaves for later."""
+    if "config" not in flags.FLAGS or flags.FLAGS["config"].value is None:
+        return
+    flag = flags.FLAGS["config"]
+    file = config_flags.get_config_filename(flag).partition(":")[0]
+    if not pathlib.Path(file).is_file():
+        raise ValueError(f"--config must be a config file, and there is no file {file!r}.")
+    if not isinstance(flag.value, ConfigDict):
+        raise ValueError(f"get_config() of {file!r} must return a ConfigDict, got {flag.value!r}.")
 
 
 def _unknown_key(argv):
@@ -42,7 +100,8 @@ def _unknown_key(argv):
     try:
         flags.FLAGS.unparse_flags()
         flags.FLAGS(plain)
-    except (flags.Error, AttributeError, KeyError, ValueError) as error:
+        _check_file()
+    except (flags.Error, *_ERRORS) as error:
         return error
     finally:
         sys.argv = given
@@ -59,6 +118,14 @@ def _unknown_key(argv):
     return None
 
 
+def _one_line(message, category, *_):
+    return f"{category.__name__}: {message}\n"
+
+
 def _exit(error):
-    sys.stderr.write(f"FATAL Flags parsing error: {error}\n")
+    # A ValueError of a config file comes with a traceback before its own text.
+    text = str(error).strip().splitlines()
+    if any(line.startswith("Traceback") for line in text):
+        text = text[-1:]
+    sys.stderr.write(f"FATAL Flags parsing error: {' '.join(text)}\n")
     sys.exit(1)

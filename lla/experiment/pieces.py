@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from lla.experiment import environment
 from lla.experiment.boundary import from_config
+from lla.experiment.lock import exclusive
 from lla.experiment.progress import Progress
-from lla.experiment.workdir import Workdir, write_whole
+from lla.experiment.workdir import Workdir, WorkdirError, check_config, directory, write_whole
 
 
 class Piece(Protocol):
@@ -62,7 +63,8 @@ def run_pieces(job: Job, workdir: Workdir) -> None:
     if left:
         origin = json.dumps(environment.describe(), indent=2) + "\n"
         write_whole(workdir.path / "environment.json", origin)
-    progress = Progress(sum(piece.cost for piece in left))
+    costs = [sum(piece.cost for piece in part) for part in (pieces, left)]
+    progress = Progress(costs[0], done=costs[0] - costs[1])
     for piece in left:
         workdir.write({"piece": piece.id, **job.run(piece)})
         progress.advance(piece.cost, piece.id)
@@ -86,16 +88,22 @@ def run_study(
 
     Raises:
       absl.app.UsageError: arguments beside the flags, a config that `study` refuses, or a work
-        directory of another config. Nothing was written then.
+        directory of another config or that another process is at. Nothing was written then.
+        Or records that cannot be read.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         job = from_config(study, config)
         job.pieces()  # may refuse the config, which is to happen before anything is written
-        workdir = Workdir(path, config.to_dict())
+        path = directory(path)
+        check_config(path, config.to_dict())
     except ValueError as error:  # a WorkdirError is one
         raise app.UsageError(str(error)) from error
-    run_pieces(job, workdir)
-    for file in draw(workdir.path):
-        print(file)
+    try:
+        with exclusive(path):
+            run_pieces(job, Workdir(path, config.to_dict()))
+            for file in draw(path):
+                print(file)
+    except WorkdirError as error:
+        raise app.UsageError(str(error)) from error

@@ -9,13 +9,14 @@ class Progress:
     """Reports finished work; on a terminal in place, elsewhere one line a report.
 
     Args:
-      total: work in any unit, what is already finished left out.
+      total: all of the work, in any unit.
       stream: where to write; standard error if None.
+      done: what of it was finished before. It counts as work, not for the time that is left.
     """
 
-    def __init__(self, total: float, stream: TextIO | None = None):
+    def __init__(self, total: float, stream: TextIO | None = None, *, done: float = 0.0):
         self.total = total
-        self.done = 0.0
+        self.before = self.done = done
         self.stream = sys.stderr if stream is None else stream
         self.start = time.monotonic()
 
@@ -23,7 +24,7 @@ class Progress:
         """Adds finished work and writes the line."""
         self.done += work
         elapsed = time.monotonic() - self.start
-        left = elapsed * max(self.total - self.done, 0.0) / self.done
+        left = elapsed * max(self.total - self.done, 0.0) / (self.done - self.before)
         share = self.done / self.total
         line = f"{share:4.0%}  {_clock(elapsed)} gone, {_clock(left)} left  {label}"
         if self.stream.isatty():

@@ -13,31 +13,64 @@ from typing import Any
 
 
 class WorkdirError(ValueError):
-    """The directory belongs to another config, or its files cannot be read."""
+    """The directory belongs to another config or process, or its files cannot be read."""
+
+
+def directory(path: str | os.PathLike) -> pathlib.Path:
+    """`path` as a directory that exists or can be made; `~` is the home directory.
+
+    Nothing is made here.
+
+    Raises:
+      WorkdirError: an empty path, a file, or a path below a file.
+    """
+    if not os.fspath(path):
+        raise WorkdirError("the work directory must have a name, got ''.")
+    try:
+        path = pathlib.Path(path).expanduser()
+    except RuntimeError as error:  # no such user
+        raise WorkdirError(f"{path} cannot be a work directory: {error}.") from error
+    for folder in (path, *path.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise WorkdirError(f"{path} cannot be a work directory: {folder} is a file.")
+            break
+    return path
+
+
+def check_config(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Compares `config` with that of the work directory `path`; writes nothing.
+
+    Raises:
+      WorkdirError: the directory holds results of a different config, whose differences are
+        listed, or its config cannot be read.
+    """
+    path = pathlib.Path(path)
+    file, metrics = path / "config.json", path / "metrics.jsonl"
+    if file.exists():
+        _refuse_other(file, json.loads(json.dumps(config)))  # tuples become lists, as in the file
+    elif metrics.exists() and metrics.stat().st_size:
+        raise WorkdirError(f"{metrics} exists without a config.json beside it.")
 
 
 class Workdir:
     """Opens or creates the directory `path` for the experiment described by `config`.
 
     Args:
-      path: created if it does not exist.
+      path: created if it does not exist; see `directory`.
       config: the resolved config; anything JSON can hold.
 
     Raises:
       WorkdirError: the directory holds results of a different config; it lists the differences
-        and leaves everything as it was.
+        and leaves everything as it was. Or `path` cannot be a directory.
     """
 
     def __init__(self, path: str | os.PathLike, config: Mapping[str, Any]):
-        self.path = pathlib.Path(path)
+        self.path = directory(path)
+        check_config(self.path, config)
         self.path.mkdir(parents=True, exist_ok=True)
-        config = json.loads(json.dumps(config))  # tuples become lists, as in the file
         file = self.path / "config.json"
-        if file.exists():
-            _refuse_other(file, config)
-        elif self.metrics.exists() and self.metrics.stat().st_size:
-            raise WorkdirError(f"{self.metrics} exists without a config.json beside it.")
-        else:
+        if not file.exists():
             write_whole(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
         self._drop_torn_line()
 
@@ -65,10 +98,10 @@ class Workdir:
         """
         if not self.metrics.exists():
             return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = _lines(self.metrics)
         kept = [line for line, record in zip(lines, self.read(), strict=True) if wanted(record)]
         if len(kept) < len(lines):
-            write_whole(self.metrics, "".join(kept))
+            write_whole(self.metrics, b"".join(kept).decode("utf-8"))
 
     def _drop_torn_line(self) -> None:
         # A run that was killed while it wrote leaves half a line: that piece is not finished.
@@ -82,31 +115,63 @@ class Workdir:
 def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Records of the work directory `path`, oldest first; [] if there are none.
 
+    A line that is being written, without its end, is not read.
+
     Raises:
-      WorkdirError: a line is not JSON.
+      WorkdirError: a line is not a JSON object.
     """
     file = pathlib.Path(path) / "metrics.jsonl"
     if not file.exists():
         return []
-    records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise WorkdirError(f"{file}, line {number}: not JSON ({error}).") from error
-    return records
+    return [
+        _parsed(line, f"{file}, line {number}", "Delete that line and those below it.")
+        for number, line in enumerate(_lines(file), 1)
+    ]
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """The resolved config of the work directory `path`."""
-    return json.loads((pathlib.Path(path) / "config.json").read_text(encoding="utf-8"))
+    """The resolved config of the work directory `path`.
+
+    Raises:
+      WorkdirError: there is none, or it is not a JSON object.
+    """
+    file = pathlib.Path(path) / "config.json"
+    if not file.exists():
+        raise WorkdirError(f"{path} is no work directory: it has no config.json.")
+    return read_json(file, f"Without it {path} cannot be read; choose another directory.")
+
+
+def read_json(file: pathlib.Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Args:
+      file: which exists.
+      remedy: a sentence that says what to do if it is damaged.
+
+    Raises:
+      WorkdirError: the file is damaged; ends with `remedy`.
+    """
+    return _parsed(file.read_bytes(), str(file), remedy)
+
+
+def _lines(file):
+    lines = file.read_bytes().splitlines(keepends=True)
+    return lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
+
+
+def _parsed(text, place, remedy):
+    try:
+        entry = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = f"not JSON ({error})" if text.strip() else "empty"
+        raise WorkdirError(f"{place} is damaged: {found}. {remedy}") from error
+    if not isinstance(entry, dict):
+        raise WorkdirError(f"{place} is damaged: not a JSON object. {remedy}")
+    return entry
 
 
 def _refuse_other(file, config):
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise WorkdirError(f"{file} is not JSON ({error}).") from error
+    stored = read_json(file, f"Choose another directory, or delete {file.parent} and start anew.")
     ours, theirs = _flat(config), _flat(stored)
     differences = [
         f"  {key}: {theirs.get(key, 'absent')} there, {ours.get(key, 'absent')} now"

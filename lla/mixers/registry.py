@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,6 +43,12 @@ def options(name: str) -> dict[str, Any]:
         for parameter in parameters
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in _NOT_OPTIONS
     }
+
+
+def option_types(name: str) -> dict[str, Any]:
+    """What types the options of the mixer `name` are declared with."""
+    declared = typing.get_type_hints(_lookup(name).__init__)
+    return {option: declared.get(option, Any) for option in options(name)}
 
 
 def uses_positions(name: str) -> bool:

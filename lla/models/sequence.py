@@ -12,6 +12,8 @@ from lla import mixers
 from lla.nn.layer import HeadNorm, Piece
 from lla.ops.cache import check_room
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -81,9 +83,9 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be {', '.join(others)} or {last}, got {getattr(self, name)!r}."
                 )
-        if self.mlp_ratio < 0:
-            raise ValueError(f"mlp_ratio must be >= 0, got {self.mlp_ratio}.")
-        if self.embedding_std is not None and not 0 < self.embedding_std < float("inf"):
+        if not 0 <= self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must be >= 0 and finite, got {self.mlp_ratio}.")
+        if self.embedding_std is not None and not 0 < self.embedding_std < math.inf:
             raise ValueError(f"embedding_std must be > 0 and finite, got {self.embedding_std}.")
         if self.tie_embeddings and self.head_bias:
             raise ValueError("head_bias needs a head of its own: tie_embeddings must be False.")
@@ -93,14 +95,15 @@ class ModelConfig:
                 f"and vocab_size {self.vocab_size}."
             )
         for name in ("dtype", "param_dtype"):
+            given = getattr(self, name)
             try:
-                inexact = jnp.issubdtype(jnp.dtype(getattr(self, name)), jnp.floating)
+                valid = jnp.dtype(given).name in _DTYPES
             except TypeError:
-                inexact = False
-            if not inexact:
-                raise ValueError(
-                    f"{name} must name a floating point type, got {getattr(self, name)!r}."
-                )
+                valid = False
+            if not valid:
+                raise ValueError(f"{name} must be one of {', '.join(_DTYPES)}, got {given!r}.")
+            if jnp.dtype(given) == jnp.float64 and not jax.config.jax_enable_x64:
+                raise ValueError(f"{name} 'float64' needs jax_enable_x64 (JAX_ENABLE_X64=1).")
 
     @property
     def learned_positions(self) -> bool:

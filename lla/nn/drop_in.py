@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,27 +13,31 @@ from lla.ops.api import local_linear_attention
 from lla.ops.dispatch import Implementation
 from lla.ops.options import Solver
 
-# What a caller may ask of products that are at least as precise as stated.
-_DEFAULT_PRECISIONS = (None, "default", jax.lax.Precision.DEFAULT)
-_FLOAT32_PRECISIONS = ("high", "highest", "float32", jax.lax.Precision.HIGH,
-                       jax.lax.Precision.HIGHEST)  # fmt: skip
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def attention_fn(
     *,
     ridge: float | jax.Array,
     scale: float | None = None,
-    is_causal: bool = False,
+    is_causal: bool | None = None,
+    rope: Callable[[jax.Array, jax.Array | None], jax.Array] | None = None,
     solver: Solver | None = None,
     implementation: Implementation = None,
 ) -> Callable[..., jax.Array]:
     """Local linear attention as ``attention_fn=`` of Flax's attention layers.
 
+    **Not causal by itself**, unlike `lla.local_linear_attention`: it takes the place of Flax's own
+    function, which attends in all directions unless it is told otherwise. Tell it by a mask, by
+    ``is_causal=True`` in the call of the NNX layer, or by ``is_causal=True`` here, which is the way
+    for a Linen layer without masks. If neither the call nor ``is_causal`` here says anything and
+    there are as many queries as keys, there is a warning; ``is_causal=False`` here says that all
+    directions are meant. An NNX layer always says it, and False unless it is told.
+
     For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention`. Turn on their
-    ``normalize_qk``: without it the operator needs more work, or a larger ridge. Like Flax's own
-    function it attends in all directions unless told otherwise: by a mask, by ``is_causal=True``
-    in the call of the NNX layer, or here. The autoregressive cache of the layers (``decode=True``)
-    works through the mask they build, with ``is_causal=False``.
+    ``normalize_qk``: without it the operator needs more work, or a larger ridge. The autoregressive
+    cache of the layers (``decode=True``) works through the mask they build, with
+    ``is_causal=False``.
 
     Example::
 
@@ -50,8 +55,11 @@ def attention_fn(
     - ``mask``: of any dtype (Flax builds float masks), nonzero where attention is allowed. A query
       that may attend to nothing gets zeros, where Flax would average all values.
     - ``dtype``: query, key and value are cast to it, or to their common dtype if it is None.
-    - ``precision``: None and ``"default"`` always; up to ``"highest"`` for float32, whose
-      products are always that precise; anything else is refused.
+    - ``precision``: every name of `jax.lax.Precision` and every pair of names is accepted. Float32
+      and float64 are always multiplied at ``"highest"``. For 16 bits the name changes nothing:
+      products of such numbers are exact anyway, and the error of the output is at most twice what
+      their own rounding makes. Algorithms of products (`jax.lax.DotAlgorithmPreset`) are refused.
+    - ``input_positions`` (of later versions of Flax): handed to `rope`, and refused without one.
     - ``force_fp32_for_softmax``: always the case.
     - ``is_causal`` with unequal lengths, active dropout, ``bias``, weights to be sown
       (``sow_weights=True``) and replaced einsums are refused. The weights of this operator are
@@ -62,15 +70,20 @@ def attention_fn(
         `lla.local_linear_attention`. It is a constant of the layer: for a learned ridge use
         `lla.nn.LocalLinearAttention`.
       scale: factor of the logits; None means ``1 / sqrt(head_dim)``, as in Flax.
-      is_causal: whether every call is causal; for the Linen layer, which has no such argument.
+      is_causal: True makes every call causal; False leaves it to the call, without the warning
+        above; None (the default) leaves it to the call.
+      rope: rotary position embedding of query and key, such as `flax.nnx.RoPE` in versions of Flax
+        that have it: a function of ``[..., T, H]`` and the positions ``[T]``, None for 0, 1, ...,
+        that returns ``[..., T, H]``. Needs equal lengths of query and key.
       solver, implementation: as in `lla.local_linear_attention`.
 
     Returns:
       A function of query ``[*B, T, N, H]``, key ``[*B, S, K, H]``, value ``[*B, S, K, Hv]`` and the
       keyword arguments of Flax's layers, which returns ``[*B, T, N, Hv]``. It raises ValueError for
-      unequal lengths with ``is_causal`` and NotImplementedError for whatever else it refuses.
+      unequal lengths with ``is_causal`` or `rope` and for a dtype other than float16, bfloat16,
+      float32 and float64, and NotImplementedError for whatever else it refuses.
     """
-    always_causal = is_causal
+    every_call = is_causal
 
     # Linen hands over only the arguments it finds by name, so each one it knows is listed: an
     # argument left out would be dropped in silence.
@@ -88,7 +101,8 @@ def attention_fn(
         dtype: Any = None,
         precision: Any = None,
         module: Any = None,
-        is_causal: bool = False,
+        is_causal: bool | None = None,
+        input_positions: jax.Array | None = None,
         force_fp32_for_softmax: bool = False,
         einsum_dot_general: Any = None,
         qk_attn_weights_einsum: Any = None,
@@ -106,15 +120,35 @@ def attention_fn(
 
         if dtype is None:
             dtype = jnp.result_type(query, key, value)
-        query, key, value = (jnp.asarray(a, dtype) for a in (query, key, value))
-        _check_precision(precision, query.dtype)
-        is_causal = is_causal or always_causal
-        if is_causal and query.shape[-3] != key.shape[-3]:
-            raise ValueError(
-                f"is_causal=True needs equal lengths, got query {query.shape} and key {key.shape}: "
-                "the position of the queries among the keys is unknown. Pass a mask instead (a "
-                "layer with decode=True does)."
+        _check_dtype(jnp.dtype(dtype), query, key, value)
+        _check_precision(precision)
+        length, equal = query.shape[-3], query.shape[-3] == key.shape[-3]
+        if is_causal is None and every_call is None and mask is None and equal and length > 1:
+            warnings.warn(
+                f"attention_fn attends in all directions: {length} queries and as many keys came "
+                "without a mask. Make it lla.nn.attention_fn(..., is_causal=True), or pass a mask, "
+                "for a causal model; is_causal=False says that all directions are meant.",
+                UserWarning,
+                stacklevel=2,
             )
+        is_causal = bool(is_causal or every_call)
+        unknown = f"got query {query.shape} and key {key.shape}: the position of the queries among "
+        unknown += "the keys is unknown"
+        if is_causal and not equal:
+            raise ValueError(
+                f"is_causal=True needs equal lengths, {unknown}. Pass a mask instead (a layer with "
+                "decode=True does)."
+            )
+        if rope is not None:
+            if not equal:
+                raise ValueError(f"rope needs equal lengths, {unknown}.")
+            query, key = (_rotate(rope, array, input_positions) for array in (query, key))
+        elif input_positions is not None:
+            raise _refusal(
+                f"input_positions {input_positions.shape} without a rotary embedding: give one to "
+                "lla.nn.attention_fn, such as rope=flax.nnx.RoPE()"
+            )
+        query, key, value = (jnp.asarray(a, dtype) for a in (query, key, value))
         return local_linear_attention(
             query,
             key,
@@ -134,14 +168,43 @@ def _refusal(what: str) -> NotImplementedError:
     return NotImplementedError(f"local linear attention does not support {what}.")
 
 
-def _check_precision(precision: Any, dtype: jnp.dtype) -> None:
-    if isinstance(precision, str):
-        precision = precision.lower()
-    if precision in _DEFAULT_PRECISIONS:
+def _rotate(rope, heads, positions):
+    """`rope` on every head of ``[*B, T, N, H]``; positions ``[T]`` or ``[*B, T]``, or None."""
+    if positions is None:
+        return jax.vmap(lambda head: rope(head, None), -2, -2)(heads)
+    if positions.shape[-1] != heads.shape[-3]:
+        raise ValueError(
+            f"input_positions must have shape [*B, T] or [T], got {positions.shape} for heads "
+            f"{heads.shape} [*B, T, N, H]."
+        )
+    rotate = jax.vmap(rope, (-2, None), -2)
+    # One sequence at a time: not every rope takes positions that differ among sequences.
+    for _ in heads.shape[:-3]:
+        rotate = jax.vmap(rotate)
+    return rotate(heads, jnp.broadcast_to(positions, heads.shape[:-2]))
+
+
+def _check_dtype(dtype: jnp.dtype, query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    if dtype.name in _DTYPES:
         return
-    if precision in _FLOAT32_PRECISIONS and dtype.itemsize >= 4:
-        return
-    raise _refusal(
-        f"precision={precision!r} for {dtype} inputs: it chooses the precision of its products "
-        "itself (float32 inputs are multiplied at the highest)"
-    )
+    message = f"the dtype of attention must be one of {', '.join(_DTYPES)}, got {dtype.name} from "
+    message += f"query {query.dtype}, key {key.dtype} and value {value.dtype}."
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        message += (
+            " Pass real and imaginary parts one after the other along the head dimension: the "
+            "products of query and key are the real parts of the complex ones then."
+        )
+    raise ValueError(message)
+
+
+def _check_precision(precision: Any) -> None:
+    names = precision if isinstance(precision, tuple) else (precision,)
+    for name in names:
+        if name is None or isinstance(name, jax.lax.Precision):
+            continue
+        try:
+            jax.lax.Precision(name.lower() if isinstance(name, str) else name)
+        except ValueError:
+            raise _refusal(
+                f"precision={precision!r}: it chooses the precision of its products itself"
+            ) from None

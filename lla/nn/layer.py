@@ -207,6 +207,9 @@ class LocalLinearAttention(nnx.Module):
                     "unless head_dim is given."
                 )
             head_dim = in_features // num_heads
+        for name, size in (("head_dim", head_dim), ("value_dim", value_dim)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from lla.tasks.mad import MAD
 from lla.tasks.mqar import MQAR
 from lla.tasks.state_tracking import StateTracking
 from lla.tasks.task import Task
+from lla.typed import conform
 
 _TASKS: dict[str, type] = {
     "in_context_regression": InContextRegression,
@@ -29,6 +31,12 @@ def options(name: str) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(_lookup(name))}
 
 
+def option_types(name: str) -> dict[str, Any]:
+    """What types the options of the task `name` are declared with."""
+    declared = typing.get_type_hints(_lookup(name))
+    return {option: declared[option] for option in options(name)}
+
+
 def create(name: str, **given: Any) -> Task:
     """Builds a task.
 
@@ -38,15 +46,15 @@ def create(name: str, **given: Any) -> Task:
         class explains them.
 
     Raises:
-      ValueError: an unknown name or option (the nearest valid one is named), or an option outside
-        its range.
+      ValueError: an unknown name or option (the nearest valid one is named), or an option of
+        another type or outside its range.
     """
-    task = _lookup(name)
+    task, declared = _lookup(name), option_types(name)
     valid = [field.name for field in dataclasses.fields(task)]
     for option in given:
         if option not in valid:
             raise ValueError(_unknown(f"option of task {name!r}", option, valid))
-    return task(**given)
+    return task(**{key: conform(entry, declared[key], key) for key, entry in given.items()})
 
 
 def _lookup(name: str) -> type:

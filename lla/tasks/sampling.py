@@ -43,12 +43,12 @@ def distinct(key: jax.Array, populations: tuple[int, ...], count: int) -> jax.Ar
       int32 [len(populations), count]
     """
     left = jnp.asarray([[p - i for i in range(count)] for p in populations], jnp.int32)
-    ranks = jax.random.randint(key, left.shape, 0, left)
+    ranks = jax.random.randint(key, left.shape, 0, left, jnp.int32)
     slot = jnp.arange(count, dtype=jnp.int32)[None, :]
 
     def take(taken, rank):
         # taken[j] - j numbers are left below taken[j], so these are the ones below the new number.
-        below = jnp.sum((taken - slot <= rank).astype(jnp.int32), axis=1, keepdims=True)
+        below = jnp.sum(taken - slot <= rank, axis=1, keepdims=True, dtype=jnp.int32)
         number = rank + below
         after = jnp.concatenate([taken[:, :1], taken[:, :-1]], axis=1)
         taken = jnp.where(slot < below, taken, jnp.where(slot == below, number, after))

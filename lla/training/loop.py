@@ -1,10 +1,10 @@
 """The host's side of training: when to evaluate, record, save, stop, and where to go on."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lla.experiment import Progress, Workdir, environment
-from lla.experiment.workdir import read_records, write_whole
+from lla.experiment import Progress, Workdir, WorkdirError, environment
+from lla.experiment.lock import exclusive
+from lla.experiment.workdir import check_config, directory, read_json, read_records, write_whole
 from lla.training.checkpoint import Checkpoints
 from lla.training.program import Program, Sums, means
 from lla.training.records import NoRecords, Records, plain_numbers
@@ -44,15 +45,19 @@ def train(
       What `fit` returns.
 
     Raises:
-      WorkdirError: the directory belongs to another config.
+      RefusedError: the model cannot compute with its settings; nothing was written.
+      WorkdirError: as `fit`.
       NonFiniteError: see there; also when a directory with such an end is used again.
     """
+    path = directory(path)
+    if not (path / "result.json").exists():
+        program.check()
     result = fit(program, path, program.settings.record(), profile=profile, stream=stream)
     if result["status"] == "non_finite":
         raise NonFiniteError(
             f"the loss or its gradient was not finite at step {result['failed_at']}: the state "
-            f"before that update is in {pathlib.Path(path) / 'non_finite'}, and the batch is a "
-            "function of seed and step."
+            f"before that update is in {path / 'non_finite'}, and the batch is a function of seed "
+            "and step."
         )
     return result
 
@@ -92,21 +97,34 @@ def fit(
       each split that results are reported on, by name; they are nested lists like "failed_at" and
       "stopped_at" (of `TrainState`) where there are several runs. After a pause it has nothing but
       "status", "paused", and "steps", and there is no `result.json`.
+
+    Raises:
+      WorkdirError: the directory belongs to another config, another process is at it, or a file
+        there is damaged. A damaged checkpoint is passed over with a warning if there is an earlier
+        one.
     """
-    path = pathlib.Path(path)
+    path = directory(path)
+    if (path / "result.json").exists():
+        return _finished(path, record)
+    alone = exclusive(path) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone:
+        return _fit(program, path, record, profile, stream, pause_at)
+
+
+def _fit(program, path, record, profile, stream, pause_at):
     if jax.process_index() == 0:
         workdir = Workdir(path, record)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("work directory")
     finished = path / "result.json"
-    if finished.exists():
-        return json.loads(finished.read_text(encoding="utf-8"))
+    if finished.exists():  # since then
+        return _finished(path, record)
     with Checkpoints(
         path / "checkpoints", program.settings.training.keep_checkpoints
     ) as checkpoints:
         state = checkpoints.restore(program.abstract_state)
         start = -1 if state is None else int(state.step)
-        known = [entry for entry in read_records(path) if entry["step"] <= start]
+        known = _records_until(path, start)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("records read")
         if jax.process_index() == 0:
@@ -124,6 +142,31 @@ def fit(
     if jax.process_index() == 0 and result["status"] != "paused":
         write_whole(finished, _pretty(result))
     return result
+
+
+def _finished(path, record):
+    """The result of a run that is not run again; writes nothing."""
+    check_config(path, record)
+    file = path / "result.json"
+    return read_json(file, f"Delete {file}, and the run goes on from its latest checkpoint.")
+
+
+def _records_until(path, start):
+    """The records up to step `start`, that of the checkpoint to go on from, -1 for none."""
+    records, file = read_records(path), path / "metrics.jsonl"
+    for number, entry in enumerate(records, 1):
+        if not isinstance(entry.get("step"), int) or "kind" not in entry:
+            raise WorkdirError(
+                f"{file}, line {number} is damaged: no record of training. Delete that line and "
+                "those below it."
+            )
+    known = [entry for entry in records if entry["step"] <= start]
+    if start >= 0 and (not known or known[0]["step"] > 0 or known[-1]["step"] < start):
+        raise WorkdirError(
+            f"{file} is damaged: it lacks records up to step {start}, where the latest checkpoint "
+            f"is. Put the file back, or delete {path / 'checkpoints'} to begin at the first step."
+        )
+    return known
 
 
 class _Fit:
@@ -145,7 +188,7 @@ class _Fit:
         self.failed_at, self.stopped_at = jax.device_get((state.failed_at, state.stopped_at))
         if start < 0:
             state = self._evaluate(0, state)
-        self.progress = Progress(max(steps - step, 1), self.stream)
+        self.progress = Progress(max(steps, 1), self.stream, done=step)
         self.clock = (step, time.monotonic())
         calls = 0
         while step < steps and not self._over():

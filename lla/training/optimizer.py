@@ -69,7 +69,12 @@ def _lenient(rule: optax.GradientTransformation) -> optax.GradientTransformation
     # Optax relies on implicit promotion, which a caller of ours may have switched off.
     def init(params):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return rule.init(params)
+            state = rule.init(params)
+            widest = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        # Muon's constants take JAX's widest type, which would make other checkpoints under x64.
+        return jax.tree.map(
+            lambda leaf: leaf.astype(widest) if leaf.dtype == jnp.float64 else leaf, state
+        )
 
     def update(gradients, state, params=None):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

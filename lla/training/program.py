@@ -26,6 +26,10 @@ VALIDATION = "validation"  # the split that decides when to stop and which run i
 _INIT_STREAM = 0x696E6974  # keeps the keys of parameters apart from those of the data
 
 
+class RefusedError(ValueError):
+    """The model cannot compute with these settings."""
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["step", "failed_at", "stopped_at", "params", "moments"],
@@ -186,6 +190,20 @@ class Program:
     def _evaluate_like(self, split, params) -> Sums:
         sums = self._calls["evaluate"](params, np.int32(self._alike.index(split)))
         return {f"{split}/{name}": pair for name, pair in sums.items()}
+
+    def check(self) -> None:
+        """Traces a step and an evaluation: what the model refuses is raised here, before any work.
+
+        Nothing is compiled, and the first calls do not trace again.
+
+        Raises:
+          RefusedError: options that do not fit each other, the sequences or the device.
+        """
+        try:
+            jax.eval_shape(self.advance, self.abstract_state, np.int32(1))
+            jax.eval_shape(self.evaluate, self.abstract_state.params)
+        except (NotImplementedError, ValueError) as error:
+            raise RefusedError(f"mixer {self.model_config.mixer!r}: {error}") from error
 
     def model(self, params: Mapping[str, jax.Array]) -> SequenceModel:
         """The model with these parameters."""

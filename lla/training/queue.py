@@ -14,11 +14,12 @@ from typing import TextIO
 
 import jax
 
+from lla.experiment.lock import claimed
 from lla.training.loop import fit
 from lla.training.program import Program, Runs
 from lla.training.settings import Sharding
 from lla.training.sharding import make_mesh
-from lla.training.sweep import Cell, Grid, claimed
+from lla.training.sweep import Cell, Grid
 
 Estimate = Callable[[Cell, Runs], float]
 
@@ -123,7 +124,8 @@ class Queue:
         for number, (grid, cell) in enumerate(self._points, 1):
             name = f"{number}/{total}  {cell.name}"
             with contextlib.ExitStack() as held:
-                if not held.enter_context(claimed(grid.path / "locks" / cell.name)):
+                holder = held.enter_context(claimed(grid.path / "locks" / cell.name))
+                if holder is not None:
                     self._report(f"{name}  another process is at it")
                     continue
                 phases = grid.open_phases(cell)

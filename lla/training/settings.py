@@ -9,13 +9,16 @@ import copy
 import dataclasses
 import difflib
 import math
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 from lla import mixers, tasks
-from lla.experiment.boundary import check_keys, from_config, plain
+from lla.experiment.boundary import check_keys, check_types, from_config, plain
 from lla.models import ModelConfig
+from lla.typed import LARGEST_SEED, conform
 
+_LARGEST_COUNT = 2**31 - 1  # steps are int32
 _SECTIONS = ("task", "model", "mixers", "optimizer", "training", "sharding", "sweep")
 
 
@@ -92,7 +95,7 @@ class Training:
     Attributes:
       steps: updates.
       batch_size: sequences per update, over all devices.
-      seed: of the parameters and of the data.
+      seed: of the parameters and of the data, below 2^32.
       log_every: steps that one record of training metrics averages over.
       eval_every: steps between evaluations; one comes before the first step, one after the last.
       eval_batches: batches per evaluation and split, the same ones every time.
@@ -120,7 +123,8 @@ class Training:
         for field in dataclasses.fields(self):
             if field.type is int:
                 low = 0 if field.name in ("seed", "eval_batch_size") else 1
-                _range(f"training.{field.name}", getattr(self, field.name), low, math.inf)
+                high = LARGEST_SEED if field.name == "seed" else _LARGEST_COUNT
+                _range(f"training.{field.name}", getattr(self, field.name), low, high)
         for name in ("eval_every", "checkpoint_every"):
             if getattr(self, name) % self.log_every:
                 raise ValueError(
@@ -174,6 +178,8 @@ class Sweep:
             values = getattr(self, name)
             if not isinstance(values, tuple) or not values or len(set(values)) != len(values):
                 raise ValueError(f"sweep.{name} must be different values, got {values!r}.")
+        for seed in self.seeds:
+            _range("sweep.seeds", seed, 0, LARGEST_SEED)
         for rate in self.learning_rates:
             _range("sweep.learning_rates", rate, 0.0, math.inf, open_low=True)
         if both := set(self.seeds) & set(self.selection_seeds):
@@ -254,12 +260,21 @@ def resolve(config: Mapping[str, Any]) -> Settings:
     """
     config = copy.deepcopy({key: plain(entry) for key, entry in config.items()})
     check_keys("config", config, _SECTIONS)
-    for key in ("task", "model"):
-        if "name" not in (config.get(key, {}).get("mixer", {}) if key == "model" else config[key]):
-            raise ValueError(f"config.{key}{'.mixer' if key == 'model' else ''} lacks a name.")
+    for key, entry in config.items():
+        _section(f"config.{key}", entry)
+    _section("config.model.mixer", config.get("model", {}).get("mixer", {}))
+    for path in ("task", "model.mixer"):
+        section = config
+        for key in path.split("."):
+            section = section.get(key, {})
+        if "name" not in section:
+            raise ValueError(f"config.{path} lacks a name.")
+        conform(section["name"], str, f"config.{path}.name")
     table, mixer = config.pop("mixers", {}), config["model"].pop("mixer")
     check_keys("config.model.mixer", mixer, ("name",))
     check_keys("config.mixers", table, mixers.names())
+    for name, entry in table.items():
+        _section(f"config.mixers.{name}", entry)
     sections = {
         name: from_config(kind, config.get(name, {}), f"config.{name}")
         for name, kind in (("optimizer", Optimizer), ("training", Training), ("sharding", Sharding))
@@ -267,16 +282,17 @@ def resolve(config: Mapping[str, Any]) -> Settings:
     task = config["task"].pop("name")
     fields = {field.name for field in dataclasses.fields(Model)} - {"mixer"}
     check_keys("config.model", config["model"], fields)
+    model = check_types("config.model", config["model"], typing.get_type_hints(Model))
     return Settings(
-        task=_named("config.task", task, tasks.options(task), config["task"]),
+        task=_named(tasks.registry, "config.task", task, config["task"]),
         model=Model(
             mixer=_named(
+                mixers.registry,
                 f"config.mixers.{mixer['name']}",
                 mixer["name"],
-                mixers.options(mixer["name"]),
                 table.get(mixer["name"], {}),
             ),
-            **config["model"],
+            **model,
         ),
         **sections,
     )
@@ -298,9 +314,15 @@ def override(config: Mapping[str, Any], changes: Mapping[str, Any], path: str = 
     return merged
 
 
-def _named(path, name, valid, given) -> Named:
+def _section(path, entry) -> None:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{path} is a section, got {entry!r}.")
+
+
+def _named(registry, path, name, given) -> Named:
+    valid = registry.options(name)
     check_keys(path, given, valid)
-    return Named(name, {**valid, **given})
+    return Named(name, {**valid, **check_types(path, given, registry.option_types(name))})
 
 
 def _choice(name, value, valid) -> None:
@@ -310,8 +332,8 @@ def _choice(name, value, valid) -> None:
 
 
 def _range(name, value, low, high, open_low=False) -> None:
-    if not low <= value <= high or (open_low and value == low):
+    if not low <= value <= high or (open_low and value == low) or value == math.inf:
         raise ValueError(
             f"{name} must be {'>' if open_low else '>='} {low}"
-            f"{'' if high == math.inf else f' and <= {high}'}, got {value}."
+            f"{' and finite' if high == math.inf else f' and <= {high}'}, got {value}."
         )

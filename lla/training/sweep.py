@@ -1,6 +1,5 @@
 """Sweeps: every point of a grid is one program that trains all its seeds and learning rates."""
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -13,17 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from lla.experiment.boundary import from_config, plain
-from lla.experiment.workdir import Workdir
+from lla.experiment.workdir import check_config
 from lla.training import results
 from lla.training.program import Runs, abstract_model
 from lla.training.results import FINAL, SELECT, read_results, select, summary, write_results
 from lla.training.settings import Settings, Sharding, Sweep, defaults, override, resolve
+from lla.training.unused import check_used
 
 __all__ = [
     "Cell",
     "Grid",
     "cells",
-    "claimed",
     "read_results",
     "run",
     "select",
@@ -76,7 +75,8 @@ def cells(config: Mapping[str, Any]) -> tuple[Sweep, list[Cell]]:
     are one point: the first.
 
     Raises:
-      ValueError: an unknown key or impossible value in any of the points.
+      ValueError: an unknown key or impossible value in any of the points, or an axis or an override
+        of a case that none of them reads.
     """
     config = {key: plain(entry) for key, entry in config.items()}
     sweep = from_config(Sweep, config.pop("sweep", {}), "config.sweep")
@@ -114,6 +114,8 @@ def cells(config: Mapping[str, Any]) -> tuple[Sweep, list[Cell]]:
             seen.append(record)
             abstract_model(settings.model_config(settings.create_task()))  # its checks
             found.append(Cell(_folder(labels), labels, settings))
+    paths = [*axes, *(path for case in sweep.cases.values() for path, _ in _axes(case))]
+    check_used(paths, {cell.settings.model.mixer.name: None for cell in found}, sweeps=True)
     return sweep, found
 
 
@@ -161,7 +163,7 @@ class Grid:
         for phase, runs in self.phases().items():
             folder = self.folder(cell, phase)
             if (folder / "result.json").exists():
-                Workdir(folder, cell.record(self.runs(cell, phase)))  # its check
+                check_config(folder, cell.record(self.runs(cell, phase)))
             elif len(self._known(cell, phase)) < len(runs.seeds) * len(runs.learning_rates):
                 found.append(phase)
         return found
@@ -238,21 +240,6 @@ def run(
     grid = Grid(sweep, points[index::parts], pathlib.Path(path))
     Queue([grid], begin_before=limit, stream=stream, report=report).run()
     return grid.write()
-
-
-@contextlib.contextmanager
-def claimed(file: pathlib.Path) -> Iterator[bool]:
-    """Whether no other process is inside with the same `file`; a process that dies lets it go."""
-    import fcntl  # here, because Windows lacks it
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def _shared_settings(cell: Cell) -> dict[str, Any]:

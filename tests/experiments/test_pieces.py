@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import pytest
@@ -9,6 +10,7 @@ from absl import app
 from ml_collections import ConfigDict
 
 from lla.experiment import Workdir, figures, run_pieces, run_study, tables
+from lla.experiment.lock import exclusive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ def test_only_what_is_missing_is_computed(tmp_path, capsys):
     run_pieces(Study(("a", "b", "ccc")), workdir)
     done = capsys.readouterr()
     assert done.out == f"3 pieces, 1 already finished, in {tmp_path}\n"
-    assert "50%" in done.err and "100%" in done.err and done.err.endswith("  ccc\n")
+    assert "67%" in done.err and "100%" in done.err and done.err.endswith("  ccc\n")
     lines = workdir.metrics.read_text()
     assert lines == "".join(
         f'{{"piece":"{name}","length":{length}}}\n'
@@ -88,6 +90,23 @@ def test_a_study_from_config_to_figures(tmp_path, capsys):
     # Not what the command line says: a traceback is wanted.
     with pytest.raises(ValueError, match="computation failed"):
         run_study(["main.py"], Study, ConfigDict({"names": ("a",), "stop": "a"}), new, draw)
+
+
+def test_a_directory_that_another_process_is_at_is_left_alone(tmp_path):
+    config = ConfigDict({"names": ("a",)})
+    with exclusive(tmp_path):
+        before = names(tmp_path)
+        with pytest.raises(app.UsageError, match=rf"in use by process {os.getpid()}"):
+            run_study(["main.py"], Study, config, tmp_path, lambda path: [])
+        assert names(tmp_path) == before
+    (tmp_path / "file").write_text("")
+    for path, message in (("", "must have a name"), (tmp_path / "file", "is a file")):
+        with pytest.raises(app.UsageError, match=message):
+            run_study(["main.py"], Study, config, path, lambda path: [])
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text("")
+    with pytest.raises(app.UsageError, match="damaged: empty"):
+        run_study(["main.py"], Study, config, tmp_path / "new", lambda path: [])
 
 
 def test_csv(tmp_path):

@@ -215,8 +215,8 @@ def test_bfloat16_computes_near_float32(config):
         ({"embedding_std": float("inf")}, "embedding_std must be > 0 and finite"),
         ({"tie_embeddings": True, "output_dim": 3}, "tie_embeddings needs"),
         ({"tie_embeddings": True, "head_bias": True}, "head_bias needs a head of its own"),
-        ({"dtype": "int32"}, "dtype must name a floating point type"),
-        ({"param_dtype": "float31"}, "param_dtype must name a floating point type"),
+        ({"dtype": "int32"}, "dtype must be one of float32, bfloat16, float16, float64, got"),
+        ({"param_dtype": "float31"}, "param_dtype must be one of .*, got 'float31'"),
     ],
 )
 def test_impossible_configs_are_errors(changes, message):

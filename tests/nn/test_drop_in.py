@@ -20,7 +20,9 @@ import lla.nn
 WIDTH, HEADS, LENGTH = 16, 4, 7
 RIDGE = 0.5
 # Dense where the implementation does not matter: it compiles several times faster.
-make_dense = functools.partial(lla.nn.attention_fn, ridge=RIDGE, implementation="reference")
+make_dense = functools.partial(
+    lla.nn.attention_fn, ridge=RIDGE, is_causal=False, implementation="reference"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +101,7 @@ def test_nnx_layer_equals_operator_on_its_projections():
 
 
 def test_linen_layer_equals_operator_on_its_projections():
-    layer = linen_layer(lla.nn.attention_fn(ridge=RIDGE))
+    layer = linen_layer(lla.nn.attention_fn(ridge=RIDGE, is_causal=False))
     x = tokens(2, LENGTH)
     variables = jax.jit(layer.init)(jax.random.key(0), x)
 
@@ -237,8 +239,9 @@ REFUSED = {
     "value einsum": dict(attn_weights_value_einsum=jnp.einsum),
     "dot_general": dict(einsum_dot_general=jax.lax.dot_general),
     "algorithm": dict(precision=jax.lax.DotAlgorithmPreset.F16_F16_F16),
-    "pair": dict(precision=("high", "high")),
-    "16 bit": dict(precision="highest", dtype=jnp.bfloat16),
+    "algorithm's name": dict(precision="F16_F16_F32"),
+    "pair with an algorithm": dict(precision=("high", jax.lax.DotAlgorithmPreset.F16_F16_F16)),
+    "positions": dict(input_positions=jnp.arange(5)),
 }
 
 
@@ -246,7 +249,7 @@ REFUSED = {
 def test_what_cannot_be_honoured_is_refused(name):
     query, key, value = heads(1, 5, 2, 4)
     with pytest.raises(NotImplementedError, match="does not support"):
-        lla.nn.attention_fn(ridge=1.0)(query, key, value, **REFUSED[name])
+        make_dense()(query, key, value, **REFUSED[name])
 
 
 def test_unequal_lengths_with_is_causal_are_refused():
@@ -286,18 +289,126 @@ def test_dtype_and_precision():
     attend = jax.jit(make_dense(is_causal=True), static_argnames=("dtype", "precision"))
     exact = attend(query, key, value)
     np.testing.assert_array_equal(attend(query, key, value, precision="HIGHEST"), exact)
-    for precision in (None, "default", "high", jax.lax.Precision.HIGHEST):
+    cast = [a.astype(jnp.bfloat16) for a in (query, key, value)]
+    highest = jax.lax.Precision.HIGHEST
+    pairs = [("high", "high"), ("default", None), (highest, highest)]
+    for precision in (None, "default", "high", "tensorfloat32", highest, *pairs):
         accepted = functools.partial(make_dense(), precision=precision)
         assert jax.eval_shape(accepted, query, key, value).shape == exact.shape
+        assert jax.eval_shape(accepted, *cast).dtype == jnp.bfloat16
     low = attend(query, key, value, dtype=jnp.bfloat16, force_fp32_for_softmax=True)
     assert low.dtype == jnp.bfloat16
-    cast = [a.astype(jnp.bfloat16) for a in (query, key, value)]
     np.testing.assert_array_equal(low, attend(*cast))
+    np.testing.assert_array_equal(low, attend(*cast, precision=("highest", "highest")))
     assert jax.eval_shape(make_dense(), cast[0], key, cast[2]).dtype == jnp.float32
 
     layer = nnx_layer(make_dense(), dtype=jnp.bfloat16)
     out = nnx.eval_shape(lambda m, x: m(x), layer, tokens(2, LENGTH))
     assert out.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32, jnp.float8_e4m3fn])
+def test_other_dtypes_are_refused_with_those_that_are_accepted(dtype):
+    query, key, value = (a.astype(dtype) for a in heads(1, 5, 2, 4))
+    accepted = r"must be one of float16, bfloat16, float32, float64, got \w+ from query"
+    with pytest.raises(ValueError, match=accepted) as caught:
+        make_dense()(query, key, value)
+    advice = "real and imaginary parts one after the other" in str(caught.value)
+    assert advice == (dtype == jnp.complex64)
+
+
+def test_what_is_advised_for_complex_heads_is_right():
+    query, key, _ = (
+        a + 1j * b for a, b in zip(heads(5, 2, 4), heads(5, 2, 4, seed=7), strict=True)
+    )
+    parts = (jnp.concatenate([a.real, a.imag], axis=-1) for a in (query, key))
+    close(jnp.einsum("tnh,snh->nts", *parts), jnp.einsum("tnh,snh->nts", query, key.conj()).real)
+
+
+def leaks(attend, *arrays, **options):
+    """Whether the first output depends on the last value."""
+    query, key, value = arrays
+    changed = value.at[..., -1, :, :].add(1.0)
+    outs = [attend(query, key, v, **options) for v in (value, changed)]
+    return bool(jnp.any(outs[0][..., 0, :, :] != outs[1][..., 0, :, :]))
+
+
+def test_a_forgotten_direction_is_a_warning_and_all_directions_are_attended_to():
+    arrays = heads(1, 5, 2, 4)
+    make = functools.partial(make_dense, is_causal=None)
+    with pytest.warns(UserWarning, match=r"attends in all directions: 5 queries.*is_causal=True"):
+        assert leaks(make(), *arrays)
+    # Whoever says what is meant is not warned; warnings are errors here.
+    mask = jnp.tril(jnp.ones((1, 1, 5, 5)))
+    assert not leaks(make(), *arrays, mask=mask)
+    assert not leaks(make(is_causal=True), *arrays)
+    assert not leaks(make(), *arrays, is_causal=True)
+    assert leaks(make(), *arrays, is_causal=False)  # as an NNX layer does
+    assert leaks(make(is_causal=False), *arrays)
+    query, key, value = arrays
+    make()(query[:, :3], key, value)  # cross-attention
+    make()(query[:, :1], key[:, :1], value[:, :1])
+
+
+def test_the_warning_reaches_the_user_of_a_linen_layer():
+    x = tokens(1, 5)
+    layer = linen_layer(make_dense(is_causal=None))
+    with pytest.warns(UserWarning, match="attends in all directions"):
+        variables = layer.init(jax.random.key(0), x)
+    layer.apply(variables, x, mask=nn.make_causal_mask(x[..., 0]))
+    nnx_layer(make_dense(is_causal=None))(x)  # it passes is_causal=False
+
+
+def rotated(x, positions):
+    """Rotary embedding ``[..., T, H] -> [..., T, H]`` as Flax has it: positions of one sequence."""
+    length, dim = x.shape[-2:]
+    positions = jnp.arange(float(length)) if positions is None else positions
+    angle = jnp.outer(positions, 100.0 ** (-jnp.arange(0.0, dim, 2) / dim))
+    sin, cos = (jnp.concatenate([f(angle)] * 2, axis=-1) for f in (jnp.sin, jnp.cos))
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def test_input_positions_reach_the_rotary_embedding():
+    query, key, value = heads(2, LENGTH, HEADS, 8)
+    attend = make_dense(rope=rotated)
+    turned = [
+        jnp.stack([rotated(a[:, :, n], None) for n in range(HEADS)], axis=2) for a in (query, key)
+    ]
+    expected = make_dense()(*turned, value)
+    assert np.abs(np.asarray(expected - make_dense()(query, key, value))).max() > 0.01
+    close(attend(query, key, value), expected)
+    close(attend(query, key, value, input_positions=jnp.arange(LENGTH)), expected)
+    # Logits depend on differences alone, so that each sequence may begin anywhere.
+    begin = jnp.asarray([[3], [40]]) + jnp.arange(LENGTH)[None]
+    close(attend(query, key, value, input_positions=begin), expected, 1e-3)
+    gaps = jnp.arange(LENGTH) ** 2
+    spread = attend(query, key, value, input_positions=jnp.stack([jnp.arange(LENGTH), gaps]))
+    close(spread[0], expected[0])
+    assert np.abs(np.asarray(spread[1] - expected[1])).max() > 0.01
+    low = [a.astype(jnp.bfloat16) for a in (query, key, value)]
+    assert attend(*low, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_a_rotary_embedding_of_unequal_lengths_is_refused():
+    query, key, value = heads(1, 5, 2, 4)
+    with pytest.raises(ValueError, match="rope needs equal lengths"):
+        make_dense(rope=rotated)(query[:, :1], key, value)
+    with pytest.raises(ValueError, match=r"input_positions must have shape \[\*B, T\]"):
+        make_dense(rope=rotated)(query, key, value, input_positions=jnp.arange(4))
+
+
+@pytest.mark.skipif(not hasattr(nnx, "RoPE"), reason="this version of Flax has no RoPE")
+@pytest.mark.compat
+def test_nnx_layer_passes_its_positions():
+    x, positions = tokens(2, LENGTH), jnp.arange(LENGTH)
+    layer = nnx_layer(make_dense(is_causal=None, rope=nnx.RoPE()))
+    out = layer(x, is_causal=True, input_positions=positions)
+    close(layer(x, is_causal=True), out)
+    close(layer(x, is_causal=True, input_positions=positions + 5), out, 1e-3)
+    assert np.abs(np.asarray(out - nnx_layer(make_dense())(x, is_causal=True))).max() > 0.01
+    with pytest.raises(NotImplementedError, match="input_positions"):
+        nnx_layer(make_dense())(x, input_positions=positions)
 
 
 def test_strict_promotion_vmap_and_gradients():

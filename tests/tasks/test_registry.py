@@ -193,3 +193,39 @@ def test_wrong_calls_are_refused(name):
     batch = BATCHES[name, "train"](0, 0)
     with pytest.raises(ValueError, match="outputs must be"):
         task.loss(outputs_for(task, batch)[:, :, :-1], batch)
+
+
+@each
+def test_batches_are_the_same_in_double_precision(name, float64):
+    """`jax_enable_x64` changes what JAX takes for an integer, and no data."""
+    task = TASKS[name]
+    for split in task.splits:
+        expected = jax.device_get(BATCHES[name, split](3, 2))
+        with float64():
+            draw = jax.jit(lambda seed, step, s=split: task.batch(seed, step, SIZE, s))
+            found = jax.device_get(draw(3, 2))
+            outputs = outputs_for(task, found)
+            sums = [task.loss(outputs, found), *jax.tree.leaves(task.metrics(outputs, found))]
+            assert {leaf.dtype.name for leaf in sums} == {"float32"}
+        assert found.keys() == expected.keys()
+        for key, array in expected.items():
+            assert found[key].dtype == array.dtype, key
+            # Numbers are those of the same draw; they may be fused, and so rounded, differently.
+            rounding = {} if array.dtype == np.int32 else dict(rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(found[key], array, **{"rtol": 0, **rounding}, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("mqar", {"pairs": 1.5}, "pairs must be an integer or a tuple of integers, got 1.5"),
+        ("mqar", {"power_a": "a"}, "power_a must be a finite number, got 'a'"),
+        ("mqar", {"train_examples": "all"}, "train_examples must be an integer or None, got 'all'"),
+        ("in_context_regression", {"noise": None}, "noise must be a finite number, got None"),
+        ("in_context_regression", {"spread": float("inf")}, "spread must be a finite number"),
+        ("state_tracking", {"queries": (1, 2)}, r"queries must be an integer, got \(1, 2\)"),
+    ],
+)
+def test_options_of_another_type_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.create(name, **options)

@@ -1,14 +1,16 @@
 """The two mains, from the command line to files, and what they say to a mistake."""
 
+import json
 import pathlib
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from lla import training
-from lla.experiment.workdir import read_records
+from lla.experiment.workdir import read_config, read_records
 from lla.training import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -122,20 +124,181 @@ def test_two_processes_train_as_one(tmp_path):
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            "--config.training.steps=many", "invalid literal for int()", marks=pytest.mark.slow
+            "--config.training.stop_at=(1,2)",
+            "config.training.stop_at must be a finite number or None, got (1, 2)",
+            marks=pytest.mark.slow,
         ),
+        ("--config.mixers.gla.chunk=8", "config.mixers.gla.chunk has no effect"),
+        pytest.param(
+            "--config.sweep.seeds=(1,)", "is for experiments/sweep.py", marks=pytest.mark.slow
+        ),
+        pytest.param("--multi_host", "coordinator_address", marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_is_a_line_that_names_it(tmp_path, override, message):
-    wrong = run("train", "--config=configs/mqar.py:smoke", f"--workdir={tmp_path}", override)
+    workdir = tmp_path / "new"
+    wrong = run("train", "--config=configs/mqar.py:smoke", f"--workdir={workdir}", override)
+    assert_one_line(wrong, message)
+    assert not workdir.exists()
+
+
+def assert_one_line(wrong, message):
     assert wrong.returncode == 1
-    assert message in wrong.stderr + wrong.stdout and "Traceback" not in wrong.stderr
-    assert not list(tmp_path.iterdir())
+    told = wrong.stderr.strip()
+    assert message in told and told.startswith("FATAL") and "\n" not in told, told
+    assert not wrong.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", [(), ("--config.model.width=8",)])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("configs/mqra.py", "there is no file 'configs/mqra.py'"),
+        ("configs", "there is no file 'configs'"),
+        ("", "there is no file ''"),
+        ("configs/mqar.py:smok", "unknown variant 'smok'; valid"),
+        ("lla/version.py", "no attribute 'get_config'"),
+        ("README.md", "invalid"),
+    ],
+)
+def test_a_config_file_that_is_none_is_a_line(tmp_path, config, override, message):
+    wrong = run("train", f"--config={config}", f"--workdir={tmp_path / 'new'}", *override)
+    assert_one_line(wrong, message)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_work_directory_that_is_none_is_a_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for script in ("train", "sweep"):
+        for workdir, message in ((tmp_path / "file", "is a file"), ("", "must have a name")):
+            wrong = run(script, "--config=configs/mqar.py:smoke", f"--workdir={workdir}")
+            assert_one_line(wrong, message)
+    assert not (ROOT / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_options_are_reached_whatever_their_defaults_are(tmp_path):
+    done = run(
+        "train",
+        "--config=configs/mqar.py:smoke",
+        f"--workdir={tmp_path}",
+        "--config.model.mixer.name=retnet",
+        "--config.mixers.retnet.rope_theta=None",
+        "--config.task.pairs=(1,2)",
+        "--config.task.train_examples=None",
+        "--config.training.stop_at=2",
+    )
+    assert done.returncode == 0, done.stderr
+    record = read_config(tmp_path)
+    assert record["task"]["pairs"] == [1, 2] and record["task"]["train_examples"] is None
+    assert record["model"]["mixer"]["rope_theta"] is None and record["training"]["stop_at"] == 2.0
+
+
+@pytest.mark.slow
+def test_a_run_whose_only_update_diverges_ends_with_a_line(tmp_path):
+    done = run(
+        "train",
+        "--config=configs/in_context_regression.py:smoke",
+        f"--workdir={tmp_path}",
+        "--config.model.mixer.name=linear",
+        "--config.optimizer.learning_rate=1e38",
+        "--config.optimizer.warmup_fraction=0",
+        "--config.training.steps=1",
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "finished at step 1" in done.stdout and "not finite, best" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_double_precision_trains_too(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    linear = "--config.model.mixer.name=linear"
+    done = run("train", f"--config=configs/{task}.py:smoke", linear, f"--workdir={tmp_path}")
+    assert done.returncode == 0 and "finished at step 8" in done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """A run that goes on until it is killed, beyond its first checkpoint."""
+    path = tmp_path_factory.mktemp("long") / "run"
+    flags = (
+        "--config=configs/mqar.py:smoke",
+        "--config.model.mixer.name=linear",
+        "--config.training.steps=10000000",
+        f"--workdir={path}",
+    )
+    command = [sys.executable, "experiments/train.py", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "step 20 " in line:
+                break
+        # Nobody reads what it writes from here on, which must not stop it.
+        drain = threading.Thread(target=process.stderr.read, daemon=True)
+        drain.start()
+        yield path, process, flags
+        process.kill()
+        drain.join()
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_share_a_work_directory(long_run):
+    path, process, flags = long_run
+    assert_one_line(run("train", *flags), f"is in use by process {process.pid} on")
+    assert process.poll() is None
+    steps = [record["step"] for record in read_records(path) if record["kind"] == "train"]
+    assert len(set(steps)) == len(steps) > 5
+
+
+@pytest.mark.slow
+def test_generating_beside_a_run_leaves_it_alone(long_run):
+    path, process, _ = long_run
+    for _ in range(3):
+        done = run("generate", f"--workdir={path}")
+        assert done.returncode == 0, done.stderr
+        assert "answers are right" in done.stdout
+    assert process.poll() is None
+
+
+@pytest.mark.slow
+def test_generating_changes_no_file_and_tells_what_is_no_run(tmp_path):
+    trained = run(
+        "train",
+        "--config=configs/mqar.py:smoke",
+        "--config.model.mixer.name=linear",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert trained.returncode == 0, trained.stderr
+
+    def files():
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
+
+    before = files()
+    done = run("generate", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0 and files() == before, done.stderr
+    (tmp_path / "sweep" / "cells" / "a").mkdir(parents=True)
+    record = read_config(tmp_path / "run")
+    (tmp_path / "sweep" / "cells" / "a" / "config.json").write_text(
+        json.dumps(record | {"runs": {"seeds": [0], "learning_rates": [0.1]}})
+    )
+    for path, message in (
+        ("sweep", "holds a sweep"),
+        ("sweep/cells/a", "is a point of a sweep"),
+        ("nothing", "has no config.json"),
+    ):
+        assert_one_line(run("generate", f"--workdir={tmp_path / path}"), message)
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.slow
 def test_a_sweep_tells_its_mistakes_too(tmp_path):
     for flag, message in (
+        ("--config.training.seed=1", "set config.sweep.seeds"),
+        ("--config.optimizer.learning_rate=1.0", "set config.sweep.learning_rates"),
+        ("--config.mixers.gla.chunk=8", "the mixer trained here is 'softmax' or 'linear'"),
+        ("--config.sweep.seeds=(-1,)", "sweep.seeds must be >= 0"),
         ("--part=3", "--part must be I/N"),
         ("--part=3/2", "--part must be I/N with I < N"),
         ("--config.sweep.seds=3", "did you mean config.sweep.seeds?"),

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from lla import training
 from lla.experiment import WorkdirError
+from lla.experiment.lock import exclusive
 from lla.experiment.workdir import read_config, read_records
 from lla.training.checkpoint import Checkpoints
 from tests.training.test_program import resolve
@@ -166,6 +168,84 @@ def test_a_non_finite_loss_ends_training_and_saves_the_step(tmp_path):
     assert not (
         np.isfinite(outputs).all() and all(np.isfinite(np.sum(leaf**2)) for leaf in gradients)
     )
+
+
+# What a run finds in its directory.
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """A copy of the finished run's directory that lacks the result."""
+    path = shutil.copytree(finished[1], tmp_path / "run")
+    (path / "result.json").unlink()
+    return path
+
+
+def same(path, finished):
+    """Whether the files that a run ends with are those of the undisturbed run."""
+    names = ("metrics.jsonl", "result.json", "config.json")
+    return all((path / n).read_bytes() == (finished[1] / n).read_bytes() for n in names)
+
+
+@pytest.mark.parametrize(
+    "text, found", [("", "empty"), ('{"status": "fini', "not JSON"), ("3", "not a JSON object")]
+)
+def test_a_damaged_result_is_named_and_its_remedy_works(finished, unfinished, text, found):
+    (unfinished / "result.json").write_text(text)
+    with pytest.raises(WorkdirError, match=rf"result\.json is damaged: {found}.*Delete .* latest"):
+        train(unfinished)
+    (unfinished / "result.json").unlink()
+    assert train(unfinished) == finished[0] and same(unfinished, finished)
+
+
+def test_records_that_a_checkpoint_stands_on_must_be_there(finished, unfinished):
+    file = unfinished / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    for left in ([], lines[1:], lines[:-3]):
+        file.write_text("".join(left))
+        with pytest.raises(WorkdirError, match=r"lacks records up to step 8.*delete .*checkpoints"):
+            train(unfinished)
+        assert file.read_text() == "".join(left)
+    file.unlink()
+    with pytest.raises(WorkdirError, match="lacks records up to step 8"):
+        train(unfinished)
+    file.write_text("".join([*lines[:2], '{"kind": "train"}\n', *lines[3:]]))
+    with pytest.raises(WorkdirError, match="line 3 is damaged: no record of training"):
+        train(unfinished)
+    shutil.rmtree(unfinished / "checkpoints")  # the other way out
+    file.write_text("")
+    assert train(unfinished) == finished[0] and same(unfinished, finished)
+
+
+def test_a_damaged_checkpoint_is_computed_again_from_the_one_before(finished, unfinished):
+    shutil.rmtree(unfinished / "checkpoints" / "8")
+    (unfinished / "checkpoints" / "8").mkdir()
+    stream = io.StringIO()
+    with pytest.warns(RuntimeWarning, match="8 cannot be read .* step 4 is used"):
+        assert train(unfinished, stream=stream) == finished[0]
+    assert same(unfinished, finished)
+    lines = stream.getvalue().splitlines()  # from step 4 of 8 on
+    assert [line[:4] for line in lines] == [" 75%", "100%"] and "step 6" in lines[0]
+    with Checkpoints(unfinished / "checkpoints") as checkpoints:
+        assert int(checkpoints.restore(default_program().abstract_state).step) == 8
+
+
+def test_a_directory_that_another_process_is_at_is_left_alone(finished, unfinished, tmp_path):
+    with exclusive(unfinished):
+        before = {file: file.stat().st_mtime_ns for file in unfinished.rglob("*")}
+        with pytest.raises(WorkdirError, match=rf"in use by process {os.getpid()} on"):
+            train(unfinished)
+        assert before == {file: file.stat().st_mtime_ns for file in unfinished.rglob("*")}
+    with exclusive(finished[1]):  # which is read alone
+        assert train(finished[1]) == finished[0]
+
+
+def test_what_the_model_refuses_at_its_call_leaves_no_directory(tmp_path):
+    settings = resolve(mixer="lla", options={"scale": -1.0})
+    for path, message in ((tmp_path / "new", "scale must be non-negative"), ("", "have a name")):
+        with pytest.raises(ValueError, match=message):
+            train(path, settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_progress_shows_speed_and_time_left(tmp_path):

@@ -239,3 +239,32 @@ def test_a_program_compiled_ahead_trains_at_other_rates():
         for program, state in zip((ahead, usual), states, strict=True)
     )
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", SMALL)
+def test_double_precision_is_traced_with_the_same_state(name, optimizer, float64):
+    """`jax_enable_x64` makes no state wider: steps can be repeated, and checkpoints be read."""
+    settings = resolve(name, optimizer={"name": optimizer})
+    expected = training.Program(settings).abstract_state
+    with float64():
+        program = training.Program(settings)
+        program.check()
+        new, _ = jax.eval_shape(program.advance, program.abstract_state, np.int32(1))
+    for state in (program.abstract_state, new):
+        jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), state, expected)
+
+
+def test_a_run_in_double_precision_is_the_run(float64):
+    expected = run(training.Program(resolve()), 2)
+    with float64():
+        found = jax.device_get(run(training.Program(resolve()), 2))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+    )
+
+
+def test_what_the_model_refuses_is_raised_before_the_first_step():
+    program = training.Program(resolve(mixer="lla", options={"scale": -1.0}))
+    with pytest.raises(ValueError, match="scale must be non-negative"):
+        program.check()

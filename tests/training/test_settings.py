@@ -1,6 +1,9 @@
 """From a config to settings, and what is refused on the way."""
 
+import copy
 import dataclasses
+import functools
+import math
 
 import pytest
 
@@ -8,6 +11,7 @@ from lla import mixers, tasks, training
 from lla.experiment import to_config
 from lla.training import sweep
 from lla.training.settings import Training, override
+from lla.training.unused import check_used
 
 
 def config(**sections):
@@ -68,6 +72,62 @@ def test_one_name_swaps_the_mechanism_and_only_its_options_are_recorded():
         ({"optimizer": {"b1": 1.5}}, "b1 must be >= 0.0 and <= 1.0"),
         ({"training": {"batch_size": 0}}, "batch_size must be >= 1"),
         ({"training": {"eval_every": 15}}, "eval_every must be a multiple of training.log_every"),
+        (
+            {"training": {"stop_at": "abc"}},
+            r"training\.stop_at must be .* or None, got 'abc'",
+        ),
+        (
+            {"training": {"stop_at": (1, 2)}},
+            r"a finite number or None, got \(1, 2\)",
+        ),
+        ({"training": {"stop_at": math.nan}}, "stop_at must be a finite number or None, got nan"),
+        (
+            {"training": {"seed": 2**32}},
+            "training.seed must be .* <= 4294967295, got 4294967296",
+        ),
+        ({"training": {"seed": 0.5}}, r"config\.training\.seed must be an integer, got 0\.5"),
+        ({"training": {"steps": 2**31}}, "training.steps must be >= 1 and <= 2147483647"),
+        (
+            {"training": {"steps": "many"}},
+            r"config\.training\.steps must be an .*, got 'many'",
+        ),
+        ({"training": {"steps": True}}, r"config\.training\.steps must be an integer, got True"),
+        ({"training": 3}, r"config\.training is a section, got 3"),
+        ({"optimizer": {"learning_rate": math.inf}}, "learning_rate must be a finite number"),
+        ({"optimizer": {"name": None}}, r"config\.optimizer\.name must be a string, got None"),
+        ({"sharding": {"data": "all"}}, r"config\.sharding\.data must be an integer, got 'all'"),
+        ({"task": 3}, r"config\.task is a section, got 3"),
+        (
+            {"task": {"name": "mqar", "pairs": 1.5}},
+            r"config\.task\.pairs must be an integer or",
+        ),
+        (
+            {"task": {"name": "mqar", "pairs": (1, "a")}},
+            r"task\.pairs must be .* \(1, 'a'\)",
+        ),
+        ({"task": {"name": "mqar", "length": None}}, r"config\.task\.length must be an integer"),
+        ({"model": 3}, r"config\.model is a section, got 3"),
+        ({"model": {"mixer": "lla"}}, r"config\.model\.mixer is a section, got 'lla'"),
+        ({"model": {"mixer": {"name": 3}}}, r"config\.model\.mixer\.name must be a string, got 3"),
+        (
+            {"model": {"mixer": {"name": "lla"}, "width": "a"}},
+            r"model\.width must be an integer",
+        ),
+        (
+            {"model": {"mixer": {"name": "lla"}, "dtype": "float8_e4m3fn"}},
+            "dtype must be one of float32, bfloat16, float16, float64, got 'float8_e4m3fn'",
+        ),
+        ({"model": {"mixer": {"name": "lla"}, "dtype": "float64"}}, "needs jax_enable_x64"),
+        (
+            {"model": {"mixer": {"name": "lla"}, "mlp_ratio": math.inf}},
+            "mlp_ratio must be a",
+        ),
+        ({"mixers": {"lla": 3}}, r"config\.mixers\.lla is a section, got 3"),
+        (
+            {"mixers": {"lla": {"local_window_size": 3.5}}},
+            r"config\.mixers\.lla\.local_window_size must be an integer, a tuple .* got 3\.5",
+        ),
+        ({"mixers": {"lla": {"solver_tol": "abc"}}}, r"solver_tol must be .* or None, got 'abc'"),
         ({"sharding": {"data": 0}}, "sharding.data must be >= 1 or -1"),
         ({"sharding": {"fsdp": -1}}, "only one of"),
     ],
@@ -79,6 +139,66 @@ def test_mistakes_name_what_is_wrong(changes, message):
         return
     with pytest.raises(ValueError, match=message):
         training.resolve(base | changes)
+
+
+def test_values_become_what_their_options_are_declared_with():
+    settings = training.resolve(
+        config(
+            model={"mlp_ratio": 4},
+            optimizer={"clip_norm": 1},
+            task={"pairs": [1, 2], "train_examples": None},
+            mixers={"lla": {"scale": 1, "local_window_size": [3, 0]}},
+        )
+    )
+    assert settings.task.options["pairs"] == (1, 2)
+    assert settings.task.options["train_examples"] is None
+    assert settings.model.mixer.options["local_window_size"] == (3, 0)
+    for number in (
+        settings.model.mlp_ratio,
+        settings.optimizer.clip_norm,
+        settings.model.mixer.options["scale"],
+    ):
+        assert isinstance(number, float)
+
+
+@pytest.mark.parametrize("task", tasks.names())
+@pytest.mark.parametrize("wrong", ["abc", (1.5, "a"), {"a": 1}], ids=repr)
+def test_every_field_refuses_another_type_by_its_name(task, wrong):
+    """Whatever fields there are: none accepts a value of a type that it is not declared with."""
+    default = training.defaults(task)
+    mixer = default["model"]["mixer"]["name"]
+    for section in ("task", "model", "optimizer", "training", "sharding", f"mixers.{mixer}"):
+        fields = default
+        for key in section.split("."):
+            fields = fields[key]
+        for field, value in fields.items():
+            if isinstance(value, (str, dict)) and isinstance(wrong, str):
+                continue  # the right type, if not the right name
+            if field in ("mixer", "implementation"):
+                continue
+            changed = sweep._nested(f"{section}.{field}", wrong)
+            given = copy.deepcopy(default)
+            inner = given
+            for key in section.split("."):
+                inner, changed = inner[key], changed[key]
+            inner.update(changed)
+            with pytest.raises(ValueError, match=rf"config\.{section}\.{field} must be "):
+                training.resolve(given)
+
+
+def test_the_command_line_is_told_what_nothing_reads():
+    check = functools.partial(check_used, sweeps=False)
+    check(["mixers.lla.ridge", "model.width", "training.seed"], ["lla"])
+    with pytest.raises(ValueError, match=r"mixers\.lla\.ridge has no effect.*'lla'.*here is 'gla'"):
+        check(["model.width", "mixers.lla.ridge"], ["gla"])
+    with pytest.raises(ValueError, match=r"config\.sweep\.seeds has no effect on a single run"):
+        check(["sweep.seeds"], ["lla"])
+    check_used(["sweep.seeds", "mixers.gla.chunk"], ["lla", "gla"], sweeps=True)
+    with pytest.raises(ValueError, match="the mixer trained here is 'lla' or 'gla'"):
+        check_used(["mixers.linear.chunk"], ["lla", "gla"], sweeps=True)
+    for path, other in (("training.seed", "seeds"), ("optimizer.learning_rate", "learning_rates")):
+        with pytest.raises(ValueError, match=rf"{path} has no effect .*\.sweep\.{other}"):
+            check_used([path], ["lla"], sweeps=True)
 
 
 def test_overrides_reach_what_exists_alone():
@@ -125,6 +245,25 @@ def test_a_grid_becomes_points():
     [
         ({"seed": (0,)}, r"did you mean config\.sweep\.seeds\?"),
         ({"seeds": ()}, "seeds must be different values"),
+        ({"seeds": (-1,)}, "sweep.seeds must be >= 0 and <= 4294967295, got -1"),
+        ({"seeds": (2**32,)}, "sweep.seeds must be >= 0 and <= 4294967295"),
+        ({"seeds": (1.5,)}, r"config\.sweep\.seeds must be a tuple of integers, got \(1\.5,\)"),
+        ({"seeds": 3}, r"config\.sweep\.seeds must be a tuple of integers, got 3"),
+        (
+            {"learning_rates": ("a",)},
+            r"sweep\.learning_rates must be a tuple of",
+        ),
+        ({"grid": 3}, r"config\.sweep\.grid must be a section"),
+        (
+            {"grid": {"mixers": {"gla": {"chunk": (8, 16)}}}},
+            "mixers.gla.chunk has no effect",
+        ),
+        ({"cases": {"a": {"mixers": {"gla": {"chunk": 8}}}}}, "mixer trained here is 'lla'"),
+        (
+            {"grid": {"training": {"seed": (0, 1)}}},
+            r"no effect on a sweep: .*\.sweep\.seeds",
+        ),
+        ({"grid": {"optimizer": {"learning_rate": (1.0,)}}}, r"set config\.sweep\.learning_rates"),
         ({"learning_rates": (1e-3, 1e-3)}, "learning_rates must be different"),
         ({"learning_rates": (-1.0,)}, "learning_rates must be > 0"),
         ({"grid": {"task": {"length": 16}}}, r"grid\.task\.length must be a tuple"),
