@@ -88,8 +88,10 @@ class Square:
 
     arithmetic: Arithmetic
 
-    def multiply(self, *sums, start=None):
+    def multiply(self, *sums, start=None, shape=SQUARE):
         """The float32 sum of ``a @ b`` over the pairs of each of `sums`, plus those of `start`.
+
+        The results have `shape`, or those of `start`.
 
         ``a`` is in registers, or in shared memory and maybe `Transposed`; ``b`` in shared memory.
         """
@@ -116,7 +118,7 @@ class Square:
             issue(*accumulators)
             return tuple(accumulator[...] for accumulator in accumulators)
 
-        return pl.run_scoped(scoped, *[plgpu.ACC(SQUARE, jnp.float32) for _ in sums])
+        return pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.float32) for _ in sums])
 
     def _plain(self, a, b):
         def value(x):
@@ -217,7 +219,8 @@ def narrow_tiles(*leading: int):
     return plgpu.SMEM((*leading, *SQUARE), _DTYPE, transforms=narrow_transforms(CHUNK))
 
 
-def _place(heads: int):
+def program_place(heads: int):
+    """Batch and head of a program instance."""
     program = lax.axis_index("program")
     return lax.div(program, jnp.int32(heads)), lax.rem(program, jnp.int32(heads))
 
@@ -264,7 +267,7 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
 
 
 def _forward_body(tile: Square, heads: int, count: int, save: bool, given, out, scratch):
-    b, h = _place(heads)
+    b, h = program_place(heads)
     high, low, update, *work = scratch["tiles"]
     gates = given["gates"]
 
@@ -366,7 +369,7 @@ def backward(
 
 
 def _backward_body(tile: Square, heads: int, count: int, given, out, scratch):
-    b, h = _place(heads)
+    b, h = program_place(heads)
     gates, saved = given["gates"], given["saved"]
     query, key, value, d_out, state, update, solver = scratch["inputs"]
     d_state_tile, first, second, third, fourth = scratch["tiles"]
