@@ -45,7 +45,7 @@ CHUNK = ROW_BLOCK
 """Tokens of a chunk, and coordinates of keys and values."""
 
 _DTYPE = jnp.bfloat16  # of every factor of a product
-_SQUARE = (CHUNK, CHUNK)
+SQUARE = (CHUNK, CHUNK)
 # Above the square root of the largest number no power of two is taken: masked exponents.
 _MASKED = -1e4
 _INPUTS = ("query", "key", "value")
@@ -83,13 +83,15 @@ class Transposed(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tile:
+class Square:
     """The arithmetic of a warpgroup with 64 x 64 matrices."""
 
     arithmetic: Arithmetic
 
-    def multiply(self, *sums, start=None):
+    def multiply(self, *sums, start=None, shape=SQUARE):
         """The float32 sum of ``a @ b`` over the pairs of each of `sums`, plus those of `start`.
+
+        The results have `shape`, or those of `start`.
 
         ``a`` is in registers, or in shared memory and maybe `Transposed`; ``b`` in shared memory.
         """
@@ -116,7 +118,7 @@ class _Tile:
             issue(*accumulators)
             return tuple(accumulator[...] for accumulator in accumulators)
 
-        return pl.run_scoped(scoped, *[plgpu.ACC(_SQUARE, jnp.float32) for _ in sums])
+        return pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.float32) for _ in sums])
 
     def _plain(self, a, b):
         def value(x):
@@ -132,6 +134,16 @@ class _Tile:
         """A tile of shared memory in float32."""
         return self.arithmetic.load(ref).astype(jnp.float32)
 
+    def load_wide(self, ref):
+        """A matrix of global memory, as it is."""
+        if self.arithmetic.interpreted:
+            return ref[...]
+        return plgpu.load(ref, layout=MATRIX, optimized=False)
+
+    def parts(self, matrix):
+        """`matrix` as the sum of two 16-bit parts."""
+        return in_parts(matrix, _DTYPE, True)
+
     def rows(self, ref):
         return self.arithmetic.load(ref, ROWS)
 
@@ -146,7 +158,7 @@ class _Tile:
         ]
 
     def index(self, axis: int):
-        return plgpu.broadcasted_iota(jnp.int32, _SQUARE, axis, layout=MATRIX)
+        return plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=MATRIX)
 
     def pair(self, upper, lower, *, transposed: bool):
         """Decays from the token of a column to that of a row, 0 above the diagonal; or turned."""
@@ -154,7 +166,7 @@ class _Tile:
         along = (by_row, by_column)
 
         def between(part):
-            return along[late](part[late], _SQUARE) - along[early](part[early], _SQUARE)
+            return along[late](part[late], SQUARE) - along[early](part[early], SQUARE)
 
         visible = self.index(late) >= self.index(early)
         exponent = between(upper) + between(lower)
@@ -174,13 +186,13 @@ class _Tile:
 
         inverse = jnp.where(row == column, 1.0, 0.0) - jnp.where(below(1), matrix, 0.0)
         matrix_tiles, inverse_tiles = tiles[:2], tiles[2:]
-        _store_parts(matrix, matrix_tiles)
+        store_parts(matrix, matrix_tiles)
         for size in (2, 4, 8, 16, 32):
-            parts = _store_parts(inverse, inverse_tiles)
+            parts = store_parts(inverse, inverse_tiles)
             plgpu.commit_smem()
-            (left,) = self.multiply(_three(parts, matrix_tiles))
+            (left,) = self.multiply(products_of_parts(parts, matrix_tiles))
             left = in_parts(left, _DTYPE, True)
-            (both,) = self.multiply(_three(left, inverse_tiles))
+            (both,) = self.multiply(products_of_parts(left, inverse_tiles))
             inverse = inverse - jnp.where(below(size), both, 0.0)
         return inverse
 
@@ -189,23 +201,26 @@ def _turned(x):
     return x.ref.transpose((1, 0)) if isinstance(x, Transposed) else x
 
 
-def _three(parts, tiles):
+def products_of_parts(parts, tiles):
     """The pairs of two numbers in two parts each, without the product of the small ones."""
     return [(parts[0], tiles[0]), (parts[0], tiles[1]), (parts[1], tiles[0])]
 
 
-def _store_parts(matrix, tiles):
+def store_parts(matrix, tiles):
+    """Writes the two 16-bit parts of `matrix` to two tiles, and returns them."""
     parts = in_parts(matrix, _DTYPE, True)
     for part, tile in zip(parts, tiles, strict=True):
         tile[...] = part
     return parts
 
 
-def _narrow(*leading: int):
-    return plgpu.SMEM((*leading, *_SQUARE), _DTYPE, transforms=narrow_transforms(CHUNK))
+def narrow_tiles(*leading: int):
+    """Scratch type of 16-bit matrices."""
+    return plgpu.SMEM((*leading, *SQUARE), _DTYPE, transforms=narrow_transforms(CHUNK))
 
 
-def _place(heads: int):
+def program_place(heads: int):
+    """Batch and head of a program instance."""
     program = lax.axis_index("program")
     return lax.div(program, jnp.int32(heads)), lax.rem(program, jnp.int32(heads))
 
@@ -226,7 +241,7 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
     """
     b, t, n, _ = key.shape
     count = t // CHUNK
-    squares = jax.ShapeDtypeStruct((b, n, count, *_SQUARE), _DTYPE)
+    squares = jax.ShapeDtypeStruct((b, n, count, *SQUARE), _DTYPE)
     outputs = {
         "out": jax.ShapeDtypeStruct(value.shape, _DTYPE),
         "state": jax.ShapeDtypeStruct(state.shape, jnp.float32),
@@ -235,8 +250,8 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
         outputs |= {"states": squares, "solvers": squares}
         outputs["updates"] = jax.ShapeDtypeStruct(value.shape, _DTYPE)
     scratch = {
-        "inputs": [_narrow(2) for _ in _INPUTS],
-        "tiles": [_narrow() for _ in range(7)],
+        "inputs": [narrow_tiles(2) for _ in _INPUTS],
+        "tiles": [narrow_tiles() for _ in range(7)],
         "loaded": plgpu.Barrier(num_arrivals=3, num_barriers=2),
     }
     operands = {
@@ -244,15 +259,15 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
         "columns": _columns(gates),
     }  # fmt: skip
     found = launch(
-        functools.partial(_forward_body, _Tile(Arithmetic(interpret is not None)), n, count, save),
+        functools.partial(_forward_body, Square(Arithmetic(interpret is not None)), n, count, save),
         outputs, scratch, operands, programs=b * n, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     saved = Saved(found["states"], found["solvers"], found["updates"]) if save else None
     return found["out"], found["state"], saved
 
 
-def _forward_body(tile: _Tile, heads: int, count: int, save: bool, given, out, scratch):
-    b, h = _place(heads)
+def _forward_body(tile: Square, heads: int, count: int, save: bool, given, out, scratch):
+    b, h = program_place(heads)
     high, low, update, *work = scratch["tiles"]
     gates = given["gates"]
 
@@ -269,11 +284,11 @@ def _forward_body(tile: _Tile, heads: int, count: int, save: bool, given, out, s
         query, key, value = (target.at[slot] for target in scratch["inputs"])
         tokens = pl.ds(c * CHUNK, CHUNK)
         beta, start, end = (
-            by_row(tile.rows(ref.at[b, h, tokens]), _SQUARE)
+            by_row(tile.rows(ref.at[b, h, tokens]), SQUARE)
             for ref in (gates.beta, gates.start, gates.end)
         )
         sums = tile.sums((gates.upper, gates.lower), given["columns"], (b, h, tokens))
-        _store_parts(state, (high, low))
+        store_parts(state, (high, low))
         plgpu.commit_smem()
         if save:
             plgpu.copy_smem_to_gmem(high, out["states"].at[b, h, c])
@@ -286,12 +301,12 @@ def _forward_body(tile: _Tile, heads: int, count: int, save: bool, given, out, s
 
         (known,) = tile.multiply([(key, high), (key, low)])
         right = beta * (tile.load(value) - start * known)
-        _store_parts(right, work[:2])
+        store_parts(right, work[:2])
         work[2][...] = solver[0]
         plgpu.commit_smem()
         if save:
             plgpu.copy_smem_to_gmem(work[2], out["solvers"].at[b, h, c])
-        (updates,) = tile.multiply(_three(solver, work[:2]))
+        (updates,) = tile.multiply(products_of_parts(solver, work[:2]))
         update[...] = updates.astype(_DTYPE)
         work[1][...] = (end * updates).astype(_DTYPE)
         plgpu.commit_smem()
@@ -310,14 +325,8 @@ def _forward_body(tile: _Tile, heads: int, count: int, save: bool, given, out, s
         return state
 
     fetch(0, 0)
-    state = lax.fori_loop(0, count, advance, _load_state(tile, given["state"].at[b, h]))
+    state = lax.fori_loop(0, count, advance, tile.load_wide(given["state"].at[b, h]))
     out["state"].at[b, h][...] = state
-
-
-def _load_state(tile: _Tile, ref):
-    if tile.arithmetic.interpreted:
-        return ref[...]
-    return plgpu.load(ref, layout=MATRIX, optimized=False)
 
 
 VECTORS = ("beta", "entering", "leaving", "inside", "through")
@@ -342,8 +351,8 @@ def backward(
     outputs["state"] = jax.ShapeDtypeStruct(d_state.shape, jnp.float32)
     outputs["vectors"] = jax.ShapeDtypeStruct((len(VECTORS), b, n, t), jnp.float32)
     scratch = {
-        "inputs": [_narrow() for _ in range(7)],
-        "tiles": [_narrow() for _ in range(5)],
+        "inputs": [narrow_tiles() for _ in range(7)],
+        "tiles": [narrow_tiles() for _ in range(5)],
         "vectors": plgpu.SMEM((len(VECTORS), CHUNK), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=7),
     }
@@ -352,15 +361,15 @@ def backward(
         "d_out": d_out, "d_state": d_state, "columns": _columns(gates),
     }  # fmt: skip
     found = launch(
-        functools.partial(_backward_body, _Tile(Arithmetic(interpret is not None)), n, count),
+        functools.partial(_backward_body, Square(Arithmetic(interpret is not None)), n, count),
         outputs, scratch, operands, programs=b * n, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     vectors = found.pop("vectors")
     return found | dict(zip(VECTORS, vectors, strict=True))
 
 
-def _backward_body(tile: _Tile, heads: int, count: int, given, out, scratch):
-    b, h = _place(heads)
+def _backward_body(tile: Square, heads: int, count: int, given, out, scratch):
+    b, h = program_place(heads)
     gates, saved = given["gates"], given["saved"]
     query, key, value, d_out, state, update, solver = scratch["inputs"]
     d_state_tile, first, second, third, fourth = scratch["tiles"]
@@ -381,7 +390,7 @@ def _backward_body(tile: _Tile, heads: int, count: int, given, out, scratch):
         plgpu.barrier_wait(scratch["loaded"])
 
         def row(ref):
-            return by_row(tile.rows(ref.at[b, h, tokens]), _SQUARE)
+            return by_row(tile.rows(ref.at[b, h, tokens]), SQUARE)
 
         def note(name, matrix):
             scratch["vectors"].at[vectors[name]][...] = matrix.sum(axis=1)
@@ -464,6 +473,6 @@ def _backward_body(tile: _Tile, heads: int, count: int, given, out, scratch):
         return new
 
     fetch(count - 1)
-    d_state = _load_state(tile, given["d_state"].at[b, h])
+    d_state = tile.load_wide(given["d_state"].at[b, h])
     d_state = lax.fori_loop(0, count, advance, d_state)
     out["state"].at[b, h][...] = d_state

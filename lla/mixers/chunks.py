@@ -111,7 +111,11 @@ def merge(array: jax.Array, length: int) -> jax.Array:
 
 def decays(log_decay: jax.Array) -> Decays:
     """Decays of a chunk from the logarithms of its gates, ``[..., C]``, finite and <= 0."""
-    sums = running_sums(log_decay)
+    return decays_of(running_sums(log_decay))
+
+
+def decays_of(sums: "Sums") -> Decays:
+    """Decays of a chunk from the `Sums` of its logarithms."""
     return Decays(pair_decays(sums), start_decays(sums), end_decays(sums))
 
 

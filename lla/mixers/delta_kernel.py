@@ -1,4 +1,4 @@
-"""The delta rule with the kernels for Hopper: when they serve, padding, and one custom_vjp.
+"""The delta rule by the kernels for Hopper, under one custom_vjp.
 
 The kernels are in `lla.kernels.mosaic_gpu.delta`.
 """
@@ -12,24 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from lla.compat import match_varying
-from lla.mixers import chunks
-from lla.ops import mosaic_gpu
+from lla.mixers import chunks, hopper
 
-_SIZE = 64  # tokens of a chunk, and coordinates of a head
-
-
-def serves(query: jax.Array, value: jax.Array) -> bool:
-    """Whether the kernels compute sequences like these on this machine.
-
-    They need a Hopper GPU, bfloat16, keys of at most 64 coordinates and a chunk of tokens. Values
-    of any width are cut into blocks of 64.
-    """
-    return (
-        value.dtype == jnp.bfloat16
-        and query.shape[1] >= _SIZE
-        and query.shape[-1] <= _SIZE
-        and mosaic_gpu.refuse_machine() is None
-    )
+_SIZE = hopper.SIZE
 
 
 def run(
@@ -50,31 +35,18 @@ def run(
       interpret: parameters of Pallas's GPU interpreter, or None to compile.
     """
     _, length, heads, dim = key.shape
-    value_dim = value.shape[-1]
-    blocks = -(-value_dim // _SIZE)
-
-    def tokens(array):
-        """The time padded with zeros, which leave the state as it is, and in blocks of values."""
-        pad = [(0, 0), (0, -length % _SIZE)] + [(0, 0)] * (array.ndim - 2)
-        return jnp.repeat(jnp.pad(array, pad), blocks, 2) if blocks > 1 else jnp.pad(array, pad)
-
-    def columns(array, size):
-        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, size - array.shape[-1])])
-
-    query, key = (columns(tokens(a.astype(jnp.bfloat16)), _SIZE) for a in (query, key))
-    value = columns(value.astype(jnp.bfloat16), blocks * _SIZE)
-    value = value.reshape(*value.shape[:2], heads * blocks, _SIZE)
-    value = jnp.pad(value, [(0, 0), (0, -length % _SIZE), (0, 0), (0, 0)])
-    batch = state.shape[0]
-    state = columns(jnp.pad(state, [(0, 0), (0, 0), (0, _SIZE - dim), (0, 0)]), blocks * _SIZE)
-    state = state.reshape(batch, heads, _SIZE, blocks, _SIZE)
-    state = jnp.moveaxis(state, 3, 2).reshape(batch, heads * blocks, _SIZE, _SIZE)
-    arrays = match_varying(state, query, key, value, tokens(beta), tokens(log_decay))
+    blocks = hopper.Blocks(length, heads, dim, value.shape[-1], _SIZE)
+    query, key, value = (array.astype(jnp.bfloat16) for array in (query, key, value))
+    arrays = match_varying(
+        blocks.states(state),
+        blocks.keys(query),
+        blocks.keys(key),
+        blocks.values(value),
+        blocks.tokens(beta),
+        blocks.tokens(log_decay),
+    )
     out, state = _run(interpret, *arrays)
-    out = out[:, :length].reshape(batch, length, heads, blocks * _SIZE)[..., :value_dim]
-    state = state.reshape(batch, heads, blocks, _SIZE, _SIZE)
-    state = jnp.moveaxis(state, 2, 3).reshape(batch, heads, _SIZE, blocks * _SIZE)
-    return out, state[:, :, :dim, :value_dim]
+    return blocks.restore_values(out), blocks.restore_states(state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -75,16 +75,16 @@ class GatedLinearAttention(parts.Recurrence):
         self.gate_temperature, self.form, self.chunk = gate_temperature, form, chunk
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        *sequences, dtype = self._sequences(x, parts.whole(self))
-        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk, dtype=dtype)
-        return self.out(self.norm(out, self.gate(x)))
+        sequences = self._sequences(x, parts.whole(self))
+        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+        return self._finish(x, out)
 
     def decode(
         self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
     ) -> tuple[jax.Array, parts.State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
         piece = parts.Piece(self, x, state.convolutions, new_lengths)
-        query, key, value, log_decay, dtype = self._sequences(piece.x, piece.project)
+        query, key, value, log_decay = self._sequences(piece.x, piece.project)
         out, memory = linear_recurrence(
             query,
             piece.keep(key),
@@ -94,22 +94,17 @@ class GatedLinearAttention(parts.Recurrence):
             form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
             return_state=True,
-            dtype=dtype,
         )
-        return self.out(self.norm(out, self.gate(piece.x))), state.advance(memory, piece)
+        return self._finish(piece.x, out), state.advance(memory, piece)
 
     def _sequences(self, x, apply):
-        """Arguments of `linear_recurrence`, and the dtype of the projections.
-
-        `apply` calls a projection by its name.
-        """
+        """Arguments of `linear_recurrence`; `apply` calls a projection by its name."""
         query, key, value = (apply(name, x) for name in ("query", "key", "value"))
         score = self.decay(x)
         log_decay = jax.nn.log_sigmoid(score.astype(compute_dtype(score.dtype)))
-        return (
-            query.astype(log_decay.dtype) * self.scale,
-            key,
-            value.astype(log_decay.dtype),
-            log_decay / self.gate_temperature,
-            key.dtype,
-        )
+        return query, key, value, log_decay / self.gate_temperature
+
+    def _finish(self, x, out):
+        """Scale, norm, gate and output projection of ``out [B, T, N, Hv]``, read by `x`."""
+        out = out.astype(compute_dtype(out.dtype)) * self.scale
+        return self.out(self.norm(out, self.gate(x)))

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lla.mixers import chunks
+from lla.mixers import chunks, hopper, linear_kernel
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -91,6 +91,9 @@ def linear_recurrence(
     state = chunks.start_state(state, (batch, heads, dim, value.shape[-1]), dtype)
     if log_decay is None:
         log_decay = jnp.zeros(key.shape[:3], dtype)
+    if form == "parallel" and log_decay.ndim == 4 and hopper.serve(key, value):
+        out, state = linear_kernel.run(state, query, key, value, log_decay.astype(dtype))
+        return (out, state) if return_state else out
     arrays = tuple(array.astype(dtype) for array in (query, key, value, log_decay))
     if form == "recurrent":
         compute = _recurrent

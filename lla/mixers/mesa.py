@@ -22,15 +22,17 @@ iterate.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lla.compat import match_varying
 from lla.kernels import spd
 from lla.mixers import chunks
 from lla.mixers.chunks import check_form
 from lla.mixers.delta_rule import check_sequences
+from lla.ops import mosaic_gpu
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -118,6 +120,8 @@ def mesa(
         out, state = _recurrent(state, *arrays, ridge=ridge, solve=solve)
     else:
         options = dict(chunk=min(chunk, length), einsum=chunks.products(value.dtype))
+        if isinstance(solve, _ConjugateGradients) and _kernels_serve(query, key, value, chunk):
+            options["kernel"] = _KernelOptions()
         out, state = _parallel(state, *arrays, ridge=ridge, solve=solve, **options)
     out = out.astype(value.dtype)
     return (out, state) if return_state else out
@@ -208,12 +212,16 @@ class _ConjugateGradients(NamedTuple):
         diagonal = jnp.diagonal(moment, axis1=-2, axis2=-1) + ridge
         return self(partial(_apply, moment, ridge), diagonal, right)
 
-    def __call__(self, apply, diagonal, right):
-        """Solves ``apply(x) = right``, one system for each row ``[..., H]``."""
+    def __call__(self, apply, diagonal, right, iterate=None):
+        """Solves ``apply(x) = right``, one system for each row ``[..., H]``.
+
+        ``iterate(right, inverse=...)`` may do so in place of the iterations below.
+        """
         inverse = jax.lax.stop_gradient(1 / diagonal)
-        return jax.lax.custom_linear_solve(
-            apply, right, partial(self._iterate, inverse=inverse), symmetric=True
-        )
+        run = partial(self._iterate, inverse=inverse)
+        if iterate is not None:
+            run = lambda _, right: iterate(right, inverse=inverse)  # noqa: E731
+        return jax.lax.custom_linear_solve(apply, right, run, symmetric=True)
 
     def _iterate(self, apply, right, *, inverse):
         def product(x, y):
@@ -258,7 +266,9 @@ def _recurrent(state, *arrays, ridge, solve):
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _parallel(state, query, key, value, beta, log_decay, *, ridge, solve, chunk, einsum):
+def _parallel(
+    state, query, key, value, beta, log_decay, *, ridge, solve, chunk, einsum, kernel=None
+):
     length, dim = query.shape[1], key.shape[-1]
     exact = isinstance(solve, _Exact)
     if exact:
@@ -267,7 +277,8 @@ def _parallel(state, query, key, value, beta, log_decay, *, ridge, solve, chunk,
     q, k, v, beta, log_decay = (
         chunks.split(array, chunk) for array in (query, key, value, beta, log_decay)
     )
-    decays = chunks.decays(log_decay)
+    sums = chunks.running_sums(log_decay)
+    decays = chunks.decays_of(sums)
     weighted = beta[..., None] * k
 
     # The states before every chunk, H and G side by side.
@@ -295,9 +306,56 @@ def _parallel(state, query, key, value, beta, log_decay, *, ridge, solve, chunk,
         diagonal = start * jnp.diagonal(moment, axis1=-2, axis2=-1)[..., None, :]
         diagonal = diagonal + einsum("...ij,...jh->...ih", pair, k * k)
         lam = ridge[None, None, :, None, :]
-        solution = solve(lambda x: attend(x, moment, k) + lam * x, diagonal + lam, q)
+        iterate = None
+        if kernel is not None:
+            chunk_gates = (beta, decays.start, sums)
+            iterate = partial(_iterate_in_kernel, solve, kernel, moment, k, chunk_gates, ridge)
+        solution = solve(lambda x: attend(x, moment, k) + lam * x, diagonal + lam, q, iterate)
     out = chunks.merge(attend(solution, target, v), length)
     return out, MesaState(joined[..., :dim], joined[..., dim:])
+
+
+class _KernelOptions(NamedTuple):
+    """Of the solves by kernels: parameters of Pallas's GPU interpreter, or None to compile."""
+
+    interpret: Any = None
+
+
+def _kernels_serve(query, key, value, chunk: int) -> bool:
+    """Whether the kernels for Hopper solve for sequences like these on this machine."""
+    size = 64
+    return (
+        query.dtype == key.dtype == value.dtype == jnp.bfloat16
+        and key.shape[-1] == size
+        and key.shape[1] >= size
+        and chunk == size
+        and mosaic_gpu.refuse_machine() is None
+    )
+
+
+def _iterate_in_kernel(solve, kernel, moment, k, gates, ridge, right, *, inverse):
+    """x of all chunks ``[M, B, N, C, H]`` by `lla.kernels.mosaic_gpu.mesa`."""
+    from lla.kernels.mosaic_gpu import mesa as kernels
+
+    beta, start, sums = gates
+    flat = partial(jax.lax.collapse, start_dimension=0, stop_dimension=3)
+    arrays = (moment, k.astype(jnp.bfloat16), beta, sums, start)
+    arrays = match_varying(*jax.tree.leaves((*arrays, ridge, inverse, right)))
+    moment, k, beta, *parts, start, ridge, inverse, right = arrays
+    found = kernels.solve(
+        flat(moment),
+        flat(k),
+        flat(beta),
+        tuple(flat(part) for part in parts),
+        flat(start),
+        ridge,
+        flat(inverse),
+        flat(right),
+        max_iters=solve.max_iters,
+        tol=solve.tol,
+        interpret=kernel.interpret,
+    )
+    return found.reshape(right.shape)
 
 
 def _solve_exactly(moment, query, key, beta, log_decay, ridge, solve):

@@ -1,0 +1,319 @@
+"""Linear attention with a decay for every coordinate of the key, on Hopper.
+
+One warpgroup walks over the chunks of 64 tokens of one head; the state, transposed, stays in its
+registers in float32. See `lla.mixers.linear_recurrence` for the formulas.
+
+The decay between the tokens j < i of a chunk must not be split into factors above 1. The highest
+bit in which i and j differ says between which two halves of a block they lie, of 1, 2, 4, ..., 32
+tokens each, and the decay is that from j to the end of its half times that from the start of the
+other half to i. So each of six levels scales every token once (the rows of a later half as queries,
+those of an earlier one as keys) and has one product of the result with itself, of which the blocks
+below the diagonal blocks of that level count. All exponents are sums of logarithms, taken as
+products with matrices of zeros and ones and two 16-bit parts of the logarithms: no differences.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lla.kernels.mosaic_gpu.delta import (
+    CHUNK,
+    SQUARE,
+    Square,
+    Transposed,
+    program_place,
+    store_parts,
+)
+from lla.kernels.mosaic_gpu.launch import Config, launch
+from lla.kernels.mosaic_gpu.tile import LOG2E, Arithmetic, narrow_transforms
+
+_DTYPE = jnp.bfloat16
+_LEVELS = (1, 2, 4, 8, 16, 32)
+
+
+def _tile(*sizes: int):
+    """Scratch type of a 16-bit matrix; all have the layout of that with the fewest columns."""
+    *shape, narrowest = sizes
+    return plgpu.SMEM(tuple(shape), _DTYPE, transforms=narrow_transforms(narrowest))
+
+
+class _Chunk:
+    """The gates of a chunk: decays ``[64, H]`` from products with the logarithms in `tiles`."""
+
+    def __init__(self, square: Square, dim: int, tiles):
+        self.square, self.shape, self.tiles = square, (CHUNK, dim), tiles
+        self.row, self.column = square.index(0), square.index(1)
+
+    def read(self, ref):
+        store_parts(self.square.load_wide(ref), self.tiles)
+        plgpu.commit_smem()
+
+    def decay(self, which):
+        """Of every row: the logarithms of the columns for which `which` holds."""
+        which = jnp.where(which, 1.0, 0.0).astype(_DTYPE)
+        (sums,) = self.square.multiply([(which, tile) for tile in self.tiles], shape=self.shape)
+        return jnp.exp2(sums * LOG2E)
+
+    def start(self):
+        return self.decay(self.column <= self.row)
+
+    def end(self):
+        return self.decay(self.column > self.row)
+
+    def total(self):
+        return self.decay(self.column >= 0)
+
+    def later(self, size: int, shape):
+        """Whether a row is in a later half of blocks of `size`."""
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+        return (row & size) != 0
+
+    def level(self, size: int):
+        """The decays of queries from the start of their half, and of keys to the end of theirs."""
+        row, column = self.row, self.column
+        passed = jnp.where((row & size) != 0, row - column, column - row - 1)
+        return self.decay(((row ^ column) < size) & (passed >= 0))
+
+    def below(self, size: int):
+        different = self.row ^ self.column
+        return (self.row > self.column) & (different >= size) & (different < 2 * size)
+
+    def above(self, size: int):
+        different = self.row ^ self.column
+        return (self.row < self.column) & (different >= size) & (different < 2 * size)
+
+
+def _operands(query, key, value, log_decay, **others):
+    return {"query": query, "key": key, "value": value, "log_decay": log_decay, **others}
+
+
+@functools.partial(jax.jit, static_argnames=("save", "interpret"))
+def forward(query, key, value, log_decay, state, *, save: bool, interpret: Any = None):
+    """Outputs ``[B, T, N, 64]``, the last state, and with `save` those before every chunk.
+
+    Args:
+      query, key: bfloat16 ``[B, T, N, H]``, T a multiple of 64, H 32 or 64.
+      value: bfloat16 ``[B, T, N, 64]``.
+      log_decay: float32 ``[B, T, N, H]``.
+      state: float32 ``[B, N, 64, H]``: transposed, as the last one.
+    """
+    b, t, n, dim = key.shape
+    count = t // CHUNK
+    outputs = {
+        "out": jax.ShapeDtypeStruct(value.shape, _DTYPE),
+        "state": jax.ShapeDtypeStruct(state.shape, jnp.float32),
+    }
+    if save:
+        outputs["states"] = jax.ShapeDtypeStruct((b, n, count, CHUNK, dim), _DTYPE)
+    scratch = {
+        "inputs": [_tile(2, CHUNK, dim, dim), _tile(2, CHUNK, dim, dim), _tile(2, *SQUARE, dim)],
+        "logs": [_tile(CHUNK, dim, dim) for _ in range(2)],
+        "work": [_tile(CHUNK, dim, dim) for _ in range(2)],
+        "state": _tile(CHUNK, dim, dim),
+        "out": _tile(*SQUARE, dim),
+        "loaded": plgpu.Barrier(num_arrivals=3, num_barriers=2),
+    }
+    square = Square(Arithmetic(interpret is not None))
+    found = launch(
+        functools.partial(_forward_body, square, n, count, dim, save), outputs, scratch,
+        _operands(query, key, value, log_decay, state=state), programs=b * n, config=Config(),
+        interpret=interpret, threads=1,
+    )  # fmt: skip
+    return found["out"], found["state"], found.get("states")
+
+
+def _forward_body(square: Square, heads: int, count: int, dim: int, save, given, out, scratch):
+    b, h = program_place(heads)
+    shape = (CHUNK, dim)
+
+    def fetch(c, slot):
+        where = (b, pl.ds(c * CHUNK, CHUNK), h)
+        for name, target in zip(("query", "key", "value"), scratch["inputs"], strict=True):
+            barrier = scratch["loaded"].at[slot]
+            plgpu.copy_gmem_to_smem(given[name].at[where], target.at[slot], barrier)
+
+    def advance(c, state):
+        slot = lax.rem(c, jnp.int32(2))
+        tokens = pl.ds(c * CHUNK, CHUNK)
+        scratch["state"][...] = state.astype(_DTYPE)
+        gates = _Chunk(square, dim, scratch["logs"])
+        gates.read(given["log_decay"].at[b, tokens, h])
+        if save:
+            plgpu.copy_smem_to_gmem(scratch["state"], out["states"].at[b, h, c])
+        plgpu.barrier_wait(scratch["loaded"].at[slot])
+        pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
+        query, key, value = (target.at[slot] for target in scratch["inputs"])
+        wide_query, wide_key = square.load(query), square.load(key)
+
+        (weights,) = square.multiply([(query, Transposed(key))])
+        weights = jnp.where(gates.row == gates.column, weights, 0.0)
+        for size in _LEVELS:
+            scaled = jnp.where(gates.later(size, shape), wide_query, wide_key) * gates.level(size)
+            scaled = scaled.astype(_DTYPE)
+            tile = scratch["work"][size.bit_length() % 2]
+            tile[...] = scaled
+            plgpu.commit_smem()
+            (products,) = square.multiply([(scaled, Transposed(tile))])
+            weights = weights + jnp.where(gates.below(size), products, 0.0)
+
+        incoming = (wide_query * gates.start()).astype(_DTYPE)
+        (result,) = square.multiply(
+            [(incoming, Transposed(scratch["state"])), (weights.astype(_DTYPE), value)]
+        )
+        scratch["out"][...] = result.astype(_DTYPE)
+        tile = scratch["work"][0]
+        tile[...] = (wide_key * gates.end()).astype(_DTYPE)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch["out"], out["out"].at[b, tokens, h])
+        (state,) = square.multiply([(Transposed(value), tile)], start=(gates.total() * state,))
+        plgpu.wait_smem_to_gmem(0)
+        return state
+
+    fetch(0, 0)
+    state = square.load_wide(given["state"].at[b, h])
+    state = lax.fori_loop(0, count, advance, state)
+    out["state"].at[b, h][...] = state
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def backward(query, key, value, log_decay, states, d_out, d_state, *, interpret: Any = None):
+    """Cotangents by name: "query", "key", "value", "log_decay" and "state"."""
+    b, t, n, dim = key.shape
+    outputs = {
+        "query": jax.ShapeDtypeStruct(key.shape, _DTYPE),
+        "key": jax.ShapeDtypeStruct(key.shape, _DTYPE),
+        "value": jax.ShapeDtypeStruct(value.shape, _DTYPE),
+        "log_decay": jax.ShapeDtypeStruct(key.shape, jnp.float32),
+        "state": jax.ShapeDtypeStruct(d_state.shape, jnp.float32),
+    }
+    rows, whole = (CHUNK, dim, dim), (*SQUARE, dim)
+    scratch = {
+        "inputs": [_tile(*size) for size in (rows, rows, whole, whole, rows)],
+        "logs": [_tile(*rows) for _ in range(2)],
+        "work": [_tile(*rows) for _ in range(2)],
+        "results": [_tile(*rows) for _ in range(2)],
+        "d_state": _tile(*rows),
+        "d_value": _tile(*whole),
+        "loaded": plgpu.Barrier(num_arrivals=5),
+    }
+    square = Square(Arithmetic(interpret is not None))
+    return launch(
+        functools.partial(_backward_body, square, n, t // CHUNK, dim), outputs, scratch,
+        _operands(query, key, value, log_decay, states=states, d_out=d_out, d_state=d_state),
+        programs=b * n, config=Config(), interpret=interpret, threads=1,
+    )  # fmt: skip
+
+
+def _backward_body(square: Square, heads: int, count: int, dim: int, given, out, scratch):
+    b, h = program_place(heads)
+    shape = (CHUNK, dim)
+    query, key, value, d_out, state = scratch["inputs"]
+
+    def fetch(c):
+        tokens = (b, pl.ds(c * CHUNK, CHUNK), h)
+        sources = [given[name].at[tokens] for name in ("query", "key", "value", "d_out")]
+        sources.append(given["states"].at[b, h, c])
+        for source, target in zip(sources, scratch["inputs"], strict=True):
+            plgpu.copy_gmem_to_smem(source, target, scratch["loaded"])
+
+    def advance(i, d_state):
+        c = count - 1 - i
+        tokens = pl.ds(c * CHUNK, CHUNK)
+        scratch["d_state"][...] = d_state.astype(_DTYPE)
+        gates = _Chunk(square, dim, scratch["logs"])
+        gates.read(given["log_decay"].at[b, tokens, h])
+        plgpu.barrier_wait(scratch["loaded"])
+        row, column = gates.row, gates.column
+
+        def choose(size):
+            """Rows of queries or keys, by the half that they are in."""
+            later = gates.later(size, shape)
+            return later, jnp.where(later, square.load(query), square.load(key))
+
+        turned, d_weights, d_turned = square.multiply(
+            [(key, Transposed(query))], [(d_out, Transposed(value))], [(value, Transposed(d_out))]
+        )
+        turned = jnp.where(row == column, turned, 0.0)
+        on_diagonal = jnp.where(row == column, d_weights, 0.0).sum(axis=1)
+        d_query = square.load(key) * 0.0
+        d_key = d_query
+        for size in _LEVELS:
+            later, rows = choose(size)
+            decay = gates.level(size)
+            scaled = (rows * decay).astype(_DTYPE)
+            tile = scratch["work"][size.bit_length() % 2]
+            tile[...] = scaled
+            plgpu.commit_smem()
+            above = gates.above(size)
+            both = jnp.where(gates.below(size), d_weights, jnp.where(above, d_turned, 0.0))
+            (products,) = square.multiply([(scaled, Transposed(tile))])
+            turned = turned + jnp.where(above, products, 0.0)
+            (d_rows,) = square.multiply([(both.astype(_DTYPE), tile)], shape=shape)
+            d_rows = d_rows * decay
+            d_query = d_query + jnp.where(later, d_rows, 0.0)
+            d_key = d_key + jnp.where(later, 0.0, d_rows)
+        # What acts through the logarithms up to a token, and through those behind it.
+        onward = d_query * square.load(query) - d_key * square.load(key)
+        on_diagonal = lax.broadcast_in_dim(on_diagonal, shape, [0])
+        d_query = d_query + on_diagonal * square.load(key)
+        d_key = d_key + on_diagonal * square.load(query)
+
+        start = gates.start()
+        (incoming,) = square.multiply([(d_out, state)], shape=shape)
+        incoming = incoming * start
+        d_query = d_query + incoming
+        scratch["results"][0][...] = d_query.astype(_DTYPE)
+        onward = onward + incoming * square.load(query)
+        scratch["work"][0][...] = (square.load(query) * start).astype(_DTYPE)
+
+        end = gates.end()
+        (outgoing,) = square.multiply([(value, scratch["d_state"])], shape=shape)
+        outgoing = outgoing * end
+        d_key = d_key + outgoing
+        scratch["results"][1][...] = d_key.astype(_DTYPE)
+        leaving = outgoing * square.load(key)
+        outgoing = (square.load(key) * end).astype(_DTYPE)
+        plgpu.commit_smem()
+        (d_value,) = square.multiply(
+            [(turned.astype(_DTYPE), d_out), (outgoing, Transposed(scratch["d_state"]))]
+        )
+        scratch["d_value"][...] = d_value.astype(_DTYPE)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch["results"][0], out["query"].at[b, tokens, h])
+        plgpu.copy_smem_to_gmem(scratch["results"][1], out["key"].at[b, tokens, h])
+        plgpu.copy_smem_to_gmem(scratch["d_value"], out["value"].at[b, tokens, h])
+
+        total = gates.total()
+        through = total * d_state * square.load(state)
+        (new,) = square.multiply(
+            [(Transposed(d_out), scratch["work"][0])], start=(total * d_state,)
+        )
+
+        # Sums of `onward` from a token on, of `leaving` before it, and of `through` over the rows.
+        def sums(which, matrix, so_far):
+            store_parts(matrix, scratch["logs"])
+            plgpu.commit_smem()
+            which = jnp.where(which, 1.0, 0.0).astype(_DTYPE)
+            pairs = [(which, tile) for tile in scratch["logs"]]
+            return square.multiply(pairs, start=(so_far,))[0]
+
+        d_log = sums(column >= row, onward, onward * 0.0)
+        d_log = sums(column < row, leaving, d_log)
+        d_log = sums(column >= 0, through, d_log)
+        out["log_decay"].at[b, tokens, h][...] = d_log
+        plgpu.commit_smem()
+        pl.when(c > 0)(lambda: fetch(c - 1))  # everything of this chunk has been read
+        plgpu.wait_smem_to_gmem(0)
+        return new
+
+    fetch(count - 1)
+    d_state = square.load_wide(given["d_state"].at[b, h])
+    d_state = lax.fori_loop(0, count, advance, d_state)
+    out["state"].at[b, h][...] = d_state

@@ -1,0 +1,89 @@
+"""What recurrences with kernels for Hopper share: when these serve, and the shapes they want."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lla.ops import mosaic_gpu
+
+SIZE = 64
+"""Tokens of a chunk, and coordinates of a block of values."""
+
+
+def serve(key: jax.Array, value: jax.Array) -> bool:
+    """Whether there are kernels for sequences like these on this machine.
+
+    They need a Hopper GPU, bfloat16, keys of at most 64 coordinates and a chunk of tokens.
+    """
+    return (
+        value.dtype == jnp.bfloat16
+        and key.shape[1] >= SIZE
+        and key.shape[-1] <= SIZE
+        and mosaic_gpu.refuse_machine() is None
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sequences padded to whole chunks, and heads cut into blocks of 64 coordinates of the value.
+
+    Every block is a head of its own for the kernels, with the keys of the head. What is added is
+    zero: tokens that leave the state as it is, and coordinates.
+
+    Attributes:
+      length, heads: of the sequences.
+      dim, value_dim: coordinates of keys and of values.
+      key_dim: those of keys for the kernels, at least `dim`.
+    """
+
+    length: int
+    heads: int
+    dim: int
+    value_dim: int
+    key_dim: int
+
+    @property
+    def count(self) -> int:
+        """Blocks of a head."""
+        return -(-self.value_dim // SIZE)
+
+    def tokens(self, array: jax.Array) -> jax.Array:
+        """``[B, T, N, ...] -> [B, T', N', ...]``."""
+        array = _pad(array, 1, -self.length % SIZE)
+        return jnp.repeat(array, self.count, 2) if self.count > 1 else array
+
+    def keys(self, array: jax.Array) -> jax.Array:
+        """``[B, T, N, H] -> [B, T', N', H']``."""
+        return _pad(self.tokens(array), -1, self.key_dim - self.dim)
+
+    def values(self, array: jax.Array) -> jax.Array:
+        """``[B, T, N, Hv] -> [B, T', N', 64]``."""
+        array = _pad(_pad(array, 1, -self.length % SIZE), -1, -self.value_dim % SIZE)
+        return array.reshape(*array.shape[:2], -1, SIZE)
+
+    def states(self, array: jax.Array) -> jax.Array:
+        """``[B, N, H, Hv] -> [B, N', H', 64]``."""
+        array = _pad(_pad(array, -2, self.key_dim - self.dim), -1, -self.value_dim % SIZE)
+        array = array.reshape(-1, self.heads, self.key_dim, self.count, SIZE)
+        return jnp.moveaxis(array, 3, 2).reshape(-1, self.heads * self.count, self.key_dim, SIZE)
+
+    def restore_values(self, array: jax.Array) -> jax.Array:
+        """The inverse of `values`."""
+        array = array[:, : self.length].reshape(-1, self.length, self.heads, self.count * SIZE)
+        return array[..., : self.value_dim]
+
+    def restore_states(self, array: jax.Array) -> jax.Array:
+        """The inverse of `states`."""
+        array = array.reshape(-1, self.heads, self.count, self.key_dim, SIZE)
+        array = jnp.moveaxis(array, 2, 3)
+        array = array.reshape(-1, self.heads, self.key_dim, self.count * SIZE)
+        return array[:, :, : self.dim, : self.value_dim]
+
+
+def _pad(array: jax.Array, axis: int, count: int) -> jax.Array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, count)
+    return jnp.pad(array, widths) if count else array
