@@ -18,6 +18,7 @@ from lla.ops import mosaic_gpu
 from lla.ops.masks import Mask
 from lla.ops.options import Solver, Stats
 from lla.ops.problem import Member, Problem, resolve_solver
+from lla.ops.shield import shield
 
 _HEAD_DIMS = (64, 128)
 _BLOCK = 64  # keys of a tile
@@ -161,8 +162,8 @@ def _problem(static: _Static, floats: _Floats, places: _Places) -> Problem:
 
 def _forward(static: _Static, floats: _Floats, places: _Places):
     def whole(floats):
-        problem = _problem(static, floats, places)
-        return mosaic_gpu.mosaic_gpu(problem, interpret=static.interpret)[0]
+        problem, restore = shield(_problem(static, floats, places))
+        return restore(*mosaic_gpu.mosaic_gpu(problem, interpret=static.interpret))[0]
 
     return _attend(static, floats, places), jax.vjp(whole, floats)[1]
 
