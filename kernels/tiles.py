@@ -157,8 +157,8 @@ def segment_origin(k, valid, bounded: bool = False):
     Args:
       k, valid: as above.
       bounded: whether other rows may not see what the first one sees. Large coordinates are then
-        left out: a shift by 256 costs a float32 key of size 1 an error of 1.5e-5, and what is hidden
-        must not cost more.
+        left out: a shift by 256 costs a float32 key of size 1 an error of 1.5e-5, and what is
+        hidden must not cost more.
     """
     seen = valid[..., :1, :].astype(k.dtype)
     count = jnp.maximum(seen.sum(-1, keepdims=True), 1)

@@ -48,7 +48,6 @@ from lla.kernels.mosaic_gpu.tile import (
     row_dot,
 )
 
-
 LARGEST_ORIGIN = 1e4
 """Scores are not taken relative to one beyond this, whose rounding errors reach 1e-3."""
 

@@ -1,7 +1,7 @@
 """Derivatives beyond the first: what JAX differentiates in the place of a hand-written gradient.
 
 The blockwise form written out, with its solve as `jax.lax.custom_linear_solve`: JAX then applies
-the implicit function theorem to it, in forward and reverse mode, as often as asked. Every derivative
+the implicit function theorem to it, in forward and reverse mode, as often as asked. A derivative
 is as exact as the solves, which stop at the smaller of the two tolerances.
 """
 
@@ -63,8 +63,8 @@ def refuse_derivative(function, name: str):
 
     def refuse(static, *arguments):
         raise NotImplementedError(
-            f"implementation={name!r} has first derivatives in reverse mode alone: for further ones "
-            "take implementation='xla', or 'reference', which is exact."
+            f"implementation={name!r} has first derivatives in reverse mode alone: for further "
+            "ones take implementation='xla', or 'reference', which is exact."
         )
 
     return with_derivative(function, refuse)

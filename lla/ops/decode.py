@@ -150,7 +150,9 @@ def _decode(member, query, key, value, cache, new_lengths, implementation, retur
         key_value_seq_lengths=jnp.minimum(grown.lengths, grown.max_length), **options,
     )  # fmt: skip
     if new_lengths is not None:
-        problem = _without_padding(problem, token_counts(new_lengths, before.shape, query.shape[-3]))
+        problem = _without_padding(
+            problem, token_counts(new_lengths, before.shape, query.shape[-3])
+        )
     out, stats = _attend_cached(problem, implementation, return_stats)
 
     length = query.shape[-3]

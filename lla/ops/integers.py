@@ -36,7 +36,7 @@ def saturated(array, name: str, low: int, high: int) -> jax.Array:
     if not isinstance(array, jax.Array):
         # NumPy refuses bounds that the dtype of an array cannot hold.
         wide = array.astype(object if array.dtype in (object, np.uint64) else np.int64)
-        return jnp.asarray(np.clip(wide, low, high).astype(np.int32))
+        return jnp.asarray(np.asarray(np.clip(wide, low, high)).astype(np.int32))
     info = jnp.iinfo(array.dtype)
     # Bounds that the dtype cannot hold bound nothing.
     lower, upper = (max(low, int(info.min)), min(high, int(info.max)))
@@ -71,8 +71,8 @@ def labels(arrays: Sequence, names: Sequence[str]) -> list[jax.Array]:
             return [jnp.asarray(array).astype(jnp.int32) for array in arrays]
     if not jax.config.jax_enable_x64:
         raise ValueError(
-            f"{names[0]} and {names[1]} hold numbers of different signs or beyond 32 bits, at least "
-            "one of them in a JAX array: give both as int32, or both as NumPy arrays."
+            f"{names[0]} and {names[1]} hold numbers of different signs or beyond 32 bits, at "
+            "least one of them in a JAX array: give both as int32, or both as NumPy arrays."
         )
     wide = [jnp.asarray(array).astype(jnp.int64) for array in arrays]
     ordered = jnp.sort(jnp.concatenate([array.reshape(-1) for array in wide]))

@@ -152,6 +152,7 @@ def _rows_that_see(mask: Mask, flags: jax.Array, t: int, g: int) -> jax.Array:
     b, s, k = flags.shape
     shape = (b, t, k, g)
     if mask.query_segments is not None or mask.dense is not None:
+
         def look(first, rows):
             valid = rows_mask(mask, b, first, rows, s)  # [B, K | 1, G | 1, R, S]
             hit = valid & jnp.swapaxes(flags, 1, 2)[:, :, None, None]
