@@ -48,6 +48,9 @@ from lla.kernels.mosaic_gpu.tile import (
     row_dot,
 )
 
+LARGEST_ORIGIN = 1e4
+"""Scores are not taken relative to one beyond this, whose rounding errors reach 1e-3."""
+
 
 class Attended(NamedTuple):
     """Output ``[B, T, N, D]``; rows ``[B, N, T]`` float32, None where they were given.
@@ -244,6 +247,9 @@ class _AttendRows(QueryRows):
         origin = row_dot(
             arithmetic.load(probe).astype(jnp.float32), by_column(some_key, self.matrix)
         )
+        if self.env.mask.window is not None or self.env.mask.segments:
+            # Some rows may not see that key, and a large number would cost them their digits.
+            origin = jnp.where(jnp.abs(origin) < LARGEST_ORIGIN, origin, 0.0)
 
         def step(j, carry, masked):
             t, largest, total, along_total, sums = carry

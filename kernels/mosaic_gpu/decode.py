@@ -274,6 +274,40 @@ def stream(cache: Cache, given, share: Share, ring: Ring, even: bool = False) ->
     ring.drain(lax.fori_loop(0, count, fill, 0))
 
 
+def counting(cache: Cache, share: Share, t, shape, axis: int, layout):
+    """Bool `shape`: which keys of the tile t of a share, along `axis`, count."""
+    first, last = counted(share, t)
+    position = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+    position = position + tile_start(cache, share.begin + t)
+    return (position >= first) & (position < last)
+
+
+def counted(share: Share, t):
+    """The first key that counts in the tile t of a share, and the one after the last."""
+    first = jnp.maximum(share.low, (share.begin + t) * BLOCK)
+    return first, jnp.minimum(share.high, share.end * BLOCK)
+
+
+def clear_hidden(cache: Cache, share: Share, arithmetic: Arithmetic, ring: Ring, t, slot) -> None:
+    """Zeros for the keys and values of a tile that do not count.
+
+    Their weights are zero, but products with what a cache holds behind its end may be NaN. Only
+    the first and the last tile have any. Done by one warpgroup, before any other reads the tile.
+    """
+    first, last = counted(share, t)
+    start = tile_start(cache, share.begin + t)
+
+    @pl.when((start < first) | (start + BLOCK > last))
+    def _():
+        valid = counting(cache, share, t, SQUARE, 0, MATRIX)
+        for tile in ring.tiles:
+            for c in range(cache.blocks):
+                ref = tile.at[slot, :, pl.ds(c * BLOCK, BLOCK)]
+                block = arithmetic.load(ref).astype(jnp.float32)
+                ref[...] = jnp.where(valid, block, 0.0).astype(cache.dtype)
+        plgpu.commit_smem()
+
+
 class Scores(NamedTuple):
     """Of a tile, for each key: the logit in base 2, whether it counts, and t (see `Sums`)."""
 
@@ -349,6 +383,9 @@ class Reader:
     def values(self, slot, c: int):
         return self.block(1, slot, c)
 
+    def clear_hidden(self, t, slot) -> None:
+        clear_hidden(self.cache, self.share, self.arithmetic, self.ring, t, slot)
+
     def block(self, tile: int, slot, c: int):
         ref = self.ring.tiles[tile].at[slot, :, pl.ds(c * BLOCK, BLOCK)]
         return self.arithmetic.load(ref).astype(jnp.float32)
@@ -368,12 +405,7 @@ class Reader:
             along = (products - logits).sum(axis=1) / copies - self.level
         scale = entry(self.given["scale"], self.share.b, self.share.head) * (LOG2E / copies)
         logits = logits.sum(axis=1) * scale
-        share, j = self.share, self.share.begin + t
-        position = plgpu.broadcasted_iota(jnp.int32, (ROW_BLOCK,), 0, layout=ROWS)
-        position = position + tile_start(self.cache, j)
-        first = jnp.maximum(share.low, j * BLOCK)
-        last = jnp.minimum(share.high, share.end * BLOCK)
-        valid = (position >= first) & (position < last)
+        valid = counting(self.cache, self.share, t, (ROW_BLOCK,), 0, ROWS)
         logits = jnp.where(valid, logits, LOWEST)
         return Scores(logits, valid, along)
 

@@ -22,13 +22,14 @@ from lla.kernels.mosaic_gpu.decode import (
     Cache,
     Share,
     Sums,
+    clear_hidden,
+    counting,
     entry,
     heads_together,
     make_ring,
     ring_scratch,
     row_names,
     stream,
-    tile_start,
 )
 from lla.kernels.mosaic_gpu.launch import Config, Ring, set_registers
 from lla.kernels.mosaic_gpu.tile import (
@@ -199,11 +200,13 @@ class _Rows:
     def add_tile(self, i, sums):
         t = TURNS * i + self.w
         slot = self.ring.wait(t)
+        clear_hidden(self.cache, self.share, self.arithmetic, self.ring, t, slot)
         keys, values = (tile.at[slot] for tile in self.ring.tiles)
         logits, *along = self.arithmetic.products(
             BLOCK, *[[(tile, keys)] for tile in self.scratch["heads"]]
         )
-        logits = jnp.where(self.valid(t), logits * _by_row(self.scale, SQUARE), LOWEST)
+        valid = counting(self.cache, self.share, t, SQUARE, 1, MATRIX)
+        logits = jnp.where(valid, logits * _by_row(self.scale, SQUARE), LOWEST)
         largest = jnp.maximum(sums["largest"], logits.max(axis=1))
         shrink = jnp.exp2(sums["largest"] - largest)
         weights = jnp.exp2(logits - _by_row(largest, SQUARE))
@@ -221,14 +224,6 @@ class _Rows:
             (new[name],) = self.arithmetic.accumulate([total], pairs)
         self.ring.release(slot)
         return new
-
-    def valid(self, t):
-        """Which keys of tile t count, ``[64, 64]``."""
-        share, j = self.share, self.share.begin + t
-        position = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=MATRIX)
-        position = position + tile_start(self.cache, j)
-        first = jnp.maximum(share.low, j * BLOCK)
-        return (position >= first) & (position < share.high)
 
     def numbers(self, sums) -> dict:
         return {name: sums[name] for name in ("largest", "total", "along") if name in sums}

@@ -127,6 +127,8 @@ class _Weigher(_PairReader):
     def add_pair(self, pair, sums):
         times = [_PAIR * pair + i for i in range(_PAIR)]
         slots = [self.ring.wait(t) for t in times]
+        for t, slot in zip(times, slots, strict=True):
+            self.clear_hidden(t, slot)
         tiles = [self.score(t, slot) for t, slot in zip(times, slots, strict=True)]
         largest, shrink_rows, weights = self.weigh(sums["largest"], *tiles)
         shrink, spread = by_row(shrink_rows, SQUARE), [by_row(w, SQUARE) for w in weights]

@@ -104,6 +104,7 @@ class _Turns(Reader):
     def add_tile(self, i, sums):
         t = TURNS * i + self.w
         slot = self.ring.wait(t)
+        self.clear_hidden(t, slot)
         tile = self.score(t, slot)
         largest, shrink_rows, (weights,) = self.weigh(sums["largest"], tile)
         shrink = by_row(shrink_rows, SQUARE)

@@ -19,6 +19,8 @@ from lla.kernels.mosaic_tpu.tile import MaskSpec, SequenceMask
 
 LANES = 128
 SUBLANES = 8  # of float32
+# A shift by this costs a float32 number of size 1 an error of 1.5e-5.
+LARGEST_ORIGIN = 256.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +233,10 @@ class RowTile:
             first_keys = pl.ds(pl.multiple_of(start * shape.blocks.keys, SUBLANES), SUBLANES)
             pltpu.sync_copy(given["key"].at[self.head, first_keys], memory["origin"])
             self.origin = memory["origin"][:1]
+            if mask.window is not None or mask.segments:
+                # Some rows may not see that key: see `lla.kernels.tiles.segment_origin`.
+                small = jnp.abs(self.origin) <= LARGEST_ORIGIN
+                self.origin = jnp.where(small, self.origin, 0.0)
 
     def centred(self):
         """``query - origin`` in float32, what a regression around the query is about."""

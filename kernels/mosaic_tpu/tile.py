@@ -154,6 +154,8 @@ def row_tiles(
         left, right = spec.window
         low, high = jnp.maximum(low, begin - right), jnp.minimum(high, end + left)
     high = jnp.where(first < sequence.length, high, 0)
+    # Positions far outside would overflow as numbers of rows.
+    low, high = (jnp.clip(n, 0, queries) for n in (low, high))
     return _tiles(low * group, high * group, size)
 
 

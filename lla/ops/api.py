@@ -34,8 +34,15 @@ def local_linear_attention(
     ``sum_j p_ij |v_j - b - W (k_j - q_i)|^2 + ridge_i |W|^2``, and returns ``b``. A large ridge
     gives softmax attention, a small scale ridge regression.
 
-    Works under `jit`, `vmap`, `grad`, `checkpoint`, `scan` and `shard_map`. Forward mode and
-    second derivatives need ``implementation="reference"``.
+    Works under `jit`, `vmap`, `grad`, `checkpoint`, `scan` and `shard_map`. Derivatives beyond the
+    first need ``implementation="xla"``, where they are as exact as the solver's tolerances, or
+    ``"reference"``; forward mode of the function itself needs ``"reference"``.
+
+    **What is hidden is not read.** What a query cannot see, by any mask, has no influence on its
+    output or gradients, whatever it holds: NaN, infinity, huge numbers. A query that sees a key or
+    value that is not finite is NaN, and so are its gradients and those of what it sees; where the
+    mask is causal and nothing else, kernels may return NaN for the gradients of all keys then. A
+    query that sees nothing is zero and adds nothing to any gradient, whatever it holds itself.
 
     Args:
       query: ``[*B, T, N, H]``, float32, bfloat16, float16 (float64 where x64 is enabled). Any
@@ -51,12 +58,14 @@ def local_linear_attention(
         array broadcastable to ``[*B, T, N]``, differentiable.
       is_causal: query ``i`` sees key ``j`` only if ``j <= i + query_offset``.
       query_offset: position of query 0 among the keys, an int or int array broadcastable to
-        ``[*B]``; None means 0, as in `jax.nn.dot_product_attention`.
-      key_value_seq_lengths: int, broadcastable to ``[*B]``: keys at or beyond it do not exist.
+        ``[*B]``; None means 0, as in `jax.nn.dot_product_attention`. Beyond 2**29 in size it counts
+        as that, and with a window it is an error where it is known.
+      key_value_seq_lengths: int, broadcastable to ``[*B]``: keys at or beyond it do not exist. Any
+        number above S means S, any below 0 means 0.
       segment_ids: pair of int arrays (query ``[*B, T]``, key ``[*B, S]``): attention only within
-        equal ids, for packed sequences.
-      local_window_size: an int or ``(left, right)``: a query at position ``i`` sees keys
-        ``i - left <= j <= i + right``.
+        equal ids, for packed sequences. Any integers.
+      local_window_size: an int or ``(left, right)``, of any size: a query at position ``i`` sees
+        keys ``i - left <= j <= i + right``.
       mask: bool, broadcastable to ``[*B, N, T, S]``, True where attention is allowed.
       solver: how the systems are solved, an `lla.Solver`; None means ``lla.Solver()``.
       implementation: None (the best one for the platform), ``"reference"`` (exact, dense),

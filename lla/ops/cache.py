@@ -28,8 +28,8 @@ class KVCache:
     to, and `lla.decode_step` returns NaN for them from that step on.
 
     Attributes:
-      key: ``[*B, max_length, K, H]``; what lies at or beyond `lengths` has no influence, but has to
-        be finite.
+      key: ``[*B, max_length, K, H]``; what lies at or beyond `lengths` has no influence, whatever
+        it is.
       value: ``[*B, max_length, K, Hv]``, the dtype of `key`.
       lengths: int32 ``[*B]``, tokens so far.
     """

@@ -16,6 +16,7 @@ from lla.ops.masks import Mask, dense_mask
 from lla.ops.options import Solver, Stats
 from lla.ops.plan import largest_divisor
 from lla.ops.problem import Problem, make_problem
+from lla.ops.shield import nan_where
 
 # Bytes of cached keys and values that the blockwise implementation works on at once, each counted
 # in the dtype of the cache and in float32.
@@ -148,15 +149,18 @@ def _decode(member, query, key, value, cache, new_lengths, implementation, retur
         member, query, grown.key, grown.value, is_causal=True, query_offset=before,
         key_value_seq_lengths=jnp.minimum(grown.lengths, grown.max_length), **options,
     )  # fmt: skip
+    if new_lengths is not None:
+        problem = _without_padding(
+            problem, token_counts(new_lengths, before.shape, query.shape[-3])
+        )
     out, stats = _attend_cached(problem, implementation, return_stats)
 
     length = query.shape[-3]
     # Rows that only pad are those of queries without keys, and what lacks keys is no number.
     real = exists(token_counts(new_lengths, before.shape, length), length)[..., None]
     full = grown.overflowed[..., None, None]
-    wrong = jnp.broadcast_to((real & full)[..., None], out.shape)
     out = jnp.where(jnp.broadcast_to(real[..., None], out.shape), out, jnp.zeros_like(out))
-    out = jnp.where(wrong, jnp.full_like(out, jnp.nan), out)
+    out = nan_where(jnp.broadcast_to(real & full, out.shape[:-1]), out)
     if not return_stats:
         return out, grown
     fills = (-jnp.inf, 0, 0)
@@ -165,6 +169,19 @@ def _decode(member, query, key, value, cache, new_lengths, implementation, retur
         *(jnp.where(real, a, jnp.full_like(a, f)) for a, f in zip(stats, fills, strict=True))
     )
     return out, grown, stats
+
+
+def _without_padding(problem: Problem, counts: jax.Array) -> Problem:
+    """The problem with zeros as queries and probes of the tokens that only pad."""
+    b, t, k, g, _ = problem.query.shape
+    real = exists(counts.reshape(b), t)[:, :, None, None, None]
+
+    def select(array):
+        if array is None:
+            return None
+        return jnp.where(jnp.broadcast_to(real, array.shape), array, jnp.zeros_like(array))
+
+    return dataclasses.replace(problem, query=select(problem.query), probe=select(problem.probe))
 
 
 def _attend_cached(
@@ -182,7 +199,7 @@ def _attend_cached(
         return _by_chunks(problem, with_stats)
     if served == "mosaic_gpu" and decode_gpu.serves(problem):
         out, stats = decode_gpu.attend(problem)
-        return dispatch.restore(problem, out, stats)
+        return dispatch.restore(problem, out, stats, with_stats)
     return dispatch.run(problem, implementation, with_stats)
 
 

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from lla.compat import match_varying
-from lla.ops import mosaic_gpu
+from lla.ops import again, mosaic_gpu
 from lla.ops.masks import Mask
 from lla.ops.options import Solver, Stats
 from lla.ops.problem import Member, Problem, resolve_solver
+from lla.ops.shield import nan_where, shield
 
 _HEAD_DIMS = (64, 128)
 _BLOCK = 64  # keys of a tile
@@ -109,6 +110,10 @@ def attend(problem: Problem, *, interpret: Any = None) -> tuple[jax.Array, Stats
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Array, Stats]:
+    return _results(static, floats, places)
+
+
+def _run(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Array, Stats]:
     from lla.kernels.mosaic_gpu.decode import Cache, heads_together
     from lla.kernels.mosaic_gpu.decode_attend import attend_cache
 
@@ -141,8 +146,7 @@ def _attend(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Arra
     )  # fmt: skip
     out = found.out
     if ridge is not None and not static.one_ridge:
-        bad = jnp.broadcast_to(jnp.isnan(ridge)[..., None], out.shape)
-        out = jnp.where(bad, jnp.full_like(out, jnp.nan), out)
+        out = nan_where(jnp.broadcast_to(jnp.isnan(ridge), out.shape[:-1]), out)
     shape = (b, 1, k, g)
     iterations = found.iterations.astype(jnp.int32).reshape(shape)
     stats = Stats(found.log_sum_exp.reshape(shape), iterations, found.residual.reshape(shape))
@@ -161,10 +165,10 @@ def _problem(static: _Static, floats: _Floats, places: _Places) -> Problem:
 
 def _forward(static: _Static, floats: _Floats, places: _Places):
     def whole(floats):
-        problem = _problem(static, floats, places)
-        return mosaic_gpu.mosaic_gpu(problem, interpret=static.interpret)[0]
+        problem, restore = shield(_problem(static, floats, places))
+        return restore(*mosaic_gpu.mosaic_gpu(problem, interpret=static.interpret))[0]
 
-    return _attend(static, floats, places), jax.vjp(whole, floats)[1]
+    return _results(static, floats, places), jax.vjp(whole, floats)[1]
 
 
 def _backward(static: _Static, pullback, cotangents):
@@ -173,3 +177,4 @@ def _backward(static: _Static, pullback, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
+_results = again.refuse_derivative(_run, "mosaic_gpu")

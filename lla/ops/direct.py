@@ -35,6 +35,7 @@ def covariances(p, k, key_mean, precision):
     blocks = _feature_blocks(k.shape[-1])
     pairs = [(a, b) for i, a in enumerate(blocks) for b in blocks[: i + 1]]
     chunk = min(_KEY_CHUNK, length)
+    largest = float(jnp.finfo(k.dtype).max)
 
     def accumulate(index, sums):
         # The last chunk may overlap the one before it: what was counted gets weight zero.
@@ -48,6 +49,8 @@ def covariances(p, k, key_mean, precision):
         out = []
         for (a, b), total in zip(pairs, sums, strict=True):
             products = keys[..., a][..., :, None] * keys[..., b][..., None, :]
+            # Those of a key that a row does not see have a weight of zero there if they are finite.
+            products = jnp.clip(products, -largest, largest)
             products = products.reshape(*leading, chunk, -1)
             out.append(total + product(weights, products, precision))
         return tuple(out)

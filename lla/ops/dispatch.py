@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
+from lla.kernels.tiles import sees_nothing
 from lla.ops import mosaic_gpu, mosaic_tpu
 from lla.ops.auto import choose_method
 from lla.ops.options import Stats
 from lla.ops.problem import Problem, resolve_solver
 from lla.ops.reference import reference
+from lla.ops.shield import shield
 from lla.ops.xla import xla
 
 NAMES = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
@@ -39,11 +42,12 @@ _REFUSALS: dict[str, Callable[[Problem], str | None]] = {
 def _run(name: str, problem: Problem, with_stats: bool) -> tuple[jax.Array, Stats]:
     if name == "reference":
         return reference(problem)
+    problem, restore = shield(problem, fast=name != "xla")
     if name == "mosaic_gpu":
-        return mosaic_gpu.mosaic_gpu(problem)
+        return restore(*mosaic_gpu.mosaic_gpu(problem))
     if name == "mosaic_tpu":
-        return mosaic_tpu.mosaic_tpu(problem)
-    return xla(problem, resolve_solver(problem, choose_method(problem)), with_stats)
+        return restore(*mosaic_tpu.mosaic_tpu(problem))
+    return restore(*xla(problem, resolve_solver(problem, choose_method(problem)), with_stats))
 
 
 def preference() -> tuple[str, ...]:
@@ -74,9 +78,14 @@ def refusals(problem: Problem, names: Sequence[str]) -> dict[str, str | None]:
     return {name: _REFUSALS[name](problem) for name in names}
 
 
-def restore(problem: Problem, out: jax.Array, stats: Stats) -> tuple[jax.Array, Stats]:
-    """The results of an implementation in the public layout."""
+def restore(
+    problem: Problem, out: jax.Array, stats: Stats, with_stats: bool
+) -> tuple[jax.Array, Stats]:
+    """The results of an implementation in the public layout; what `run` says of `with_stats`."""
     stats = Stats(*(jax.lax.stop_gradient(problem.restore(a)) for a in stats))
+    if with_stats:
+        lse = jnp.where(sees_nothing(stats.lse), -jnp.inf, stats.lse)
+        stats = stats._replace(lse=lse)
     return problem.restore(out), stats
 
 
@@ -94,6 +103,6 @@ def run(
     reasons = refusals(problem, names)
     for name, reason in reasons.items():
         if reason is None:
-            return restore(problem, *_run(name, problem, with_stats))
+            return restore(problem, *_run(name, problem, with_stats), with_stats)
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no implementation can serve this call ({listed}).")

@@ -59,19 +59,29 @@ def positional_mask(mask: Mask, query_positions, key_positions, lengths):
 
 def dense_mask(mask: Mask, batch: int, num_queries: int, num_keys: int) -> jax.Array:
     """The whole mask as bool ``[B, K | 1, G | 1, T, S]``."""
+    return rows_mask(mask, batch, 0, num_queries, num_keys)
+
+
+def rows_mask(mask: Mask, batch: int, first, rows: int, num_keys: int) -> jax.Array:
+    """The mask of the queries ``[first, first + rows)`` as bool ``[B, K | 1, G | 1, rows, S]``."""
     offset = jnp.zeros(batch, jnp.int32) if mask.offset is None else mask.offset
-    rows = offset[:, None, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :, None]
+    at = first + jnp.arange(rows, dtype=jnp.int32)
+    at = offset[:, None, None] + at[None, :, None]
     cols = jnp.arange(num_keys, dtype=jnp.int32)[None, None, :]
     lengths = None if mask.lengths is None else mask.lengths[:, None, None]
-    shape = (batch, num_queries, num_keys)
-    rows, cols = jnp.broadcast_to(rows, shape), jnp.broadcast_to(cols, shape)
+    shape = (batch, rows, num_keys)
+    at, cols = jnp.broadcast_to(at, shape), jnp.broadcast_to(cols, shape)
     if lengths is not None:
         lengths = jnp.broadcast_to(lengths, shape)
-    valid = positional_mask(mask, rows, cols, lengths)
+    valid = positional_mask(mask, at, cols, lengths)
     if mask.query_segments is not None:
-        valid &= mask.query_segments[:, :, None] == mask.key_segments[:, None, :]
+        ids = jax.lax.dynamic_slice_in_dim(mask.query_segments, first, rows, axis=1)
+        valid &= ids[:, :, None] == mask.key_segments[:, None, :]
     valid = valid[:, None, None]
     if mask.dense is not None:
-        full = jnp.broadcast_shapes(valid.shape, mask.dense.shape)
-        valid = jnp.broadcast_to(valid, full) & jnp.broadcast_to(mask.dense, full)
+        dense = mask.dense
+        if dense.shape[3] != 1:
+            dense = jax.lax.dynamic_slice_in_dim(dense, first, rows, axis=3)
+        full = jnp.broadcast_shapes(valid.shape, dense.shape)
+        valid = jnp.broadcast_to(valid, full) & jnp.broadcast_to(dense, full)
     return valid

@@ -15,6 +15,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import default_device, match_varying
+from lla.kernels.tiles import NOTHING
+from lla.ops import again
 from lla.ops.auto import choose_method
 from lla.ops.options import Solver, Stats
 from lla.ops.problem import Member, Problem, refuse_for_kernels
@@ -301,18 +303,22 @@ def iterations(problem: Problem, *, precise: bool, direct: bool = False):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: _Spec, operands: _Operands, tiles) -> tuple[jax.Array, Stats]:
-    saved, stats = _forward(spec, operands, *tiles)
+    saved, stats = _results(spec, operands, *tiles)
     return saved.out, stats
 
 
 def _attend_fwd(spec: _Spec, operands: _Operands, tiles):
-    saved, stats = _forward(spec, operands, *tiles)
+    saved, stats = _results(spec, operands, *tiles)
+    names = (RESIDUAL_NAMES[0], RESIDUAL_NAMES[1], *[RESIDUAL_NAMES[2]] * 4, RESIDUAL_NAMES[3])
+    saved = _Saved(
+        *(None if a is None else checkpoint_name(a, n) for a, n in zip(saved, names, strict=True))
+    )
     return (saved.out, stats), (operands, tiles, saved)
 
 
 def _attend_bwd(spec: _Spec, residuals, cotangents):
     operands, tiles, saved = residuals
-    return _backward(spec, operands, *tiles, saved, cotangents[0]), None
+    return _gradients(spec, operands, *tiles, saved, cotangents[0]), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -361,12 +367,8 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     else:
         attended = attend(None if probe is None else -probe)
         saved = _Saved(attended.out, attended.log_sum_exp, shift_high=attended.shift)
-    names = (RESIDUAL_NAMES[0], RESIDUAL_NAMES[1], *[RESIDUAL_NAMES[2]] * 4, RESIDUAL_NAMES[3])
-    saved = _Saved(
-        *(None if a is None else checkpoint_name(a, n) for a, n in zip(saved, names, strict=True))
-    )
     empty = saved.log_sum_exp == jnp.inf
-    natural = jnp.where(empty, -jnp.inf, saved.log_sum_exp * LN2)
+    natural = jnp.where(empty, NOTHING, saved.log_sum_exp * LN2)
     return saved, Stats(natural, iterations, residual)
 
 
@@ -490,3 +492,7 @@ def _backward(
         directions, masking, interpret=spec.interpret,
     )  # fmt: skip
     return _Operands(by_query.query, d_key, d_value, d_probe, d_ridge, by_query.scale)
+
+
+_results = again.refuse_derivative(_forward, "mosaic_gpu")
+_gradients = again.refuse_derivative(_backward, "mosaic_gpu")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import default_device, match_varying, target_platform
+from lla.ops import again
 from lla.ops.options import Stats
 from lla.ops.problem import Member, Problem, refuse_for_kernels, resolve_solver
 from lla.ops.xla import RESIDUAL_NAMES
@@ -188,18 +189,24 @@ def mosaic_tpu(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: _Spec, operands: _Operands, masking) -> tuple[jax.Array, Stats]:
-    saved, stats = _forward(spec, operands, masking)
+    saved, stats = _results(spec, operands, masking)
     return saved.out, stats
 
 
 def _attend_fwd(spec: _Spec, operands: _Operands, masking):
-    saved, stats = _forward(spec, operands, masking)
+    saved, stats = _results(spec, operands, masking)
+    saved = _Saved(
+        *(
+            None if a is None else checkpoint_name(a, name)
+            for a, name in zip(saved, RESIDUAL_NAMES, strict=True)
+        )
+    )
     return (saved.out, stats), (operands, masking, saved)
 
 
 def _attend_bwd(spec: _Spec, residuals, cotangents):
     operands, masking, saved = residuals
-    return _backward(spec, operands, masking, saved, cotangents[0]), None
+    return _gradients(spec, operands, masking, saved, cotangents[0]), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -216,12 +223,6 @@ def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
     )  # fmt: skip
     rows = dict(zip(ROWS, jnp.moveaxis(results.rows, 1, 0), strict=True))
     saved = _Saved(results.out, rows["relative"], results.probe, results.key_mean)
-    saved = _Saved(
-        *(
-            None if a is None else checkpoint_name(a, name)
-            for a, name in zip(saved, RESIDUAL_NAMES, strict=True)
-        )
-    )
     stats = Stats(rows["log_sum_exp"], rows["iterations"].astype(jnp.int32), rows["residual"])
     return saved, stats
 
@@ -269,3 +270,7 @@ def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangen
         ridge=by_number["d_ridge"] if spec.member == "lla" else None,
         scale=by_number["d_scale"],
     )
+
+
+_results = again.refuse_derivative(_forward, "mosaic_tpu")
+_gradients = again.refuse_derivative(_backward, "mosaic_tpu")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lla.ops import integers
 from lla.ops.masks import Mask
 from lla.ops.options import ResolvedSolver, Solver
 
@@ -126,8 +127,9 @@ def make_problem(
     if member == "lla":
         static_ridge = _check_positive(ridge, "ridge", bound=min)
         ridge = row_parameter(ridge, "ridge")
-        # Traced values cannot raise: a row whose ridge is not positive becomes NaN.
-        ridge = jnp.where(ridge > 0, ridge, jnp.asarray(jnp.nan, dtype))
+        if static_ridge is None:
+            # Traced values cannot raise: a row whose ridge is not positive becomes NaN.
+            ridge = _nan_unless_positive(ridge)
     if scale is None:
         scale = 1.0 / math.sqrt(h)
     static_scale = scale if isinstance(scale, (int, float)) else None
@@ -168,12 +170,12 @@ def make_problem(
 def _make_mask(
     leading, t, s, k, g, is_causal, query_offset, lengths, segment_ids, window, mask
 ) -> Mask:
-    b = math.prod(leading)
+    b, limit = math.prod(leading), integers.MAX_OFFSET
 
-    def per_sequence(array, name):
+    def per_sequence(array, name, low, high):
         if array is None:
             return None
-        array = _int_array(array, name)
+        array = integers.saturated(array, name, low, high)
         try:
             return jnp.broadcast_to(array, leading).reshape(b)
         except ValueError:
@@ -187,8 +189,9 @@ def _make_mask(
         if not isinstance(segment_ids, (tuple, list)) or len(segment_ids) != 2:
             raise ValueError("segment_ids must be a pair (query ids [*B, T], key ids [*B, S]).")
         segments = []
-        for ids, name, length in zip(segment_ids, ("query", "key"), (t, s), strict=True):
-            ids = _int_array(ids, f"segment_ids ({name})")
+        names = ("query", "key")
+        pair = integers.labels(segment_ids, [f"segment_ids ({name})" for name in names])
+        for ids, name, length in zip(pair, names, (t, s), strict=True):
             if ids.shape != (*leading, length):
                 raise ValueError(
                     f"the {name} part of segment_ids must have shape {(*leading, length)}, got "
@@ -204,7 +207,8 @@ def _make_mask(
                 "local_window_size must be a non-negative int or a pair (left, right) of them, got "
                 f"{window!r}."
             )
-        window = (int(pair[0]), int(pair[1]))
+        window = tuple(min(int(w), integers.MAX_WINDOW) for w in pair)
+        integers.check_limit(query_offset, "query_offset with local_window_size")
 
     if mask is not None:
         mask = jnp.asarray(mask)
@@ -227,12 +231,18 @@ def _make_mask(
     return Mask(
         is_causal=bool(is_causal),
         window=window,
-        offset=per_sequence(query_offset, "query_offset"),
-        lengths=per_sequence(lengths, "key_value_seq_lengths"),
+        offset=per_sequence(query_offset, "query_offset", -limit, limit),
+        lengths=per_sequence(lengths, "key_value_seq_lengths", 0, s),
         query_segments=query_segments,
         key_segments=key_segments,
         dense=mask,
     )
+
+
+@jax.jit
+def _nan_unless_positive(array: jax.Array) -> jax.Array:
+    """Compiled, so that JAX's debugging modes find a NaN only where there is one."""
+    return jnp.where(array > 0, array, jnp.full_like(array, jnp.nan))
 
 
 def _float_array(array: Any, name: str) -> jax.Array:
@@ -245,13 +255,6 @@ def _float_array(array: Any, name: str) -> jax.Array:
             f"{array.shape}."
         )
     return array
-
-
-def _int_array(array: Any, name: str) -> jax.Array:
-    array = jnp.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} must be an integer array, got {array.dtype} {array.shape}.")
-    return array.astype(jnp.int32)
 
 
 def _check_positive(array, name: str, bound, or_zero: bool = False) -> float | None:

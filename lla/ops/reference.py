@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lla.kernels.tiles import NOTHING
 from lla.ops.masks import dense_mask
 from lla.ops.options import Stats
 from lla.ops.problem import Problem
@@ -31,19 +32,23 @@ def attend_one_query(member, query, probe, key, value, ridge, scale, valid):
     Returns:
       output ``[Hv]``, log-sum-exp and relative residual of the solve (scalars).
     """
-    logits = jnp.where(valid, scale * (key @ query), -jnp.inf)
+    # Selected first: what the query does not see must not be multiplied, not even by zero.
     any_valid = valid.any()
+    key, value = (jnp.where(valid[:, None], a, jnp.zeros_like(a)) for a in (key, value))
+    query, probe = (jnp.where(any_valid, a, jnp.zeros_like(a)) for a in (query, probe))
+    ridge, scale = (jnp.where(any_valid, a, jnp.ones_like(a)) for a in (ridge, scale))
+    logits = jnp.where(valid, scale * (key @ query), NOTHING)
     largest = jnp.where(any_valid, jax.lax.stop_gradient(logits.max()), jnp.zeros_like(scale))
     weights = jnp.exp(logits - largest)
     total = jnp.where(any_valid, weights.sum(), jnp.ones_like(scale))
     weights = weights / total
-    lse = jnp.where(any_valid, largest + jnp.log(total), -jnp.inf)
+    lse = jnp.where(any_valid, largest + jnp.log(total), NOTHING)
     residual = jnp.zeros_like(scale)
     if member == "softmax":
         return weights @ value, lse, residual
 
     key_mean = weights @ key
-    centred = key - key_mean[None]
+    centred = jnp.where(valid[:, None], key - key_mean[None], jnp.zeros_like(key))
     if member == "lla":
         covariance = (weights[:, None] * centred).T @ centred
         system = covariance + ridge * jnp.eye(query.size, dtype=query.dtype)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import full_varying, match_varying
 from lla.kernels import cg, tiles
-from lla.ops import blocks, direct
+from lla.ops import again, blocks, direct
 from lla.ops.masks import Mask
 from lla.ops.options import ResolvedSolver, Stats
 from lla.ops.plan import Plan, make_plan
@@ -144,19 +144,22 @@ def _mask_by_group(mask: Mask, b: int, k: int) -> Mask:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[jax.Array, Stats]:
-    saved, stats = _forward(spec, operands, mask)
+    saved, stats = _results(spec, operands, mask)
     return saved.out, stats
 
 
 def _attend_fwd(spec, operands, mask):
-    saved, stats = _forward(spec, operands, mask)
+    saved, stats = _results(spec, operands, mask)
+    arrays = []
+    for array, name in zip(saved, RESIDUAL_NAMES, strict=True):
+        arrays.append(None if array is None else checkpoint_name(array, name))
+    saved = _Saved(*arrays)
     return (saved.out, stats), (operands, mask, saved)
 
 
 def _attend_bwd(spec, residuals, cotangents):
     operands, mask, saved = residuals
-    gradients = _backward(spec, operands, mask, saved, cotangents[0])
-    return gradients, None
+    return _gradients(spec, operands, mask, saved, cotangents[0]), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -182,7 +185,9 @@ def _tile_keys(spec, operands: _Operands, mask: Mask, first, start, length: int,
     )
     k = blocks.drop_single(blocks.slice_keys(operands.key, start, length)).astype(dtype)
     v = blocks.drop_single(blocks.slice_keys(operands.value, start, length)).astype(dtype)
-    origin = tiles.segment_origin(k, valid)
+    # Elsewhere a later row sees all that an earlier one sees.
+    bounded = mask.window is not None or mask.dense is not None or mask.query_segments is not None
+    origin = tiles.segment_origin(k, valid, bounded)
     return _Keys(k - origin, v, valid, origin)
 
 
@@ -227,17 +232,12 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
 
 
 def _forward(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Saved, Stats]:
-    saved, stats = blocks.for_groups(
-        spec.plan, functools.partial(_forward_groups, spec), operands, mask
-    )
-    arrays = []
-    for array, name in zip(saved, RESIDUAL_NAMES, strict=True):
-        arrays.append(None if array is None else checkpoint_name(array, name))
-    saved = _Saved(*arrays)
-    return saved, stats
+    function = functools.partial(_forward_groups, spec, _forward_tile)
+    return blocks.for_groups(spec.plan, function, operands, mask)
 
 
-def _forward_groups(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Saved, Stats]:
+def _forward_groups(spec: _Spec, function, operands: _Operands, mask: Mask):
+    """Results of ``function`` on every tile, one of `_forward_tile` and `_output_tile`."""
     groups, heads, num_queries, _ = operands.query.shape
     padded, mask = _pad(spec, operands, mask)
 
@@ -245,7 +245,7 @@ def _forward_groups(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Save
         first = index * spec.plan.block_q
 
         def branch(length, start):
-            results = _forward_tile(spec, operands, padded, mask, first, length, start)
+            results = function(spec, operands, padded, mask, first, length, start)
             return carry, blocks.with_groups(groups, results)
 
         return blocks.with_key_range(
@@ -289,7 +289,7 @@ def _forward_tile(spec, operands, padded, mask, first, length, start) -> tuple[_
     if spec.member == "parallax":
         x = rows(padded.probe)
     if spec.member == "lla":
-        active = lse > -jnp.inf
+        active = ~tiles.sees_nothing(lse)
         target = key_mean - (q - keys.origin)
         target = jnp.where(active[..., None], target, jnp.zeros_like(target))
         x, iterations, residual = _solve(
@@ -312,6 +312,10 @@ def _forward_tile(spec, operands, padded, mask, first, length, start) -> tuple[_
 # Backward
 
 
+def _finite(array):
+    return jnp.where(jnp.isfinite(array), array, jnp.zeros_like(array))
+
+
 def _backward(spec: _Spec, operands: _Operands, mask: Mask, saved: _Saved, g) -> _Operands:
     function = functools.partial(_backward_groups, spec)
     gradients = blocks.for_groups(spec.plan, function, operands, mask, saved, g)
@@ -326,7 +330,7 @@ def _backward_groups(spec, operands: _Operands, mask: Mask, saved: _Saved, g) ->
     g = blocks.pad_rows(spec.plan, g, 2)
     saved = _Saved(
         out=None,
-        lse=blocks.pad_rows(spec.plan, saved.lse, 2, -jnp.inf),
+        lse=blocks.pad_rows(spec.plan, saved.lse, 2, tiles.NOTHING),
         x=None if saved.x is None else blocks.pad_rows(spec.plan, saved.x, 2),
         key_mean=None if saved.key_mean is None else blocks.pad_rows(spec.plan, saved.key_mean, 2),
     )
@@ -363,7 +367,7 @@ def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
     p = tiles.saved_weights(tiles.product_nt(scaled_q, k, precision), keys.valid, lse)
 
     c = tiles.product_nt(g, v, precision)
-    c = c - (p * c).sum(-1, keepdims=True)
+    c = c - tiles.weigh(p, c).sum(-1, keepdims=True)
     x = u = key_mean = d_probe = d_ridge = None
     if spec.member != "softmax":
         key_mean = rows(saved.key_mean)
@@ -371,7 +375,7 @@ def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
     if spec.member == "parallax":
         x, d_probe = rows(padded.probe), -h
     if spec.member == "lla":
-        x, active = rows(saved.x), lse > -jnp.inf
+        x, active = rows(saved.x), ~tiles.sees_nothing(lse)
         u, _, _ = _solve(spec, h, p, k, key_mean, rows(padded.ridge), active, forward=False)
         d_ridge = tiles.row_dot(u, x)[..., 0]
 
@@ -385,12 +389,73 @@ def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
     weighted_keys = tiles.product(d_logits, k, precision)
     d_query = scale[..., None] * weighted_keys
     d_key = tiles.product_tn(d_logits, scaled_q, precision)
-    d_value = tiles.product_tn(p * a, g, precision)
+    weighted = tiles.weigh(p, a)
+    d_value = tiles.product_tn(weighted, g, precision)
+    # A row with a solution that overflowed is NaN in `d_logits`, for the keys that it sees.
     if x is not None:
-        d_key -= tiles.product_tn(p * e, x, precision)
+        d_key -= tiles.product_tn(tiles.weigh(p, e), _finite(x), precision)
     if u is not None:
         d_query += u
-        d_key -= tiles.product_tn(p * a, u, precision)
+        d_key -= tiles.product_tn(weighted, _finite(u), precision)
     d_scale = tiles.row_dot(q, weighted_keys)[..., 0]
     d_rows = _Operands(d_query, None, None, d_probe, d_ridge, d_scale)
     return d_rows, d_key, d_value
+
+
+# ---------------------------------------------------------------------------------------------
+# Further derivatives
+
+
+def _output_tile(spec, operands, padded, mask, first, length, start):
+    """The output of `_forward_tile` in a form that JAX can differentiate."""
+    dtype = padded.scale.dtype
+
+    @functools.partial(jax.checkpoint, static_argnums=(3,))
+    def output(operands, padded, start, length):
+        rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
+        keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
+        # Nothing depends on the origin.
+        origin = lax.stop_gradient(keys.origin)
+        k, valid = keys.k + (keys.origin - origin), keys.valid
+        q, scale = rows(padded.query), rows(padded.scale)
+        logits = tiles.product_nt(q * scale[..., None], k, spec.precision)
+        p, lse = tiles.softmax_weights(logits, valid)
+        x = key_mean = None
+        if spec.member != "softmax":
+            key_mean = tiles.product(p, k, spec.precision)
+        if spec.member == "parallax":
+            x = rows(padded.probe)
+        if spec.member == "lla":
+            active, ridge = ~tiles.sees_nothing(lse), rows(padded.ridge)
+            target = key_mean - (q - origin)
+            target = jnp.where(active[..., None], target, jnp.zeros_like(target))
+
+            def find(b):
+                return _solve(spec, b, p, k, key_mean, ridge, active, forward=False)[0]
+
+            x = again.solve(find, p, k, key_mean, ridge, target, spec.precision)
+        return tiles.probed_output(p, k, keys.v, key_mean, x, spec.precision)
+
+    return output(operands, padded, start, length).astype(operands.query.dtype)
+
+
+def _output(spec: _Spec, operands: _Operands, mask: Mask) -> jax.Array:
+    solver = spec.solver
+    tol = min(solver.tol, solver.backward_tol)
+    spec = dataclasses.replace(spec, solver=dataclasses.replace(solver, backward_tol=tol))
+    function = functools.partial(_forward_groups, spec, _output_tile)
+    return blocks.for_groups(spec.plan, function, operands, mask)
+
+
+def _differentiable_results(spec: _Spec, operands: _Operands, mask: Mask):
+    out = _output(spec, operands, mask)
+    return _Saved(out, *[None] * (len(_Saved._fields) - 1)), Stats(None, None, None)
+
+
+def _differentiable_gradients(spec, operands: _Operands, mask: Mask, saved: _Saved, g) -> _Operands:
+    del saved  # what it holds follows from the operands
+    return jax.vjp(lambda operands: _output(spec, operands, mask), operands)[1](g)[0]
+
+
+_results = again.with_derivative(_forward, _differentiable_results)
+_gradients = again.with_derivative(_backward, _differentiable_gradients)

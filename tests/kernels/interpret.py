@@ -46,7 +46,8 @@ class Case:
     one normal vector, that all keys share, products are cut off as on tensor cores. With `clusters`
     queries and keys are near that many points: few keys explain the cotangents almost completely,
     along with probes of very different length. `single` lets the direct solver have the inverse
-    systems of one sequence at a time.
+    systems of one sequence at a time. Keys and values beyond the lengths are NaN, and so are those
+    from `nan_from` on, where rows before it are compared alone.
     """
 
     member: str
@@ -67,6 +68,7 @@ class Case:
     clusters: int = 0
     direct: bool = False
     single: bool = False
+    nan_from: int | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -127,6 +129,9 @@ CASES = {
         "lla", batch=3, head_dim=32, value_dim=32, direct=True, single=True,
         options={"key_value_seq_lengths": [128, 70, 0], "is_causal": False},
     ),
+    "lla_causal_nan": Case("lla", nan_from=100),
+    "parallax_causal_nan": Case("parallax", nan_from=70),
+    "softmax_causal_nan": Case("softmax", nan_from=70),
     "lla_ridge_10": Case("lla", ridge=10.0),
     "lla_ridge_0.1": Case("lla", ridge=0.1),
     "lla_ridge_0.01": Case("lla", ridge=0.01),
@@ -200,6 +205,7 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     from lla.ops import mosaic_gpu as operator
     from lla.ops.problem import make_problem
     from lla.ops.reference import reference
+    from lla.ops.shield import shield
 
     rng = np.random.default_rng(0)
     rows = (case.batch, case.queries, case.heads)
@@ -249,6 +255,13 @@ def run(case: Case, races: bool) -> dict[str, Any]:
         else:
             options["ridge"] = case.ridge
 
+    if "key_value_seq_lengths" in options or case.nan_from is not None:
+        ends = options.get("key_value_seq_lengths", case.nan_from)
+        hidden = np.arange(case.keys)[None] >= np.reshape(ends, (-1, 1))
+        for name in ("key", "value"):
+            array = np.where(hidden[..., None, None], np.nan, arrays[name])
+            arrays[name] = array.astype(arrays[name].dtype)
+
     def evaluate(implementation, dtype=None):
         def forward(arrays):
             problem = make_problem(case.member, **arrays, **options)
@@ -276,12 +289,20 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     )
     parameters = plgpu.InterpretGPUParams(detect_races=races)
     states = record_race_detectors()
-    actual = evaluate(
-        lambda problem: operator.mosaic_gpu(problem, configs=chosen, interpret=parameters)
-    )
+
+    def kernels(problem):
+        inside, restore = shield(problem, fast=True)
+        return restore(*operator.mosaic_gpu(inside, configs=chosen, interpret=parameters))
+
+    actual = evaluate(kernels)
     actual = jax.tree.map(lambda a: np.asarray(a, np.float64), actual)
     with jax.enable_x64(True):
         exact = jax.tree.map(np.asarray, evaluate(reference, np.float64))
+    if case.nan_from is not None:
+        rows = [name for name in exact if name not in ("key", "value")]
+        actual, exact = (
+            {n: found[n][:, : case.nan_from] for n in rows} for found in (actual, exact)
+        )
     errors = {
         name: float(np.linalg.norm(actual[name] - exact[name]) / np.linalg.norm(exact[name]))
         for name in exact

@@ -86,6 +86,10 @@ def run(case: Case, races: bool) -> dict:
     key, value = (normal(b, case.num_keys, case.kv_heads, d) for _ in range(2))
     key = (key.astype(np.float32) + 3).astype(key.dtype)  # a common offset
     visible = np.asarray(case.visible, np.int32)
+    positions = np.arange(case.num_keys)
+    mask = (positions >= visible[:, :1]) & (positions < visible[:, 1:])
+    # Whatever hidden tokens hold.
+    key, value = (np.where(mask[..., None, None], a, np.nan).astype(a.dtype) for a in (key, value))
     rows = (b, cache.heads)
     extra = {}
     if case.member == "parallax":
@@ -101,8 +105,6 @@ def run(case: Case, races: bool) -> dict:
         scale, **extra, precise=case.precise,
         interpret=plgpu.InterpretGPUParams(detect_races=races),
     )  # fmt: skip
-    positions = np.arange(case.num_keys)
-    mask = (positions >= visible[:, :1]) & (positions < visible[:, 1:])
     function = {
         "lla": lla.local_linear_attention,
         "parallax": lla.parallax_attention,

@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 
 import lla
+from lla.ops import again
 from tests.ops import oracles
 from tests.ops.cases import Shape, make_inputs
-from tests.ops.harness import EVERY, FAST, REFERENCE, double_precision, errors, evaluate, exact
+from tests.ops.harness import (
+    EVERY,
+    FAST,
+    REFERENCE,
+    double_precision,
+    errors,
+    evaluate,
+    exact,
+    relative_error,
+)
 
 SHAPE = Shape(24, 5, num_keys=30, value_dim=3, heads=2, key_heads=1)
 OPTIONS = {"query_offset": 4, "key_value_seq_lengths": np.array([27], np.int32)}
@@ -124,6 +134,112 @@ def test_reference_has_second_derivatives():
             # Second-order differences: truncation and rounding are both about 1e-9 of the size.
             size = np.abs(difference).max()
             np.testing.assert_allclose(product[name], difference, rtol=0, atol=1e-6 * size)
+
+
+SECOND = {
+    "xla": None,
+    "xla_tight": lla.Solver("cg", tol=1e-7),
+    "xla_direct": lla.Solver("direct"),
+    "xla_fixed": lla.Solver(num_iters=20),
+    "xla_loose": lla.Solver("cg", tol=1e-2),
+}
+# Relative to the float64 reference: the rounding of float32, or what the tolerance allows.
+SECOND_BOUNDS = {"xla_loose": 0.1}
+
+
+@pytest.mark.parametrize("solver", SECOND)
+@pytest.mark.parametrize("ridge", [1.0, 0.01])
+def test_blockwise_second_derivatives(solver, ridge):
+    """Forward over reverse, and reverse over reverse, against the reference in float64."""
+    shape = Shape(12, 8, heads=2, key_heads=1)
+    inputs = make_inputs(shape, ridge=ridge)
+    names = ("query", "key", "value", "ridge", "scale")
+
+    def products(implementation, dtype, solver=None):
+        given = {n: jnp.asarray(inputs[n], dtype) for n in names}
+        rng = np.random.default_rng(3)
+        along = {n: jnp.asarray(rng.normal(size=a.shape), dtype) for n, a in given.items()}
+        # A step along a ridge is small where the ridge is.
+        along["ridge"] = along["ridge"] * given["ridge"]
+
+        def loss(arrays):
+            out = lla.local_linear_attention(
+                **arrays, implementation=implementation, solver=solver, local_window_size=7
+            )
+            return jnp.sin(out).sum()
+
+        def slope(arrays):
+            gradient = jax.grad(loss)(arrays)
+            return sum((gradient[n] * along[n]).sum() for n in names)
+
+        @jax.jit
+        def run(arrays):
+            return jax.jvp(jax.grad(loss), (arrays,), (along,))[1], jax.grad(slope)(arrays)
+
+        return jax.tree.map(np.asarray, run(given))
+
+    with double_precision():
+        want = products("reference", "float64")
+    for got, right in zip(products("xla", "float32", SECOND[solver]), want, strict=True):
+        for name in names:
+            # At a small ridge the condition of the systems multiplies the rounding.
+            bound = SECOND_BOUNDS.get(solver, 1e-4 if ridge == 1 else 1e-2)
+            assert relative_error(got[name], right[name]) < bound, (solver, name)
+
+
+def test_blockwise_hessian():
+    """Of the ridges of few rows, which is diagonal; and third derivatives exist."""
+    shape = Shape(6, 8, heads=2, key_heads=1)
+    with double_precision():
+        given = {n: jnp.asarray(a) for n, a in make_inputs(shape, ridge=0.3).items()}
+
+        def loss(ridge, implementation):
+            arrays = {n: given[n] for n in ("query", "key", "value", "scale")}
+            out = lla.local_linear_attention(**arrays, ridge=ridge, implementation=implementation)
+            return jnp.sin(out).sum()
+
+        def matrix(implementation):
+            function = jax.jit(jax.hessian(functools.partial(loss, implementation=implementation)))
+            return np.asarray(function(given["ridge"])).reshape(12, 12)
+
+        want, got = matrix("reference"), matrix("xla")
+        assert relative_error(got, want) < 1e-9
+        assert not (got - np.diag(np.diag(got))).any()
+
+        def third(implementation):
+            def curvature(ridge):
+                gradient = jax.grad(functools.partial(loss, implementation=implementation))
+                return jax.jvp(gradient, (ridge,), (jnp.ones_like(ridge),))[1].sum()
+
+            return np.asarray(jax.jit(jax.grad(curvature))(given["ridge"]))
+
+        assert relative_error(third("xla"), third("reference")) < 1e-9
+
+
+@pytest.mark.parametrize("member", ["parallax", "softmax"])
+def test_blockwise_second_derivatives_of_the_other_members(member):
+    shape = Shape(12, 8, heads=2, key_heads=1)
+    function = {"parallax": lla.parallax_attention, "softmax": lla.softmax_attention}[member]
+    names = ("query", "key", "value", "scale", *(("probe",) if member == "parallax" else ()))
+    with double_precision():
+        given = {n: jnp.asarray(a) for n, a in make_inputs(shape).items() if n in names}
+
+        def product(implementation):
+            def loss(arrays):
+                return jnp.sin(function(**arrays, implementation=implementation)).sum()
+
+            return jax.jit(lambda a: jax.jvp(jax.grad(loss), (a,), (a,))[1])(given)
+
+        want, got = product("reference"), product("xla")
+        for name in names:
+            assert relative_error(got[name], want[name]) < 1e-9, name
+
+
+def test_kernels_refuse_second_derivatives_by_name():
+    function = again.refuse_derivative(lambda static, x: {"out": x * static}, "mosaic_gpu")
+    assert function(2.0, jnp.ones(3))["out"].tolist() == [2, 2, 2]
+    with pytest.raises(NotImplementedError, match=r"mosaic_gpu.*reference"):
+        jax.jvp(functools.partial(function, 2.0), (jnp.ones(3),), (jnp.ones(3),))
 
 
 def test_blockwise_forward_mode_is_an_error():

@@ -1,0 +1,379 @@
+"""Keeps what a query cannot see from reaching it, whatever it holds: NaN, infinity, huge numbers.
+
+Where the mask gives a weight of zero, products in blocks still multiply: ``0 * nan`` is NaN, in
+every row of a tile. So that no back end has to look at what it multiplies, this is settled around
+them, at the cost of one look at the inputs:
+
+- Keys and values that no query of the call sees are replaced by zeros.
+- Numbers in keys, values, queries, probes, ridges and scales that are not finite are replaced by
+  finite ones. A row that sees such a key, or has such a query, is NaN in the end, and so is in the
+  gradients what belongs to it and the keys that it sees. A row with a cotangent of zero adds
+  nothing to any gradient.
+- A row that sees nothing is zero, and its cotangent is dropped.
+
+Where the mask is nothing but causal, and kernels are to run, the rows are left as they are: there
+every key is seen by the last row, so that with one bad row no key is without a bad gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lla.compat import match_varying
+from lla.kernels.tiles import sees_nothing
+from lla.ops.masks import Mask, rows_mask
+from lla.ops.options import Stats
+from lla.ops.problem import Problem
+
+_ROWS = 128
+"""Rows whose masks are looked at together."""
+
+
+class _Arrays(NamedTuple):
+    """Those of `lla.ops.problem.Problem` that are differentiated."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    probe: jax.Array | None
+    ridge: jax.Array | None
+    scale: jax.Array
+
+
+class _Bad(NamedTuple):
+    """What is not finite: bool ``[B, T, K, G]`` and ``[B, S, K]``; and what some query sees.
+
+    `seen` is bool ``[B, S, K]``, or None if the mask hides no key from all queries.
+    """
+
+    rows: jax.Array
+    keys: jax.Array
+    seen: jax.Array | None
+
+
+Restore = Callable[[jax.Array, Stats], tuple[jax.Array, Stats]]
+
+
+def shield(problem: Problem, *, fast: bool = False) -> tuple[Problem, Restore]:
+    """The problem to solve instead, and what to do with output and statistics.
+
+    Args:
+      problem: of a blockwise implementation.
+      fast: whether to leave the rows alone where the mask is causal and nothing else.
+    """
+    mask = problem.mask
+    _, t, _, g, _ = problem.query.shape
+    s = problem.key.shape[1]
+    hides = _may_hide_keys(mask, t, s)
+    if not (problem.query.size and (hides or _rows_differ(mask, t, g))):
+        return problem, lambda out, stats: (out, stats)
+    arrays = _Arrays(*(getattr(problem, name) for name in _Arrays._fields))
+    leaves, tree = jax.tree.flatten((arrays, mask))
+    arrays, mask = jax.tree.unflatten(tree, match_varying(*leaves))
+    seen = _seen(mask, arrays) if hides else None
+    if not _rows_differ(mask, t, g):
+        clean, restore = _equal_rows(arrays, seen)
+    elif fast and _is_only_causal(mask):
+        clean, restore = _causal(arrays, mask)
+    else:
+        clean, restore = _any_mask(arrays, mask, seen)
+    return dataclasses.replace(problem, mask=mask, **clean._asdict()), restore
+
+
+# ---------------------------------------------------------------------------------------------
+# What masks can do
+
+
+def _is_only_causal(mask: Mask) -> bool:
+    return mask.is_causal and not mask.arrays() and mask.window is None
+
+
+def _may_hide_keys(mask: Mask, t: int, s: int) -> bool:
+    """Whether a key may be invisible to all queries."""
+    return bool(mask.arrays()) or mask.window is not None or (mask.is_causal and s > t)
+
+
+def _rows_differ(mask: Mask, t: int, g: int) -> bool:
+    """Whether some rows may see a key that others do not see."""
+    if mask.dense is not None and mask.dense.shape[2] > 1 and g > 1:
+        return True
+    by_row = mask.is_causal or mask.window is not None or mask.query_segments is not None
+    return t > 1 and (by_row or mask.dense is not None)
+
+
+def _ranges(mask: Mask, t: int, s: int):
+    """Keys ``[low, high)`` that each query can see by its position, int32 ``[B | 1, T]`` each."""
+    at = jnp.arange(t, dtype=jnp.int32)[None]
+    if mask.offset is not None:
+        at, offset = jnp.broadcast_arrays(at, mask.offset[:, None])
+        at = at + offset
+    low, high = jnp.zeros_like(at), jnp.full_like(at, s)
+    if mask.is_causal:
+        high = jnp.minimum(high, at + 1)
+    if mask.window is not None:
+        left, right = mask.window
+        low, high = jnp.maximum(low, at - left), jnp.minimum(high, at + 1 + right)
+    if mask.lengths is not None:
+        high, lengths = jnp.broadcast_arrays(high, mask.lengths[:, None])
+        high = jnp.minimum(high, lengths)
+        low = jnp.broadcast_to(low, high.shape)
+    return jnp.minimum(low, s), jnp.clip(high, 0, s)
+
+
+def _seen(mask: Mask, arrays: _Arrays) -> jax.Array:
+    """Bool ``[B, S, K]``: whether any query sees a key."""
+    b, t, k, _, _ = arrays.query.shape
+    s = arrays.key.shape[1]
+    low, high = _ranges(mask, t, s)
+    # Ranges move with the query, without gaps: from the lowest to the highest of those not empty.
+    some = low < high
+    low = jnp.where(some, low, jnp.full_like(low, s)).min(1)[:, None]
+    high = jnp.where(some, high, jnp.zeros_like(high)).max(1)[:, None]
+    at = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None], (low.shape[0], s))
+    seen = (low <= at) & (at < high)
+    if mask.query_segments is not None:
+        seen &= (mask.key_segments[:, :, None] == mask.query_segments[:, None, :]).any(-1)
+    seen = jnp.broadcast_to(seen[..., None], (b, s, k))
+    if mask.dense is not None:
+        dense = jnp.swapaxes(mask.dense.any((2, 3)), 1, 2)  # [B | 1, S, K | 1]
+        seen &= jnp.broadcast_to(dense, seen.shape)
+    return seen
+
+
+def _rows_that_see(mask: Mask, flags: jax.Array, t: int, g: int) -> jax.Array:
+    """Bool ``[B, T, K, G]``: which rows see any of the keys flagged in `flags` ``[B, S, K]``."""
+    b, s, k = flags.shape
+    shape = (b, t, k, g)
+    if mask.query_segments is not None or mask.dense is not None:
+
+        def look(first, rows):
+            valid = rows_mask(mask, b, first, rows, s)  # [B, K | 1, G | 1, R, S]
+            hit = valid & jnp.swapaxes(flags, 1, 2)[:, :, None, None]
+            hit = jnp.moveaxis(hit.any(-1), 3, 1)  # [B, R, K, G | 1]
+            return jnp.broadcast_to(hit, (b, rows, k, g))
+
+        return _if_any(flags, lambda: _by_rows(look, t), shape)
+    low, high = (jnp.broadcast_to(a[..., None], (a.shape[0], t, k)) for a in _ranges(mask, t, s))
+    at = jnp.arange(s, dtype=jnp.int32)[None, :, None]
+    if mask.window is None:
+        first = jnp.where(flags, jnp.broadcast_to(at, flags.shape), s).min(1, keepdims=True)
+        hit = first < high
+    else:
+        before = jnp.cumsum(flags.astype(jnp.int32), axis=1)
+        before = jnp.concatenate([jnp.zeros_like(before[:, :1]), before], axis=1)
+        low, high = (jnp.broadcast_to(a, (b, t, k)) for a in (low, jnp.maximum(low, high)))
+        hit = jnp.take_along_axis(before, low, 1) < jnp.take_along_axis(before, high, 1)
+    return jnp.broadcast_to(hit[..., None], shape)
+
+
+def _keys_seen_by(mask: Mask, flags: jax.Array, s: int) -> jax.Array:
+    """Bool ``[B, S, K]``: which keys are seen by any of the rows flagged in `flags`."""
+    b, t, k, g = flags.shape
+
+    def look(first, rows):
+        valid = rows_mask(mask, b, first, rows, s)
+        part = lax.dynamic_slice_in_dim(flags, first, rows, axis=1)
+        hit = valid & jnp.moveaxis(part, 1, 3)[..., None]
+        return jnp.swapaxes(hit.any((2, 3)), 1, 2)[:, None]
+
+    found = _if_any(flags, lambda: _by_rows(look, t).any(1), (b, s, k))
+    return found
+
+
+def _by_rows(look, t: int) -> jax.Array:
+    """``look(first, rows)`` for blocks of rows, joined along axis 1."""
+    whole, rest = divmod(t, _ROWS)
+    parts = []
+    if whole:
+        firsts = jnp.arange(whole, dtype=jnp.int32) * _ROWS
+        part = jnp.moveaxis(lax.map(lambda first: look(first, _ROWS), firsts), 0, 1)
+        parts.append(part.reshape(part.shape[0], -1, *part.shape[3:]))
+    if rest:
+        parts.append(look(jnp.int32(whole * _ROWS), rest))
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _if_any(flags: jax.Array, function, shape) -> jax.Array:
+    """``function()``, bool of `shape`; nothing is computed where no flag is set."""
+    some = flags.any()
+    return lax.cond(some, function, lambda: jnp.broadcast_to(some, shape))
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def _finite(array: jax.Array) -> jax.Array:
+    """`array` with zeros for what is not finite."""
+    return jnp.where(jnp.isfinite(array), array, jnp.zeros_like(array))
+
+
+def _bad_keys(key: jax.Array, value: jax.Array) -> jax.Array:
+    """Bool ``[B, S, K]``."""
+    return ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))
+
+
+@jax.jit
+def nan_where(flags: jax.Array, array: jax.Array) -> jax.Array:
+    """NaN where `flags`, which has the first axes of `array`, says so.
+
+    Compiled, so that without a flag no NaN exists that JAX's debugging modes would find.
+    """
+    flags = flags.reshape(*flags.shape, *(1,) * (array.ndim - flags.ndim))
+    return jnp.where(jnp.broadcast_to(flags, array.shape), jnp.full_like(array, jnp.nan), array)
+
+
+def _drop(flags: jax.Array, array: jax.Array) -> jax.Array:
+    """Zeros where `flags`, which has the first axes of `array`, says so."""
+    flags = flags.reshape(*flags.shape, *(1,) * (array.ndim - flags.ndim))
+    return jnp.where(jnp.broadcast_to(flags, array.shape), jnp.zeros_like(array), array)
+
+
+@jax.jit
+def _times_nan_where(flags: jax.Array, array: jax.Array) -> jax.Array:
+    return array * jnp.where(flags, jnp.full_like(array, jnp.nan), jnp.ones_like(array))
+
+
+def _equal_rows(arrays: _Arrays, seen: jax.Array) -> tuple[_Arrays, Restore]:
+    """Where all rows see the same keys: what they see, and no row that sees nothing."""
+    b, t, k, g, _ = arrays.query.shape
+    blind = jnp.broadcast_to(~seen.any(1)[:, None, :, None], (b, t, k, g))
+    clean = _Arrays(
+        query=_drop(blind, arrays.query),
+        key=_drop(~seen, arrays.key),
+        value=_drop(~seen, arrays.value),
+        probe=None if arrays.probe is None else _drop(blind, arrays.probe),
+        ridge=None,
+        scale=_drop(blind, arrays.scale),
+    )
+    if arrays.ridge is not None:
+        clean = clean._replace(ridge=jnp.where(blind, jnp.ones_like(arrays.ridge), arrays.ridge))
+    return clean, lambda out, stats: (_drop(blind, out), stats)
+
+
+def _causal(arrays: _Arrays, mask: Mask) -> tuple[_Arrays, Restore]:
+    """Clean keys and values; rows that see another one get a scale that makes them NaN."""
+    _, t, _, g, _ = arrays.query.shape
+    s = arrays.key.shape[1]
+    poisoned = _rows_that_see(mask, _bad_keys(arrays.key, arrays.value), t, g)
+
+    def clean(array):
+        hidden = jnp.arange(s, dtype=jnp.int32)[None] >= t
+        return _finite(_drop(jnp.broadcast_to(hidden, array.shape[:2]), array))
+
+    arrays = arrays._replace(
+        key=clean(arrays.key),
+        value=clean(arrays.value),
+        scale=_times_nan_where(poisoned, arrays.scale),
+    )
+    return arrays, lambda out, stats: (out, stats)
+
+
+def _any_mask(arrays: _Arrays, mask: Mask, seen) -> tuple[_Arrays, Restore]:
+    rows = [jnp.isfinite(arrays.query).all(-1), jnp.isfinite(arrays.scale)]
+    if arrays.probe is not None:
+        rows.append(jnp.isfinite(arrays.probe).all(-1))
+    if arrays.ridge is not None:
+        rows.append((arrays.ridge > 0) & (arrays.ridge < jnp.inf))
+    keys = _bad_keys(arrays.key, arrays.value)
+    if seen is not None:
+        keys &= seen
+    bad = _Bad(~functools.reduce(jnp.logical_and, rows), keys, seen)
+    clean, channel = _enter(arrays, mask, bad)
+    _, t, _, g, _ = arrays.query.shape
+    poisoned = bad.rows | _rows_that_see(mask, bad.keys, t, g)
+
+    def restore(out, stats):
+        seeing = ~sees_nothing(stats.lse)
+        stats = stats._replace(
+            lse=nan_where(poisoned & seeing, lax.stop_gradient(stats.lse)),
+        )
+        return _leave(out, channel, poisoned, seeing), stats
+
+    return clean, restore
+
+
+@jax.custom_vjp
+def _enter(arrays: _Arrays, mask: Mask, bad: _Bad) -> tuple[_Arrays, jax.Array]:
+    """Clean arrays, and zeros ``[B, T, K, G]``, whose cotangent names rows to be told about."""
+    del mask
+    return _clean(arrays, bad)
+
+
+def _clean(arrays: _Arrays, bad: _Bad) -> tuple[_Arrays, jax.Array]:
+    def keys(array):
+        return _finite(array if bad.seen is None else _drop(~bad.seen, array))
+
+    clean = _Arrays(
+        query=_drop(bad.rows, arrays.query),
+        key=keys(arrays.key),
+        value=keys(arrays.value),
+        probe=None if arrays.probe is None else _drop(bad.rows, arrays.probe),
+        ridge=arrays.ridge,
+        scale=_drop(bad.rows, arrays.scale),
+    )
+    if arrays.ridge is not None:
+        clean = clean._replace(ridge=jnp.where(bad.rows, jnp.ones_like(clean.ridge), clean.ridge))
+    return clean, bad.rows.astype(jnp.float32) * 0
+
+
+def _enter_fwd(arrays, mask, bad):
+    return _clean(arrays, bad), (mask, bad)
+
+
+def _enter_bwd(residuals, cotangents):
+    mask, bad = residuals
+    gradients, channel = cotangents
+    rows = channel > 0
+    keys = _keys_seen_by(mask, rows, bad.keys.shape[1])
+
+    def by_key(array):
+        # What was replaced has a gradient of zero, or none where a row sees it.
+        return nan_where(keys, array if bad.seen is None else _drop(~bad.seen, array))
+
+    def by_row(array):
+        return None if array is None else nan_where(rows, array)
+
+    return (
+        _Arrays(
+            query=by_row(gradients.query),
+            key=by_key(gradients.key),
+            value=by_key(gradients.value),
+            probe=by_row(gradients.probe),
+            ridge=by_row(gradients.ridge),
+            scale=by_row(gradients.scale),
+        ),
+        None,
+        None,
+    )
+
+
+_enter.defvjp(_enter_fwd, _enter_bwd)
+
+
+@jax.custom_vjp
+def _leave(out: jax.Array, channel: jax.Array, poisoned: jax.Array, seeing: jax.Array):
+    del channel
+    return nan_where(poisoned & seeing, out)
+
+
+def _leave_fwd(out, channel, poisoned, seeing):
+    del channel
+    return nan_where(poisoned & seeing, out), (poisoned, seeing)
+
+
+def _leave_bwd(residuals, cotangent):
+    poisoned, seeing = residuals
+    bad = poisoned & (cotangent != 0).any(-1) | ~jnp.isfinite(cotangent).all(-1)
+    rows = (bad & seeing).astype(jnp.float32)
+    return _drop(poisoned | bad | ~seeing, cotangent), rows, None, None
+
+
+_leave.defvjp(_leave_fwd, _leave_bwd)
