@@ -52,6 +52,7 @@ _CARDS = flags.DEFINE_list("cards", None, "CUDA devices, such as 0,1; all if it 
 _PER_CARD = flags.DEFINE_integer("processes_per_card", 1, "They share its memory.", lower_bound=1)
 _COMMIT = flags.DEFINE_string("commit", None, "For the provenance, of a copy of the files.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print what is finished and what is left, train nothing.")
+_KNOWN = flags.DEFINE_bool("known", True, "Leave out what the committed results have.")
 _BEGIN_ALL = flags.DEFINE_bool(
     "begin_all", False, "Begin phases that would not be over at the limit if no run stopped early."
 )
@@ -60,7 +61,10 @@ _LONGEST = flags.DEFINE_bool("longest_first", True, "Sort the points of all swee
 # Where there is no result to go by: nanoseconds that a token of a run costs an update, by mechanism
 # (one H200, bfloat16, two layers, width 64; with width 128 twice as much), and milliseconds that no
 # update goes below.
-_NANOSECONDS = {"softmax": 13.0, "parallax": 18.0, "lla": 27.0, "hyena": 30.0, "mamba": 150.0}
+_NANOSECONDS = {
+    "softmax": 12.5, "parallax": 18.0, "lla": 27.0, "deltanet": 16.0, "gated_deltanet": 17.0,
+    "hyena": 30.0, "mamba": 150.0,
+}  # fmt: skip
 _OTHERS = 60.0
 _FLOOR = 3.0
 
@@ -80,7 +84,13 @@ def known_results(name: str) -> list[Row]:
     return [row for row in rows if "phase" in row]
 
 
-def grids(specs: Sequence[str], only: str, workdir: pathlib.Path, results=None) -> list[sweep.Grid]:
+def grids(
+    specs: Sequence[str],
+    only: str,
+    workdir: pathlib.Path,
+    results: pathlib.Path | None = None,
+    known: bool = True,
+) -> list[sweep.Grid]:
     """The sweeps with the points that `only` is found in.
 
     Raises:
@@ -96,8 +106,9 @@ def grids(specs: Sequence[str], only: str, workdir: pathlib.Path, results=None) 
         described, points = sweep.cells(config.to_dict())
         points = [cell for cell in points if re.search(only, f"{spec}/{cell.name}")]
         folder = f"{name}_{variant}" if variant else name
-        copies = () if results is None else (pathlib.Path(results) / f"{folder}.csv",)
-        found.append(sweep.Grid(described, points, workdir / folder, known_results(name), copies))
+        copies = () if results is None else (results / f"{folder}.csv",)
+        rows = known_results(name) if known else ()
+        found.append(sweep.Grid(described, points, workdir / folder, rows, copies))
     return found
 
 
@@ -220,7 +231,7 @@ def main(argv):
     if len(cards) * _PER_CARD.value > 1 and not _PLAN.value:
         sys.exit(_on_every_card(cards, _PER_CARD.value))
     try:
-        found = grids(_SWEEPS.value, _ONLY.value, workdir, results)
+        found = grids(_SWEEPS.value, _ONLY.value, workdir, results, _KNOWN.value)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     costs = Costs([row for grid in found for row in grid.known])

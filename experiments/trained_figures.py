@@ -31,8 +31,6 @@ from lla.training.settings import override
 
 __all__ = ["FURTHER", "PHASE"]  # for the scripts, beside what is defined here
 
-VARIANT = "figure"  # of the configs: what the committed results were made with
-
 # Settings that change no result, or that the sweep replaces.
 NOT_SHOWN = {
     "task.name", "model.mixer.name", "optimizer.learning_rate", "training.seed",
@@ -47,9 +45,9 @@ _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)",
 
 
 def config(experiment: Experiment, variant: str | None = None) -> tuple[str, dict[str, Any]]:
-    """How a command names the config, and the config: its variant `VARIANT` unless one is given."""
+    """How a command names the config, and the config: that of the results unless one is given."""
     get_config = importlib.import_module(f"configs.{experiment.name}").get_config
-    variant = VARIANT if variant is None else variant
+    variant = experiment.variant if variant is None else variant
     path = f"configs/{experiment.name}.py" + (f":{variant}" if variant else "")
     return path, plain(get_config(variant))
 
@@ -277,7 +275,7 @@ def parser(experiment: Experiment, description: str) -> argparse.ArgumentParser:
         "folder", nargs="?", type=pathlib.Path, default=experiment.folder / "results",
         help="with results.csv or several such files, such as the work directory of a sweep",
     )  # fmt: skip
-    command.add_argument("--variant", help=f"of the config, if it is not {VARIANT!r}")
+    command.add_argument("--variant", help=f"of the config, if it is not {experiment.variant!r}")
     return command
 
 

@@ -36,11 +36,12 @@ class Experiment:
     Attributes:
       name: of its folder here and of its config.
       columns: of the result files that make a point of the figure, the mechanism first.
-      optional: those of `columns` that a file may lack; they are None then.
       headline: the metric.
       published: dotted path of a setting: (values, source), for the table of settings. A setting
         with another value, or that is not listed, is ours.
       tables: the results as Markdown, from the points and their folder.
+      optional: those of `columns` that a file may lack; they are None then.
+      variant: of the config that the committed results were made with.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Experiment:
     published: Mapping[str, tuple[tuple, str]]
     tables: Callable[[list["Point"], pathlib.Path, str | None], list[str]]
     optional: tuple[str, ...] = ()
+    variant: str = "full"
 
     @property
     def folder(self) -> pathlib.Path:

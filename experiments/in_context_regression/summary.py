@@ -63,6 +63,7 @@ EXPERIMENT = shared.Experiment(
         "model.mlp_ratio": ((0.0,), "[paper]"),
     },
     tables=tables,
+    variant="figure",  # scaled down
 )
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ EXPERIMENT = shared.Experiment(
     headline="test/accuracy",
     published={},
     tables=tables,
+    variant="figure",  # scaled down
 )
 
 if __name__ == "__main__":
