@@ -11,8 +11,9 @@ predicting zero has 1; `lla.tasks.create("in_context_regression").baselines()` h
 oracle that knows the segments.
 
 Variants: `:full` (the whole budget, for GPUs); `:figure` (what experiments/in_context_regression
-shows until that has been trained, scaled down); `:smoke` (seconds, numbers mean nothing); `:short` (an hour on two CPU cores: error 0.109 for LLA, 0.180 for softmax
-attention; 0.175 for Gated DeltaNet on an H200). See experiments/trained_tasks.
+shows until that has been trained, scaled down); `:smoke` (seconds, numbers mean nothing); `:short`
+(an hour on two CPU cores: error 0.109 for LLA, 0.180 for softmax attention; 0.175 for Gated
+DeltaNet on an H200). See experiments/trained_tasks.
 """
 
 from lla import training

@@ -8,9 +8,10 @@ The mechanism is one name: `--config.model.mixer.name=gla`, its options are unde
 `--config.mixers.gla`. The headline metric is the accuracy of the answer, chance is 1 / num_items;
 "test_long" has up to twice as many swaps as training.
 
-Variants: `:full` (the whole budget, for GPUs); `:figure` (what experiments/state_tracking shows until
-that has been trained, scaled down); `:smoke` (seconds, numbers mean nothing); `:short` (26 minutes on two CPU cores: accuracy 0.68 for LLA, 0.53 for softmax attention,
-1.0 for Gated DeltaNet). See experiments/trained_tasks.
+Variants: `:full` (the whole budget, for GPUs); `:figure` (what experiments/state_tracking shows
+until that has been trained, scaled down); `:smoke` (seconds, numbers mean nothing); `:short` (26
+minutes on two CPU cores: accuracy 0.68 for LLA, 0.53 for softmax attention, 1.0 for Gated
+DeltaNet). See experiments/trained_tasks.
 """
 
 from lla import training

@@ -160,7 +160,8 @@ def _records_until(path, start):
                 f"{file}, line {number} is damaged: no record of training. Delete that line and "
                 "those below it."
             )
-    known = [entry for entry in records if entry["step"] <= start]
+    # The test split is read after the last step, and once: that is done again.
+    known = [entry for entry in records if entry["step"] <= start and entry["kind"] != "test"]
     if start >= 0 and (not known or known[0]["step"] > 0 or known[-1]["step"] < start):
         raise WorkdirError(
             f"{file} is damaged: it lacks records up to step {start}, where the latest checkpoint "

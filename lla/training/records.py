@@ -21,14 +21,14 @@ class Records:
     """Writes what training and evaluation found.
 
     Args:
-      workdir: where; its records after step `start` are dropped, because the run is about to
-        compute them again.
+      workdir: where; its records after step `start`, and of the test split, are dropped, because
+        the run is about to compute them again.
       start: the step that the run continues from; -1 for a run without a checkpoint.
     """
 
     def __init__(self, workdir: Workdir, start: int):
         self._workdir = workdir
-        workdir.keep(lambda record: record["step"] <= start)
+        workdir.keep(lambda record: record["step"] <= start and record["kind"] != "test")
         self._board = _tensorboard(workdir)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
