@@ -42,7 +42,7 @@ from lla.training.results import is_choice
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
 _SWEEPS = flags.DEFINE_list(
     "sweeps",
-    ["mqar:full", "state_tracking:full", "in_context_regression:full"],
+    ["mqar:full", "state_tracking:full", "in_context_regression:full", "mad:full"],
     "Configs with their variants, in the order in which they are worked off.",
 )
 _ONLY = flags.DEFINE_string("only", "", "Regular expression: points whose name it is found in.")
