@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, and readers beside a run."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -14,7 +15,9 @@ from lla.training.program import TrainState
 
 def state(step):
     params = {"a": jnp.full((3, 2), step, jnp.float32), "b": jnp.arange(5, dtype=jnp.float32)}
-    return TrainState(jnp.int32(step), jnp.int32(-1), params, (jnp.zeros((3, 2)),))
+    numbers = {field.name: jnp.int32(-1) for field in dataclasses.fields(TrainState)}
+    given = {"step": jnp.int32(step), "params": params, "moments": (jnp.zeros((3, 2)),)}
+    return TrainState(**numbers | given)
 
 
 def like():
