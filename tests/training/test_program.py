@@ -268,3 +268,51 @@ def test_what_the_model_refuses_is_raised_before_the_first_step():
     program = training.Program(resolve(mixer="lla", options={"scale": -1.0}))
     with pytest.raises(ValueError, match="scale must be non-negative"):
         program.check()
+
+
+_KINDS = {
+    "noisy_in_context_recall": {"noise": 0.3},
+    "fuzzy_in_context_recall": {"length": 18},
+    "selective_copying": {"length": 12, "copied": 3},
+    "compression": {},
+    "memorization": {"vocab_size": 9},
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind == "compression" else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in _KINDS
+    ],
+)
+def test_a_step_is_finite_in_every_kind_of_mad(kind):
+    assert_finite_and_changed(resolve("mad", "softmax", task={"kind": kind, **_KINDS[kind]}))
+
+
+def test_seeds_at_once_are_those_alone_across_the_end_of_an_epoch():
+    settings = resolve(
+        "mad",
+        "softmax",
+        task={"kind": "compression"},
+        model={"mlp_ratio": 2.0, "mlp_type": "swiglu", "embedding_std": 0.02, "head_bias": True},
+        optimizer={"learning_rate": 1e-2},
+    )
+    runs = training.Program(settings, runs=training.Runs((0, 1), (1e-2,)))
+    many, _ = run(runs, 5)  # an epoch has two batches
+    found = means(jax.device_get(runs.test(many.params)))
+    for index, seed in enumerate((0, 1)):
+        one = training.Program(override_seed(settings, seed))
+        state = one.init()
+        for count in (1, 4):
+            state, _ = one.advance(state, np.int32(count))
+        for path, leaf in jax.device_get(state.params).items():
+            several = np.asarray(many.params[path])[index, 0]
+            np.testing.assert_allclose(several, leaf, atol=2e-4, err_msg=path)
+        for name, value in means(jax.device_get(one.test(state.params))).items():
+            np.testing.assert_allclose(found[name][index, 0], value, rtol=1e-2, atol=1e-6)
+
+
+def override_seed(settings, seed):
+    """The same settings with another seed."""
+    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, seed=seed))
