@@ -114,8 +114,12 @@ def settings_tables(experiment: Experiment, variant: str | None = None) -> list[
         lines.append(f"| {key}, each | {_shown(value)} | {_source(experiment, key, value)} |")
     options = []
     for name in mechanisms:
-        given = full["mixers"][name].items()
-        shown = ", ".join(f"{key} {_shown(value)}" for key, value in given if value is not None)
+        given = {
+            key: (_shown(value) if f"mixers.{name}.{key}" not in grid else "as above")
+            for key, value in full["mixers"][name].items()
+            if value is not None
+        }
+        shown = ", ".join(f"{key} {text}" for key, text in given.items())
         options.append([styles.style(name).name, shown or "none"])
     return [
         f"All of `{path}`:",

@@ -60,6 +60,7 @@ def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | Non
         axis.set_title(f"N = {task.length}, D = {task.pairs}")
     for axis in axes[-1]:
         axis.set_xlabel("accuracy")
+    figure.align_ylabels(axes[:, 0])
     parts = [
         f"Mean ± standard deviation and single runs of {shared.seeds(found)}",
         "dotted: a value of the context, 1/D",
@@ -70,9 +71,8 @@ def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | Non
         for width in widths
         for case, task in tasks.items()
     }
-    curves = plots.curves_figure(
-        summary.EXPERIMENT, found, folder, place, titles, columns=min(len(tasks), 4)
-    )
+    columns = min(len(tasks), 4) if len(tasks) > 1 else None
+    curves = plots.curves_figure(summary.EXPERIMENT, found, folder, place, titles, columns=columns)
     return {"figure": figure, "curves": curves}
 
 

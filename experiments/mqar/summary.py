@@ -25,6 +25,15 @@ _ZOOLOGY = {
     "training.stop_at": (SOLVED,), "model.width": (64, 128, 256, 512, (64, 128, 256, 512)),
     "learning rates": ((1e-4, 10 ** (-10 / 3), 10 ** (-8 / 3), 1e-2),),
 }  # fmt: skip
+# Options that are there as published, and changed.
+_BOTH = {
+    "mixers.softmax.qk_norm": (False, True),
+    "mixers.hyena.short_conv": (3, 0),
+    **{
+        f"mixers.{name}.short_conv": (4, 0)
+        for name in ("deltanet", "gated_deltanet", "mesanet", "mamba", "mamba2")
+    },
+}
 
 
 def case_tasks(
@@ -87,6 +96,7 @@ EXPERIMENT = shared.Experiment(
     published={
         "task.vocab_size": ((8192,), "[paper], Zoology"),
         **{key: (values, "Zoology") for key, values in _ZOOLOGY.items()},
+        **{key: ((values,), "as published; [ours]") for key, values in _BOTH.items()},
     },
     tables=tables,
 )

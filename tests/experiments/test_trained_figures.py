@@ -133,6 +133,19 @@ def test_a_source_is_named_only_for_the_value_that_it_has():
     assert "| learning rates, each | 0.0001, 0.000464, 0.00215, 0.01 | Zoology |" in text
 
 
+def test_settings_tell_what_is_swept(monkeypatch):
+    path, full = shared.config(mqar.EXPERIMENT, "")
+    full["sweep"]["grid"]["model"]["mixer"]["name"] = ("softmax", "gla")
+    full["sweep"]["grid"]["mixers"] = {"softmax": {"qk_norm": (False, True)}}
+    full["sweep"] |= {"seeds": (2, 3), "selection_seeds": (0, 1)}
+    monkeypatch.setattr(shared, "config", lambda experiment, variant=None: (path, full))
+    text = "\n".join(shared.settings_tables(mqar.EXPERIMENT))
+    assert "| mixers.softmax.qk_norm, each | False, True | as published; [ours] |" in text
+    assert "| Softmax | qk_norm as above, " in text
+    assert "| seeds, each | 2, 3 | [ours] |" in text
+    assert "| seeds that learning rates are selected on, each | 0, 1 | [ours] |" in text
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
 def test_readme_is_up_to_date(experiment):
     assert shared.summary_command(experiment, ["--check"]) == 0
