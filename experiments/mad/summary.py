@@ -19,18 +19,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of confi
 import numpy as np
 
 from configs.mad import LEVELS
-from lla.experiment import tables
+from lla.experiment import styles, tables
 from lla.tasks.mad import KINDS
 from lla.training.results import FINAL, read_results, select
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 MECHANISM, HEADS = "model.mixer.name", "model.num_heads"
 SELECTED, REPORTED = "validation/macro_accuracy", "final:test/macro_accuracy"
-NAMES = {
-    "lla": "LLA", "parallax": "Parallax", "softmax": "softmax", "mesanet": "MesaNet",
-    "deltanet": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "gla": "GLA", "mamba": "Mamba",
-    "mamba2": "Mamba-2", "hyena": "Hyena", "linear": "linear",
-}  # fmt: skip
 SHORT = {
     "compression": "compress", "fuzzy_in_context_recall": "fuzzy recall",
     "in_context_recall": "recall", "memorization": "memorize",
@@ -95,7 +90,7 @@ class Score:
     @property
     def label(self) -> str:
         """Mechanism and heads as printed."""
-        name = NAMES.get(self.mechanism, self.mechanism)
+        name = styles.style(self.mechanism).name
         return name if self.heads is None else f"{name}, {self.heads} heads"
 
     @property
@@ -105,7 +100,7 @@ class Score:
 
 
 def scores(folder: pathlib.Path) -> list[Score]:
-    """Those of the CSV files in `folder`, mechanisms in the order of `NAMES`.
+    """Those of the CSV files in `folder`, mechanisms in the order of `lla.experiment.styles`.
 
     Of every mechanism and case, learning rate and weight decay are those that
     `lla.training.results.select` takes by the validation split.
@@ -141,16 +136,11 @@ def scores(folder: pathlib.Path) -> list[Score]:
                 tuple(row[REPORTED] for row in chosen) if sound else (),
             )
         )
-    order = list(NAMES)
-    return sorted(
-        found,
-        key=lambda one: (
-            order.index(one.mechanism) if one.mechanism in order else len(order),
-            one.mechanism,
-            one.heads or 0,
-            one.case,
-        ),
-    )
+
+    def place(one):
+        return styles.rank(one.mechanism), one.mechanism, one.heads or 0, one.case
+
+    return sorted(found, key=place)
 
 
 def result_tables(found: Sequence[Score]) -> list[str]:

@@ -10,6 +10,7 @@ from experiments.mad import plot, summary
 from lla import tasks
 from lla.tasks.mad import KINDS
 from lla.training import sweep
+from tests.experiments import printable
 
 README = summary.FOLDER / "README.md"
 
@@ -60,8 +61,8 @@ def test_selection_is_by_validation_over_rates_and_decays(tmp_path):
     assert softmax.values == (0.4, 0.6) and softmax.mean == 0.5 and softmax.kind == "compression"
     assert lla.values == () and math.isnan(lla.mean)
     text = "\n".join(summary.result_tables([lla, softmax]))
-    assert "| softmax, 16 heads | 0.500 ± 0.141 | – | – | – | – | – | – |" in text
-    assert "| LLA, 16 heads | diverged |" in text and "| softmax, 16 heads | 0.001, 0.1 |" in text
+    assert "| Softmax, 16 heads | 0.500 ± 0.141 | – | – | – | – | – | – |" in text
+    assert "| LLA, 16 heads | diverged |" in text and "| Softmax, 16 heads | 0.001, 0.1 |" in text
     assert "levels" not in text
 
 
@@ -80,7 +81,7 @@ def test_scores_are_averages_over_levels(tmp_path):
     text = "\n".join(summary.result_tables(summary.scores(tmp_path)))
     means = [(0.2 + 0.4 * (n - 1)) / n for n in (11, 11, 11, 6, 14, 13)]
     shown = " | ".join(f"{mean:.3f}" for mean in [*means, sum(means) / 6])
-    assert f"| softmax, 16 heads | {shown} |" in text
+    assert f"| Softmax, 16 heads | {shown} |" in text
     counts = (0, 0, 0, 1, 0, 0), (11, 11, 11, 6, 14, 13)
     parts = " | ".join(f"({n} of {most} levels)" for n, most in zip(*counts, strict=True))
     assert f"| LLA, 16 heads | {parts} | – |" in text
@@ -99,13 +100,15 @@ def test_other_files_are_refused(tmp_path, capsys):
 
 
 def test_the_figure_has_every_mechanism_and_task(tmp_path, capsys):
+    names = ("softmax", "parallax", "lla", "mesanet", "gated_deltanet", "gla", "mamba2", "unknown")
     runs = [
         (name, kind, 0.0, 1e-3, seed, 0.5, 0.4 + seed / 5)
-        for name in ("softmax", "parallax", "lla", "unknown")
+        for name in names
         for kind in KINDS[:5]
         for seed in (0, 1)
     ]
     write(tmp_path / "results.csv", runs)
+    printable.check(plot.draw(summary.scores(tmp_path)))
     assert plot.main([str(tmp_path)]) == 0
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "figure.svg").read_text(encoding="utf-8")
