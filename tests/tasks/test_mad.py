@@ -18,6 +18,16 @@ draw = jax.jit(
     static_argnums=(0, 3, 4),
 )
 each = pytest.mark.parametrize("kind", KINDS)
+# A law of each sort is enough in a short run: each of them is compiled for every split.
+each_law = pytest.mark.parametrize(
+    "kind",
+    [
+        kind
+        if kind in ("fuzzy_in_context_recall", "memorization")
+        else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 
 
 def arrays(task, size, split, seed=7, step=0):
@@ -104,7 +114,7 @@ def test_wrong_options_are_refused(name, wrong):
 # The sets
 
 
-@each
+@each_law
 def test_sets_differ_and_belong_to_the_seed(kind):
     task = MAD(kind=kind)
     seen = {}
@@ -118,7 +128,7 @@ def test_sets_differ_and_belong_to_the_seed(kind):
         assert not one & other
 
 
-@each
+@each_law
 def test_seeds_under_vmap_draw_what_each_draws_alone(kind):
     task = MAD(kind=kind)
     both = jax.jit(jax.vmap(lambda seed: task.batch(seed, 2, 4)))(jnp.asarray([3, 9], jnp.uint32))

@@ -290,6 +290,7 @@ def test_a_step_is_finite_in_every_kind_of_mad(kind):
     assert_finite_and_changed(resolve("mad", "softmax", task={"kind": kind, **_KINDS[kind]}))
 
 
+@pytest.mark.slow
 def test_seeds_at_once_are_those_alone_across_the_end_of_an_epoch():
     settings = resolve(
         "mad",
