@@ -33,8 +33,8 @@ import importlib
 from absl import app, flags
 
 from lla.experiment import WorkdirError, command, environment, tables
-from lla.experiment.workdir import write_whole
-from lla.training import sweep
+from lla.experiment.workdir import directory, write_whole
+from lla.training import RefusedError, sweep
 from lla.training.program import Runs
 from lla.training.queue import Queue
 from lla.training.results import is_choice
@@ -223,10 +223,13 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     start = time.monotonic()
-    workdir = pathlib.Path(_WORKDIR.value or "runs/figures").expanduser()
-    results = None if _RESULTS.value is None else pathlib.Path(_RESULTS.value).expanduser()
     if not _PLAN.value and _WORKDIR.value is None:
         raise app.UsageError("--workdir must be given, unless --plan is.")
+    try:
+        workdir = directory("runs/figures" if _WORKDIR.value is None else _WORKDIR.value)
+        results = None if _RESULTS.value is None else directory(_RESULTS.value)
+    except WorkdirError as error:
+        raise app.UsageError(str(error)) from error
     cards = _cards()
     if len(cards) * _PER_CARD.value > 1 and not _PLAN.value:
         sys.exit(_on_every_card(cards, _PER_CARD.value))
@@ -258,7 +261,7 @@ def main(argv):
     )
     try:
         work.run()
-    except WorkdirError as error:
+    except (WorkdirError, RefusedError) as error:
         raise app.UsageError(str(error)) from error
 
 

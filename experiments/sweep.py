@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from lla.experiment import WorkdirError, command
 from lla.experiment.workdir import directory
-from lla.training import sweep
+from lla.training import RefusedError, sweep
 from lla.training.unused import check_used
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
@@ -48,7 +48,7 @@ def main(argv):
         raise app.UsageError(str(error)) from error
     try:
         results = sweep.run(config, path, part=(index, parts), limit=_LIMIT.value or float("inf"))
-    except WorkdirError as error:
+    except (WorkdirError, RefusedError) as error:
         raise app.UsageError(str(error)) from error
     for line in sweep.summary(sweep.read_results(results)):
         print(line)

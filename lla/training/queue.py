@@ -73,6 +73,8 @@ class Queue:
         """Trains until nothing is left that may be begun.
 
         Raises:
+          RefusedError: a model cannot compute with its settings; its point is not begun.
+          WorkdirError: a point's directory has another config, or damaged files.
           RuntimeError: the device failed at some of the phases; all others were trained.
         """
         with contextlib.ExitStack() as cleanup:
@@ -144,5 +146,6 @@ class Queue:
 
 def _compiled(cell: Cell, runs: Runs) -> Program:
     program = Program(cell.settings, make_mesh(Sharding(1, 1), jax.devices()[:1]), runs)
+    program.check()
     program.compile()
     return program

@@ -6,7 +6,6 @@ A work directory of a sweep has `cells/NAME/PHASE/` for every point NAME and eac
 
 import csv
 import io
-import json
 import math
 import os
 import pathlib
@@ -15,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from lla.experiment.workdir import read_config, read_records, write_whole
+from lla.experiment.workdir import (
+    WorkdirError,
+    read_config,
+    read_json,
+    read_records,
+    write_whole,
+)
 from lla.training.records import training_seconds
 
 SELECT, FINAL = "select", "final"
@@ -155,12 +160,22 @@ def _selected(members):
 
 
 def rows(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Those of the phase that is in the work directory `folder`; none if it is not finished."""
+    """Those of the phase that is in the work directory `folder`; none if it is not finished.
+
+    Raises:
+      WorkdirError: a file there is damaged.
+    """
     if not (folder / "result.json").exists():
         return
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    remedy = f"Delete it, and the same sweep trains {folder} from its latest checkpoint."
+    result = read_json(folder / "result.json", remedy)
     config = read_config(folder)
-    evaluations = [record for record in read_records(folder) if record["kind"] == "eval"]
+    evaluations = [record for record in read_records(folder) if record.get("kind") == "eval"]
+    if not evaluations:
+        raise WorkdirError(
+            f"{folder / 'metrics.jsonl'} is damaged: it lacks the evaluations that result.json "
+            f"stands for. Put the file back, or delete {folder} to train it again."
+        )
     for i, seed in enumerate(config["runs"]["seeds"]):
         for j, rate in enumerate(config["runs"]["learning_rates"]):
             status, steps = _end(result, i, j)

@@ -178,8 +178,9 @@ class Sweep:
             values = getattr(self, name)
             if not isinstance(values, tuple) or not values or len(set(values)) != len(values):
                 raise ValueError(f"sweep.{name} must be different values, got {values!r}.")
-        for seed in self.seeds:
-            _range("sweep.seeds", seed, 0, LARGEST_SEED)
+        for name in ("seeds", "selection_seeds"):
+            for seed in getattr(self, name):
+                _range(f"sweep.{name}", seed, 0, LARGEST_SEED)
         for rate in self.learning_rates:
             _range("sweep.learning_rates", rate, 0.0, math.inf, open_low=True)
         if both := set(self.seeds) & set(self.selection_seeds):

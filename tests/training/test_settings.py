@@ -246,6 +246,8 @@ def test_a_grid_becomes_points():
         ({"seed": (0,)}, r"did you mean config\.sweep\.seeds\?"),
         ({"seeds": ()}, "seeds must be different values"),
         ({"seeds": (-1,)}, "sweep.seeds must be >= 0 and <= 4294967295, got -1"),
+        ({"selection_seeds": (-1,)}, "sweep.selection_seeds must be >= 0 and <= 4294967295"),
+        ({"selection_seeds": (1.5,)}, r"sweep\.selection_seeds must be a tuple of integers"),
         ({"seeds": (2**32,)}, "sweep.seeds must be >= 0 and <= 4294967295"),
         ({"seeds": (1.5,)}, r"config\.sweep\.seeds must be a tuple of integers, got \(1\.5,\)"),
         ({"seeds": 3}, r"config\.sweep\.seeds must be a tuple of integers, got 3"),

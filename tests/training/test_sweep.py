@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -132,6 +133,33 @@ def test_a_point_with_other_settings_is_refused(swept):
     with pytest.raises(WorkdirError, match=r"training\.batch_size: 8 there, 16 now"):
         run(path, given)
     assert json.loads((path / "cells/model.mixer.name=linear/final/result.json").read_text())
+
+
+def test_damaged_files_of_a_point_are_named_with_what_to_do(swept, tmp_path):
+    rows, _, path = swept
+    path = shutil.copytree(path, tmp_path / "sweep")
+    folder = path / "cells/model.mixer.name=linear/final"
+    result = (folder / "result.json").read_text()
+    for text, found in (("", "empty"), (result[:50], "not JSON")):
+        (folder / "result.json").write_text(text)
+        for read in (lambda: sweep.write_results(path), lambda: run(path)):
+            with pytest.raises(WorkdirError, match=rf"result\.json is damaged: {found}.*Delete it"):
+                read()
+    (folder / "result.json").unlink()
+    seconds = {"seconds": None}  # of another computer's day
+    again, _ = run(path)
+    assert [row | seconds for row in again] == [row | seconds for row in rows]
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl is damaged: it lacks the evaluations"):
+        run(path)
+
+
+def test_what_a_model_refuses_is_no_point_that_has_begun(tmp_path):
+    given = config(grid={"model": {"mixer": {"name": ("softmax",)}}})
+    given["mixers"]["softmax"]["scale"] = -1.0
+    with pytest.raises(training.RefusedError, match="mixer 'softmax': scale must be non-negative"):
+        run(tmp_path, given)
+    assert not list(tmp_path.rglob("config.json"))
 
 
 def test_processes_share_a_sweep(tmp_path):
