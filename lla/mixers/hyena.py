@@ -14,6 +14,7 @@ from lla.mixers.long_convolution import long_convolution
 from lla.mixers.parts import NoDecay, Piece, State, init_state, project
 from lla.ops.cache import check_room, exists, write_tokens
 from lla.ops.problem import compute_dtype
+from lla.ops.shield import nan_where
 
 # Widths of the window, as fractions of `filter_length` after which it has fallen to `_FALLEN`, and
 # the number of hidden layers behind the first one: the values of the authors' code.
@@ -135,7 +136,7 @@ class Hyena(nnx.Module):
             rows = jnp.clip(positions, 0, room - 1)[..., None]
             convolved = jnp.take_along_axis(convolved, rows, axis=1)
         lost = (after.lengths > room)[:, None] & exists(piece.counts, length)
-        convolved = jnp.where(lost[..., None], jnp.full_like(convolved, jnp.nan), convolved)
+        convolved = nan_where(lost, convolved)
         return self._finish(u, gate, convolved.astype(u.dtype), dtype), after
 
     def _gated(self, projected):

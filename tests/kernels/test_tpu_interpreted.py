@@ -318,3 +318,27 @@ def test_the_detector_sees_a_race(capfd):
         interpret=pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager"),
     )(array)
     assert "RACE DETECTED" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("member", MEMBERS)
+def test_what_is_hidden_is_not_read(member):
+    """Another segment, and what lies behind the lengths, may hold anything."""
+    shape = Shape(200, 16, heads=2, key_heads=1)
+    ids = (np.arange(200) >= 70).astype(np.int32)[None]
+    cases = [
+        ({"segment_ids": (ids, ids)}, np.r_[0:70], np.r_[70:200]),
+        ({"key_value_seq_lengths": np.array([150])}, np.r_[150:200], np.r_[0:150]),
+    ]
+    for options, hidden, rest in cases:
+        inputs = make_inputs(shape)
+        want = evaluate(inputs, member=member, **options)
+        for value in (np.nan, np.inf, 1e30):
+            spoiled = {name: array.copy() for name, array in inputs.items()}
+            for name in ("key", "value"):
+                spoiled[name][:, hidden] = value
+            got = evaluate(spoiled, member=member, **options)
+            assert harness.relative_error(got.out[:, rest], want.out[:, rest]) < 1e-4
+            for name, gradient in want.gradients.items():
+                error = harness.relative_error(got.gradients[name][:, rest], gradient[:, rest])
+                assert error < 1e-4, (name, value)

@@ -1,5 +1,8 @@
 """What the TPU kernels refuse, and that refusing falls through to XLA."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,3 +51,18 @@ def test_a_tpu_gets_the_kernels_by_name_only(monkeypatch):
     """They have never run on hardware."""
     monkeypatch.setattr(dispatch.jax, "default_backend", lambda: "tpu")
     assert dispatch.preference() == ("xla",)
+
+
+def test_second_derivatives():
+    def loss(query):
+        given = problem()
+        given = dataclasses.replace(given, query=query)
+        return mosaic_tpu.mosaic_tpu(given, interpret=True)[0].astype(jnp.float32).sum()
+
+    def second(query):
+        return jax.jvp(jax.grad(loss), (query,), (query,))[1]
+
+    with pytest.raises(NotImplementedError, match=r"mosaic_tpu.*reference"):
+        jax.eval_shape(second, problem().query)
+    with pytest.raises(NotImplementedError, match=r"mosaic_tpu.*reference"):
+        jax.eval_shape(jax.grad(lambda q: jax.grad(loss)(q).sum()), problem().query)

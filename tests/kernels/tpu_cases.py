@@ -12,6 +12,7 @@ import numpy as np
 from lla.kernels.mosaic_tpu.launch import Blocks
 from lla.ops.mosaic_tpu import mosaic_tpu
 from lla.ops.problem import make_problem
+from lla.ops.shield import shield
 from tests.ops.harness import DIFFERENTIABLE, OPTIMISED, Result
 
 # Small tiles, so that short sequences have several.
@@ -25,7 +26,8 @@ def compiled(member: str, static: tuple, solver, interpret, blocks, optimised: b
     def call(differentiable, options, cotangent):
         def forward(arrays):
             problem = make_problem(member, **arrays, **options, **dict(static), solver=solver)
-            out, stats = mosaic_tpu(problem, blocks=blocks, interpret=interpret)
+            inside, restore = shield(problem, fast=True)
+            out, stats = restore(*mosaic_tpu(inside, blocks=blocks, interpret=interpret))
             return problem.restore(out), type(stats)(*map(problem.restore, stats))
 
         out, pullback, stats = jax.vjp(forward, differentiable, has_aux=True)
