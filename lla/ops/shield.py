@@ -25,12 +25,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import match_varying
 from lla.kernels.tiles import sees_nothing
 from lla.ops.masks import Mask, rows_mask
 from lla.ops.options import Stats
 from lla.ops.problem import Problem
+from lla.ops.xla import RESIDUAL_NAMES
 
 _ROWS = 128
 """Rows whose masks are looked at together."""
@@ -276,7 +278,21 @@ def _causal(arrays: _Arrays, mask: Mask) -> tuple[_Arrays, Restore]:
     return arrays, lambda out, stats: (out, stats)
 
 
+def _batched_alike(arrays: _Arrays, mask: Mask) -> tuple[_Arrays, Mask]:
+    """The same, each mapped by `jax.vmap` if any of them is.
+
+    `_enter` couples keys and rows in its backward pass. Where `vmap` shares the keys of all
+    examples, their gradient would come out of it once per example, and be summed over them again.
+    """
+    leaves, tree = jax.tree.flatten((arrays, mask))
+    numbers = [leaf[(0,) * leaf.ndim] for leaf in leaves if leaf.size]
+    never = functools.reduce(jnp.logical_or, [(x != x) & (x == x) for x in numbers])
+    leaves = [jnp.where(never, jnp.zeros_like(leaf), leaf) for leaf in leaves]
+    return jax.tree.unflatten(tree, leaves)
+
+
 def _any_mask(arrays: _Arrays, mask: Mask, seen) -> tuple[_Arrays, Restore]:
+    arrays, mask = _batched_alike(arrays, mask)
     rows = [jnp.isfinite(arrays.query).all(-1), jnp.isfinite(arrays.scale)]
     if arrays.probe is not None:
         rows.append(jnp.isfinite(arrays.probe).all(-1))
@@ -291,7 +307,8 @@ def _any_mask(arrays: _Arrays, mask: Mask, seen) -> tuple[_Arrays, Restore]:
     poisoned = bad.rows | _rows_that_see(mask, bad.keys, t, g)
 
     def restore(out, stats):
-        seeing = ~sees_nothing(stats.lse)
+        # Kept with what the backward pass keeps: it is made of results of the solve.
+        seeing = checkpoint_name(~sees_nothing(stats.lse), RESIDUAL_NAMES[1])
         stats = stats._replace(
             lse=nan_where(poisoned & seeing, lax.stop_gradient(stats.lse)),
         )
