@@ -112,6 +112,7 @@ def _slopes(axis, rows):
         axis.axhline(power, color="0.7", linewidth=1, zorder=0)
     axis.set_ylabel("exponent between neighbours")
     axis.set_ylim(2, 4.2)
+    axis.set_yticks((2, 2.5, 3, 3.5, 4))
     axis.set_title("exponent of the integrated squared bias")
 
 

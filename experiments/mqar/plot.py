@@ -1,4 +1,4 @@
-"""Accuracy by mechanism, width and length, and learning curves, from the result files alone.
+"""Accuracy and updates by mechanism, width and length, and learning curves, from result files.
 
 python experiments/mqar/plot.py                                  # the committed results
 python experiments/mqar/plot.py runs/mqar_sweep
@@ -116,10 +116,12 @@ def _updates(found, tasks):
                     color=point.style.colour,
                 )  # fmt: skip
         figures.log_axis(axis, "x", most=4)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
     for axis in axes[-1]:
-        axis.set_xlabel(f"updates to accuracy {summary.SOLVED}")
-    seeds = f"Mean, least and largest of {shared.seeds(found)}"
-    _title(figure, tasks, seeds, "beside: how many got there, if not all")
+        axis.set_xlabel("updates")
+    what = f"Updates to an accuracy of {summary.SOLVED}"
+    seeds = f"mean, least and largest of {shared.seeds(found)}"
+    _title(figure, tasks, what, seeds, "beside: how many got there, if not all")
     return figure
 
 
