@@ -252,6 +252,8 @@ def renewed(experiment: Experiment, text: str) -> str:
     if any(results.glob("*.csv")):
         found = experiment.points(results)
         images = [f"![{experiment.headline} of the mechanisms](results/figure.png)"]
+        if experiment.goal and any(point.updates for point in found):
+            images.append(f"![updates to {experiment.goal}](results/updates.png)")
         metric, curves = trained_curves.read(experiment, found, results)
         if curves:
             images.append(f"![{metric} of the mechanisms during training](results/curves.png)")

@@ -84,7 +84,7 @@ def curves_figure(
                 low, high = values.min(0), values.max(0)
                 axis.fill_between(steps, low, high, color=style.colour, alpha=0.13, linewidth=0)
         axis.set_title(title)
-        axis.grid(axis="y")
+        axis.grid(True, axis="y")
         figures.log_axis(axis, "x", most=4 if columns > 3 else 5)
     for axis in flat[len(titles) :]:
         axis.set_axis_off()

@@ -42,6 +42,7 @@ class Experiment:
       tables: the results as Markdown, from the points and their folder.
       optional: those of `columns` that a file may lack; they are None then.
       variant: of the config that the committed results were made with.
+      goal: the goal in words, if plot.py draws the updates to it as results/updates.png.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Experiment:
     tables: Callable[[list["Point"], pathlib.Path, str | None], list[str]]
     optional: tuple[str, ...] = ()
     variant: str = "full"
+    goal: str | None = None
 
     @property
     def folder(self) -> pathlib.Path:

@@ -192,7 +192,7 @@ def draw_traffic(records: Sequence[Mapping]):
         axis.set(xlabel="tokens in the cache")
         axis.set_title(f"batch {batch}, d = {head_dim}")
         figures.length_axis(axis, [r["n"] for r in panel])
-        axis.grid(axis="y")
+        axis.grid(True, axis="y")
     axes[0, 0].set_ylabel("moved / cache")
     figures.legend(figure, axes[0])
     return figure

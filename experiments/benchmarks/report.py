@@ -428,7 +428,7 @@ def _draw_scaling(records):
                 )  # fmt: skip
             figures.length_axis(axis, [record["n"] for record in records], most=4)
             figures.log_axis(axis, most=6)
-            axis.grid(axis="x")
+            axis.grid(True, axis="x")
         row[0].set_ylabel(f"d = {head_dim}: time, ms")
         row[2].set_ylabel(f"d = {head_dim}: memory, MiB")
     for axis, (which, field) in zip(axes[0], panels, strict=True):

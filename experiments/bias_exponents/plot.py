@@ -50,7 +50,7 @@ def make(config, rows):
         figures.log_axis(axis, "x")
         if axis is not axes[1, 0]:
             figures.log_axis(axis)
-        axis.grid(axis="both")
+        axis.grid(True, axis="both")
         # Below the axis, where it covers no data.
         axis.legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=6.8,
@@ -111,7 +111,8 @@ def _slopes(axis, rows):
     for power in (3, 4):
         axis.axhline(power, color="0.7", linewidth=1, zorder=0)
     axis.set_ylabel("exponent between neighbours")
-    axis.set_ylim(2, 5.4)
+    axis.set_ylim(2, 4.2)
+    axis.set_yticks((2, 2.5, 3, 3.5, 4))
     axis.set_title("exponent of the integrated squared bias")
 
 

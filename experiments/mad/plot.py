@@ -48,7 +48,7 @@ def draw(found: Sequence[summary.Score]):
         axis.set(xlim=(-0.03, 1.03), ylim=(len(labels) - 0.4, -0.6))
         axis.set_xticks((0, 0.25, 0.5, 0.75, 1), labels=("0", "", "0.5", "", "1"))
         axis.set_yticks(range(len(labels)), labels=labels)
-        axis.grid(axis="both")
+        axis.grid(True, axis="both")
         axis.tick_params(axis="y", length=0)
     for axis in axes[-1]:
         axis.set_xlabel("macro accuracy")

@@ -61,7 +61,7 @@ def make(document):
             axis.set_ylim(low, high)
             figures.length_axis(axis, lengths, most=4)
             figures.log_axis(axis, most=6)
-            axis.grid(axis="x")
+            axis.grid(True, axis="x")
     for column in (1, 3):
         for axis in axes[:, column]:
             axis.tick_params(labelleft=False)

@@ -72,7 +72,7 @@ def _panel(axis, config, rows):
     axis.axvline(config["published_iterations"], color="0.6", linestyle="--", zorder=0)
     axis.set_yscale("log")
     figures.length_axis(axis, config["iterations"])
-    axis.grid(axis="y")
+    axis.grid(True, axis="y")
 
 
 def _style(index):

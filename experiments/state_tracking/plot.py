@@ -37,7 +37,7 @@ def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | Non
         axis.plot(span, 1 / span, color="0.4", linestyle=":", label="chance, 1/N")
         axis.set(xlabel="items N", ylim=(0, 1.04), xticks=numbers)
         axis.set_title(title)
-        axis.grid(axis="y")
+        axis.grid(True, axis="y")
     axes[0, 0].set(ylabel="accuracy")
     figure.suptitle(f"Mean ± standard deviation of {shared.seeds(found)}")
     figures.legend(figure, axes[0], beside=len(panels) == 1)

@@ -188,7 +188,7 @@ def _errors(axis, rows):
         names.append(styles.style(row["label"]).name + ("" if own else f"\n{against} of LLA"))
     axis.set_yticks(range(len(rows)), labels=names)
     axis.set_xlabel("RMSE, one step ahead\n(95 %, block bootstrap)")
-    axis.grid(axis="x")
+    axis.grid(True, axis="x")
 
 
 def redraw(path: pathlib.Path) -> None:

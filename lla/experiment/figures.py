@@ -121,7 +121,7 @@ def log_axis(axis: Axes, which: Literal["x", "y"] = "y", most: int = 7) -> None:
     minor = [k * 10.0**d for d in decades for k in (range(1, 10) if few else (1,))]
     side.set_minor_locator(FixedLocator([tick for tick in minor if low <= tick <= high]))
     side.set_minor_formatter(NullFormatter())
-    axis.grid(axis=which)
+    axis.grid(True, axis=which)
     getattr(axis, f"set_{which}lim")(low, high)
 
 

@@ -56,6 +56,15 @@ def test_labels_of_a_logarithmic_axis(axis):
     assert 3 <= len(labels(axis.yaxis)) <= 7 and all("10^" in text for text in labels(axis.yaxis))
 
 
+def test_a_logarithmic_axis_has_its_grid(axis):
+    axis.plot([1, 2], [0.11, 0.6])
+    axis.grid(True, axis="both")
+    for _ in range(2):  # axes that share a scale are set more than once
+        figures.log_axis(axis)
+        for side in (axis.xaxis, axis.yaxis):
+            assert all(line.get_visible() for line in side.get_gridlines())
+
+
 def test_every_length_has_a_tick_and_the_longest_a_label(axis):
     values = [2**power for power in range(9, 17)]
     axis.plot(values, values)
@@ -156,7 +165,7 @@ def test_committed_figures_of_trained_models(name):
     if not any(results.glob("*.csv")):
         pytest.skip("no results")
     drawn = plot.draw(experiment.points(results), results)
-    assert set(drawn) == {"figure", "curves"}
+    assert set(drawn) == {"figure", "curves", *(["updates"] if experiment.goal else [])}
     for kind, figure in drawn.items():
         if figure is None:
             assert kind == "curves" and not any((results / "curves").glob("*.csv"))

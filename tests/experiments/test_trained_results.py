@@ -135,6 +135,22 @@ def test_updates_to_the_goal(tmp_path):
     assert "that other seeds selected, by the validation split" in table[0]
 
 
+def test_updates_are_drawn(tmp_path):
+    runs = {0.001: [(0, 0.5, 0.99), (0, 0.2, 0.5, 0.9, 0.99), (0, 0.1)]}
+    rows = phase_rows("final", "lla", runs, **CELL) + final("gla", {0.001: (0.9,)})
+    drawn = mqar_plot.draw(mqar_points(tmp_path, rows), tmp_path, "")
+    printable.check(drawn["updates"])
+    (axis,) = drawn["updates"].axes
+    (bar,) = axis.containers
+    assert bar.lines[0].get_xydata().tolist() == [[750, 0]]
+    (ends,) = [segment[:, 0].tolist() for segment in bar.lines[2][0].get_segments()]
+    assert ends == [500, 1000]
+    assert [text.get_text() for text in axis.texts] == ["2/3", "0/1"]
+    # Where none got there, there is nothing to draw.
+    found = mqar_points(tmp_path, final("gla", {0.001: (0.9,)}))
+    assert mqar_plot.draw(found, tmp_path, "")["updates"] is None
+
+
 def test_final_runs_at_the_lowest_rate_are_marked(tmp_path):
     rows = selected("lla", {0.001: (0.9,), 0.003: (0.8,)}) + final("lla", {0.001: (0.7,)})
     (point,) = mqar_points(tmp_path, rows)
@@ -281,14 +297,15 @@ def test_a_grid_of_all_mechanisms_can_be_printed(module, tmp_path):
     rows = []
     for name, options in VARIANTS:
         for cell in GRIDS[module]:
-            runs = [[draws.random() for _ in range(8)] for _ in range(5)]
+            lengths = [draws.randint(2, 60) for _ in range(5)]
+            runs = [[draws.random() for _ in range(length)] for length in lengths]
             rows += phase_rows("final", name, {0.01: runs}, **options, **cell)
-    write_phases(tmp_path / "results.csv", experiment, rows, goal=2)
+    write_phases(tmp_path / "results.csv", experiment, rows, goal=0.5)
     found = experiment.points(tmp_path)
     assert len(found) == len(VARIANTS) * len(GRIDS[module])
     drawn = module.draw(found, tmp_path, "")
-    printable.check(drawn["figure"])
-    printable.check(drawn["curves"])
+    for figure in drawn.values():
+        printable.check(figure)
     assert sum(bool(axis.lines) for axis in drawn["curves"].axes) == len(GRIDS[module])
 
 
