@@ -21,6 +21,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from lla.mixers import scan_kernel
 from lla.mixers.chunks import check_form, start_state
 from lla.ops.problem import compute_dtype
 
@@ -73,6 +74,10 @@ def selective_scan(
             )
     dtype = compute_dtype(x.dtype)
     state = start_state(state, (batch, *a.shape), dtype)
+    if form == "parallel" and scan_kernel.serves(x, a):
+        wide = (array.astype(dtype) for array in (delta, b, c))
+        y, state = scan_kernel.run(state, a.astype(dtype), x, *wide)
+        return (y, state) if return_state else y
     arrays = tuple(array.astype(dtype) for array in (x, delta, b, c))
     compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
     y, state = compute(state, a.astype(dtype), *arrays)
