@@ -235,6 +235,11 @@ def operators(heads: int, n: int, dim: int) -> dict[str, tuple]:
         *rng.standard_normal((2, 2, n, 16)),
     )
     query, key = unit(), unit()
+
+    def wider(array):
+        """Half as many heads, twice as wide, as long as before."""
+        return array.reshape(2, n, -1, 2 * dim) / 2**0.5
+
     ridge = np.ones((heads, dim))
 
     def solve(*arrays, form):
@@ -245,6 +250,10 @@ def operators(heads: int, n: int, dim: int) -> dict[str, tuple]:
     return {
         "delta_rule": (delta_rule, (query, key, value, beta)),
         "gated": (delta_rule, (query, key, value, beta, per_head)),
+        "gated_wide": (
+            delta_rule,
+            (*map(wider, (query, key, value)), beta[:, :, ::2], per_head[:, :, ::2]),
+        ),
         "per_head": (
             linear_recurrence,
             (query, key, value, per_head),

@@ -17,16 +17,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lla.kernels.mosaic_gpu.delta import (
+from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
-    SQUARE,
+    Places,
     Square,
     Transposed,
     narrow_tiles,
-    program_place,
 )
 from lla.kernels.mosaic_gpu.launch import Config, launch
-from lla.kernels.mosaic_gpu.tile import Arithmetic, by_row
+from lla.kernels.mosaic_gpu.tile import Arithmetic
 
 _DTYPE = jnp.bfloat16
 
@@ -45,41 +44,6 @@ class Gates(NamedTuple):
     start: jax.Array
     end: jax.Array
     total: jax.Array
-
-
-class _Places:
-    """Where the arrays of a program instance are; `group` heads share queries and keys."""
-
-    def __init__(self, heads: int, group: int, blocks: int):
-        self.b, self.h = program_place(heads)
-        self.kv = lax.div(self.h, jnp.int32(group))
-        self.columns = [pl.ds(i * CHUNK, CHUNK) for i in range(blocks)]
-
-    def tokens(self, c):
-        return pl.ds(c * CHUNK, CHUNK)
-
-    def keys(self, array, c, shared: bool = True):
-        """One place for each block of coordinates."""
-        head = self.kv if shared else self.h
-        return [array.at[self.b, self.tokens(c), head, columns] for columns in self.columns]
-
-    def values(self, array, c):
-        return array.at[self.b, self.tokens(c), self.h]
-
-    def states(self, array, c):
-        return [array.at[self.b, self.h, c, columns] for columns in self.columns]
-
-    def state(self, array):
-        return [array.at[self.b, self.h, columns] for columns in self.columns]
-
-    def row(self, square: Square, array, c):
-        rows = square.rows(array.at[self.b, self.h, self.tokens(c)])
-        return by_row(rows, SQUARE)
-
-    def sums(self, square: Square, given, c):
-        gates = given["gates"]
-        where = (self.b, self.h, self.tokens(c))
-        return square.sums((gates.upper, gates.lower), given["columns"], where)
 
 
 def _operands(query, key, value, gates: Gates, **others):
@@ -124,7 +88,7 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
 
 
 def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scratch):
-    place, blocks = _Places(*sizes), sizes[-1]
+    place, blocks = Places(*sizes), sizes[-1]
     gates, states = given["gates"], scratch["states"]
     written, result = scratch["work"]
 
@@ -207,7 +171,7 @@ def backward(query, key, value, gates: Gates, states, d_out, d_state, *, interpr
 
 
 def _backward_body(square: Square, sizes, count: int, given, out, scratch):
-    place, blocks = _Places(*sizes), sizes[-1]
+    place, blocks = Places(*sizes), sizes[-1]
     gates, d_states = given["gates"], scratch["d_states"]
     scored, read, *results = scratch["work"]
     value, d_out, *tiles = scratch["inputs"]

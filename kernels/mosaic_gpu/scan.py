@@ -18,7 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lla.kernels.mosaic_gpu.delta import Square, Transposed, program_place
+from lla.kernels.mosaic_gpu.chunk import Square, Transposed, program_place
 from lla.kernels.mosaic_gpu.launch import Config, launch
 from lla.kernels.mosaic_gpu.tile import (
     LN2,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lla.mixers import delta_kernel, linear_kernel, mesa, scan_kernel
+from lla.mixers import delta_kernel, linear_kernel, mesa, retention_kernel, scan_kernel
 from lla.mixers.delta_rule import delta_rule
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.mixers.selective_scan import selective_scan
@@ -70,6 +70,18 @@ def linear_case(rng, interpret, *, length=130, heads=2, dim=32, value_dim=64, st
     return functools.partial(linear_kernel.run, interpret=interpret), reference, arrays
 
 
+def retention_case(rng, interpret, *, length=130, heads=2, dim=64, value_dim=64, shared=False):
+    state, query, key, value = attention(rng, length, heads, dim, value_dim)
+    if shared:
+        query, key = query[:, :, :1], key[:, :, :1]
+    arrays = (state, query, key, value, gates(rng, value.shape[:3]))
+
+    def reference(state, *arrays):
+        return linear_recurrence(*arrays, state=state, form="recurrent", return_state=True)
+
+    return functools.partial(retention_kernel.run, interpret=interpret), reference, arrays
+
+
 def mesa_case(rng, interpret):
     state, query, key, value = attention(rng, 130, 2, 64, 64)
     beta = jnp.asarray(rng.uniform(0, 1, query.shape[:3]), jnp.float32)
@@ -109,9 +121,12 @@ def scan_case(rng, interpret):
 CASES = {
     "delta": delta_case,
     "delta_blocks": functools.partial(delta_case, heads=1, dim=48, value_dim=84),
+    "delta_128": functools.partial(delta_case, heads=1, dim=128),
     "linear": linear_case,
     "linear_strong": functools.partial(linear_case, dim=64, strong=True),
     "linear_blocks": functools.partial(linear_case, heads=1, dim=20, value_dim=84),
+    "retention": retention_case,
+    "retention_shared": functools.partial(retention_case, dim=128, value_dim=84, shared=True),
     "mesa": mesa_case,
     "scan": scan_case,
 }
