@@ -114,8 +114,18 @@ class Square:
             for row, column in zip(rows, columns, strict=True)
         ]
 
-    def index(self, axis: int):
-        return plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=MATRIX)
+    def index(self, axis: int, shape=SQUARE):
+        """The row or the column of every element.
+
+        The barrier keeps the compiler from computing the masks of a chunk once for all chunks, for
+        which there are no registers.
+        """
+        if axis == 1:
+            return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+        row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS)
+        if not self.arithmetic.interpreted:
+            row = lax.optimization_barrier(row)
+        return by_row(row, shape)
 
     def pair(self, upper, lower, *, transposed: bool):
         """Decays from the token of a column to that of a row, 0 above the diagonal; or turned."""
