@@ -43,6 +43,8 @@ from lla.mixers.delta_rule import delta_rule
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.mixers.mesa import mesa
 from lla.mixers.selective_scan import selective_scan
+from lla.training.settings import Sharding
+from lla.training.sharding import make_mesh
 
 KEY_FIELDS = ("implementation", "pass", "dtype", "batch", "n", "width", "heads", "runs")
 NAMES = (
@@ -127,7 +129,8 @@ class Update:
 
     def __init__(self, options: argparse.Namespace, cell: Cell):
         settings, runs = config(options, cell)
-        self.program = training.Program(training.resolve(settings), runs=runs)
+        mesh = make_mesh(Sharding(1, 1), jax.devices()[:1])
+        self.program = training.Program(training.resolve(settings), mesh, runs)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         self.compiled = self.program.advance.lower(self.program.abstract_state, count).compile()
         self.start = self.program.init.lower().compile()
