@@ -1,10 +1,11 @@
 """One case of the kernels of recurrences in the GPU interpreter, as a process of its own.
 
-    python -m tests.kernels.interpret_mixers CASE [--races]
+    python -m tests.kernels.interpret_mixers CASE [--races] [--mapped]
 
 Prints one line of JSON: relative errors of the outputs and of all gradients against the recurrent
 form in float32 on the same numbers, and (with ``--races``) the number of kernels in which the
-detector has found a race.
+detector has found a race. With ``--mapped`` the kernels run under `jax.vmap`, and a second case
+with other numbers beside the first.
 """
 
 from __future__ import annotations
@@ -132,25 +133,35 @@ CASES = {
 }
 
 
-def run(name: str, races: bool) -> dict:
+def run(name: str, races: bool, mapped: bool) -> dict:
     states = record_race_detectors()
-    rng = np.random.default_rng(0)
     interpret = plgpu.InterpretGPUParams(detect_races=races)
-    kernels, reference, arrays = CASES[name](rng, interpret)
+    cases = [CASES[name](np.random.default_rng(seed), interpret) for seed in range(1 + mapped)]
+    kernels, reference, _ = cases[0]
 
-    def results(function, arrays):
+    def results(function, *arrays):
         outputs, pullback = jax.vjp(function, *arrays)
         drawn = np.random.default_rng(1)
         cotangents = [jnp.asarray(drawn.standard_normal(o.shape), jnp.bfloat16) for o in outputs]
         gradients = pullback(
             tuple(c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True))
         )
-        return [np.asarray(leaf, np.float64) for leaf in (*outputs, *gradients)]
+        return *outputs, *gradients
 
-    found = results(kernels, arrays)
-    wanted = results(reference, tuple(a.astype(jnp.float32) for a in arrays))
+    def stacked(function, dtype=None):
+        arrays = [jnp.stack(arrays) for arrays in zip(*(case[2] for case in cases), strict=True)]
+        if dtype is not None:
+            arrays = [array.astype(dtype) for array in arrays]
+        one = functools.partial(results, function)
+        found = (
+            jax.vmap(one)(*arrays) if mapped else [a[None] for a in one(*(a[0] for a in arrays))]
+        )
+        return [np.asarray(array, np.float64) for array in found]
+
+    found, wanted = stacked(kernels), stacked(reference, jnp.float32)
     errors = [
-        float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, wanted, strict=True)
+        max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*pair, strict=True))
+        for pair in zip(found, wanted, strict=True)
     ]
     return {
         "errors": errors,
@@ -163,5 +174,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--races", action="store_true")
+    parser.add_argument("--mapped", action="store_true")
     given = parser.parse_args()
-    print(json.dumps(run(given.case, given.races)))
+    print(json.dumps(run(given.case, given.races, given.mapped)))

@@ -67,6 +67,12 @@ def test_equals_the_recurrent_form(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["delta", "linear", "retention_shared", "mesa", "scan"])
+def test_mapped_over_runs(case):
+    check(case, "--mapped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["delta", "linear", "retention_shared", "mesa", "scan"])
 def test_no_races(case):
     check(case, "--races")
 
