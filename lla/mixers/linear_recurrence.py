@@ -18,7 +18,10 @@ scalar product if a_ij were split into a_i0 / a_j0, and 1 / a_j0 overflows. Here
 blocks of 16 tokens instead: within a block all a_ij are formed, and between blocks a_ij is the
 product of three factors, each at most 1: from j to the end of its block, over the blocks between,
 and from the start of the block of i to i. No positive number is ever exponentiated, and no
-exponent is the difference of running sums (`chunks.decays` says why).
+exponent is the difference of plain running sums (`chunks.Sums` says why).
+
+On a Hopper GPU bfloat16 sequences have kernels (`lla.mixers.linear_kernel` for gates per coordinate,
+`lla.mixers.retention_kernel` for the others).
 """
 
 from functools import partial
@@ -61,8 +64,9 @@ def linear_recurrence(
       return_state: also return the state after the last token.
 
     Returns:
-      ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the state ``[B, N, H, Hv]``. States,
-      gates and everything between are float32 (float64 for float64 values).
+      ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the state ``[B, N, H, Hv]``. States
+      and gates are float32 (float64 for float64 values); of 16-bit values, operands of products are
+      rounded to TF32 or 16 bits on a GPU.
 
     Raises:
       ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.

@@ -12,7 +12,7 @@ code, A is discretised exactly and B by Euler's rule).
 the tokens of one chunk after the other, since pairs (a, b) that stand for h -> a h + b compose to
 pairs of that kind. All a are products of numbers in [0, 1]. States of all tokens exist for one
 chunk at a time, in the backward pass as well; a chunk of the recurrent form is about the square
-root of the length.
+root of the length. On a Hopper GPU bfloat16 inputs have kernels (`lla.mixers.scan_kernel`).
 """
 
 import math
