@@ -20,8 +20,8 @@ product of three factors, each at most 1: from j to the end of its block, over t
 and from the start of the block of i to i. No positive number is ever exponentiated, and no
 exponent is the difference of plain running sums (`chunks.Sums` says why).
 
-On a Hopper GPU bfloat16 sequences have kernels (`lla.mixers.linear_kernel` for gates per coordinate,
-`lla.mixers.retention_kernel` for the others).
+On a Hopper GPU bfloat16 sequences have kernels (`lla.mixers.linear_kernel` for gates per
+coordinate, `lla.mixers.retention_kernel` for the others).
 """
 
 from functools import partial
