@@ -43,6 +43,8 @@ from lla.mixers.delta_rule import delta_rule
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.mixers.mesa import mesa
 from lla.mixers.selective_scan import selective_scan
+from lla.training.settings import Sharding
+from lla.training.sharding import make_mesh
 
 KEY_FIELDS = ("implementation", "pass", "dtype", "batch", "n", "width", "heads", "runs")
 NAMES = (
@@ -127,7 +129,8 @@ class Update:
 
     def __init__(self, options: argparse.Namespace, cell: Cell):
         settings, runs = config(options, cell)
-        self.program = training.Program(training.resolve(settings), runs=runs)
+        mesh = make_mesh(Sharding(1, 1), jax.devices()[:1])
+        self.program = training.Program(training.resolve(settings), mesh, runs)
         self.compiled = self.program.compile(("init", "advance"))["advance"]
         self.state = None
 
@@ -233,6 +236,11 @@ def operators(heads: int, n: int, dim: int) -> dict[str, tuple]:
         *rng.standard_normal((2, 2, n, 16)),
     )
     query, key = unit(), unit()
+
+    def wider(array):
+        """Half as many heads, twice as wide, as long as before."""
+        return array.reshape(2, n, -1, 2 * dim) / 2**0.5
+
     ridge = np.ones((heads, dim))
 
     def solve(*arrays, form):
@@ -243,6 +251,10 @@ def operators(heads: int, n: int, dim: int) -> dict[str, tuple]:
     return {
         "delta_rule": (delta_rule, (query, key, value, beta)),
         "gated": (delta_rule, (query, key, value, beta, per_head)),
+        "gated_wide": (
+            delta_rule,
+            (*map(wider, (query, key, value)), beta[:, :, ::2], per_head[:, :, ::2]),
+        ),
         "per_head": (
             linear_recurrence,
             (query, key, value, per_head),

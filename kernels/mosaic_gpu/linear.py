@@ -23,7 +23,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lla.kernels.mosaic_gpu.delta import (
+from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
     SQUARE,
     Square,
@@ -35,7 +35,7 @@ from lla.kernels.mosaic_gpu.launch import Config, launch
 from lla.kernels.mosaic_gpu.tile import LOG2E, Arithmetic, narrow_transforms
 
 _DTYPE = jnp.bfloat16
-_LEVELS = (1, 2, 4, 8, 16, 32)
+_LEVELS = 6  # halves of 1, 2, ..., 32 tokens
 
 
 def _tile(*sizes: int):
@@ -49,7 +49,15 @@ class _Chunk:
 
     def __init__(self, square: Square, dim: int, tiles):
         self.square, self.shape, self.tiles = square, (CHUNK, dim), tiles
-        self.row, self.column = square.index(0), square.index(1)
+        self.column = square.index(1)
+
+    @property
+    def row(self):
+        """Anew for every mask, or what masks have in common would stay in registers."""
+        return self.square.index(0)
+
+    def on_diagonal(self, matrix):
+        return jnp.where(self.row == self.column, matrix, 0.0)
 
     def read(self, ref):
         store_parts(self.square.load_wide(ref), self.tiles)
@@ -70,24 +78,25 @@ class _Chunk:
     def total(self):
         return self.decay(self.column >= 0)
 
-    def later(self, size: int, shape):
+    def later(self, size, shape):
         """Whether a row is in a later half of blocks of `size`."""
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        return (row & size) != 0
+        return (self.square.index(0, shape) & size) != 0
 
-    def level(self, size: int):
+    def level(self, size):
         """The decays of queries from the start of their half, and of keys to the end of theirs."""
         row, column = self.row, self.column
         passed = jnp.where((row & size) != 0, row - column, column - row - 1)
         return self.decay(((row ^ column) < size) & (passed >= 0))
 
-    def below(self, size: int):
-        different = self.row ^ self.column
-        return (self.row > self.column) & (different >= size) & (different < 2 * size)
+    def below(self, size):
+        row, column = self.row, self.column
+        different = row ^ column
+        return (row > column) & (different >= size) & (different < 2 * size)
 
-    def above(self, size: int):
-        different = self.row ^ self.column
-        return (self.row < self.column) & (different >= size) & (different < 2 * size)
+    def above(self, size):
+        row, column = self.row, self.column
+        different = row ^ column
+        return (row < column) & (different >= size) & (different < 2 * size)
 
 
 def _operands(query, key, value, log_decay, **others):
@@ -115,7 +124,7 @@ def forward(query, key, value, log_decay, state, *, save: bool, interpret: Any =
     scratch = {
         "inputs": [_tile(2, CHUNK, dim, dim), _tile(2, CHUNK, dim, dim), _tile(2, *SQUARE, dim)],
         "logs": [_tile(CHUNK, dim, dim) for _ in range(2)],
-        "work": [_tile(CHUNK, dim, dim) for _ in range(2)],
+        "work": _tile(2, CHUNK, dim, dim),
         "state": _tile(CHUNK, dim, dim),
         "out": _tile(*SQUARE, dim),
         "loaded": plgpu.Barrier(num_arrivals=3, num_barriers=2),
@@ -150,26 +159,29 @@ def _forward_body(square: Square, heads: int, count: int, dim: int, save, given,
         plgpu.barrier_wait(scratch["loaded"].at[slot])
         pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
         query, key, value = (target.at[slot] for target in scratch["inputs"])
-        wide_query, wide_key = square.load(query), square.load(key)
 
         (weights,) = square.multiply([(query, Transposed(key))])
-        weights = jnp.where(gates.row == gates.column, weights, 0.0)
-        for size in _LEVELS:
-            scaled = jnp.where(gates.later(size, shape), wide_query, wide_key) * gates.level(size)
+        weights = gates.on_diagonal(weights)
+
+        def add_level(i, weights):
+            size, work = lax.shift_left(jnp.int32(1), i), lax.rem(i, jnp.int32(2))
+            later = gates.later(size, shape)
+            scaled = jnp.where(later, square.load(query), square.load(key)) * gates.level(size)
             scaled = scaled.astype(_DTYPE)
-            tile = scratch["work"][size.bit_length() % 2]
+            tile = scratch["work"].at[work]
             tile[...] = scaled
             plgpu.commit_smem()
             (products,) = square.multiply([(scaled, Transposed(tile))])
-            weights = weights + jnp.where(gates.below(size), products, 0.0)
+            return weights + jnp.where(gates.below(size), products, 0.0)
 
-        incoming = (wide_query * gates.start()).astype(_DTYPE)
+        weights = lax.fori_loop(0, _LEVELS, add_level, weights)
+        incoming = (square.load(query) * gates.start()).astype(_DTYPE)
         (result,) = square.multiply(
             [(incoming, Transposed(scratch["state"])), (weights.astype(_DTYPE), value)]
         )
         scratch["out"][...] = result.astype(_DTYPE)
-        tile = scratch["work"][0]
-        tile[...] = (wide_key * gates.end()).astype(_DTYPE)
+        tile = scratch["work"].at[c * 0]  # not a constant, which a product cannot take
+        tile[...] = (square.load(key) * gates.end()).astype(_DTYPE)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch["out"], out["out"].at[b, tokens, h])
         (state,) = square.multiply([(Transposed(value), tile)], start=(gates.total() * state,))
@@ -197,7 +209,7 @@ def backward(query, key, value, log_decay, states, d_out, d_state, *, interpret:
     scratch = {
         "inputs": [_tile(*size) for size in (rows, rows, whole, whole, rows)],
         "logs": [_tile(*rows) for _ in range(2)],
-        "work": [_tile(*rows) for _ in range(2)],
+        "work": _tile(2, *rows),
         "results": [_tile(*rows) for _ in range(2)],
         "d_state": _tile(*rows),
         "d_value": _tile(*whole),
@@ -230,35 +242,35 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         gates = _Chunk(square, dim, scratch["logs"])
         gates.read(given["log_decay"].at[b, tokens, h])
         plgpu.barrier_wait(scratch["loaded"])
-        row, column = gates.row, gates.column
-
-        def choose(size):
-            """Rows of queries or keys, by the half that they are in."""
-            later = gates.later(size, shape)
-            return later, jnp.where(later, square.load(query), square.load(key))
+        column = gates.column
 
         turned, d_weights, d_turned = square.multiply(
             [(key, Transposed(query))], [(d_out, Transposed(value))], [(value, Transposed(d_out))]
         )
-        turned = jnp.where(row == column, turned, 0.0)
-        on_diagonal = jnp.where(row == column, d_weights, 0.0).sum(axis=1)
-        d_query = square.load(key) * 0.0
-        d_key = d_query
-        for size in _LEVELS:
-            later, rows = choose(size)
+        turned = gates.on_diagonal(turned)
+        on_diagonal = gates.on_diagonal(d_weights).sum(axis=1)
+
+        def add_level(i, carry):
+            turned, d_query, d_key = carry
+            size, work = lax.shift_left(jnp.int32(1), i), lax.rem(i, jnp.int32(2))
+            later = gates.later(size, shape)
             decay = gates.level(size)
-            scaled = (rows * decay).astype(_DTYPE)
-            tile = scratch["work"][size.bit_length() % 2]
+            scaled = jnp.where(later, square.load(query), square.load(key)) * decay
+            scaled = scaled.astype(_DTYPE)
+            tile = scratch["work"].at[work]
             tile[...] = scaled
             plgpu.commit_smem()
-            above = gates.above(size)
-            both = jnp.where(gates.below(size), d_weights, jnp.where(above, d_turned, 0.0))
             (products,) = square.multiply([(scaled, Transposed(tile))])
-            turned = turned + jnp.where(above, products, 0.0)
+            turned = turned + jnp.where(gates.above(size), products, 0.0)
+            below, above = gates.below(size), gates.above(size)
+            both = jnp.where(below, d_weights, jnp.where(above, d_turned, 0.0))
             (d_rows,) = square.multiply([(both.astype(_DTYPE), tile)], shape=shape)
             d_rows = d_rows * decay
             d_query = d_query + jnp.where(later, d_rows, 0.0)
-            d_key = d_key + jnp.where(later, 0.0, d_rows)
+            return turned, d_query, d_key + jnp.where(later, 0.0, d_rows)
+
+        zero = square.load(key) * 0.0
+        turned, d_query, d_key = lax.fori_loop(0, _LEVELS, add_level, (turned, zero, zero))
         # What acts through the logarithms up to a token, and through those behind it.
         onward = d_query * square.load(query) - d_key * square.load(key)
         on_diagonal = lax.broadcast_in_dim(on_diagonal, shape, [0])
@@ -271,7 +283,7 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         d_query = d_query + incoming
         scratch["results"][0][...] = d_query.astype(_DTYPE)
         onward = onward + incoming * square.load(query)
-        scratch["work"][0][...] = (square.load(query) * start).astype(_DTYPE)
+        scratch["work"].at[c * 0][...] = (square.load(query) * start).astype(_DTYPE)
 
         end = gates.end()
         (outgoing,) = square.multiply([(value, scratch["d_state"])], shape=shape)
@@ -293,7 +305,7 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         total = gates.total()
         through = total * d_state * square.load(state)
         (new,) = square.multiply(
-            [(Transposed(d_out), scratch["work"][0])], start=(total * d_state,)
+            [(Transposed(d_out), scratch["work"].at[c * 0])], start=(total * d_state,)
         )
 
         # Sums of `onward` from a token on, of `leaving` before it, and of `through` over the rows.
@@ -304,8 +316,8 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
             pairs = [(which, tile) for tile in scratch["logs"]]
             return square.multiply(pairs, start=(so_far,))[0]
 
-        d_log = sums(column >= row, onward, onward * 0.0)
-        d_log = sums(column < row, leaving, d_log)
+        d_log = sums(column >= gates.row, onward, onward * 0.0)
+        d_log = sums(column < gates.row, leaving, d_log)
         d_log = sums(column >= 0, through, d_log)
         out["log_decay"].at[b, tokens, h][...] = d_log
         plgpu.commit_smem()

@@ -19,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lla.kernels.mosaic_gpu.delta import (
+from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
     SQUARE,
     Square,

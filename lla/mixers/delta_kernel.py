@@ -35,7 +35,8 @@ def run(
       interpret: parameters of Pallas's GPU interpreter, or None to compile.
     """
     _, length, heads, dim = key.shape
-    blocks = hopper.Blocks(length, heads, dim, value.shape[-1], _SIZE)
+    key_dim = -(-dim // hopper.SIZE) * hopper.SIZE
+    blocks = hopper.Blocks(length, heads, dim, value.shape[-1], key_dim)
     query, key, value = (array.astype(jnp.bfloat16) for array in (query, key, value))
     arrays = match_varying(
         blocks.states(state),

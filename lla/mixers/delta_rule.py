@@ -15,8 +15,12 @@ that of all gates of the chunk up to i, S0 the state before the chunk:
     u_i + beta_i sum_{j < i} a_ij (k_i.k_j) u_j = beta_i (v_i - a_i0 S0^T k_i)
 
 The lower triangular system does not contain S0, so all chunks solve it at once for the two
-right-hand sides beta v and beta a_i0 k (the WY representation); what remains for the scan over
-chunks is u = U - W S0.
+right-hand sides beta v and beta a_i0 k (the WY representation), which gives U and W. With
+u = U - W S0 the state behind a chunk is a product with S0, so that what remains for the scan over
+chunks is the state alone. Gradients are written out below in the same way.
+
+Sequences of 16 bits have operands of 16 bits or TF32 with float32 sums, and on a Hopper GPU kernels
+(`lla.mixers.delta_kernel`), which walk over the chunks and solve for u at once.
 """
 
 from functools import partial
@@ -55,8 +59,9 @@ def delta_rule(
       return_state: also return the state after the last token.
 
     Returns:
-      ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the state ``[B, N, H, Hv]``. States,
-      gates and everything between are float32 (float64 for float64 values).
+      ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the state ``[B, N, H, Hv]``. States
+      and gates are float32 (float64 for float64 values); of bfloat16 values, operands of products
+      are rounded to 16 bits.
 
     Raises:
       ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
@@ -131,7 +136,7 @@ def _parallel(state, query, key, value, beta, log_decay=None, *, chunk):
     length, narrow = query.shape[1], chunks.operand_dtype(value.dtype)
     if log_decay is None:
         log_decay = jnp.zeros_like(beta)
-    if hopper.serve(key, value):
+    if hopper.serve(key, value, 128):
         return delta_kernel.run(state, query, key, value, beta, log_decay)
     arrays = (array.astype(narrow) for array in (query, key, value))
     arrays = (chunks.split(array, chunk) for array in (*arrays, beta, log_decay))

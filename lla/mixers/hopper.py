@@ -13,15 +13,15 @@ SIZE = 64
 """Tokens of a chunk, and coordinates of a block of values."""
 
 
-def serve(key: jax.Array, value: jax.Array) -> bool:
+def serve(key: jax.Array, value: jax.Array, largest: int = SIZE) -> bool:
     """Whether there are kernels for sequences like these on this machine.
 
-    They need a Hopper GPU, bfloat16, keys of at most 64 coordinates and a chunk of tokens.
+    They need a Hopper GPU, bfloat16, a chunk of tokens, and keys of at most `largest` coordinates.
     """
     return (
         value.dtype == jnp.bfloat16
         and key.shape[1] >= SIZE
-        and key.shape[-1] <= SIZE
+        and key.shape[-1] <= largest
         and mosaic_gpu.refuse_machine() is None
     )
 
@@ -50,14 +50,14 @@ class Blocks:
         """Blocks of a head."""
         return -(-self.value_dim // SIZE)
 
-    def tokens(self, array: jax.Array) -> jax.Array:
-        """``[B, T, N, ...] -> [B, T', N', ...]``."""
+    def tokens(self, array: jax.Array, repeat: bool = True) -> jax.Array:
+        """``[B, T, N, ...] -> [B, T', N', ...]``; heads stay as they are without `repeat`."""
         array = _pad(array, 1, -self.length % SIZE)
-        return jnp.repeat(array, self.count, 2) if self.count > 1 else array
+        return jnp.repeat(array, self.count, 2) if repeat and self.count > 1 else array
 
-    def keys(self, array: jax.Array) -> jax.Array:
-        """``[B, T, N, H] -> [B, T', N', H']``."""
-        return _pad(self.tokens(array), -1, self.key_dim - self.dim)
+    def keys(self, array: jax.Array, repeat: bool = True) -> jax.Array:
+        """``[B, T, N, H] -> [B, T', N', H']``; heads stay as they are without `repeat`."""
+        return _pad(self.tokens(array, repeat), -1, self.key_dim - self.dim)
 
     def values(self, array: jax.Array) -> jax.Array:
         """``[B, T, N, Hv] -> [B, T', N', 64]``."""

@@ -106,7 +106,7 @@ class LinearAttention(parts.Recurrence):
     def __call__(self, x: jax.Array) -> jax.Array:
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         *sequences, dtype = self._sequences(x, parts.whole(self), positions)
-        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk, dtype=dtype)
+        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
         return self._finish(out, dtype)
 
     def decode(
@@ -123,7 +123,6 @@ class LinearAttention(parts.Recurrence):
             form=form_of_piece(self.form, length),
             chunk=self.chunk,
             return_state=True,
-            dtype=dtype,
         )
         return self._finish(out, dtype), state.advance(memory, piece)
 
@@ -136,18 +135,19 @@ class LinearAttention(parts.Recurrence):
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         dtype = value.dtype
-        query, key, value = (a.astype(compute_dtype(dtype)) for a in (query, key, value))
+        query, key = (a.astype(compute_dtype(dtype)) for a in (query, key))
         query, key = (_FEATURE_MAPS[self.feature_map](a) for a in (query, key))
         if self.rope_theta is not None:
             query, key = (rotate(a, positions, self.rope_theta) for a in (query, key))
-        query = query * self.scale
+        query, key = query.astype(dtype), key.astype(dtype)
         if self.normalize:
             # A value of 1 beside the others collects the sum of the weights.
             value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
         return query, key, value, dtype
 
     def _finish(self, out, dtype):
-        """Norms and output projection of ``out [B, T, N, Hv]``, the state as read by the tokens."""
+        """Scale, norms and output projection of ``out [B, T, N, Hv]``, as read by the tokens."""
+        out = self.scale * out.astype(compute_dtype(out.dtype))
         if self.normalize:
             out = out[..., :-1] / (out[..., -1:] + 1e-6)
         if self.has_out_norm:

@@ -18,16 +18,18 @@ scalar product if a_ij were split into a_i0 / a_j0, and 1 / a_j0 overflows. Here
 blocks of 16 tokens instead: within a block all a_ij are formed, and between blocks a_ij is the
 product of three factors, each at most 1: from j to the end of its block, over the blocks between,
 and from the start of the block of i to i. No positive number is ever exponentiated, and no
-exponent is the difference of running sums (`chunks.decays` says why).
+exponent is the difference of plain running sums (`chunks.Sums` says why).
+
+On a Hopper GPU bfloat16 sequences have kernels (`lla.mixers.linear_kernel` for gates per
+coordinate, `lla.mixers.retention_kernel` for the others).
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lla.mixers import chunks, hopper, linear_kernel
+from lla.mixers import chunks, hopper, linear_kernel, retention_kernel
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -46,26 +48,25 @@ def linear_recurrence(
     form: str = "parallel",
     chunk: int = 64,
     return_state: bool = False,
-    dtype: Any = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Outputs of decayed linear attention.
 
     Args:
-      query, key: ``[B, T, N, H]``, taken as they are; there is no other scale.
+      query, key: ``[B, T, N, H]``, or ``[B, T, 1, H]`` where all heads share them, taken as they
+        are; there is no other scale.
       value: ``[B, T, N, Hv]``.
       log_decay: logarithm of the gates, finite and <= 0: ``[B, T, N]``, or ``[B, T, N, H]`` for a
-        gate per coordinate of the key; None for no decay.
+        gate per coordinate of the key, of each head; None for no decay.
       state: ``[B, N, H, Hv]``, the state before the first token; None for zero.
       form: ``"parallel"`` or ``"recurrent"``.
       chunk: tokens per chunk of the parallel form; with gates per coordinate rounded up to a
         multiple of 16.
       return_state: also return the state after the last token.
-      dtype: of the model; products are as exact as it deserves (`chunks.products`). None for that
-        of `value`.
 
     Returns:
-      ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the state ``[B, N, H, Hv]``. States,
-      gates and everything between are float32 (float64 for float64 values).
+      ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the state ``[B, N, H, Hv]``. States
+      and gates are float32 (float64 for float64 values); of 16-bit values, operands of products are
+      rounded to TF32 or 16 bits on a GPU.
 
     Raises:
       ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
@@ -76,25 +77,44 @@ def linear_recurrence(
             "query and key must both be [B, T, N, H] and not empty, "
             f"got {query.shape} and {key.shape}."
         )
-    if value.ndim != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value must be [B, T, N, Hv] with the leading axes of key {key.shape}, "
-            f"got {value.shape}."
+    if (
+        value.ndim != 4
+        or value.shape[:2] != key.shape[:2]
+        or key.shape[2]
+        not in (
+            1,
+            value.shape[2],
         )
-    if log_decay is not None and log_decay.shape not in (key.shape[:3], key.shape):
+    ):
         raise ValueError(
-            f"log_decay must have shape {key.shape[:3]} or {key.shape}, got {log_decay.shape}."
+            f"value must be [B, T, N, Hv] with the leading axes of key {key.shape}, or several "
+            f"heads for one, got {value.shape}."
         )
-    batch, length, heads, dim = key.shape
-    einsum = chunks.products(value.dtype if dtype is None else dtype)
+    batch, length, heads = value.shape[:3]
+    dim = key.shape[3]
+    if log_decay is not None and log_decay.shape not in (
+        (batch, length, heads),
+        (batch, length, heads, dim),
+    ):
+        raise ValueError(
+            f"log_decay must have shape {(batch, length, heads)} or "
+            f"{(batch, length, heads, dim)}, got {log_decay.shape}."
+        )
+    einsum = chunks.products(value.dtype)
     dtype = compute_dtype(value.dtype)
     state = chunks.start_state(state, (batch, heads, dim, value.shape[-1]), dtype)
     if log_decay is None:
-        log_decay = jnp.zeros(key.shape[:3], dtype)
-    if form == "parallel" and log_decay.ndim == 4 and hopper.serve(key, value):
-        out, state = linear_kernel.run(state, query, key, value, log_decay.astype(dtype))
+        log_decay = jnp.zeros((batch, length, heads), dtype)
+    log_decay = log_decay.astype(dtype)
+    per_head = log_decay.ndim == 3
+    if form == "parallel" and hopper.serve(key, value, 128 if per_head else hopper.SIZE):
+        kernels = retention_kernel
+        if not per_head:
+            kernels, query, key = linear_kernel, *(_to_heads(a, heads) for a in (query, key))
+        out, state = kernels.run(state, query, key, value, log_decay)
         return (out, state) if return_state else out
-    arrays = tuple(array.astype(dtype) for array in (query, key, value, log_decay))
+    query, key = (_to_heads(array, heads) for array in (query, key))
+    arrays = (*(array.astype(dtype) for array in (query, key, value)), log_decay)
     if form == "recurrent":
         compute = _recurrent
     else:
@@ -102,6 +122,11 @@ def linear_recurrence(
     out, state = compute(state, *arrays)
     out = out.astype(value.dtype)
     return (out, state) if return_state else out
+
+
+def _to_heads(array, heads: int):
+    """``[B, T, N or 1, H] -> [B, T, N, H]``."""
+    return jnp.broadcast_to(array, (*array.shape[:2], heads, array.shape[3]))
 
 
 def linear_recurrence_step(

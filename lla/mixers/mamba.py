@@ -120,13 +120,13 @@ class Mamba(parts.Recurrence):
         step, b, c = self.step(u), self.B(u), self.C(u)
         dtype = compute_dtype(u.dtype)
         delta = jax.nn.softplus(step.astype(dtype) + _row(self.dt_bias, dtype))
-        return u.astype(dtype), delta, -jnp.exp(self.A_log[...].astype(dtype)), b, c
+        return u, delta, -jnp.exp(self.A_log[...].astype(dtype)), b, c
 
     def _finish(self, x, u, y):
         """Skip, gate and output projection of ``y [B, T, D]``, the states that were read."""
         gate, dtype = self.gate(x), compute_dtype(u.dtype)
         wide = u.astype(dtype)
-        y = (y + _row(self.D, dtype) * wide) * jax.nn.silu(gate.astype(dtype))
+        y = (y.astype(dtype) + _row(self.D, dtype) * wide) * jax.nn.silu(gate.astype(dtype))
         return self.out(y.astype(u.dtype))
 
 

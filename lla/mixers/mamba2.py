@@ -79,7 +79,7 @@ class Mamba2(parts.Recurrence):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         u, *sequences = self._sequences(x, parts.whole(self))
-        y = linear_recurrence(*sequences, form=self.form, chunk=self.chunk, dtype=u.dtype)
+        y = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
         return self._finish(x, u, y)
 
     def decode(
@@ -97,7 +97,6 @@ class Mamba2(parts.Recurrence):
             form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
             return_state=True,
-            dtype=u.dtype,
         )
         return self._finish(piece.x, u, y), state.advance(memory, piece)
 
@@ -106,18 +105,16 @@ class Mamba2(parts.Recurrence):
         u, b, c = (jax.nn.silu(apply(name, x)) for name in ("inputs", "B", "C"))
         step = self.step(x)
         dtype = compute_dtype(u.dtype)
-        wide, b, c, step = (array.astype(dtype) for array in (u, b, c, step))
-        step = jax.nn.softplus(step + self.dt_bias[...].astype(dtype)[None, None])
+        step = jax.nn.softplus(step.astype(dtype) + self.dt_bias[...].astype(dtype)[None, None])
         rate = jnp.exp(self.A_log[...].astype(dtype))[None, None]
-        heads = (*step.shape, b.shape[-1])
-        c, b = (jnp.broadcast_to(array[:, :, None], heads) for array in (c, b))
-        return u, c, b, step[..., None] * wide, -step * rate
+        value = (step[..., None] * u.astype(dtype)).astype(u.dtype)
+        return u, c[:, :, None], b[:, :, None], value, -step * rate
 
     def _finish(self, x, u, y):
         """Skip, gate, norm and output projection of ``y [B, T, N, Hv]``, the states as read."""
         dtype, gate = compute_dtype(u.dtype), self.gate(x)
         wide = u.astype(dtype)
-        y = y + self.D[...].astype(dtype)[None, None, :, None] * wide
+        y = y.astype(dtype) + self.D[...].astype(dtype)[None, None, :, None] * wide
         flat = (*x.shape[:2], -1)
         y = self.norm(y.reshape(flat), gate.reshape(flat))
         return self.out(y.reshape(u.shape))

@@ -12,7 +12,8 @@ to i, and H0, G0 the state before the chunk, both H and G act as a linear attent
     (H_i + Lambda) x = g_i0 H0 x + sum_{j <= i} g_ij beta_j k_j (k_j.x) + Lambda x
     o_i = g_i0 G0^T x_i + sum_{j <= i} g_ij beta_j v_j (k_j.x_i),   (H_i + Lambda) x_i = q_i
 
-so conjugate gradients solve for all tokens at once with matrix products, and no H_i is formed.
+so conjugate gradients solve for all tokens at once with matrix products, and no H_i is formed. On a
+Hopper GPU they are a kernel for bfloat16 sequences (`lla.kernels.mosaic_gpu.mesa`).
 
 Gradients come from implicit differentiation (`jax.lax.custom_linear_solve`), not from the
 iterations: the derivative of x = (H + Lambda)^-1 q needs one more solve with the same symmetric

@@ -77,7 +77,7 @@ class RetNet(parts.Recurrence):
     def __call__(self, x: jax.Array) -> jax.Array:
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         *sequences, gate, dtype = self._sequences(x, parts.whole(self), positions)
-        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk, dtype=dtype)
+        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
         return self._finish(out, gate, dtype)
 
     def decode(
@@ -97,7 +97,6 @@ class RetNet(parts.Recurrence):
             form=form_of_piece(self.form, length),
             chunk=self.chunk,
             return_state=True,
-            dtype=dtype,
         )
         return self._finish(out, gate, dtype), state.advance(memory, piece)
 
@@ -107,19 +106,20 @@ class RetNet(parts.Recurrence):
         `apply` calls a projection by its name.
         """
         query, key, value, gate = (apply(name, x) for name in ("query", "key", "value", "gate"))
-        dtype = value.dtype
-        query, key, value, gate = (
-            a.astype(compute_dtype(dtype)) for a in (query, key, value, gate)
-        )
+        dtype, wide = value.dtype, compute_dtype(value.dtype)
         if self.rope_theta is not None:
-            query, key = (rotate(a, positions, self.rope_theta) for a in (query, key))
+            query, key = (
+                rotate(a.astype(wide), positions, self.rope_theta).astype(dtype)
+                for a in (query, key)
+            )
         shape = query.shape[:-1]
-        log_decay = jnp.log1p(-(2.0 ** -(5 + jnp.arange(self.num_heads, dtype=value.dtype))))
-        return query * self.scale, key, value, jnp.broadcast_to(log_decay, shape), gate, dtype
+        log_decay = jnp.log1p(-(2.0 ** -(5 + jnp.arange(self.num_heads, dtype=wide))))
+        log_decay = jnp.broadcast_to(log_decay, shape)
+        return query, key, value, log_decay, gate.astype(wide), dtype
 
     def _finish(self, out, gate, dtype):
-        """Norm, gate and output projection of ``out [B, T, N, Hv]``, the state that was read."""
-        out = _standardise(out) * jax.nn.silu(gate)
+        """Scale, norm, gate and output projection of ``out [B, T, N, Hv]``, as read by tokens."""
+        out = _standardise(self.scale * out.astype(gate.dtype)) * jax.nn.silu(gate)
         return self.out(out.astype(dtype))
 
 

@@ -12,7 +12,7 @@ code, A is discretised exactly and B by Euler's rule).
 the tokens of one chunk after the other, since pairs (a, b) that stand for h -> a h + b compose to
 pairs of that kind. All a are products of numbers in [0, 1]. States of all tokens exist for one
 chunk at a time, in the backward pass as well; a chunk of the recurrent form is about the square
-root of the length.
+root of the length. On a Hopper GPU bfloat16 inputs have kernels (`lla.mixers.scan_kernel`).
 """
 
 import math
@@ -21,6 +21,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from lla.mixers import scan_kernel
 from lla.mixers.chunks import check_form, start_state
 from lla.ops.problem import compute_dtype
 
@@ -73,6 +74,10 @@ def selective_scan(
             )
     dtype = compute_dtype(x.dtype)
     state = start_state(state, (batch, *a.shape), dtype)
+    if form == "parallel" and scan_kernel.serves(x, a):
+        wide = (array.astype(dtype) for array in (delta, b, c))
+        y, state = scan_kernel.run(state, a.astype(dtype), x, *wide)
+        return (y, state) if return_state else y
     arrays = tuple(array.astype(dtype) for array in (x, delta, b, c))
     compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
     y, state = compute(state, a.astype(dtype), *arrays)

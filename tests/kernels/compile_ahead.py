@@ -18,6 +18,7 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 
+import compile_mixers
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -252,6 +253,10 @@ def main():
             print(f"kernel {name}_{head_dim}", flush=True)
             compile_for_gpu(function, arguments)
             sys.stdout.flush()
+    for name, function, arguments in compile_mixers.kernels():
+        print(f"kernel {name}", flush=True)
+        compile_for_gpu(function, arguments)
+        sys.stdout.flush()
     for member in ("softmax", "lla"):
         compiled = compile_for_gpu(*step(member), donate_argnums=0)
         print(f"step {member} {launches(compiled)}", flush=True)

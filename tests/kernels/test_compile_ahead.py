@@ -58,7 +58,20 @@ SPILLS = {
     "decode_lla_128": 64,
     "decode_lla_precise_128": 64,
     "decode_parallax_group_4_128": 160,
+    # Recurrences: one warpgroup with everything of a chunk.
+    "delta_forward_64": 256,
+    "delta_backward_64": 600,
+    "delta_forward_128": 512,
+    "delta_backward_128": 1300,
+    "retention_backward_64": 352,
+    "retention_backward_128": 736,
+    "linear_backward_32": 600,
+    "linear_backward_64": 1800,
+    "mesa": 256,
 }
+
+# Products that wait for one another, for want of registers.
+SERIALIZED = {"delta_backward_128"}
 
 
 # Kernels of a decoding step of one sequence, whose time is that of launches.
@@ -82,8 +95,8 @@ def test_spills_and_launches():
         found = re.findall(r"(\d+) bytes spill stores", part)
         assert found, part
         spills[part.split()[0]] = max(map(int, found))
-        assert "serialized" not in part, part
-    assert len(spills) == 66
+        assert "serialized" not in part or part.split()[0] in SERIALIZED, part
+    assert len(spills) == 81
     assert {k: v for k, v in spills.items() if v > SPILLS.get(k, 0)} == {}
     steps = re.findall(r"^step (\w+) (\d+)$", done.stdout, flags=re.MULTILINE)
     assert {name: int(count) for name, count in steps} == LAUNCHES

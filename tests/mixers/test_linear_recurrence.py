@@ -179,6 +179,19 @@ def test_causality(gate, form):
     assert not np.allclose(out[:, 70:], changed[:, 70:])
 
 
+@pytest.mark.parametrize("gate", ["none", "head", "coordinate"])
+@forms
+def test_heads_share_queries_and_keys(gate, form):
+    arrays = sequences(40, gate, seed=12)
+    query, key = (array[:, :, :1] for array in arrays[:2])
+    log_decay = arrays[3:]
+    out, state = forward((query, key, *arrays[2:]), form=form)
+    copies = (np.repeat(array, HEADS, 2) for array in (query, key))
+    expected, expected_state = direct(*copies, arrays[2], *log_decay)
+    assert relative_error(out, expected) < 1e-5
+    assert relative_error(state, expected_state) < 1e-5
+
+
 @gates
 def test_low_precision_inputs_keep_a_float32_state(gate):
     arrays = tuple(a.astype(jnp.bfloat16) for a in sequences(63, gate, seed=10))

@@ -1,0 +1,255 @@
+"""Linear attention with one decay for each head and token, on Hopper.
+
+One warpgroup walks over the chunks of 64 tokens of one head and 64 coordinates of its values. Keys
+have one or two blocks of 64 coordinates, and as many 64 x 64 blocks has the state, which stays in
+registers in float32. Heads may share queries and keys. See `lla.mixers.linear_recurrence` for the
+formulas; every factor of a product is rounded to 16 bits once.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lla.kernels.mosaic_gpu.chunk import (
+    CHUNK,
+    Places,
+    Square,
+    Transposed,
+    narrow_tiles,
+)
+from lla.kernels.mosaic_gpu.launch import Config, launch
+from lla.kernels.mosaic_gpu.tile import Arithmetic
+
+_DTYPE = jnp.bfloat16
+
+VECTORS = ("entering", "leaving", "inside", "through")
+"""As in `lla.kernels.mosaic_gpu.delta`."""
+
+
+class Gates(NamedTuple):
+    """What a chunk reads of its gates, float32 ``[B, N, T]``; `total` is ``[B, N, M]``.
+
+    `upper` and `lower` are the parts of `lla.mixers.chunks.Sums`.
+    """
+
+    upper: jax.Array
+    lower: jax.Array
+    start: jax.Array
+    end: jax.Array
+    total: jax.Array
+
+
+def _operands(query, key, value, gates: Gates, **others):
+    columns = (gates.upper, gates.lower)  # loads of one operand in two layouts become one load
+    return {
+        "query": query, "key": key, "value": value, "gates": gates, "columns": columns, **others
+    }  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("save", "interpret"))
+def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: Any = None):
+    """Outputs ``[B, T, N, 64]``, the last state, and with `save` those before every chunk.
+
+    Args:
+      query, key: bfloat16 ``[B, T, K, H]``, H 64 or 128, T a multiple of 64, K a divisor of N.
+      value: bfloat16 ``[B, T, N, 64]``.
+      gates: of the tokens.
+      state: float32 ``[B, N, H, 64]``.
+    """
+    b, t, n, _ = value.shape
+    kv_heads, dim = key.shape[2:]
+    blocks, count = dim // CHUNK, t // CHUNK
+    outputs = {
+        "out": jax.ShapeDtypeStruct(value.shape, _DTYPE),
+        "state": jax.ShapeDtypeStruct(state.shape, jnp.float32),
+    }
+    if save:
+        outputs["states"] = jax.ShapeDtypeStruct((b, n, count, dim, CHUNK), _DTYPE)
+    scratch = {
+        "inputs": [narrow_tiles(2) for _ in range(2 * blocks + 1)],
+        "states": [narrow_tiles() for _ in range(blocks)],
+        "work": [narrow_tiles() for _ in range(2)],
+        "loaded": plgpu.Barrier(num_arrivals=2 * blocks + 1, num_barriers=2),
+    }
+    square = Square(Arithmetic(interpret is not None))
+    found = launch(
+        functools.partial(_forward_body, square, (n, n // kv_heads, blocks), count, save), outputs,
+        scratch, _operands(query, key, value, gates, state=state), programs=b * n,
+        config=Config(), interpret=interpret, threads=1,
+    )  # fmt: skip
+    return found["out"], found["state"], found.get("states")
+
+
+def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scratch):
+    place, blocks = Places(*sizes), sizes[-1]
+    gates, states = given["gates"], scratch["states"]
+    written, result = scratch["work"]
+
+    def fetch(c, slot):
+        sources = [*place.keys(given["query"], c), *place.keys(given["key"], c)]
+        sources.append(place.values(given["value"], c))
+        for source, target in zip(sources, scratch["inputs"], strict=True):
+            plgpu.copy_gmem_to_smem(source, target.at[slot], scratch["loaded"].at[slot])
+
+    def advance(c, state):
+        slot = lax.rem(c, jnp.int32(2))
+        for tile, part in zip(states, state, strict=True):
+            tile[...] = part.astype(_DTYPE)
+        plgpu.commit_smem()
+        if save:
+            for tile, target in zip(states, place.states(out["states"], c), strict=True):
+                plgpu.copy_smem_to_gmem(tile, target)
+        plgpu.barrier_wait(scratch["loaded"].at[slot])
+        pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
+        *keys, value = (target.at[slot] for target in scratch["inputs"])
+        queries, keys = keys[:blocks], keys[blocks:]
+
+        scores, incoming = square.multiply(
+            [(q, Transposed(k)) for q, k in zip(queries, keys, strict=True)],
+            list(zip(queries, states, strict=True)),
+        )
+        pair = square.pair(*place.sums(square, given, c), transposed=False)
+        weights = (scores * pair).astype(_DTYPE)
+        incoming = place.row(square, gates.start, c) * incoming
+        (rows,) = square.multiply([(weights, value)], start=(incoming,))
+        result[...] = rows.astype(_DTYPE)
+        end = place.row(square, gates.end, c)
+        written[...] = (end * square.load(value)).astype(_DTYPE)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(result, place.values(out["out"], c))
+        total = gates.total[place.b, place.h, c]
+        state = tuple(
+            square.multiply([(Transposed(k), written)], start=(total * part,))[0]
+            for k, part in zip(keys, state, strict=True)
+        )
+        plgpu.wait_smem_to_gmem(0)
+        return state
+
+    fetch(0, 0)
+    state = tuple(square.load_wide(ref) for ref in place.state(given["state"]))
+    state = lax.fori_loop(0, count, advance, state)
+    for part, target in zip(state, place.state(out["state"]), strict=True):
+        target[...] = part
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def backward(query, key, value, gates: Gates, states, d_out, d_state, *, interpret: Any = None):
+    """Cotangents by name: "query" and "key" of every head, "value", "state"; and the `VECTORS`."""
+    b, t, n, _ = value.shape
+    kv_heads, dim = key.shape[2:]
+    blocks = dim // CHUNK
+    by_head = jax.ShapeDtypeStruct((b, t, n, dim), _DTYPE)
+    outputs = {
+        "query": by_head,
+        "key": by_head,
+        "value": jax.ShapeDtypeStruct(value.shape, _DTYPE),
+        "state": jax.ShapeDtypeStruct(d_state.shape, jnp.float32),
+        "vectors": jax.ShapeDtypeStruct((len(VECTORS), b, n, t), jnp.float32),
+    }
+    scratch = {
+        "inputs": [narrow_tiles() for _ in range(3 * blocks + 2)],
+        "d_states": [narrow_tiles() for _ in range(blocks)],
+        "work": [narrow_tiles() for _ in range(4)],
+        "vectors": plgpu.SMEM((len(VECTORS), CHUNK), jnp.float32),
+        "loaded": plgpu.Barrier(num_arrivals=3 * blocks + 2),
+    }
+    square = Square(Arithmetic(interpret is not None))
+    found = launch(
+        functools.partial(_backward_body, square, (n, n // kv_heads, blocks), t // CHUNK), outputs,
+        scratch,
+        _operands(query, key, value, gates, states=states, d_out=d_out, d_state=d_state),
+        programs=b * n, config=Config(), interpret=interpret, threads=1,
+    )  # fmt: skip
+    return found | dict(zip(VECTORS, found.pop("vectors"), strict=True))
+
+
+def _backward_body(square: Square, sizes, count: int, given, out, scratch):
+    place, blocks = Places(*sizes), sizes[-1]
+    gates, d_states = given["gates"], scratch["d_states"]
+    scored, read, *results = scratch["work"]
+    value, d_out, *tiles = scratch["inputs"]
+    queries, keys, states = (tiles[i * blocks : (i + 1) * blocks] for i in range(3))
+
+    def fetch(c):
+        sources = [place.values(given["value"], c), place.values(given["d_out"], c)]
+        sources += place.keys(given["query"], c) + place.keys(given["key"], c)
+        sources += place.states(given["states"], c)
+        for source, target in zip(sources, scratch["inputs"], strict=True):
+            plgpu.copy_gmem_to_smem(source, target, scratch["loaded"])
+
+    def advance(i, d_state):
+        c = count - 1 - i
+        through = None
+        for tile, part in zip(d_states, d_state, strict=True):
+            tile[...] = part.astype(_DTYPE)
+        plgpu.commit_smem()
+        plgpu.barrier_wait(scratch["loaded"])
+
+        turned, outgoing = square.multiply(
+            [(k, Transposed(q)) for q, k in zip(queries, keys, strict=True)],
+            list(zip(keys, d_states, strict=True)),
+        )
+        sums = place.sums(square, given, c)
+        weights = (turned * square.pair(*sums, transposed=True)).astype(_DTYPE)
+        end, start = (place.row(square, array, c) for array in (gates.end, gates.start))
+        outgoing = end * outgoing
+        leaving = (outgoing * square.load(value)).sum(axis=1)
+        (d_value,) = square.multiply([(weights, d_out)], start=(outgoing,))
+        results[0][...] = d_value.astype(_DTYPE)
+        read[...] = (start * square.load(d_out)).astype(_DTYPE)
+        (d_scores,) = square.multiply([(d_out, Transposed(value))])
+        d_scores = (d_scores * square.pair(*sums, transposed=False)).astype(_DTYPE)
+        scored[...] = d_scores
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(results[0], place.values(out["value"], c))
+        plgpu.wait_smem_to_gmem(0)
+
+        total = gates.total[place.b, place.h, c]
+        targets = zip(
+            place.keys(out["query"], c, False), place.keys(out["key"], c, False), strict=True
+        )
+        entering, inside, new = None, None, []
+        for j, (query_target, key_target) in enumerate(targets):
+            query, key, state = queries[j], keys[j], states[j]
+            gone = (d_state[j] * square.load(state)).sum(axis=1)
+            through = gone if through is None else through + gone
+            d_query, incoming = square.multiply([(d_scores, key)], [(d_out, Transposed(state))])
+            incoming = start * incoming
+            came = (incoming * square.load(query)).sum(axis=1)
+            entering = came if entering is None else entering + came
+            between = (d_query * square.load(query)).sum(axis=1)
+            results[0][...] = (d_query + incoming).astype(_DTYPE)
+            d_key, written = square.multiply(
+                [(Transposed(scored), query)], [(value, Transposed(d_states[j]))]
+            )
+            between = between - (d_key * square.load(key)).sum(axis=1)
+            inside = between if inside is None else inside + between
+            results[1][...] = (d_key + end * written).astype(_DTYPE)
+            (part,) = square.multiply([(Transposed(query), read)], start=(total * d_state[j],))
+            new.append(part)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(results[0], query_target)
+            plgpu.copy_smem_to_gmem(results[1], key_target)
+            plgpu.wait_smem_to_gmem(0)
+        pl.when(c > 0)(lambda: fetch(c - 1))  # everything of this chunk has been read
+        for index, vector in enumerate((entering, leaving, inside, through)):
+            scratch["vectors"].at[index][...] = vector
+        plgpu.commit_smem()
+        for index in range(len(VECTORS)):
+            target = out["vectors"].at[index, place.b, place.h, place.tokens(c)]
+            plgpu.copy_smem_to_gmem(scratch["vectors"].at[index], target)
+        plgpu.wait_smem_to_gmem(0)
+        return tuple(new)
+
+    fetch(count - 1)
+    d_state = tuple(square.load_wide(ref) for ref in place.state(given["d_state"]))
+    d_state = lax.fori_loop(0, count, advance, d_state)
+    for part, target in zip(d_state, place.state(out["state"]), strict=True):
+        target[...] = part
