@@ -25,12 +25,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import match_varying
 from lla.kernels.tiles import sees_nothing
 from lla.ops.masks import Mask, rows_mask
 from lla.ops.options import Stats
 from lla.ops.problem import Problem
+from lla.ops.xla import RESIDUAL_NAMES
 
 _ROWS = 128
 """Rows whose masks are looked at together."""
@@ -291,7 +293,8 @@ def _any_mask(arrays: _Arrays, mask: Mask, seen) -> tuple[_Arrays, Restore]:
     poisoned = bad.rows | _rows_that_see(mask, bad.keys, t, g)
 
     def restore(out, stats):
-        seeing = ~sees_nothing(stats.lse)
+        # Named, so that a checkpoint does not compute the forward pass again for this alone.
+        seeing = checkpoint_name(~sees_nothing(stats.lse), RESIDUAL_NAMES[1])
         stats = stats._replace(
             lse=nan_where(poisoned & seeing, lax.stop_gradient(stats.lse)),
         )
