@@ -303,8 +303,7 @@ def clear_hidden(cache: Cache, share: Share, arithmetic: Arithmetic, ring: Ring,
         for tile in ring.tiles:
             for c in range(cache.blocks):
                 ref = tile.at[slot, :, pl.ds(c * BLOCK, BLOCK)]
-                block = arithmetic.load(ref).astype(jnp.float32)
-                ref[...] = jnp.where(valid, block, 0.0).astype(cache.dtype)
+                ref[...] = jnp.where(valid, arithmetic.load(ref), jnp.zeros((), cache.dtype))
         plgpu.commit_smem()
 
 

@@ -278,21 +278,7 @@ def _causal(arrays: _Arrays, mask: Mask) -> tuple[_Arrays, Restore]:
     return arrays, lambda out, stats: (out, stats)
 
 
-def _batched_alike(arrays: _Arrays, mask: Mask) -> tuple[_Arrays, Mask]:
-    """The same, each mapped by `jax.vmap` if any of them is.
-
-    `_enter` couples keys and rows in its backward pass. Where `vmap` shares the keys of all
-    examples, their gradient would come out of it once per example, and be summed over them again.
-    """
-    leaves, tree = jax.tree.flatten((arrays, mask))
-    numbers = [leaf[(0,) * leaf.ndim] for leaf in leaves if leaf.size]
-    never = functools.reduce(jnp.logical_or, [(x != x) & (x == x) for x in numbers])
-    leaves = [jnp.where(never, jnp.zeros_like(leaf), leaf) for leaf in leaves]
-    return jax.tree.unflatten(tree, leaves)
-
-
 def _any_mask(arrays: _Arrays, mask: Mask, seen) -> tuple[_Arrays, Restore]:
-    arrays, mask = _batched_alike(arrays, mask)
     rows = [jnp.isfinite(arrays.query).all(-1), jnp.isfinite(arrays.scale)]
     if arrays.probe is not None:
         rows.append(jnp.isfinite(arrays.probe).all(-1))
@@ -302,12 +288,13 @@ def _any_mask(arrays: _Arrays, mask: Mask, seen) -> tuple[_Arrays, Restore]:
     if seen is not None:
         keys &= seen
     bad = _Bad(~functools.reduce(jnp.logical_and, rows), keys, seen)
-    clean, channel = _enter(arrays, mask, bad)
+    kinds = tuple(None if a is None else (a.shape, a.dtype.name) for a in arrays)
+    clean, channel = _clean(arrays, bad), _channel(kinds, arrays, mask, bad.rows)
     _, t, _, g, _ = arrays.query.shape
     poisoned = bad.rows | _rows_that_see(mask, bad.keys, t, g)
 
     def restore(out, stats):
-        # Kept with what the backward pass keeps: it is made of results of the solve.
+        # Named, so that a checkpoint does not compute the forward pass again for this alone.
         seeing = checkpoint_name(~sees_nothing(stats.lse), RESIDUAL_NAMES[1])
         stats = stats._replace(
             lse=nan_where(poisoned & seeing, lax.stop_gradient(stats.lse)),
@@ -317,14 +304,7 @@ def _any_mask(arrays: _Arrays, mask: Mask, seen) -> tuple[_Arrays, Restore]:
     return clean, restore
 
 
-@jax.custom_vjp
-def _enter(arrays: _Arrays, mask: Mask, bad: _Bad) -> tuple[_Arrays, jax.Array]:
-    """Clean arrays, and zeros ``[B, T, K, G]``, whose cotangent names rows to be told about."""
-    del mask
-    return _clean(arrays, bad)
-
-
-def _clean(arrays: _Arrays, bad: _Bad) -> tuple[_Arrays, jax.Array]:
+def _clean(arrays: _Arrays, bad: _Bad) -> _Arrays:
     def keys(array):
         return _finite(array if bad.seen is None else _drop(~bad.seen, array))
 
@@ -338,41 +318,40 @@ def _clean(arrays: _Arrays, bad: _Bad) -> tuple[_Arrays, jax.Array]:
     )
     if arrays.ridge is not None:
         clean = clean._replace(ridge=jnp.where(bad.rows, jnp.ones_like(clean.ridge), clean.ridge))
-    return clean, bad.rows.astype(jnp.float32) * 0
+    return clean
 
 
-def _enter_fwd(arrays, mask, bad):
-    return _clean(arrays, bad), (mask, bad)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _channel(kinds: tuple, arrays: _Arrays, mask: Mask, rows: jax.Array) -> jax.Array:
+    """Zeros ``[B, T, K, G]``, whose cotangent names the rows to be told about.
+
+    Its gradient is NaN for what belongs to these rows and for the keys that they see. It comes on
+    top of that of the clean arrays, which `vmap` may have summed already.
+    """
+    del kinds, arrays, mask
+    return rows.astype(jnp.float32) * 0
 
 
-def _enter_bwd(residuals, cotangents):
-    mask, bad = residuals
-    gradients, channel = cotangents
-    rows = channel > 0
-    keys = _keys_seen_by(mask, rows, bad.keys.shape[1])
-
-    def by_key(array):
-        # What was replaced has a gradient of zero, or none where a row sees it.
-        return nan_where(keys, array if bad.seen is None else _drop(~bad.seen, array))
-
-    def by_row(array):
-        return None if array is None else nan_where(rows, array)
-
-    return (
-        _Arrays(
-            query=by_row(gradients.query),
-            key=by_key(gradients.key),
-            value=by_key(gradients.value),
-            probe=by_row(gradients.probe),
-            ridge=by_row(gradients.ridge),
-            scale=by_row(gradients.scale),
-        ),
-        None,
-        None,
-    )
+def _channel_fwd(kinds, arrays, mask, rows):
+    del kinds, arrays
+    return rows.astype(jnp.float32) * 0, mask
 
 
-_enter.defvjp(_enter_fwd, _enter_bwd)
+def _channel_bwd(kinds, mask, cotangent):
+    kinds = _Arrays(*kinds)  # shapes and dtypes, for which the arrays need not be kept
+    rows = cotangent > 0
+    keys = _keys_seen_by(mask, rows, kinds.key[0][1])
+
+    def nan_or_zero(name, kind):
+        if kind is None:
+            return None
+        return nan_where(keys if name in ("key", "value") else rows, jnp.zeros(*kind))
+
+    pairs = zip(_Arrays._fields, kinds, strict=True)
+    return _Arrays(*(nan_or_zero(name, kind) for name, kind in pairs)), None, None
+
+
+_channel.defvjp(_channel_fwd, _channel_bwd)
 
 
 @jax.custom_vjp

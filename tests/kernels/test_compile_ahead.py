@@ -57,7 +57,7 @@ SPILLS = {
     "key_gradients_split_128": 64,
     "decode_lla_128": 64,
     "decode_lla_precise_128": 64,
-    "decode_parallax_group_4_128": 160,
+    "decode_parallax_group_4_128": 168,
     # Recurrences: one warpgroup with everything of a chunk.
     "delta_forward_64": 256,
     "delta_backward_64": 600,

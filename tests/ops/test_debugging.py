@@ -82,10 +82,10 @@ layer = lla.nn.LocalLinearAttention(2, 8, rngs=nnx.Rngs(0))
 layer(x, segment_ids=jnp.asarray(ids))
 nnx.grad(lambda layer: layer(x).sum())(layer)
 attention = nnx.MultiHeadAttention(
-    2, 8, rngs=nnx.Rngs(0), attention_fn=lla.nn.attention_fn, decode=False
+    2, 8, rngs=nnx.Rngs(0), attention_fn=lla.nn.attention_fn(ridge=1.0), decode=False
 )
-attention(x)
-mixer = lla.mixers.create("hyena", 8, 2, rngs=nnx.Rngs(0), max_length=8)
+attention(x, mask=jnp.asarray(np.tril(np.ones((1, 1, T, T), bool), -1)))
+mixer = lla.mixers.create("hyena", 8, 2, rngs=nnx.Rngs(0), filter_length=8)
 state = mixer.init_state(2, 8)
 for tokens in (3, 1):
     _, state = mixer.decode(x[:, :tokens], state)
