@@ -150,18 +150,22 @@ class Program:
         The learning rates are arguments of what is compiled, so that `runs` may be replaced
         afterwards by runs with the same seeds and as many other rates.
         """
+        given = self._arguments()
+        compiled = {name: self._calls[name].lower(*given[name]).compile() for name in names}
+        self._calls |= compiled
+        return compiled
+
+    def _arguments(self) -> dict[str, tuple]:
+        """Shapes and dtypes of what the functions are called with, by their names."""
         params = self.abstract_state.params
         count, rates = jax.ShapeDtypeStruct((), np.int32), self.rates
         rates = jax.ShapeDtypeStruct(rates.shape, rates.dtype)
-        given = {
+        return {
             "init": (),
             "advance": (self.abstract_state, count, rates),
             "evaluate": (params, count),
             "evaluate_others": (params,),
         }
-        compiled = {name: self._calls[name].lower(*given[name]).compile() for name in names}
-        self._calls |= compiled
-        return compiled
 
     def init(self) -> TrainState:
         """The state before the first step."""
@@ -199,9 +203,11 @@ class Program:
         Raises:
           RefusedError: options that do not fit each other, the sequences or the device.
         """
+        given = self._arguments()
         try:
-            jax.eval_shape(self.advance, self.abstract_state, np.int32(1))
-            jax.eval_shape(self.evaluate, self.abstract_state.params)
+            for name in ("advance", "evaluate"):
+                if not isinstance(self._calls[name], jax.stages.Compiled):
+                    jax.eval_shape(self._calls[name], *given[name])
         except (NotImplementedError, ValueError) as error:
             raise RefusedError(f"mixer {self.model_config.mixer!r}: {error}") from error
 
