@@ -66,8 +66,9 @@ def generate(
       model: a Flax module with ``init_state(batch, max_length) -> state`` and
         ``decode(tokens [B, T], state, new_lengths=None) -> (logits [B, T, vocab], state)``, such as
         `lla.models.SequenceModel`. If it has a number `length_limit`, prompt and generated tokens
-        must fit.
-      prompt: int ``[B, P]``, P >= 1.
+        must fit; if it has a number `vocab_size`, tokens must lie in 0 ... vocab_size - 1.
+      prompt: int ``[B, P]``, P >= 1. In a compiled function, where its values are not known, the
+        answer to a token outside the vocabulary has no meaning.
       max_new_tokens: tokens to generate.
       prompt_lengths: int ``[B]``, in 1 ... P: tokens at or beyond it pad the prompt and are not
         read. None for P.
@@ -89,7 +90,7 @@ def generate(
     Source of top_p: Holtzman et al., "The Curious Case of Neural Text Degeneration",
     arXiv 1904.09751.
     """
-    prompt = jnp.asarray(prompt)
+    given, prompt = prompt, jnp.asarray(prompt)
     if prompt.ndim != 2 or 0 in prompt.shape or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(
             f"prompt must be integers of shape [B, P], not empty, got {prompt.dtype} "
@@ -99,6 +100,7 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     prompt_lengths = _check_lengths(prompt_lengths, prompt)
     _check_sampling(temperature, top_k, top_p, key)
+    _check_vocabulary(getattr(model, "vocab_size", None), given, prompt_lengths, eos_id)
     # The last token is returned and not read.
     longest = prompt.shape[1] + max_new_tokens - 1
     limit = getattr(model, "length_limit", None)
@@ -119,6 +121,29 @@ def generate(
         graph, longest, max_new_tokens, top_k, eos_id, pad_id, variables,
         prompt.astype(jnp.int32), prompt_lengths, numbers,
     )  # fmt: skip
+
+
+def _check_vocabulary(vocab_size, prompt, lengths, eos_id):
+    """Raises ValueError for known tokens that the model does not have; padding is not read."""
+    if vocab_size is None:
+        return
+    if eos_id is not None and not 0 <= eos_id < vocab_size:
+        raise ValueError(
+            f"eos_id must lie in 0 ... {vocab_size - 1}, the vocabulary, got {eos_id}."
+        )
+    if isinstance(prompt, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
+        return
+    tokens = np.asarray(prompt)
+    read = np.arange(tokens.shape[1]) < (
+        tokens.shape[1] if lengths is None else np.asarray(lengths)[:, None]
+    )
+    outside = read & ((tokens < 0) | (tokens >= vocab_size))
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise ValueError(
+            f"prompt {tokens.shape} must hold tokens in 0 ... {vocab_size - 1}, the vocabulary of "
+            f"the model, got {tokens[row, column]} at [{row}, {column}]."
+        )
 
 
 def _check_lengths(lengths, prompt):

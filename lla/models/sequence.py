@@ -291,7 +291,8 @@ class SequenceModel(nnx.Module):
         """Outputs ``[B, T, output_dim]`` in `config.dtype`.
 
         Args:
-          inputs: int ``[B, T]`` or ``[B, T, input_dim]``.
+          inputs: int ``[B, T]`` or ``[B, T, input_dim]``. Outputs that depend on a token outside
+            the vocabulary have no meaning, as with `flax.nnx.Embed`.
           at: int ``[B, Q]``, the positions whose outputs are wanted, ``[B, Q, output_dim]``: many
             logits at few positions cost less. None for all.
 
@@ -317,6 +318,11 @@ class SequenceModel(nnx.Module):
         elif at is not None:
             x = jnp.take_along_axis(x, at[:, :, None], axis=1)
         return self._read(x)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Tokens that the model can read; None if its inputs are continuous."""
+        return self.config.vocab_size
 
     @property
     def length_limit(self) -> int | None:

@@ -220,6 +220,10 @@ def test_it_can_be_part_of_a_compiled_function():
         (dict(prompt=PROMPT[0]), r"prompt must be integers of shape \[B, P\].* int32 \(4,\)"),
         (dict(prompt=jnp.ones((2, 3))), r"prompt must be integers .* float32 \(2, 3\)"),
         (dict(prompt=PROMPT[:, :0]), r"not empty, got int32 \(2, 0\)"),
+        (dict(prompt=PROMPT.at[1, 2].set(50)), r"tokens in 0 ... 10, .* got 50 at \[1, 2\]"),
+        (dict(prompt=PROMPT.at[0, 0].set(-1)), r"\(2, 4\) must hold .* got -1 at \[0, 0\]"),
+        (dict(prompt=np.array([[1, 2**32 + 1]])), r"got 4294967297 at \[0, 1\]"),
+        (dict(eos_id=11), "eos_id must lie in 0 ... 10, the vocabulary, got 11"),
         (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
         (dict(max_new_tokens=14), r"prompt \(2, 4\) and max_new_tokens \(14\) .* 17 .* most 16"),
         (dict(prompt_lengths=jnp.array([1, 2, 3])), r"shape \[B\] = \(2,\), got int32 \(3,\)"),
@@ -237,6 +241,13 @@ def test_mistakes_are_named(changes, message):
     arguments = dict(prompt=PROMPT, max_new_tokens=2) | changes
     with pytest.raises(ValueError, match=message):
         lla.generate(build(positions="learned"), **arguments)
+
+
+def test_padding_of_the_prompt_may_be_any_number():
+    model, padded = build(), PROMPT.at[1, 2:].set(-100)
+    options = dict(max_new_tokens=2, prompt_lengths=RAGGED)
+    found, expected = (lla.generate(model, prompt, **options) for prompt in (padded, PROMPT))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
 
 
 def test_states_that_learned_positions_cannot_serve_are_errors():
