@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -39,6 +40,7 @@ from flax import nnx
 
 import lla
 from lla import training
+from lla.mixers import hopper as mixer_kernels
 from lla.mixers.delta_rule import delta_rule
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.mixers.mesa import mesa
@@ -465,6 +467,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.records = []  # every run measures all that it is asked for
     hopper.say(f"{jax.devices()[0].device_kind}, results in {output}")
 
+    # Kernels that no GPU has run yet are measured here, too.
+    contextlib.ExitStack().enter_context(mixer_kernels.unmeasured_kernels())
     executor = concurrent.futures.ThreadPoolExecutor(options.workers)
     chosen = operators(1, 4, 4) if options.operators is None else options.operators
     checks = {name: executor.submit(check_operator, options, name) for name in chosen}

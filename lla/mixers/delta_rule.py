@@ -136,7 +136,7 @@ def _parallel(state, query, key, value, beta, log_decay=None, *, chunk):
     length, narrow = query.shape[1], chunks.operand_dtype(value.dtype)
     if log_decay is None:
         log_decay = jnp.zeros_like(beta)
-    if hopper.serve(key, value, 128):
+    if hopper.serve("delta_rule", key, value, 128):
         return delta_kernel.run(state, query, key, value, beta, log_decay)
     arrays = (array.astype(narrow) for array in (query, key, value))
     arrays = (chunks.split(array, chunk) for array in (*arrays, beta, log_decay))

@@ -107,7 +107,8 @@ def linear_recurrence(
         log_decay = jnp.zeros((batch, length, heads), dtype)
     log_decay = log_decay.astype(dtype)
     per_head = log_decay.ndim == 3
-    if form == "parallel" and hopper.serve(key, value, 128 if per_head else hopper.SIZE):
+    kernel, largest = ("retention", 128) if per_head else ("linear", hopper.SIZE)
+    if form == "parallel" and hopper.serve(kernel, key, value, largest):
         kernels = retention_kernel
         if not per_head:
             kernels, query, key = linear_kernel, *(_to_heads(a, heads) for a in (query, key))

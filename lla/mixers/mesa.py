@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from lla.compat import match_varying
 from lla.kernels import spd
-from lla.mixers import chunks
+from lla.mixers import chunks, hopper
 from lla.mixers.chunks import check_form
 from lla.mixers.delta_rule import check_sequences
 from lla.ops import mosaic_gpu
@@ -330,6 +330,7 @@ def _kernels_serve(query, key, value, chunk: int) -> bool:
         and key.shape[-1] == size
         and key.shape[1] >= size
         and chunk == size
+        and hopper.allowed("mesa", size)
         and mosaic_gpu.refuse_machine() is None
     )
 

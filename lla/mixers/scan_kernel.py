@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lla.compat import match_varying
+from lla.mixers import hopper
 from lla.ops import mosaic_gpu
 
 _TOKENS, _CHANNELS, _STATES = 16, 64, 16
@@ -28,6 +29,7 @@ def serves(x: jax.Array, rates: jax.Array) -> bool:
         and x.shape[1] >= _TOKENS
         and x.shape[2] % _CHANNELS == 0
         and rates.shape[1] == _STATES
+        and hopper.allowed("selective_scan", _STATES)
         and mosaic_gpu.refuse_machine() is None
     )
 

@@ -77,14 +77,17 @@ def test_no_races(case):
     check(case, "--races")
 
 
-def lower(name, monkeypatch, *, width=64, heads=1, **options):
+def lower(name, monkeypatch, *, width=64, heads=1, unmeasured=True, **options):
     """The text of the lowered layer, outputs and gradients, of two runs at once."""
     from flax import nnx
 
     from lla import mixers
+    from lla.mixers import hopper
     from lla.ops import mosaic_gpu
 
     monkeypatch.setattr(mosaic_gpu, "_refuse_device", lambda: None)
+    if unmeasured:
+        monkeypatch.setattr(hopper, "_asked", 1)
 
     def build():
         return mixers.create(name, width, heads, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, **options)
@@ -127,3 +130,42 @@ def test_layers_lower_to_kernels_mapped_over_runs(name, monkeypatch):
 )
 def test_what_the_kernels_do_not_serve_does_without(name, options, monkeypatch):
     assert "mosaic_gpu" not in lower(name, monkeypatch, **options)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    "name, width, served",
+    [
+        ("gated_deltanet", 64, True),
+        ("gated_deltanet", 128, False),
+        ("gla", 64, False),
+        ("linear", 64, False),
+        ("mesanet", 64, False),
+        ("mamba", 64, False),
+    ],
+)
+def test_what_no_gpu_has_run_has_to_be_asked_for(name, width, served, monkeypatch):
+    """On a GPU; what `hopper.MEASURED` lists is what the committed measurement has."""
+    text = lower(name, monkeypatch, width=width, unmeasured=False)
+    assert ("mosaic_gpu" in text) == served
+
+
+def test_kernels_that_serve_by_themselves_are_measured():
+    from lla.mixers import hopper
+
+    file = ROOT / "experiments" / "benchmarks" / "results" / "mixer_updates_h200.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    mechanisms = {"delta_rule": "gated_deltanet"}
+    assert hopper.MEASURED.keys() == mechanisms.keys()
+    for kernel, dim in hopper.MEASURED.items():
+        (update,) = (
+            record
+            for record in found["records"]
+            if (record["implementation"], record["pass"]) == (mechanisms[kernel], "update")
+        )
+        assert update["status"] == "timed" and update["head_dim"] == dim
+        assert max(found["header"]["operators"][kernel]["bfloat16"]) < 5e-3
+    assert not hopper.allowed("retention", 32) and hopper.allowed("delta_rule", 64)
+    with hopper.unmeasured_kernels():
+        assert hopper.allowed("retention", 32)
+    assert not hopper.allowed("retention", 32)
