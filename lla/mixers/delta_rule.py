@@ -24,7 +24,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from lla.mixers import chunks, delta_kernel, hopper
+from lla.mixers import chunks, delta_kernel, hopper, segments
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -38,6 +38,7 @@ def delta_rule(
     log_decay: jax.Array | None = None,
     *,
     state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     form: str = "parallel",
     chunk: int = 64,
     return_state: bool = False,
@@ -50,6 +51,9 @@ def delta_rule(
       beta: ``[B, T, N]``, step sizes.
       log_decay: ``[B, T, N]``, logarithm of the gates, finite and <= 0; None for no decay.
       state: ``[B, N, H, Hv]``, the state before the first token; None for zero.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
+        differs from that of the token before it. The first token goes on from `state`. None for one
+        sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       chunk: tokens per chunk of the parallel form.
       return_state: also return the state after the last token.
@@ -62,6 +66,7 @@ def delta_rule(
       ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
     """
     check_sequences(query, key, value, beta, log_decay)
+    log_decay = segments.gates(log_decay, segment_ids, value)
     chunks.check_form(form, chunk)
     batch, length, heads, dim = key.shape
     dtype = compute_dtype(value.dtype)

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lla.mixers import chunks, hopper, linear_kernel
+from lla.mixers import chunks, hopper, linear_kernel, segments
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -43,6 +43,7 @@ def linear_recurrence(
     log_decay: jax.Array | None = None,
     *,
     state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     form: str = "parallel",
     chunk: int = 64,
     return_state: bool = False,
@@ -56,6 +57,9 @@ def linear_recurrence(
       log_decay: logarithm of the gates, finite and <= 0: ``[B, T, N]``, or ``[B, T, N, H]`` for a
         gate per coordinate of the key; None for no decay.
       state: ``[B, N, H, Hv]``, the state before the first token; None for zero.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
+        differs from that of the token before it. The first token goes on from `state`. None for one
+        sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       chunk: tokens per chunk of the parallel form; with gates per coordinate rounded up to a
         multiple of 16.
@@ -89,6 +93,7 @@ def linear_recurrence(
     einsum = chunks.products(value.dtype if dtype is None else dtype)
     dtype = compute_dtype(value.dtype)
     state = chunks.start_state(state, (batch, heads, dim, value.shape[-1]), dtype)
+    log_decay = segments.gates(log_decay, segment_ids, value)
     if log_decay is None:
         log_decay = jnp.zeros(key.shape[:3], dtype)
     if form == "parallel" and log_decay.ndim == 4 and hopper.serve(key, value):

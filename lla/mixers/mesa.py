@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from lla.compat import match_varying
 from lla.kernels import spd
-from lla.mixers import chunks
+from lla.mixers import chunks, segments
 from lla.mixers.chunks import check_form
 from lla.mixers.delta_rule import check_sequences
 from lla.ops import mosaic_gpu
@@ -62,6 +62,7 @@ def mesa(
     *,
     ridge: jax.Array,
     state: MesaState | None = None,
+    segment_ids: jax.Array | None = None,
     form: str = "parallel",
     solver: str = "cg",
     max_iters: int = 30,
@@ -78,6 +79,9 @@ def mesa(
       log_decay: ``[B, T, N]``, logarithm of the gates, finite and <= 0; None for no decay.
       ridge: ``[N, H]``, the diagonal Lambda, > 0.
       state: the state before the first token; None for zero.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
+        differs from that of the token before it. The first token goes on from `state`. None for one
+        sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       solver: ``"cg"``, conjugate gradients, or ``"exact"``, Cholesky factorisations, for which H
         is formed for every token (for 16 at a time in the parallel form). The reference is
@@ -97,6 +101,7 @@ def mesa(
       ValueError: for shapes that do not fit, or options outside their range.
     """
     check_sequences(query, key, value, beta, log_decay)
+    log_decay = segments.gates(log_decay, segment_ids, value)
     check_form(form, chunk)
     batch, length, heads, dim = key.shape
     if ridge.shape != (heads, dim):

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from lla.mixers.chunks import check_form, start_state
+from lla.ops import segments
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -35,6 +36,7 @@ def selective_scan(
     c: jax.Array,
     *,
     state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     form: str = "parallel",
     chunk: int = 32,
     return_state: bool = False,
@@ -47,6 +49,9 @@ def selective_scan(
       a: ``[D, N]``, rates, <= 0.
       b, c: ``[B, T, N]``, into and out of the state.
       state: ``[B, D, N]``, the state before the first token; None for zero.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
+        differs from that of the token before it. The first token goes on from `state`. None for one
+        sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       chunk: tokens per chunk of the parallel form, which holds some arrays ``[B, chunk, D, N]``.
       return_state: also return the state after the last token.
@@ -74,6 +79,9 @@ def selective_scan(
     dtype = compute_dtype(x.dtype)
     state = start_state(state, (batch, *a.shape), dtype)
     arrays = tuple(array.astype(dtype) for array in (x, delta, b, c))
+    if segment_ids is not None:
+        starts = segments.starts(segment_ids, (batch, length))
+        arrays = (*arrays, starts[..., None].astype(dtype))
     compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
     y, state = compute(state, a.astype(dtype), *arrays)
     y = y.astype(x.dtype)
@@ -112,12 +120,16 @@ def _discretise(a, x, delta, b):
 
 
 def _recurrent(state, a, *arrays):
+    def step(state, token):
+        x, delta, b, c, *first = token
+        if first:  # ``[B, 1]``, 1 for the first token of a segment
+            state = segments.cleared(state, first[0][:, 0] > 0)
+        return selective_scan_step(state, a, x, delta, b, c)
+
     def advance(state, block):
         # Several steps a turn share what the loop itself costs, on a GPU a third of the kernels.
         by_time = tuple(jnp.moveaxis(array, 1, 0) for array in block)
-        state, y = jax.lax.scan(
-            lambda state, token: selective_scan_step(state, a, *token), state, by_time, unroll=4
-        )
+        state, y = jax.lax.scan(step, state, by_time, unroll=4)
         return state, jnp.moveaxis(y, 0, 1)
 
     return _by_chunks(advance, state, arrays, math.isqrt(arrays[0].shape[1] - 1) + 1)
@@ -125,8 +137,10 @@ def _recurrent(state, a, *arrays):
 
 def _parallel(state, a, *arrays, chunk):
     def advance(state, block):
-        x, delta, b, c = block
+        x, delta, b, c, *first = block
         decay, inflow = _discretise(a, x, delta, b)
+        if first:  # ``[B, C, 1]``, 1 for the first token of a segment
+            decay = (1 - first[0][..., None]) * decay
         decay, inflow = jax.lax.associative_scan(_compose, (decay, inflow), axis=1)
         states = decay * state[:, None] + inflow
         return states[:, -1], _einsum("bcdn,bcn->bcd", states, c)
