@@ -45,12 +45,18 @@ def delta_rule(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Outputs of the (gated) delta rule.
 
+    Per token and head ``S = a S; S += beta k (v - S^T k)^T; o = S^T q`` with ``a = exp(log_decay)``
+    (DeltaNet, arXiv 2406.06484; Gated DeltaNet, arXiv 2412.06464).
+
+    Gradients are those of all arrays and of `state`, also through the returned state, in reverse
+    mode; forward mode needs ``form="recurrent"``.
+
     Args:
       query, key: ``[B, T, N, H]``. Keys are taken as they are: normalise them before.
       value: ``[B, T, N, Hv]``.
       beta: ``[B, T, N]``, step sizes.
       log_decay: ``[B, T, N]``, logarithm of the gates, finite and <= 0; None for no decay.
-      state: ``[B, N, H, Hv]``, the state before the first token; None for zero.
+      state: ``[B, N, H, Hv]``, the state before the first token, of any dtype; None for zero.
       segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
         differs from that of the token before it. The first token goes on from `state`. None for one
         sequence.
@@ -63,7 +69,8 @@ def delta_rule(
       gates and everything between are float32 (float64 for float64 values).
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
+      ValueError: for shapes that do not fit, an unknown form, a chunk below 1, or `segment_ids`
+        that are no integers.
     """
     check_sequences(query, key, value, beta, log_decay)
     log_decay = segments.gates(log_decay, segment_ids, value)
@@ -91,13 +98,15 @@ def delta_rule_step(
     beta: jax.Array,
     log_decay: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of the recurrence; all arrays in the dtype of the state.
+    """One token of `delta_rule`; all arrays in the dtype of the state, float32 or float64.
+
+    Differentiable in all of them, in both modes.
 
     Args:
       state: ``[B, N, H, Hv]``.
       query, key: ``[B, N, H]``.
       value: ``[B, N, Hv]``.
-      beta, log_decay: ``[B, N]``.
+      beta, log_decay: ``[B, N]``; None for no decay.
 
     Returns:
       The new state and the output ``[B, N, Hv]``.

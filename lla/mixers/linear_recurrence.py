@@ -51,12 +51,19 @@ def linear_recurrence(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Outputs of decayed linear attention.
 
+    Per token and head ``S = Diag(a) S + k v^T; o = S^T q`` with ``a = exp(log_decay)``: linear
+    attention (arXiv 2006.16236), RetNet (arXiv 2307.08621), GLA (arXiv 2312.06635), SSD of Mamba-2
+    (arXiv 2405.21060).
+
+    Gradients are those of all arrays and of `state`, also through the returned state. Where a
+    kernel serves, there is reverse mode alone; ``form="recurrent"`` has both.
+
     Args:
       query, key: ``[B, T, N, H]``, taken as they are; there is no other scale.
       value: ``[B, T, N, Hv]``.
       log_decay: logarithm of the gates, finite and <= 0: ``[B, T, N]``, or ``[B, T, N, H]`` for a
         gate per coordinate of the key; None for no decay.
-      state: ``[B, N, H, Hv]``, the state before the first token; None for zero.
+      state: ``[B, N, H, Hv]``, the state before the first token, of any dtype; None for zero.
       segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
         differs from that of the token before it. The first token goes on from `state`. None for one
         sequence.
@@ -72,7 +79,8 @@ def linear_recurrence(
       gates and everything between are float32 (float64 for float64 values).
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
+      ValueError: for shapes that do not fit, an unknown form, a chunk below 1, or `segment_ids`
+        that are no integers.
     """
     chunks.check_form(form, chunk)
     if key.ndim != 4 or query.shape != key.shape or 0 in key.shape:
@@ -116,7 +124,9 @@ def linear_recurrence_step(
     value: jax.Array,
     log_decay: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of the recurrence; all arrays in the dtype of the state.
+    """One token of `linear_recurrence`; all arrays in the dtype of the state, float32 or float64.
+
+    Differentiable in all of them, in both modes.
 
     Args:
       state: ``[B, N, H, Hv]``.

@@ -40,13 +40,17 @@ def long_convolution(
     form: str = "parallel",
     return_state: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Causal convolution over time.
+    """Causal convolution over time, ``y_t = sum_s filter_s u_(t - s)`` per channel.
+
+    As in Hyena (arXiv 2302.10866). Gradients are those of all arrays, also through the returned
+    state, in both modes.
 
     Args:
       inputs: u, ``[B, T, D]``.
       filter: ``[L, D]``, the tap of the current token first; taps beyond what precedes a token
         meet zeros.
-      state: ``[B, L - 1, D]``, the inputs before the first token, oldest first; None for zeros.
+      state: ``[B, L - 1, D]``, the inputs before the first token, oldest first, of any dtype; None
+        for zeros.
       segment_ids: int ``[B, T]``, of packed sequences: a token reads the inputs of its segment
         alone, a run of equal ids. The first token goes on from `state`. None for one sequence.
       form: ``"parallel"`` or ``"recurrent"``.
@@ -57,7 +61,8 @@ def long_convolution(
       (float64 for float64 inputs), which is the state's dtype.
 
     Raises:
-      ValueError: for shapes that do not fit, or an unknown form.
+      ValueError: for shapes that do not fit, an unknown form, or `segment_ids` that are no
+        integers.
     """
     if inputs.ndim != 3 or 0 in inputs.shape:
         raise ValueError(f"inputs must be [B, T, D] and not empty, got {inputs.shape}.")
@@ -90,16 +95,33 @@ def long_convolution(
     return (out, window) if return_state else out
 
 
-def _recurrent(window, u, filter, starts=None):
-    newest_last = jnp.flip(filter, axis=0)
+def long_convolution_step(
+    state: jax.Array, inputs: jax.Array, filter: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One token of `long_convolution`; all arrays in the dtype of the state.
 
+    Differentiable in all of them, in both modes.
+
+    Args:
+      state: ``[B, L - 1, D]``, the inputs before the token, oldest first.
+      inputs: ``[B, D]``.
+      filter: ``[L, D]``, the tap of the token first.
+
+    Returns:
+      The new state and the output ``[B, D]``.
+    """
+    window = jnp.concatenate([state, inputs[:, None]], axis=1)
+    newest_last = jnp.flip(filter, axis=0)
+    out = jnp.einsum("bld,ld->bd", window, newest_last, precision="highest")
+    return window[:, 1:], out
+
+
+def _recurrent(window, u, filter, starts=None):
     def advance(window, arrays):
         token, *start = arrays
         if start:
             window = segments.cleared(window, *start)
-        window = jnp.concatenate([window, token[:, None]], axis=1)
-        out = jnp.einsum("bld,ld->bd", window, newest_last, precision="highest")
-        return window[:, 1:], out
+        return long_convolution_step(window, token, filter)
 
     arrays = (u,) if starts is None else (u, starts)
     window, out = jax.lax.scan(advance, window, tuple(jnp.moveaxis(a, 1, 0) for a in arrays))

@@ -41,14 +41,19 @@ def selective_scan(
     chunk: int = 32,
     return_state: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Outputs of the selective scan.
+    """Outputs of the selective scan of Mamba (S6, arXiv 2312.00752).
+
+    Per token and channel ``h = exp(delta a) h + delta b x; y = c . h``.
+
+    Gradients are those of all arrays and of `state`, also through the returned state. Where a
+    kernel serves, there is reverse mode alone; ``form="recurrent"`` has both.
 
     Args:
       x: ``[B, T, D]``, one input per channel.
       delta: ``[B, T, D]``, step sizes, >= 0.
       a: ``[D, N]``, rates, <= 0.
       b, c: ``[B, T, N]``, into and out of the state.
-      state: ``[B, D, N]``, the state before the first token; None for zero.
+      state: ``[B, D, N]``, the state before the first token, of any dtype; None for zero.
       segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
         differs from that of the token before it. The first token goes on from `state`. None for one
         sequence.
@@ -61,7 +66,8 @@ def selective_scan(
       everything between are float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
+      ValueError: for shapes that do not fit, an unknown form, a chunk below 1, or `segment_ids`
+        that are no integers.
     """
     check_form(form, chunk)
     if x.ndim != 3 or delta.shape != x.shape or 0 in x.shape:
@@ -96,7 +102,9 @@ def selective_scan_step(
     b: jax.Array,
     c: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of the recurrence; all arrays in the dtype of the state.
+    """One token of `selective_scan`; all arrays in the dtype of the state, float32 or float64.
+
+    Differentiable in all of them, in both modes.
 
     Args:
       state: ``[B, D, N]``.
