@@ -23,6 +23,9 @@ class Piece:
       segment_ids: int ``[*B, T]``, of packed sequences; None for one.
       segment: int32 ``[*B]``, the id of the last token in front of these.
 
+    Raises:
+      ValueError: arguments whose shapes do not fit.
+
     Attributes:
       x: the tokens, zeros where they only pad.
       counts: int32 ``[*B]``, the number of tokens that exist.
@@ -44,6 +47,10 @@ class Piece:
         segment=None,
     ):
         *leading, length, _ = x.shape
+        if segment is not None and segment.shape != tuple(leading):
+            raise ValueError(
+                f"x must have the leading axes {segment.shape} of the state, got {x.shape}."
+            )
         self.counts = token_counts(new_lengths, tuple(leading), length)
         self.convolutions = dict(convolutions)
         self._mixer = mixer
