@@ -9,10 +9,39 @@ Example::
     >>> mixer(jnp.ones((2, 10, 64))).shape
     (2, 10, 64)
 
-``lla/mixers/README.md`` lists them with their formulas.
+The recurrences behind them are functions without parameters, which start from a state, return the
+last one and reset it between packed sequences: `delta_rule` (DeltaNet, Gated DeltaNet),
+`linear_recurrence` (linear attention, RetNet, GLA, Mamba-2's SSD), `mesa` (MesaNet),
+`selective_scan` (Mamba) and `long_convolution` (Hyena), and one token of each: ``..._step``.
+
+``lla/mixers/README.md`` lists mixers and recurrences with their formulas.
 """
 
+from lla.mixers.delta_rule import delta_rule, delta_rule_step
+from lla.mixers.linear_recurrence import linear_recurrence, linear_recurrence_step
+from lla.mixers.long_convolution import long_convolution, long_convolution_step
+from lla.mixers.mesa import MesaState, make_solver, mesa, mesa_step
 from lla.mixers.protocol import Mixer
 from lla.mixers.registry import create, length_option, names, options, uses_positions
+from lla.mixers.selective_scan import selective_scan, selective_scan_step
 
-__all__ = ["Mixer", "create", "length_option", "names", "options", "uses_positions"]
+__all__ = [
+    "MesaState",
+    "Mixer",
+    "create",
+    "delta_rule",
+    "delta_rule_step",
+    "length_option",
+    "linear_recurrence",
+    "linear_recurrence_step",
+    "long_convolution",
+    "long_convolution_step",
+    "make_solver",
+    "mesa",
+    "mesa_step",
+    "names",
+    "options",
+    "selective_scan",
+    "selective_scan_step",
+    "uses_positions",
+]

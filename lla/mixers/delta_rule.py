@@ -28,7 +28,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from lla.mixers import chunks, delta_kernel, hopper
+from lla.mixers import chunks, delta_kernel, hopper, segments
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -42,18 +42,28 @@ def delta_rule(
     log_decay: jax.Array | None = None,
     *,
     state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     form: str = "parallel",
     chunk: int = 64,
     return_state: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Outputs of the (gated) delta rule.
 
+    Per token and head ``S = a S; S += beta k (v - S^T k)^T; o = S^T q`` with ``a = exp(log_decay)``
+    (DeltaNet, arXiv 2406.06484; Gated DeltaNet, arXiv 2412.06464).
+
+    Gradients are those of all arrays and of `state`, also through the returned state, in reverse
+    mode; forward mode needs ``form="recurrent"``.
+
     Args:
       query, key: ``[B, T, N, H]``. Keys are taken as they are: normalise them before.
       value: ``[B, T, N, Hv]``.
       beta: ``[B, T, N]``, step sizes.
       log_decay: ``[B, T, N]``, logarithm of the gates, finite and <= 0; None for no decay.
-      state: ``[B, N, H, Hv]``, the state before the first token; None for zero.
+      state: ``[B, N, H, Hv]``, the state before the first token, of any dtype; None for zero.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
+        differs from that of the token before it. The first token goes on from `state`. None for one
+        sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       chunk: tokens per chunk of the parallel form.
       return_state: also return the state after the last token.
@@ -64,9 +74,11 @@ def delta_rule(
       are rounded to 16 bits.
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
+      ValueError: for shapes that do not fit, an unknown form, a chunk below 1, or `segment_ids`
+        that are no integers.
     """
     check_sequences(query, key, value, beta, log_decay)
+    log_decay = segments.gates(log_decay, segment_ids, value)
     chunks.check_form(form, chunk)
     batch, length, heads, dim = key.shape
     dtype = compute_dtype(value.dtype)
@@ -91,13 +103,15 @@ def delta_rule_step(
     beta: jax.Array,
     log_decay: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of the recurrence; all arrays in the dtype of the state.
+    """One token of `delta_rule`; all arrays in the dtype of the state, float32 or float64.
+
+    Differentiable in all of them, in both modes.
 
     Args:
       state: ``[B, N, H, Hv]``.
       query, key: ``[B, N, H]``.
       value: ``[B, N, Hv]``.
-      beta, log_decay: ``[B, N]``.
+      beta, log_decay: ``[B, N]``; None for no decay.
 
     Returns:
       The new state and the output ``[B, N, Hv]``.

@@ -14,7 +14,6 @@ from lla.mixers.parts import (
     GatedNorm,
     HeadNorm,
     NoDecay,
-    Piece,
     Project,
     Recurrence,
     State,
@@ -108,15 +107,22 @@ class GatedDeltaNet(Recurrence):
             self.norm = HeadNorm(value_dim, param_dtype=param_dtype)
         self.out = merge_heads(num_heads, value_dim, width, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[B, T, width] -> [B, T, width]``."""
-        return self.finish(x, delta_rule(*self.sequences(x), form=self.form, chunk=self.chunk))
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
+        sequences = self.sequences(x, whole(self, segment_ids))
+        out = delta_rule(*sequences, segment_ids=segment_ids, form=self.form, chunk=self.chunk)
+        return self.finish(x, out)
 
     def decode(
-        self, x: jax.Array, state: State, new_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: State,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        piece = Piece(self, x, state.convolutions, new_lengths)
+        state, piece = state.begin(self, x, new_lengths, segment_ids)
         query, key, value, *gates = self.sequences(piece.x, piece.project)
         out, memory = delta_rule(
             query,
@@ -124,6 +130,7 @@ class GatedDeltaNet(Recurrence):
             value,
             *(piece.keep(gate) for gate in gates),
             state=state.memory,
+            segment_ids=piece.runs,
             form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
             return_state=True,

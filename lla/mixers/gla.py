@@ -74,16 +74,24 @@ class GatedLinearAttention(parts.Recurrence):
         self.scale = head_dim**-0.5
         self.gate_temperature, self.form, self.chunk = gate_temperature, form, chunk
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        sequences = self._sequences(x, parts.whole(self))
-        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
+        sequences = self._sequences(x, parts.whole(self, segment_ids))
+        out = linear_recurrence(
+            *sequences, segment_ids=segment_ids, form=self.form, chunk=self.chunk
+        )
         return self._finish(x, out)
 
     def decode(
-        self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: parts.State,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, parts.State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        piece = parts.Piece(self, x, state.convolutions, new_lengths)
+        state, piece = state.begin(self, x, new_lengths, segment_ids)
         query, key, value, log_decay = self._sequences(piece.x, piece.project)
         out, memory = linear_recurrence(
             query,
@@ -91,6 +99,7 @@ class GatedLinearAttention(parts.Recurrence):
             value,
             piece.keep(log_decay),
             state=state.memory,
+            segment_ids=piece.runs,
             form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
             return_state=True,

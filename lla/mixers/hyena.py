@@ -11,7 +11,8 @@ from flax import nnx
 
 from lla.mixers.chunks import check_form
 from lla.mixers.long_convolution import long_convolution
-from lla.mixers.parts import NoDecay, Piece, State, init_state, project
+from lla.mixers.parts import NoDecay, State, init_state, project, whole
+from lla.ops import segments
 from lla.ops.cache import check_room, exists, write_tokens
 from lla.ops.problem import compute_dtype
 from lla.ops.shield import nan_where
@@ -97,10 +98,11 @@ class Hyena(nnx.Module):
         self.D = NoDecay(jax.random.normal(rngs.params(), (width,), param_dtype))
         self.out = project(width, width, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[B, T, width] -> [B, T, width]``."""
-        u, gate, dtype = self._gated(self.inputs(x))
-        convolved = long_convolution(u, self.filter(x.shape[1]), form=self.form)
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
+        u, gate, dtype = self._gated(whole(self, segment_ids)("inputs", x))
+        filter = self.filter(x.shape[1])
+        convolved = long_convolution(u, filter, segment_ids=segment_ids, form=self.form)
         return self._finish(u, gate, convolved, dtype)
 
     def init_state(self, batch: int, max_length: int, dtype: Any = None) -> State:
@@ -110,21 +112,40 @@ class Hyena(nnx.Module):
         return init_state(self, batch, (max_length, self.width), dtype=dtype)
 
     def decode(
-        self, x: jax.Array, state: State, new_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: State,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`.
 
-        The convolution starts from all u again: a token costs as much as there is room for.
+        The convolution starts from all u again: a token costs as much as there is room for. Of
+        packed sequences the state holds the last segment alone behind a call, but there has to be
+        room for all tokens of the call behind those that it held before.
         """
-        piece = Piece(self, x, state.convolutions, new_lengths)
+        state, piece = state.begin(self, x, new_lengths, segment_ids)
         u, gate, dtype = self._gated(piece.project("inputs", piece.x))
         room, length = state.memory.shape[1], x.shape[1]
         check_room(state.lengths, piece.counts, room)
         memory = write_tokens(
             state.memory, u.astype(state.memory.dtype), state.lengths, piece.counts
         )
-        after = state.advance(memory, piece)
-        filter, positions = self.filter(room).astype(memory.dtype), state.positions(length)
+        total, after = state.lengths + piece.counts, state.advance(memory, piece)
+        filter, slots = self.filter(room).astype(memory.dtype), None
+        if segment_ids is not None:
+            slots = segments.slots(piece.runs, state.lengths, room)
+            first = total - after.lengths
+            after = after._replace(
+                memory=segments.moved_to_front(memory, first, after.lengths),
+                lengths=jnp.where(total > room, total, after.lengths),
+            )
+        # Where the new tokens are in the memory. A single one has no other segment before it.
+        offsets = jnp.arange(length, dtype=jnp.int32)[None]
+        shape = (x.shape[0], length)
+        positions = jnp.broadcast_to(state.lengths[:, None], shape)
+        positions = positions + jnp.broadcast_to(offsets, shape)
         if length == 1:
             # The tap of every u so far, by its distance.
             distance = positions - jnp.arange(room, dtype=jnp.int32)[None]
@@ -132,10 +153,10 @@ class Hyena(nnx.Module):
             taps = jnp.where(distance[..., None] >= 0, taps, jnp.zeros_like(taps))
             convolved = jnp.einsum("bld,bld->bd", memory, taps, precision="highest")[:, None]
         else:
-            convolved = long_convolution(memory, filter, form=self.form)
+            convolved = long_convolution(memory, filter, segment_ids=slots, form=self.form)
             rows = jnp.clip(positions, 0, room - 1)[..., None]
             convolved = jnp.take_along_axis(convolved, rows, axis=1)
-        lost = (after.lengths > room)[:, None] & exists(piece.counts, length)
+        lost = (total > room)[:, None] & exists(piece.counts, length)
         convolved = nan_where(lost, convolved)
         return self._finish(u, gate, convolved.astype(u.dtype), dtype), after
 

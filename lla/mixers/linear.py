@@ -103,24 +103,33 @@ class LinearAttention(parts.Recurrence):
         self.feature_map, self.normalize, self.rope_theta = feature_map, normalize, rope_theta
         self.form, self.chunk = form, chunk
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-        *sequences, dtype = self._sequences(x, parts.whole(self), positions)
-        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
+        positions = parts.positions(x, segment_ids)
+        *sequences, dtype = self._sequences(x, parts.whole(self, segment_ids), positions)
+        options = dict(segment_ids=segment_ids, form=self.form, chunk=self.chunk)
+        out = linear_recurrence(*sequences, **options)
         return self._finish(out, dtype)
 
     def decode(
-        self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: parts.State,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, parts.State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        piece, length = parts.Piece(self, x, state.convolutions, new_lengths), x.shape[1]
-        query, key, value, dtype = self._sequences(piece.x, piece.project, state.positions(length))
+        state, piece = state.begin(self, x, new_lengths, segment_ids)
+        positions = piece.positions(state.lengths)
+        query, key, value, dtype = self._sequences(piece.x, piece.project, positions)
         out, memory = linear_recurrence(
             query,
             piece.keep(key),
             value,
             state=state.memory,
-            form=form_of_piece(self.form, length),
+            segment_ids=piece.runs,
+            form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
             return_state=True,
         )

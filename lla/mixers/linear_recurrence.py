@@ -29,7 +29,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from lla.mixers import chunks, hopper, linear_kernel, retention_kernel
+from lla.mixers import chunks, hopper, linear_kernel, retention_kernel, segments
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -45,11 +45,19 @@ def linear_recurrence(
     log_decay: jax.Array | None = None,
     *,
     state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     form: str = "parallel",
     chunk: int = 64,
     return_state: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Outputs of decayed linear attention.
+
+    Per token and head ``S = Diag(a) S + k v^T; o = S^T q`` with ``a = exp(log_decay)``: linear
+    attention (arXiv 2006.16236), RetNet (arXiv 2307.08621), GLA (arXiv 2312.06635), SSD of Mamba-2
+    (arXiv 2405.21060).
+
+    Gradients are those of all arrays and of `state`, also through the returned state. Where a
+    kernel serves, there is reverse mode alone; ``form="recurrent"`` has both.
 
     Args:
       query, key: ``[B, T, N, H]``, or ``[B, T, 1, H]`` where all heads share them, taken as they
@@ -57,7 +65,10 @@ def linear_recurrence(
       value: ``[B, T, N, Hv]``.
       log_decay: logarithm of the gates, finite and <= 0: ``[B, T, N]``, or ``[B, T, N, H]`` for a
         gate per coordinate of the key, of each head; None for no decay.
-      state: ``[B, N, H, Hv]``, the state before the first token; None for zero.
+      state: ``[B, N, H, Hv]``, the state before the first token, of any dtype; None for zero.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
+        differs from that of the token before it. The first token goes on from `state`. None for one
+        sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       chunk: tokens per chunk of the parallel form; with gates per coordinate rounded up to a
         multiple of 16.
@@ -69,7 +80,8 @@ def linear_recurrence(
       rounded to TF32 or 16 bits on a GPU.
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
+      ValueError: for shapes that do not fit, an unknown form, a chunk below 1, or `segment_ids`
+        that are no integers.
     """
     chunks.check_form(form, chunk)
     if key.ndim != 4 or query.shape != key.shape or 0 in key.shape:
@@ -103,6 +115,7 @@ def linear_recurrence(
     einsum = chunks.products(value.dtype)
     dtype = compute_dtype(value.dtype)
     state = chunks.start_state(state, (batch, heads, dim, value.shape[-1]), dtype)
+    log_decay = segments.gates(log_decay, segment_ids, value)
     if log_decay is None:
         log_decay = jnp.zeros((batch, length, heads), dtype)
     log_decay = log_decay.astype(dtype)
@@ -137,7 +150,9 @@ def linear_recurrence_step(
     value: jax.Array,
     log_decay: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of the recurrence; all arrays in the dtype of the state.
+    """One token of `linear_recurrence`; all arrays in the dtype of the state, float32 or float64.
+
+    Differentiable in all of them, in both modes.
 
     Args:
       state: ``[B, N, H, Hv]``.

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.softmax import add_short_convolutions, logit_scale, window
-from lla.nn import LocalLinearAttention
+from lla.mixers.softmax import Attention, add_short_convolutions, logit_scale, window
 from lla.ops.options import Solver
 
 
-class LLA(LocalLinearAttention):
+class LLA(Attention):
     """Local linear attention (arXiv 2510.01450): a ridge regression around every query.
 
     ``o_i = b`` with b, W that minimise ``sum_j p_ij |v_j - b - W (k_j - q_i)|^2 + ridge_i |W|^2``,

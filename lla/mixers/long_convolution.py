@@ -24,7 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lla.mixers.chunks import check_form
+from lla.ops import segments
 from lla.ops.problem import compute_dtype
+
+# Tokens between which a packed convolution takes every distance by itself.
+_BLOCK = 16
 
 
 def long_convolution(
@@ -32,25 +36,33 @@ def long_convolution(
     filter: jax.Array,
     *,
     state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     form: str = "parallel",
     return_state: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Causal convolution over time.
+    """Causal convolution over time, ``y_t = sum_s filter_s u_(t - s)`` per channel.
+
+    As in Hyena (arXiv 2302.10866). Gradients are those of all arrays, also through the returned
+    state, in both modes.
 
     Args:
       inputs: u, ``[B, T, D]``.
       filter: ``[L, D]``, the tap of the current token first; taps beyond what precedes a token
         meet zeros.
-      state: ``[B, L - 1, D]``, the inputs before the first token, oldest first; None for zeros.
+      state: ``[B, L - 1, D]``, the inputs before the first token, oldest first, of any dtype; None
+        for zeros.
+      segment_ids: int ``[B, T]``, of packed sequences: a token reads the inputs of its segment
+        alone, a run of equal ids. The first token goes on from `state`. None for one sequence.
       form: ``"parallel"`` or ``"recurrent"``.
-      return_state: also return the last L - 1 inputs.
+      return_state: also return the last L - 1 inputs, zeros for those of earlier segments.
 
     Returns:
       ``[B, T, D]`` in the dtype of `inputs`, or a pair with the state. Both are computed in float32
       (float64 for float64 inputs), which is the state's dtype.
 
     Raises:
-      ValueError: for shapes that do not fit, or an unknown form.
+      ValueError: for shapes that do not fit, an unknown form, or `segment_ids` that are no
+        integers.
     """
     if inputs.ndim != 3 or 0 in inputs.shape:
         raise ValueError(f"inputs must be [B, T, D] and not empty, got {inputs.shape}.")
@@ -63,35 +75,104 @@ def long_convolution(
         raise ValueError(f"state must have shape {(batch, taps - 1, width)}, got {state.shape}.")
     dtype = compute_dtype(inputs.dtype)
     u, filter = inputs.astype(dtype), filter.astype(dtype)
+    starts = None if segment_ids is None else segments.starts(segment_ids, (batch, length))
     if form == "recurrent":
         window = jnp.zeros((batch, taps - 1, width), dtype) if state is None else state
-        out, window = _recurrent(window.astype(dtype), u, filter)
+        out, window = _recurrent(window.astype(dtype), u, filter, starts)
     else:
         # With a state, the outputs are those behind it in the longer sequence.
         behind = 0 if state is None else taps - 1
         whole = u if state is None else jnp.concatenate([state.astype(dtype), u], axis=1)
-        out = _parallel(whole, filter)[:, behind:]
-        window = jnp.pad(whole, [(0, 0), (taps - 1, 0), (0, 0)])[:, whole.shape[1] :]
+        if starts is None:
+            out = _parallel(whole, filter)[:, behind:]
+            last = whole
+        else:
+            ids = segments.runs(jnp.pad(starts, [(0, 0), (behind, 0)]))
+            out = _packed(whole, filter, ids)[:, behind:]
+            last = segments.cleared(whole, ids != ids[:, -1:])
+        window = jnp.pad(last, [(0, 0), (taps - 1, 0), (0, 0)])[:, whole.shape[1] :]
     out = out.astype(inputs.dtype)
     return (out, window) if return_state else out
 
 
-def _recurrent(window, u, filter):
+def long_convolution_step(
+    state: jax.Array, inputs: jax.Array, filter: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One token of `long_convolution`; all arrays in the dtype of the state.
+
+    Differentiable in all of them, in both modes.
+
+    Args:
+      state: ``[B, L - 1, D]``, the inputs before the token, oldest first.
+      inputs: ``[B, D]``.
+      filter: ``[L, D]``, the tap of the token first.
+
+    Returns:
+      The new state and the output ``[B, D]``.
+    """
+    window = jnp.concatenate([state, inputs[:, None]], axis=1)
     newest_last = jnp.flip(filter, axis=0)
+    out = jnp.einsum("bld,ld->bd", window, newest_last, precision="highest")
+    return window[:, 1:], out
 
-    def advance(window, token):
-        window = jnp.concatenate([window, token[:, None]], axis=1)
-        out = jnp.einsum("bld,ld->bd", window, newest_last, precision="highest")
-        return window[:, 1:], out
 
-    window, out = jax.lax.scan(advance, window, jnp.moveaxis(u, 1, 0))
+def _recurrent(window, u, filter, starts=None):
+    def advance(window, arrays):
+        token, *start = arrays
+        if start:
+            window = segments.cleared(window, *start)
+        return long_convolution_step(window, token, filter)
+
+    arrays = (u,) if starts is None else (u, starts)
+    window, out = jax.lax.scan(advance, window, tuple(jnp.moveaxis(a, 1, 0) for a in arrays))
     return jnp.moveaxis(out, 0, 1), window
 
 
-def _parallel(u, filter):
-    length = u.shape[1]
+def _packed(u, filter, ids):
+    """Outputs ``[B, T, D]`` where tokens of segments ``ids [B, T]``, runs, read their own alone.
+
+    The tokens are cut into blocks of a power of two. Within a block of `_BLOCK` every distance is
+    taken by itself. Of two neighbouring blocks that make one of twice the size, at most one segment
+    lies in both: what the second reads of the first is a convolution of the part of the first that
+    belongs to this segment. So every size costs as much as a convolution of the whole at most, and
+    there are log2(T / _BLOCK) of them.
+    """
+    batch, length, width = u.shape
+    size = _BLOCK
+    while size < length:
+        size *= 2
+    u = jnp.pad(u, [(0, 0), (0, size - length), (0, 0)])
+    ids = jnp.pad(ids, [(0, 0), (0, size - length)], mode="edge")
+    filter = jnp.pad(filter, [(0, max(0, size - filter.shape[0])), (0, 0)])
+
+    def blocks(array, size):
+        return array.reshape(-1, size, *array.shape[2:])
+
+    inputs, within = blocks(u, _BLOCK), blocks(ids, _BLOCK)
+    out = jnp.zeros_like(inputs)
+    for distance in range(_BLOCK):
+        shift = [(0, 0), (distance, 0), (0, 0)]
+        earlier = jnp.pad(inputs, shift)[:, :_BLOCK]
+        other = jnp.pad(within, shift[:2], constant_values=-1)[:, :_BLOCK] != within
+        out = out + filter[None, None, distance] * segments.cleared(earlier, other)
+    out = out.reshape(u.shape)
+
+    half = _BLOCK
+    while half < size:
+        inputs, within = blocks(u, 2 * half), blocks(ids, 2 * half)
+        first = segments.cleared(inputs[:, :half], within[:, :half] != within[:, half : half + 1])
+        read = _parallel(first, filter[: 2 * half], 2 * half)[:, half:]
+        read = segments.cleared(read, within[:, half:] != within[:, half - 1 : half])
+        out = out + jnp.pad(read, [(0, 0), (half, 0), (0, 0)]).reshape(u.shape)
+        half *= 2
+    return out[:, :length]
+
+
+def _parallel(u, filter, length=None):
+    """The first `length` outputs, by default as many as there are inputs."""
+    length = u.shape[1] if length is None else length
     filter = filter[:length]  # later taps meet nothing
-    transform = _Transform(length + filter.shape[0] - 1, u.dtype)
+    transform = _Transform(u.shape[1] + filter.shape[0] - 1, u.dtype)
     real, imag = transform.forward(u)
     filter_real, filter_imag = transform.forward(filter[None])
     product = (real * filter_real - imag * filter_imag, real * filter_imag + imag * filter_real)

@@ -90,16 +90,23 @@ class Mamba(parts.Recurrence):
         self.form, self.chunk = form, chunk
         self.memory = (channels, state_size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        u = jax.nn.silu(self.inputs(x))
-        y = selective_scan(*self._sequences(u), form=self.form, chunk=self.chunk)
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
+        u = jax.nn.silu(parts.whole(self, segment_ids)("inputs", x))
+        options = dict(segment_ids=segment_ids, form=self.form, chunk=self.chunk)
+        y = selective_scan(*self._sequences(u), **options)
         return self._finish(x, u, y)
 
     def decode(
-        self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: parts.State,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, parts.State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        piece = parts.Piece(self, x, state.convolutions, new_lengths)
+        state, piece = state.begin(self, x, new_lengths, segment_ids)
         u = jax.nn.silu(piece.project("inputs", piece.x))
         wide, delta, a, b, c = self._sequences(u)
         y, memory = selective_scan(
@@ -109,6 +116,7 @@ class Mamba(parts.Recurrence):
             b,
             c,
             state=state.memory,
+            segment_ids=piece.runs,
             form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
             return_state=True,

@@ -77,16 +77,23 @@ class Mamba2(parts.Recurrence):
         self.form, self.chunk = form, chunk
         self.memory = (num_heads, state_size, head_dim)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        u, *sequences = self._sequences(x, parts.whole(self))
-        y = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
+        u, *sequences = self._sequences(x, parts.whole(self, segment_ids))
+        options = dict(segment_ids=segment_ids, form=self.form, chunk=self.chunk)
+        y = linear_recurrence(*sequences, **options)
         return self._finish(x, u, y)
 
     def decode(
-        self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: parts.State,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, parts.State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        piece = parts.Piece(self, x, state.convolutions, new_lengths)
+        state, piece = state.begin(self, x, new_lengths, segment_ids)
         u, query, key, value, log_decay = self._sequences(piece.x, piece.project)
         y, memory = linear_recurrence(
             query,
@@ -94,6 +101,7 @@ class Mamba2(parts.Recurrence):
             value,
             piece.keep(log_decay),
             state=state.memory,
+            segment_ids=piece.runs,
             form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
             return_state=True,

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from lla.compat import match_varying
 from lla.kernels import spd
-from lla.mixers import chunks, hopper
+from lla.mixers import chunks, hopper, segments
 from lla.mixers.chunks import check_form
 from lla.mixers.delta_rule import check_sequences
 from lla.ops import mosaic_gpu
@@ -63,6 +63,7 @@ def mesa(
     *,
     ridge: jax.Array,
     state: MesaState | None = None,
+    segment_ids: jax.Array | None = None,
     form: str = "parallel",
     solver: str = "cg",
     max_iters: int = 30,
@@ -70,7 +71,13 @@ def mesa(
     chunk: int = 64,
     return_state: bool = False,
 ) -> jax.Array | tuple[jax.Array, MesaState]:
-    """Outputs of the mesa layer.
+    """Outputs of the mesa layer (MesaNet, arXiv 2506.05233).
+
+    Per token and head ``H = g H + beta k k^T; G = g G + beta k v^T; o = G^T (H + Lambda)^-1 q``
+    with ``g = exp(log_decay)``.
+
+    Gradients are those of all arrays and of `state`, also through the returned state, by implicit
+    differentiation: exact up to the tolerance of the solves.
 
     Args:
       query, key: ``[B, T, N, H]``, taken as they are: normalise them before.
@@ -78,7 +85,10 @@ def mesa(
       beta: ``[B, T, N]``, weight of each pair, >= 0.
       log_decay: ``[B, T, N]``, logarithm of the gates, finite and <= 0; None for no decay.
       ridge: ``[N, H]``, the diagonal Lambda, > 0.
-      state: the state before the first token; None for zero.
+      state: the state before the first token, of any dtype; None for zero.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
+        differs from that of the token before it. The first token goes on from `state`. None for one
+        sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       solver: ``"cg"``, conjugate gradients, or ``"exact"``, Cholesky factorisations, for which H
         is formed for every token (for 16 at a time in the parallel form). The reference is
@@ -92,12 +102,15 @@ def mesa(
       return_state: also return the state after the last token.
 
     Returns:
-      ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the `MesaState`.
+      ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the `MesaState`. States, gates and
+      everything between are float32 (float64 for float64 values).
 
     Raises:
-      ValueError: for shapes that do not fit, or options outside their range.
+      ValueError: for shapes that do not fit, options outside their range, or `segment_ids` that
+        are no integers.
     """
     check_sequences(query, key, value, beta, log_decay)
+    log_decay = segments.gates(log_decay, segment_ids, value)
     check_form(form, chunk)
     batch, length, heads, dim = key.shape
     if ridge.shape != (heads, dim):
@@ -139,7 +152,9 @@ def mesa_step(
     ridge: jax.Array,
     solve,
 ) -> tuple[MesaState, jax.Array]:
-    """One token of the recurrence; all arrays in the dtype of the state.
+    """One token of `mesa`; all arrays in the dtype of the state, float32 or float64.
+
+    Differentiable in all of them as `mesa` is.
 
     Args:
       state: before the token.

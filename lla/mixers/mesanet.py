@@ -15,7 +15,6 @@ from lla.mixers.parts import (
     GatedNorm,
     HeadNorm,
     NoDecay,
-    Piece,
     Project,
     State,
     head_size,
@@ -114,9 +113,11 @@ class MesaNet(nnx.Module):
             self.norm = HeadNorm(value_dim, param_dtype=param_dtype)
         self.out = merge_heads(num_heads, value_dim, width, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[B, T, width] -> [B, T, width]``."""
-        return self.finish(x, mesa(*self.sequences(x), form=self.form, **self._options()))
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
+        sequences = self.sequences(x, whole(self, segment_ids))
+        out = mesa(*sequences, segment_ids=segment_ids, form=self.form, **self._options())
+        return self.finish(x, out)
 
     def init_state(self, batch: int, max_length: int, dtype: Any = None) -> State:
         """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
@@ -125,10 +126,15 @@ class MesaNet(nnx.Module):
         return state._replace(memory=MesaState(*state.memory))
 
     def decode(
-        self, x: jax.Array, state: State, new_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: State,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        piece = Piece(self, x, state.convolutions, new_lengths)
+        state, piece = state.begin(self, x, new_lengths, segment_ids)
         query, key, value, beta, log_decay = self.sequences(piece.x, piece.project)
         predicted, memory = mesa(
             query,
@@ -137,6 +143,7 @@ class MesaNet(nnx.Module):
             piece.keep(beta),
             piece.keep(log_decay),
             state=state.memory,
+            segment_ids=piece.runs,
             form=form_of_piece(self.form, x.shape[1]),
             return_state=True,
             **self._options(),

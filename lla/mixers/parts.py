@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lla.nn.layer import HeadNorm, Piece, convolution_states
+from lla.nn.layer import HeadNorm
+from lla.nn.piece import Piece, apply_projection, convolution_states
 from lla.nn.ridge import NoDecay
+from lla.ops import segments
 from lla.ops.problem import compute_dtype
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "init_state",
     "l2_normalize",
     "merge_heads",
+    "positions",
     "project",
     "step_bias",
     "symmetric_uniform",
@@ -45,22 +48,36 @@ class State(NamedTuple):
     Attributes:
       memory: the state of the recurrence, float32 or better.
       convolutions: by the name of the projection, the last inputs of a short convolution behind it.
-      lengths: int32 ``[B]``, tokens so far.
+      lengths: int32 ``[B]``, tokens so far; of packed sequences, those of the last segment.
+      segment: int32 ``[B]``, the segment id of the last token; 0 where none was given.
     """
 
     memory: Any
     convolutions: dict[str, jax.Array]
     lengths: jax.Array
+    segment: jax.Array
+
+    def begin(
+        self,
+        mixer: nnx.Module,
+        x: jax.Array,
+        new_lengths: jax.Array | None,
+        segment_ids: jax.Array | None,
+    ) -> tuple[State, Piece]:
+        """The tokens ``x [B, T, width]`` as a `Piece`, and the state in front of them.
+
+        That is this one, or zeros where the first token is that of a new segment.
+        """
+        piece = Piece(mixer, x, self.convolutions, new_lengths, segment_ids, self.segment)
+        state = self
+        if piece.starts is not None:
+            memory, lengths = piece.restarted((self.memory, self.lengths))
+            state = self._replace(memory=memory, lengths=lengths)
+        return state, piece
 
     def advance(self, memory: Any, piece: Piece) -> State:
         """The state behind the tokens of `piece`, which left `memory`."""
-        return State(memory, piece.convolutions, self.lengths + piece.counts)
-
-    def positions(self, length: int) -> jax.Array:
-        """Int32 ``[B, length]``, those of the next tokens."""
-        offsets = jnp.arange(length, dtype=jnp.int32)[None]
-        shape = (self.lengths.shape[0], length)
-        return jnp.broadcast_to(self.lengths[:, None], shape) + jnp.broadcast_to(offsets, shape)
+        return State(memory, piece.convolutions, piece.lengths_behind(self.lengths), piece.segment)
 
 
 def init_state(mixer: nnx.Module, batch: int, *shapes: tuple[int, ...], dtype: Any) -> State:
@@ -80,6 +97,7 @@ def init_state(mixer: nnx.Module, batch: int, *shapes: tuple[int, ...], dtype: A
         memory[0] if len(shapes) == 1 else memory,
         convolution_states(mixer, batch, dtype),
         jnp.zeros((batch,), jnp.int32),
+        jnp.zeros((batch,), jnp.int32),
     )
 
 
@@ -97,9 +115,19 @@ class Recurrence(nnx.Module):
         return init_state(self, batch, self.memory, dtype=dtype)
 
 
-def whole(mixer: nnx.Module) -> Project:
-    """Projections of whole sequences by name; `Piece.project` is that of pieces."""
-    return lambda name, x: getattr(mixer, name)(x)
+def whole(mixer: nnx.Module, segment_ids: jax.Array | None = None) -> Project:
+    """Projections of whole sequences by name; `Piece.project` is that of pieces.
+
+    With `segment_ids`, int ``[B, T]``, short convolutions do not look across segments.
+    """
+    return lambda name, x: apply_projection(getattr(mixer, name), x, segment_ids)
+
+
+def positions(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Int32 ``[T]``, the positions of tokens ``x [B, T, width]``; ``[B, T]`` within segments."""
+    if segment_ids is None:
+        return jnp.arange(x.shape[1], dtype=jnp.int32)
+    return segments.positions(segments.starts(segment_ids, x.shape[:2]))
 
 
 def head_size(
@@ -210,25 +238,29 @@ class Projected(nnx.Module):
         self.projection = projection
         self.convolution = convolution
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.convolution(self.projection(x))
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        return self.convolution(self.projection(x), segment_ids)
 
     def init_state(self, batch: int | tuple[int, ...], dtype: Any) -> jax.Array:
         """See `ShortConvolution.init_state`."""
         return self.convolution.init_state(batch, dtype)
 
     def decode(
-        self, x: jax.Array, state: jax.Array, counts: jax.Array | None
+        self,
+        x: jax.Array,
+        state: jax.Array,
+        counts: jax.Array | None,
+        starts: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """See `ShortConvolution.decode`."""
-        return self.convolution.decode(self.projection(x), state, counts)
+        return self.convolution.decode(self.projection(x), state, counts, starts)
 
 
 class ShortConvolution(nnx.Module):
     """Causal convolution over time of every channel by itself: ``y_t = sum_i w_i x_{t-size+1+i}``.
 
     ``[B, T, *shape] -> [B, T, *shape]`` in the dtype of the input, accumulated in float32 or
-    better. Zeros precede the sequence.
+    better. Zeros precede the sequence, and with segment ids ``[B, T]`` every segment.
 
     Parameters: ``filter`` ``[size, *shape]`` and, where it is asked for, ``bias`` ``[*shape]``,
     both uniform in ``±1 / sqrt(size)`` as in Mamba's published code (arXiv 2312.00752); the last
@@ -265,9 +297,11 @@ class ShortConvolution(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(init(rngs.params(), shape, param_dtype))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         pad = [(0, 0), (self.size - 1, 0)] + [(0, 0)] * (x.ndim - 2)
-        return self._convolve(jnp.pad(x.astype(compute_dtype(x.dtype)), pad)).astype(x.dtype)
+        starts = None if segment_ids is None else segments.starts(segment_ids, x.shape[:2])
+        padded = jnp.pad(x.astype(compute_dtype(x.dtype)), pad)
+        return self._convolve(padded, self._reach(starts)).astype(x.dtype)
 
     def init_state(self, batch: int | tuple[int, ...], dtype: Any) -> jax.Array:
         """The inputs before the first token, zeros ``[batch, size - 1, *shape]``.
@@ -282,7 +316,11 @@ class ShortConvolution(nnx.Module):
         return jnp.zeros(shape, compute_dtype(jnp.dtype(dtype)))
 
     def decode(
-        self, x: jax.Array, state: jax.Array, counts: jax.Array | None
+        self,
+        x: jax.Array,
+        state: jax.Array,
+        counts: jax.Array | None,
+        starts: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """The outputs of the next tokens ``x [B, T, *shape]``, and the state behind them.
 
@@ -290,6 +328,8 @@ class ShortConvolution(nnx.Module):
           x: the tokens.
           state: the last ``size - 1`` inputs before them.
           counts: int ``[B]``, how many of the tokens exist; None for all.
+          starts: bool ``[B, T]``, which of those that exist are the first of a segment; the first
+            token goes on from `state` unless it is one. None for one sequence.
         """
         inputs = jnp.concatenate([state, x.astype(state.dtype)], axis=1)
         if counts is None:
@@ -297,16 +337,39 @@ class ShortConvolution(nnx.Module):
         else:
             last = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=self.size - 1)
             state = jax.vmap(last)(inputs, counts)
-        return self._convolve(inputs).astype(x.dtype), state
+        reach = self._reach(starts)
+        if reach is not None and self.size > 1:
+            # What precedes the last segment is no part of the state: its token i lies ``size - 1 -
+            # i`` in front of the next one. Tokens that only pad are of the last segment.
+            total = jnp.full(x.shape[:1], x.shape[1], jnp.int32) if counts is None else counts
+            behind = reach[:, -1] + 1 - (x.shape[1] - total)
+            distance = jnp.arange(self.size - 1, 0, -1, dtype=jnp.int32)[None]
+            state = _where(distance <= behind[:, None], state)
+        return self._convolve(inputs, reach).astype(x.dtype), state
 
-    def _convolve(self, padded):
+    def _reach(self, starts):
+        """Int32 ``[B, T]``: how many earlier inputs a token may look at, or more than it can."""
+        return None if starts is None else segments.positions(starts, self.size)
+
+    def _convolve(self, padded, reach):
         """``[B, size - 1 + T, *shape] -> [B, T, *shape]``."""
         dtype, length = padded.dtype, padded.shape[1] - self.size + 1
         taps = self.filter[...].astype(dtype)
-        y = sum(taps[i][None, None] * padded[:, i : i + length] for i in range(self.size))
+
+        def inputs(i):
+            shifted = padded[:, i : i + length]
+            return shifted if reach is None else _where(reach >= self.size - 1 - i, shifted)
+
+        y = sum(taps[i][None, None] * inputs(i) for i in range(self.size))
         if self.use_bias:
             y = y + self.bias[...].astype(dtype)[None, None]
         return jax.nn.silu(y) if self.activation else y
+
+
+def _where(mask, array):
+    """`array` ``[B, T, ...]`` where `mask` ``[B, T]`` says so, and zeros."""
+    mask = mask.reshape(*array.shape[:2], *(1,) * (array.ndim - 2))
+    return jnp.where(jnp.broadcast_to(mask, array.shape), array, jnp.zeros_like(array))
 
 
 class LowRank(nnx.Module):

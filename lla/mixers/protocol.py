@@ -21,8 +21,21 @@ class Mixer(Protocol):
         True
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[B, T, width] -> [B, T, width]``; an output depends on tokens up to its own."""
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``; an output depends on tokens up to its own.
+
+        Args:
+          x: ``[B, T, width]``.
+          segment_ids: int ``[B, T]``, where sequences are packed one behind the other: outputs and
+            gradients are those of the segments in calls of their own. A segment is a run of equal
+            ids, it starts where the id changes, and an id that comes back later stands for another
+            one. Positions, where a mixer uses them, count from 0 in every segment. Recurrences
+            multiply the state by zero before a segment, so that what is not a number in one segment
+            reaches the later ones. None for one sequence.
+
+        Raises:
+          ValueError: `segment_ids` is no integer array ``[B, T]``.
+        """
         ...
 
     def init_state(self, batch: int, max_length: int, dtype: Any = None) -> Any:
@@ -44,7 +57,12 @@ class Mixer(Protocol):
         ...
 
     def decode(
-        self, x: jax.Array, state: Any, new_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: Any,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """The outputs of the next T tokens, equal to theirs in ``self(whole sequence)``.
 
@@ -58,6 +76,11 @@ class Mixer(Protocol):
           new_lengths: int ``[B]``, in 0 ... T: how many of the T tokens of a sequence exist. The
             others pad it and leave no trace in the state; their outputs have no meaning. None for
             all.
+          segment_ids: int ``[B, T]``, as in a call; numbers that int32 holds. The state keeps the
+            last one: the first token goes on with the segment of the last token before if its id is
+            the same (0 where none was given), and starts another one otherwise. None: all tokens go
+            on with that segment. Behind the call the state is that of the last segment alone. One
+            that grows needs room for all T tokens until then.
 
         Returns:
           ``[B, T, width]`` and the state behind these tokens. More tokens than there is room for

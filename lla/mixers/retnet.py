@@ -74,19 +74,26 @@ class RetNet(parts.Recurrence):
         self.scale = head_dim**-0.5
         self.rope_theta, self.form, self.chunk = rope_theta, form, chunk
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-        *sequences, gate, dtype = self._sequences(x, parts.whole(self), positions)
-        out = linear_recurrence(*sequences, form=self.form, chunk=self.chunk)
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
+        positions = parts.positions(x, segment_ids)
+        *sequences, gate, dtype = self._sequences(x, parts.whole(self, segment_ids), positions)
+        options = dict(segment_ids=segment_ids, form=self.form, chunk=self.chunk)
+        out = linear_recurrence(*sequences, **options)
         return self._finish(out, gate, dtype)
 
     def decode(
-        self, x: jax.Array, state: parts.State, new_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: parts.State,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, parts.State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        piece, length = parts.Piece(self, x, state.convolutions, new_lengths), x.shape[1]
+        state, piece = state.begin(self, x, new_lengths, segment_ids)
         query, key, value, log_decay, gate, dtype = self._sequences(
-            piece.x, piece.project, state.positions(length)
+            piece.x, piece.project, piece.positions(state.lengths)
         )
         out, memory = linear_recurrence(
             query,
@@ -94,7 +101,8 @@ class RetNet(parts.Recurrence):
             value,
             piece.keep(log_decay),
             state=state.memory,
-            form=form_of_piece(self.form, length),
+            segment_ids=piece.runs,
+            form=form_of_piece(self.form, x.shape[1]),
             chunk=self.chunk,
             return_state=True,
         )

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from lla.mixers import scan_kernel
 from lla.mixers.chunks import check_form, start_state
+from lla.ops import segments
 from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
@@ -36,18 +37,27 @@ def selective_scan(
     c: jax.Array,
     *,
     state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     form: str = "parallel",
     chunk: int = 32,
     return_state: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Outputs of the selective scan.
+    """Outputs of the selective scan of Mamba (S6, arXiv 2312.00752).
+
+    Per token and channel ``h = exp(delta a) h + delta b x; y = c . h``.
+
+    Gradients are those of all arrays and of `state`, also through the returned state. Where a
+    kernel serves, there is reverse mode alone; ``form="recurrent"`` has both.
 
     Args:
       x: ``[B, T, D]``, one input per channel.
       delta: ``[B, T, D]``, step sizes, >= 0.
       a: ``[D, N]``, rates, <= 0.
       b, c: ``[B, T, N]``, into and out of the state.
-      state: ``[B, D, N]``, the state before the first token; None for zero.
+      state: ``[B, D, N]``, the state before the first token, of any dtype; None for zero.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
+        differs from that of the token before it. The first token goes on from `state`. None for one
+        sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       chunk: tokens per chunk of the parallel form, which holds some arrays ``[B, chunk, D, N]``.
       return_state: also return the state after the last token.
@@ -57,7 +67,8 @@ def selective_scan(
       everything between are float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown form, or a chunk below 1.
+      ValueError: for shapes that do not fit, an unknown form, a chunk below 1, or `segment_ids`
+        that are no integers.
     """
     check_form(form, chunk)
     if x.ndim != 3 or delta.shape != x.shape or 0 in x.shape:
@@ -79,6 +90,9 @@ def selective_scan(
         y, state = scan_kernel.run(state, a.astype(dtype), x, *wide)
         return (y, state) if return_state else y
     arrays = tuple(array.astype(dtype) for array in (x, delta, b, c))
+    if segment_ids is not None:
+        starts = segments.starts(segment_ids, (batch, length))
+        arrays = (*arrays, starts[..., None].astype(dtype))
     compute = _recurrent if form == "recurrent" else partial(_parallel, chunk=min(chunk, length))
     y, state = compute(state, a.astype(dtype), *arrays)
     y = y.astype(x.dtype)
@@ -93,7 +107,9 @@ def selective_scan_step(
     b: jax.Array,
     c: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of the recurrence; all arrays in the dtype of the state.
+    """One token of `selective_scan`; all arrays in the dtype of the state, float32 or float64.
+
+    Differentiable in all of them, in both modes.
 
     Args:
       state: ``[B, D, N]``.
@@ -117,12 +133,16 @@ def _discretise(a, x, delta, b):
 
 
 def _recurrent(state, a, *arrays):
+    def step(state, token):
+        x, delta, b, c, *first = token
+        if first:  # ``[B, 1]``, 1 for the first token of a segment
+            state = segments.cleared(state, first[0][:, 0] > 0)
+        return selective_scan_step(state, a, x, delta, b, c)
+
     def advance(state, block):
         # Several steps a turn share what the loop itself costs, on a GPU a third of the kernels.
         by_time = tuple(jnp.moveaxis(array, 1, 0) for array in block)
-        state, y = jax.lax.scan(
-            lambda state, token: selective_scan_step(state, a, *token), state, by_time, unroll=4
-        )
+        state, y = jax.lax.scan(step, state, by_time, unroll=4)
         return state, jnp.moveaxis(y, 0, 1)
 
     return _by_chunks(advance, state, arrays, math.isqrt(arrays[0].shape[1] - 1) + 1)
@@ -130,8 +150,10 @@ def _recurrent(state, a, *arrays):
 
 def _parallel(state, a, *arrays, chunk):
     def advance(state, block):
-        x, delta, b, c = block
+        x, delta, b, c, *first = block
         decay, inflow = _discretise(a, x, delta, b)
+        if first:  # ``[B, C, 1]``, 1 for the first token of a segment
+            decay = (1 - first[0][..., None]) * decay
         decay, inflow = jax.lax.associative_scan(_compose, (decay, inflow), axis=1)
         states = decay * state[:, None] + inflow
         return states[:, -1], _einsum("bcdn,bcn->bcd", states, c)

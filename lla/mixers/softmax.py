@@ -4,14 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
 from lla.nn import LocalLinearAttention
+from lla.ops import segments
 
 
-class Softmax(LocalLinearAttention):
+class Attention(LocalLinearAttention):
+    """`lla.nn.LocalLinearAttention` with the segments of `lla.mixers.Mixer`."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        segment_ids: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Attends from `x` to itself, or to `context`.
+
+        Args:
+          x, context, **options: as in `lla.nn.LocalLinearAttention`.
+          segment_ids: int ``[*B, T]``: a token sees those of its segment alone, a run of equal ids,
+            in which positions count from 0. (The operator and `lla.nn.LocalLinearAttention` join
+            equal ids whatever lies between.) With a context as there.
+
+        Returns, Raises: as there.
+        """
+        if segment_ids is not None and context is None:
+            starts = segments.starts(segment_ids, x.shape[:-1])
+            segment_ids = segments.runs(starts)
+            options["positions"] = segments.positions(starts)
+        return super().__call__(x, context, segment_ids=segment_ids, **options)
+
+
+class Softmax(Attention):
     """Softmax attention (arXiv 1706.03762): ``o_i = sum_j p_ij v_j``, ``p = softmax(scale q.k)``.
 
     `lla.nn.LocalLinearAttention` with another constructor; the parameters are the same. The dense

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla import mixers
-from lla.nn.layer import HeadNorm, Piece
+from lla.nn.layer import HeadNorm
+from lla.nn.piece import Piece
+from lla.ops import segments
 from lla.ops.cache import check_room
+from lla.ops.shield import nan_where
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -133,11 +136,13 @@ class ModelState(NamedTuple):
 
     Attributes:
       layers: the states of the blocks' mixers.
-      lengths: int32 ``[B]``, tokens so far.
+      lengths: int32 ``[B]``, tokens so far; of packed sequences, those of the last segment.
+      segment: int32 ``[B]``, the segment id of the last token; 0 where none was given.
     """
 
     layers: tuple[Any, ...]
     lengths: jax.Array
+    segment: jax.Array
 
 
 class MLP(nnx.Module):
@@ -227,14 +232,21 @@ class Block(nnx.Module):
             kind = SwiGLU if config.mlp_type == "swiglu" else MLP
             self.mlp = kind(config.width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self._add_mlp(x + self.mixer(self.mixer_norm(x)).astype(x.dtype))
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        mixed = self.mixer(self.mixer_norm(x), segment_ids=segment_ids)
+        return self._add_mlp(x + mixed.astype(x.dtype))
 
     def decode(
-        self, x: jax.Array, state: Any, new_lengths: jax.Array | None
+        self,
+        x: jax.Array,
+        state: Any,
+        new_lengths: jax.Array | None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """The next tokens, see `lla.mixers.Mixer`; the state is that of the mixer."""
-        mixed, state = self.mixer.decode(self.mixer_norm(x), state, new_lengths)
+        x_in = self.mixer_norm(x)
+        mixed, state = self.mixer.decode(x_in, state, new_lengths, segment_ids=segment_ids)
         return self._add_mlp(x + mixed.astype(x.dtype)), state
 
     def _add_mlp(self, x):
@@ -287,7 +299,13 @@ class SequenceModel(nnx.Module):
                 config.width, config.output_dim, use_bias=config.head_bias, **options
             )
 
-    def __call__(self, inputs: jax.Array, at: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        inputs: jax.Array,
+        at: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
         """Outputs ``[B, T, output_dim]`` in `config.dtype`.
 
         Args:
@@ -295,13 +313,28 @@ class SequenceModel(nnx.Module):
             the vocabulary have no meaning, as with `flax.nnx.Embed`.
           at: int ``[B, Q]``, the positions whose outputs are wanted, ``[B, Q, output_dim]``: many
             logits at few positions cost less. None for all.
+          segment_ids: int ``[B, T]``, where sequences are packed one behind the other, each a run
+            of equal ids: outputs are those of the segments by themselves (`lla.mixers.Mixer`), and
+            learned positions count from 0 in each. None for one sequence.
 
         Raises:
-          ValueError: inputs of another kind, or longer than `max_length` with learned positions.
+          ValueError: inputs of another kind, or longer than `max_length` with learned positions (of
+            packed sequences the longest segment, where it is known; otherwise what is too long
+            is NaN).
+          NotImplementedError: packed sequences in a model that reads everything from the last
+            token.
         """
         config = self.config
         x = self._embed(inputs)
-        if config.learned_positions:
+        if segment_ids is not None and config.readout == "last":
+            raise NotImplementedError(
+                "a model with readout 'last' reads all outputs from one token: it takes no "
+                "segment_ids."
+            )
+        if config.learned_positions and segment_ids is not None:
+            starts = segments.starts(segment_ids, x.shape[:2])
+            x = x + self._positions_within(segments.positions(starts))
+        elif config.learned_positions:
             length = inputs.shape[1]
             if length > config.max_length:
                 raise ValueError(
@@ -310,7 +343,7 @@ class SequenceModel(nnx.Module):
             positions = self._position(jnp.arange(length, dtype=jnp.int32))
             x = x + jnp.broadcast_to(positions[None], x.shape)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, segment_ids=segment_ids)
         if config.readout == "last":
             if at is None:
                 at = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
@@ -353,10 +386,16 @@ class SequenceModel(nnx.Module):
                 "the model."
             )
         layers = tuple(block.mixer.init_state(batch, max_length, dtype) for block in self.blocks)
-        return ModelState(layers, jnp.zeros((batch,), jnp.int32))
+        zeros = jnp.zeros((batch,), jnp.int32)
+        return ModelState(layers, zeros, zeros)
 
     def decode(
-        self, inputs: jax.Array, state: ModelState, new_lengths: jax.Array | None = None
+        self,
+        inputs: jax.Array,
+        state: ModelState,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelState]:
         """The outputs of the next T tokens, equal to theirs in a call on the whole sequence.
 
@@ -365,6 +404,8 @@ class SequenceModel(nnx.Module):
           state: from `init_state`, or from the call before. Donate it to a compiled step.
           new_lengths: int ``[B]``, in 0 ... T: how many of the T tokens of a sequence exist. The
             others pad it and leave no trace; their outputs have no meaning. None for all.
+          segment_ids: int ``[B, T]``, of packed sequences, see `lla.mixers.Mixer`; None: all tokens
+            go on with the last segment.
 
         Returns:
           ``[B, T, output_dim]`` in `config.dtype`, and the new state. Of a sequence with more
@@ -374,15 +415,21 @@ class SequenceModel(nnx.Module):
           ValueError: inputs of another kind, or tokens that are known not to fit.
         """
         x = self._embed(inputs)
-        piece = Piece(self, x, {}, new_lengths)
+        piece, lengths = Piece(self, x, {}, new_lengths, segment_ids, state.segment), state.lengths
         x = piece.x
-        if self.config.learned_positions:
-            x = x + piece.keep(self._positions_behind(state.lengths, piece.counts, x.shape))
+        if piece.starts is not None:
+            lengths = piece.restarted(lengths)
+        if self.config.learned_positions and piece.starts is not None:
+            at = piece.keep(piece.positions(lengths))
+            x = x + piece.keep(self._positions_within(at))
+        elif self.config.learned_positions:
+            x = x + piece.keep(self._positions_behind(lengths, piece.counts, x.shape))
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = block.decode(x, layer, new_lengths)
+            x, layer = block.decode(x, layer, new_lengths, segment_ids=segment_ids)
             layers.append(layer)
-        return self._read(x), ModelState(tuple(layers), state.lengths + piece.counts)
+        state = ModelState(tuple(layers), piece.lengths_behind(lengths), piece.segment)
+        return self._read(x), state
 
     def _positions_behind(self, lengths, counts, shape):
         """The vectors of the next positions, NaN for a sequence whose positions are not enough."""
@@ -393,6 +440,16 @@ class SequenceModel(nnx.Module):
         positions = self._position(jnp.clip(at, 0, room - 1))
         lost = jnp.broadcast_to((lengths + counts > room)[:, None, None], positions.shape)
         return jnp.where(lost, jnp.full_like(positions, jnp.nan), positions)
+
+    def _positions_within(self, at):
+        """The vectors of positions ``[B, T]`` in segments, NaN for those that do not exist."""
+        room = self.config.max_length
+        if not isinstance(at, jax.core.Tracer) and at.size and int(at.max()) >= room:
+            raise ValueError(
+                f"a segment has {int(at.max()) + 1} tokens or more, max_length is {room}."
+            )
+        positions = self._position(jnp.clip(at, 0, room - 1))
+        return nan_where(at >= room, positions)
 
     def _embed(self, inputs):
         """Embedded tokens or numbers ``[B, T, width]``, without positions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -10,14 +11,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lla.nn.piece import Piece, apply_projection, convolution_states
 from lla.nn.ridge import Ridge, RidgeType
 from lla.nn.rope import rotate
+from lla.ops import segments
 from lla.ops.api import local_linear_attention, parallax_attention, softmax_attention
-from lla.ops.cache import KVCache, exists, token_counts
+from lla.ops.cache import KVCache
 from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_step
 from lla.ops.dispatch import Implementation
 from lla.ops.options import Solver, Stats
 from lla.ops.problem import compute_dtype
+from lla.ops.shield import nan_where
 
 Mechanism = Literal["lla", "parallax", "softmax"]
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
@@ -46,60 +50,22 @@ class AttentionState(NamedTuple):
     Attributes:
       cache: keys, normalised and rotated, and values.
       convolutions: by the name of the projection, the last inputs of a short convolution behind it.
+      segment: int32 ``[*B]``, the segment id of the last token; 0 where none was given.
     """
 
     cache: KVCache
     convolutions: dict[str, jax.Array]
+    segment: jax.Array
 
 
-class Piece:
-    """The next tokens of some sequences: which of them exist, and projections that go on with them.
-
-    Args:
-      mixer: the module whose projections are meant.
-      x: ``[*B, T, width]``.
-      convolutions: the last inputs of its short convolutions, from `convolution_states`.
-      new_lengths: int ``[*B]``, in 0 ... T: how many of the T tokens exist; None for all.
-
-    Attributes:
-      x: the tokens, zeros where they only pad.
-      counts: int32 ``[*B]``, the number of tokens that exist.
-      convolutions: after each `project`, the new last inputs.
-    """
-
-    def __init__(self, mixer: nnx.Module, x: jax.Array, convolutions, new_lengths):
-        *leading, length, _ = x.shape
-        self.counts = token_counts(new_lengths, tuple(leading), length)
-        self.convolutions = dict(convolutions)
-        self._mixer = mixer
-        self._ragged = new_lengths is not None
-        self._real = exists(self.counts, length)
-        self.x = self.keep(x)
-
-    def keep(self, array: jax.Array) -> jax.Array:
-        """`array` ``[*B, T, ...]`` with zeros for the tokens that only pad."""
-        if not self._ragged:
-            return array
-        real = self._real.reshape(*self._real.shape, *(1,) * (array.ndim - self._real.ndim))
-        return jnp.where(jnp.broadcast_to(real, array.shape), array, jnp.zeros_like(array))
-
-    def project(self, name: str, x: jax.Array) -> jax.Array:
-        """What the projection `name` of the mixer makes of ``x [*B, T, width]``."""
-        module = getattr(self._mixer, name)
-        if name not in self.convolutions:
-            return module(x)
-        counts = self.counts if self._ragged else None
-        y, self.convolutions[name] = module.decode(x, self.convolutions[name], counts)
-        return y
-
-
-def convolution_states(mixer: nnx.Module, batch: int, dtype) -> dict[str, jax.Array]:
-    """The inputs before the first token, zeros, of every short convolution of `mixer`, by name."""
-    return {
-        name: child.init_state(batch, dtype)
-        for name, child in vars(mixer).items()
-        if isinstance(child, nnx.Module) and hasattr(child, "init_state")
-    }
+def _last_segment(cache: KVCache, lengths: jax.Array) -> KVCache:
+    """`cache` with its last `lengths` tokens alone; one with too many tokens keeps their number."""
+    first = cache.lengths - lengths
+    return KVCache(
+        key=segments.moved_to_front(cache.key, first, lengths),
+        value=segments.moved_to_front(cache.value, first, lengths),
+        lengths=jnp.where(cache.overflowed, cache.lengths, lengths),
+    )
 
 
 class LocalLinearAttention(nnx.Module):
@@ -290,6 +256,7 @@ class LocalLinearAttention(nnx.Module):
         segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
         key_value_seq_lengths: jax.Array | None = None,
         query_offset: int | jax.Array | None = None,
+        positions: jax.Array | None = None,
         return_stats: bool = False,
     ) -> jax.Array | tuple[jax.Array, Stats]:
         """Attends from `x` to itself, or to `context`.
@@ -303,6 +270,8 @@ class LocalLinearAttention(nnx.Module):
             attention only within equal ids, for packed sequences.
           key_value_seq_lengths: int ``[*B]``: keys at or beyond it do not exist.
           query_offset: int or int ``[*B]``, position of the first token of `x` in the context.
+          positions: int ``[*B, T]``, by which the heads of `x` are rotated, where `rope_theta` asks
+            for it; not with a context. None for 0, 1, ...
           return_stats: also return the operator's `lla.Stats`.
 
         Returns:
@@ -323,6 +292,8 @@ class LocalLinearAttention(nnx.Module):
                 raise ValueError("query_offset is the position of x in a context: pass that too.")
             if segment_ids is not None and not isinstance(segment_ids, tuple):
                 segment_ids = (segment_ids, segment_ids)
+        elif positions is not None:
+            raise ValueError("positions are those of x and its keys: there must be no context.")
         elif context.ndim != x.ndim or context.shape[-1] != self.in_kv_features:
             raise ValueError(
                 f"context must have shape [*B, S, {self.in_kv_features}] with the leading axes of "
@@ -334,7 +305,11 @@ class LocalLinearAttention(nnx.Module):
                 "query_offset, the position of x in the context; for cross attention build the "
                 "layer with is_causal=False."
             )
-        query, key, value = self.heads(x, context, query_offset=query_offset)
+        # Of keys and values that come from x itself, a short convolution is kept inside segments.
+        packed = segment_ids[0] if segment_ids is not None and context is x else None
+        query, key, value = self.heads(
+            x, context, query_offset=query_offset, positions=positions, segment_ids=packed
+        )
         options = dict(
             scale=self.scale,
             is_causal=self.is_causal,
@@ -351,7 +326,7 @@ class LocalLinearAttention(nnx.Module):
                 query, key, value, ridge=self.ridge(x), solver=self.solver, **options
             )
         elif self.mechanism == "parallax":
-            probe = self._rotate(self.probe(x), query_offset)
+            probe = self._rotate(self.probe(x), query_offset, positions)
             attended, stats = parallax_attention(query, probe, key, value, **options)
         else:
             attended, stats = softmax_attention(query, key, value, **options)
@@ -377,10 +352,16 @@ class LocalLinearAttention(nnx.Module):
         return AttentionState(
             KVCache.create(batch, max_length, *self.cached_heads, dtype),
             convolution_states(self, batch, dtype),
+            jnp.zeros(batch, jnp.int32),
         )
 
     def decode(
-        self, x: jax.Array, state: AttentionState, new_lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: AttentionState,
+        new_lengths: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, AttentionState]:
         """The outputs of the next T tokens, as if the layer were called on the whole sequence.
 
@@ -389,6 +370,11 @@ class LocalLinearAttention(nnx.Module):
           state: from `init_state` or from the call before. Donate it to a compiled step.
           new_lengths: int ``[*B]``, in 0 ... T: how many of the T tokens of a sequence exist. The
             others pad it and leave no trace; their outputs have no meaning. None for all.
+          segment_ids: int ``[*B, T]``, of packed sequences: a token attends to those since the id
+            last changed, and the first one goes on with what is in the cache if its id is that of
+            the last token before. Positions of rotary embeddings are those within segments. There
+            has to be room for all T tokens behind those in the cache; afterwards it holds the last
+            segment alone. None: all tokens go on with what is in the cache.
 
         Returns:
           ``[*B, T, out_features]`` and the new state. Where `max_length` is exceeded, see
@@ -401,29 +387,65 @@ class LocalLinearAttention(nnx.Module):
         self._check_decodes()
         if x.ndim < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have shape [*B, T, {self.in_features}], got {x.shape}.")
-        piece, cache = Piece(self, x, state.convolutions, new_lengths), state.cache
+        piece = Piece(self, x, state.convolutions, new_lengths, segment_ids, state.segment)
+        cache = state.cache
+        if segment_ids is not None:
+            cache = dataclasses.replace(cache, lengths=piece.restarted(cache.lengths))
+        positions = piece.positions(cache.lengths)
         query, key, value = (piece.project(name, piece.x) for name in ("query", "key", "value"))
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = (self._rotate(heads, cache.lengths) for heads in (query, key))
+        query, key = (self._rotate(heads, None, positions) for heads in (query, key))
         dtype = query.dtype
         query, key, value = (heads.astype(cache.key.dtype) for heads in (query, key, value))
         options = dict(
             scale=self.scale,
             local_window_size=self.local_window_size,
-            new_lengths=new_lengths,
             implementation=self.implementation,
         )
-        if self.mechanism == "lla":
+        probe = None
+        if self.mechanism == "parallax":
+            probe = self._rotate(self.probe(piece.x), None, positions).astype(query.dtype)
+        if segment_ids is not None:
+            grown = cache.append(key, value, new_lengths)
+            attended = self._attend_packed(query, probe, grown, cache.lengths, piece, options)
+            cache = _last_segment(grown, piece.lengths_behind(cache.lengths))
+        elif self.mechanism == "lla":
             attended, cache = decode_step(
-                query, key, value, cache, ridge=self.ridge(piece.x), solver=self.solver, **options
+                query, key, value, cache, new_lengths=new_lengths, ridge=self.ridge(piece.x),
+                solver=self.solver, **options,
+            )  # fmt: skip
+        elif self.mechanism == "parallax":
+            attended, cache = parallax_decode_step(
+                query, probe, key, value, cache, new_lengths=new_lengths, **options
+            )
+        else:
+            attended, cache = softmax_decode_step(
+                query, key, value, cache, new_lengths=new_lengths, **options
+            )
+        state = AttentionState(cache, piece.convolutions, piece.segment)
+        return self.out(attended.astype(dtype)), state
+
+    def _attend_packed(self, query, probe, cache, before, piece, options):
+        """What the segments of `piece`, already in `cache` behind `before` tokens, attend to."""
+        room = cache.max_length
+        options = options | dict(
+            is_causal=True,
+            query_offset=before,
+            key_value_seq_lengths=jnp.minimum(cache.lengths, room),
+            segment_ids=(piece.runs, segments.slots(piece.runs, before, room)),
+        )
+        key, value = cache.key, cache.value
+        if self.mechanism == "lla":
+            out = local_linear_attention(
+                query, key, value, ridge=self.ridge(piece.x), solver=self.solver, **options
             )
         elif self.mechanism == "parallax":
-            probe = self._rotate(self.probe(piece.x), cache.lengths).astype(query.dtype)
-            attended, cache = parallax_decode_step(query, probe, key, value, cache, **options)
+            out = parallax_attention(query, probe, key, value, **options)
         else:
-            attended, cache = softmax_decode_step(query, key, value, cache, **options)
-        return self.out(attended.astype(dtype)), AttentionState(cache, piece.convolutions)
+            out = softmax_attention(query, key, value, **options)
+        full = cache.overflowed[..., None, None]
+        return nan_where(jnp.broadcast_to(full, out.shape[:-1]), out)
 
     def _check_decodes(self):
         if not self.is_causal or self.in_kv_features != self.in_features:
@@ -439,21 +461,26 @@ class LocalLinearAttention(nnx.Module):
         context: jax.Array | None = None,
         *,
         query_offset: int | jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query ``[*B, T, N, H]``, key ``[*B, S, K, H]`` and value ``[*B, S, K, Hv]`` as attended.
 
         Projected, normalised and rotated: what the layer hands to the operator.
         """
         context = x if context is None else context
-        query, key, value = self.query(x), self.key(context), self.value(context)
+        query = apply_projection(self.query, x, segment_ids)
+        key, value = (apply_projection(m, context, segment_ids) for m in (self.key, self.value))
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = self._rotate(query, query_offset)
-        return query, self._rotate(key, None), value
+        query = self._rotate(query, query_offset, positions)
+        return query, self._rotate(key, None, positions), value
 
-    def _rotate(self, heads, offset):
+    def _rotate(self, heads, offset, positions=None):
         if self.rope_theta is None:
             return heads
+        if positions is not None:
+            return rotate(heads, positions, self.rope_theta)
         positions = jnp.arange(heads.shape[-3], dtype=jnp.int32)
         if offset is not None:
             offset = jnp.asarray(offset, jnp.int32)[..., None]

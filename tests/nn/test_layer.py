@@ -291,8 +291,35 @@ def test_layers_that_cannot_decode_say_so():
         layer.decode(tokens(2, 1, 5), layer.init_state(2, 4))
     with pytest.raises(ValueError, match=r"new_lengths must .* \(2,\)"):
         layer.decode(tokens(2, 1, WIDTH), layer.init_state(2, 4), jnp.array([1]))
-    with pytest.raises(ValueError, match=r"key must have shape .*\(2, 4, 4, 8\)"):
+    with pytest.raises(ValueError, match=r"x must have the leading axes \(2,\) of the state"):
         layer.decode(tokens(3, 1, WIDTH), layer.init_state(2, 4))
+
+
+@pytest.mark.parametrize("options", [dict(mechanism="softmax"), dict(ridge=0.5)])
+def test_packed_pieces_of_sequences_with_several_leading_axes(options):
+    layer, x = make_layer(rope_theta=100.0, **options), tokens(2, 1, 9, WIDTH)
+    ids = jnp.array([[[1, 1, 1, 2, 2, 2, 2, 2, 2]], [[0, 0, 0, 0, 0, 0, 4, 4, 4]]], jnp.int32)
+    state, outs = layer.init_state((2, 1), 9), []
+    for first, last in ((0, 5), (5, 6), (6, 9)):
+        piece = slice(first, last)
+        y, state = layer.decode(x[..., piece, :], state, segment_ids=ids[..., piece])
+        outs.append(y)
+    out = np.concatenate(outs, axis=-2)
+    for i, first in ((0, 3), (1, 6)):
+        close(out[i, :, :first], call(layer, x[i, :, :first]), 1e-4)
+        close(out[i, :, first:], call(layer, x[i, :, first:]), 1e-4)
+    assert state.cache.lengths.tolist() == [[6], [3]]
+    assert state.segment.tolist() == [[2], [4]]
+
+
+def test_positions_are_those_of_the_rotation():
+    layer, x = make_layer(rope_theta=100.0), tokens(2, 7, WIDTH)
+    far = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32)[None], (2, 7))
+    np.testing.assert_array_equal(layer(x, positions=far), layer(x))
+    assert np.abs(layer(x, positions=3 * far) - layer(x)).max() > 1e-3
+    cross = make_layer(is_causal=False)
+    with pytest.raises(ValueError, match="positions are those of x"):
+        cross(x, x, positions=far)
 
 
 def test_packed_padded_and_masked_sequences_equal_separate_ones():
