@@ -85,7 +85,8 @@ def selective_scan(
             )
     dtype = compute_dtype(x.dtype)
     state = start_state(state, (batch, *a.shape), dtype)
-    if form == "parallel" and scan_kernel.serves(x, a):
+    # The kernel knows no segments: rates of zero could not reset the state by a large step.
+    if form == "parallel" and segment_ids is None and scan_kernel.serves(x, a):
         wide = (array.astype(dtype) for array in (delta, b, c))
         y, state = scan_kernel.run(state, a.astype(dtype), x, *wide)
         return (y, state) if return_state else y

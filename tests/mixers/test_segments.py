@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from lla import mixers
-from lla.mixers import parts
+from lla.mixers import hopper, parts, scan_kernel
 from lla.ops import mosaic_gpu, segments
 from tests.mixers.measure import relative_error
 from tests.mixers.test_all import close, reference_options
@@ -226,7 +226,9 @@ def test_packed_scans_do_not_run_in_kernels_that_know_no_segments(monkeypatch):
     b, c = (jnp.asarray(a, jnp.bfloat16) for a in rng.standard_normal((2, 1, 32, 16)))
     a = -jnp.ones((64, 16), jnp.bfloat16)
     packed = np.repeat(np.arange(2, dtype=np.int32), 16)[None]
-    out = mixers.selective_scan(x, delta, a, b, c, segment_ids=packed, form="parallel")
+    with hopper.unmeasured_kernels():
+        assert scan_kernel.serves(x, a)
+        out = mixers.selective_scan(x, delta, a, b, c, segment_ids=packed, form="parallel")
     arrays = (x[:, 16:], delta[:, 16:], a, b[:, 16:], c[:, 16:])
     expected = mixers.selective_scan(*arrays, form="recurrent")
     assert relative_error(out[:, 16:], expected) < 1e-2
