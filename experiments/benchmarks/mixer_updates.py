@@ -34,6 +34,7 @@ import hopper
 import jax
 import jax.numpy as jnp
 import measure
+import mixer_operators
 import mixers
 import numpy as np
 from flax import nnx
@@ -41,10 +42,6 @@ from flax import nnx
 import lla
 from lla import training
 from lla.mixers import hopper as mixer_kernels
-from lla.mixers.delta_rule import delta_rule
-from lla.mixers.linear_recurrence import linear_recurrence
-from lla.mixers.mesa import mesa
-from lla.mixers.selective_scan import selective_scan
 from lla.training.settings import Sharding
 from lla.training.sharding import make_mesh
 
@@ -218,101 +215,6 @@ def check(options: argparse.Namespace, name: str, wait) -> dict[str, Any]:
     return found
 
 
-def operators(heads: int, n: int, dim: int) -> dict[str, tuple]:
-    """Name to (function of arrays and form, arrays): the recurrences under the layers."""
-    rng = np.random.default_rng(secrets.randbits(31))
-    shape = (2, n, heads, dim)
-
-    def unit():
-        x = rng.standard_normal(shape)
-        return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-    value, beta = rng.standard_normal(shape), rng.uniform(0, 1, shape[:3])
-    per_head = -(rng.uniform(0, 1, shape[:3]) ** 6) * 5
-    per_coordinate = -(rng.uniform(0, 1, shape) ** 6) * 5
-    wide = (2, n, heads * dim)
-    scan = (
-        rng.standard_normal(wide),
-        10 ** rng.uniform(-3, -1, wide),
-        np.tile(-np.arange(1.0, 17), (wide[-1], 1)),
-        *rng.standard_normal((2, 2, n, 16)),
-    )
-    query, key = unit(), unit()
-
-    def wider(array):
-        """Half as many heads, twice as wide, as long as before."""
-        return array.reshape(2, n, -1, 2 * dim) / 2**0.5
-
-    ridge = np.ones((heads, dim))
-
-    def solve(*arrays, form):
-        solver = "exact" if form == "recurrent" else "cg"
-        *arrays, ridge = arrays
-        return mesa(*arrays, ridge=ridge, form=form, solver=solver)
-
-    return {
-        "delta_rule": (delta_rule, (query, key, value, beta)),
-        "gated": (delta_rule, (query, key, value, beta, per_head)),
-        "gated_wide": (
-            delta_rule,
-            (*map(wider, (query, key, value)), beta[:, :, ::2], per_head[:, :, ::2]),
-        ),
-        "per_head": (
-            linear_recurrence,
-            (query, key, value, per_head),
-        ),
-        "per_coordinate": (
-            linear_recurrence,
-            (query, key, value, per_coordinate),
-        ),
-        "mesa": (solve, (query, key, value, beta, per_head, ridge)),
-        "selective_scan": (selective_scan, scan),
-    }
-
-
-# Arguments that have 16 bits in a model of 16 bits; gates are float32 there.
-_NARROW = {"selective_scan": (0, 3, 4)}
-
-
-def check_operator(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Relative errors of the output and of every gradient, in float32 and with 16-bit sequences.
-
-    The truth is the recurrent form in float32 on the same numbers.
-    """
-    function, arrays = operators(options.heads, options.checked, options.width // options.heads)[
-        name
-    ]
-    narrow = _NARROW.get(name, (0, 1, 2))
-    arrays = [
-        jnp.asarray(a, jnp.bfloat16 if i in narrow else jnp.float32) for i, a in enumerate(arrays)
-    ]
-    wide = [a.astype(jnp.float32) for a in arrays]
-    rng = np.random.default_rng(secrets.randbits(31))
-    out_shape = (arrays[0] if name == "selective_scan" else arrays[2]).shape
-    weight = jnp.asarray(rng.standard_normal(out_shape), jnp.bfloat16)
-
-    def run(arrays, weight, form):
-        out, pullback = jax.vjp(functools.partial(function, form=form), *arrays)
-        return out, *pullback(weight.astype(out.dtype))
-
-    run = jax.jit(run, static_argnames="form")
-    with jax.default_matmul_precision("highest"):
-        truth = run(wide, weight, "recurrent")
-        same = run(wide, weight, "parallel")
-    half = run(arrays, weight, "parallel")
-
-    def off(found):
-        pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in found]
-        return [float(f"{np.linalg.norm(a - b) / np.linalg.norm(b):.2e}") for a, b in pairs]
-
-    once = [(t.astype(h.dtype), t) for t, h in zip(truth, half, strict=True)]
-    return {
-        "float32": off(zip(same, truth, strict=True)),
-        "bfloat16": off(zip(half, truth, strict=True)),
-        "rounded_once": off(once),
-    }
-
-
 def judge(found: dict[str, Any]) -> str | None:
     """Why the errors are too large, or None."""
     for dtype, (out, gradients) in BOUNDS.items():
@@ -470,8 +372,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Kernels that no GPU has run yet are measured here, too.
     contextlib.ExitStack().enter_context(mixer_kernels.unmeasured_kernels())
     executor = concurrent.futures.ThreadPoolExecutor(options.workers)
-    chosen = operators(1, 4, 4) if options.operators is None else options.operators
-    checks = {name: executor.submit(check_operator, options, name) for name in chosen}
+    chosen = mixer_operators.operators(1, 4, 4) if options.operators is None else options.operators
+    sizes = (options.heads, options.checked, options.width // options.heads)
+    checks = {name: executor.submit(mixer_operators.check, name, *sizes) for name in chosen}
     futures = {}
     for name in options.only:
         cells = [Cell(name, "check", form) for form in FORMS] if options.check else []

@@ -1,4 +1,4 @@
-"""Tables of `mixers.py`, for `report.py`."""
+"""Tables of `mixers.py` and `mixer_updates.py`, for `report.py`."""
 
 from __future__ import annotations
 
@@ -55,3 +55,54 @@ def _ratio(record: Mapping | None, floor: Mapping | None) -> str:
     if not all(r and r["status"] == "timed" for r in (record, floor)):
         return ""
     return f"{record['time_median_s'] / floor['time_median_s']:.2f}"
+
+
+def updates_markdown(document: Mapping) -> str:
+    """Provenance and tables of a result file of `mixer_updates.py`."""
+    columns = {
+        "forward": "layer, forward",
+        "forward_backward": "layer, forward + backward",
+        "update": "update of 29M parameters",
+        "runs": "update of 8 small models",
+    }
+    records = [record for record in document["records"] if record["status"] == "timed"]
+    columns = {k: v for k, v in columns.items() if any(r["pass"] == k for r in records)}
+    rows = []
+    for name in dict.fromkeys(record["implementation"] for record in records):
+        found = {r["pass"]: r for r in records if r["implementation"] == name}
+        row = [name]
+        for which in columns:
+            record = found.get(which)
+            row += [_milliseconds(record)]
+            if which == "update":
+                row += [f"{record['tokens_per_s'] / 1e3:.0f}" if record else ""]
+        error = next(iter(found.values()))["errors"]["bfloat16"]
+        rows.append([*row, f"{error['output']:.1e}, {error['parameters']:.1e}"])
+    heads = []
+    for which, title in columns.items():
+        heads += [title, "thousand tokens / s"] if which == "update" else [title]
+    parts = [
+        report.provenance(document),
+        "Median ms, and in brackets the time over that of softmax attention; errors of the layer "
+        "in bfloat16, projections included: output, all gradients of parameters together.",
+        report.table(["mixer", *heads, "errors"], rows),
+    ]
+    if found := document["header"].get("operators"):
+        names = list(next(iter(found.values())))
+        lines = [
+            [name, *(f"{max(errors[form]):.1e}" for form in names)]
+            for name, errors in found.items()
+        ]
+        parts += [
+            "Recurrences alone: the worst relative error of output and gradients.",
+            report.table(["recurrence", *names], lines),
+        ]
+    return "\n\n".join(parts)
+
+
+def _milliseconds(record: Mapping | None) -> str:
+    if record is None:
+        return ""
+    ratio = record.get("times_softmax")
+    text = f"{record['time_median_s'] * 1e3:.2f}"
+    return text if ratio is None else f"{text} ({ratio:.2f})"

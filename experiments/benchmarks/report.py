@@ -356,6 +356,7 @@ def markdown(document: Mapping) -> str:
         "hopper_solvers": solvers_tables.markdown,
         "hopper_stages": stages_tables.markdown,
         "mixers": mixers_tables.markdown,
+        "mixer_updates": mixers_tables.updates_markdown,
         "decoding": decoding_tables.markdown,
         "decoding_solvers": decoding_tables.solvers_markdown,
         "decoding_traffic": decoding_tables.traffic_markdown,

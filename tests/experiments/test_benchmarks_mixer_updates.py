@@ -5,7 +5,8 @@ import pytest
 
 NAMES = (
     "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "peers_tables",
-    "stages_tables", "peers_adapters", "peers", "mixers_tables", "mixers", "mixer_updates",
+    "stages_tables", "peers_adapters", "peers", "mixers_tables", "mixers",
+    "mixer_operators", "mixer_updates",
 )  # fmt: skip
 SMALL = [
     "--batch=2", "--length=256", "--width=16", "--heads=2", "--depth=1", "--runs-batch=2",
