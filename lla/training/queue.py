@@ -26,7 +26,7 @@ Estimate = Callable[[Cell, Runs], float]
 
 @dataclasses.dataclass
 class _Stage:
-    """A phase of a point; `last` is what lets the point go once the phase is done."""
+    """A phase of a point; if it is the last one, `last` lets other processes have the point."""
 
     grid: Grid
     cell: Cell
@@ -79,9 +79,8 @@ class Queue:
         """
         with contextlib.ExitStack() as cleanup:
             pool = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(1))
-            stages, failed = self._stages(pool), []
+            stages, failed = self._stages(pool, cleanup), []
             stage = next(stages, None)
-            cleanup.callback(lambda: stage and stage.last and stage.last.close())
             while stage is not None:
                 program = stage.program.result()
                 following = next(stages, None)  # it is compiled from here on
@@ -121,7 +120,7 @@ class Queue:
         seconds = self._estimate(cell, grid.phases()[phase])
         return now <= self._begin_before and now + seconds <= self._end_before
 
-    def _stages(self, pool) -> Iterator[_Stage]:
+    def _stages(self, pool, cleanup) -> Iterator[_Stage]:
         total = len(self._points)
         for number, (grid, cell) in enumerate(self._points, 1):
             name = f"{number}/{total}  {cell.name}"
@@ -139,6 +138,7 @@ class Queue:
                     continue
                 self._report(f"{name}  training")
                 last = held.pop_all()
+                cleanup.callback(last.close)  # should an error end everything
             for phase in phases:
                 program = pool.submit(_compiled, cell, grid.phases()[phase])
                 yield _Stage(grid, cell, phase, program, last if phase == phases[-1] else None)

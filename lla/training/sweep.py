@@ -169,11 +169,7 @@ class Grid:
         return found
 
     def runs(self, cell: Cell, phase: str) -> Runs:
-        """The runs of a phase, once those before it are finished.
-
-        Raises:
-          ValueError: the selection diverged at every learning rate.
-        """
+        """The runs of a phase, once those before it are finished."""
         runs = self.phases()[phase]
         if phase == FINAL and self.sweep.selection_seeds:
             rows = list(results.rows(self.folder(cell, SELECT))) or self._known(cell, SELECT)
