@@ -202,7 +202,7 @@ def rows(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
                     f"{_FURTHER}{name}": "" if diverged else values[i][j]
                     for name, values in result["test"].items()
                 },
-                "seconds": round(training_seconds(folder), 1),
+                "seconds": round(training_seconds(folder), 3),
                 "eval_every": config["training"]["eval_every"],
                 "curve": " ".join("nan" if v is None else f"{v:.4g}" for v in curve),
             }
