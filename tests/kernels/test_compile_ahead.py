@@ -68,6 +68,7 @@ SPILLS = {
     "linear_backward_32": 600,
     "linear_backward_64": 1800,
     "mesa": 256,
+    "scan_backward": 80,
 }
 
 # Products that wait for one another, for want of registers.
