@@ -145,9 +145,7 @@ def _body(env: Environment, inputs: list[str], precise: bool, given, out, scratc
         env.set_registers(compute=True)
 
         def run(precise):
-            _AttendRows(env, given, out, scratch, place, tiles, warpgroup, ring, precise).run(
-                inputs
-            )
+            AttendRows(env, given, out, scratch, place, tiles, warpgroup, ring, precise).run(inputs)
 
         def work():
             marked = given["solved"].marked if precise else None
@@ -162,7 +160,7 @@ def _body(env: Environment, inputs: list[str], precise: bool, given, out, scratc
 
 
 @dataclasses.dataclass
-class _AttendRows(QueryRows):
+class AttendRows(QueryRows):
     """The output of one compute warpgroup."""
 
     ring: Ring

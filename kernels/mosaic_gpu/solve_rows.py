@@ -123,6 +123,10 @@ class SolveRows(QueryRows):
         array = self.scratch[name] if member is None else self.scratch[name][member]
         return self.env.arithmetic.load(array.at[self.w])
 
+    def kept(self, name: str):
+        """Where the "iterate" or the "remainder" of a warpgroup lies between iterations."""
+        return self.scratch[name][0].at[self.w]
+
     def global_mean(self):
         """The mean key ``[B, T, N, D]`` in global memory."""
         if "key_mean" in self.out:
@@ -297,7 +301,7 @@ class SolveRows(QueryRows):
             log_sum_exp = self.row_vector(self.given["adjoint"].log_sum_exp)
         ridge = self.row_vector(self.given["ridge"])
         one = full((ROW_BLOCK,), 1, ROWS)
-        iterates, remainders = (self.scratch[n][0].at[self.w] for n in ("iterate", "remainder"))
+        iterates, remainders = self.kept("iterate"), self.kept("remainder")
 
         def step(state: _CG) -> _CG:
             t, image = self.product(state.t, state.direction, scale, log_sum_exp, ids)
@@ -306,9 +310,9 @@ class SolveRows(QueryRows):
             curvature = row_dot(p, image)
             moving = (curvature > SMALLEST) & (state.rz > 1e-13 * state.energy)
             inverse = jnp.where(moving, 1 / jnp.where(moving, curvature, one), 0.0)
-            r = self.load("remainder", 0)
+            r = self.env.arithmetic.load(remainders)
             length = row_dot(r, p) * inverse
-            x = self.load("iterate", 0) + by_row(length, p.shape) * p
+            x = self.env.arithmetic.load(iterates) + by_row(length, p.shape) * p
             iterates[...] = x
             r = r - by_row(length, p.shape) * image
             remainders[...] = r
@@ -402,6 +406,10 @@ class SolveRows(QueryRows):
                 columns = self.to_columns(WEIGHTED, weighted)
                 unfinished = unfinished | (columns.sum(axis=1) > 0)
             more = jnp.where(unfinished, more, 0)
+        return self.agree(count, more)
+
+    def agree(self, count, more):
+        """Whether any row of any warpgroup wants more."""
         flags, decision = self.scratch["flags"], self.scratch["decision"]
         flags.at[lax.rem(count, jnp.int32(2)), self.w][...] = more
         plgpu.barrier_arrive(decision)
