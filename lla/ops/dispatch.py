@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lla.kernels.tiles import sees_nothing
-from lla.ops import mosaic_gpu, mosaic_tpu
+from lla.ops import mosaic_gpu, mosaic_gpu_portable, mosaic_tpu
 from lla.ops.auto import choose_method
 from lla.ops.options import Stats
 from lla.ops.problem import Problem, resolve_solver
@@ -16,7 +16,7 @@ from lla.ops.reference import reference
 from lla.ops.shield import shield
 from lla.ops.xla import xla
 
-NAMES = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
+NAMES = ("reference", "xla", "mosaic_gpu", "mosaic_gpu_portable", "mosaic_tpu")
 Implementation = str | Sequence[str] | None
 
 
@@ -35,6 +35,7 @@ _REFUSALS: dict[str, Callable[[Problem], str | None]] = {
     "reference": _refuse_reference,
     "xla": _refuse_xla,
     "mosaic_gpu": mosaic_gpu.refuse,
+    "mosaic_gpu_portable": mosaic_gpu_portable.refuse,
     "mosaic_tpu": mosaic_tpu.refuse,
 }
 
@@ -45,6 +46,8 @@ def _run(name: str, problem: Problem, with_stats: bool) -> tuple[jax.Array, Stat
     problem, restore = shield(problem, fast=name != "xla")
     if name == "mosaic_gpu":
         return restore(*mosaic_gpu.mosaic_gpu(problem))
+    if name == "mosaic_gpu_portable":
+        return restore(*mosaic_gpu_portable.mosaic_gpu_portable(problem))
     if name == "mosaic_tpu":
         return restore(*mosaic_tpu.mosaic_tpu(problem))
     return restore(*xla(problem, resolve_solver(problem, choose_method(problem)), with_stats))
