@@ -240,8 +240,7 @@ class AttendRows(QueryRows):
         arithmetic, block, dtype = self.env.arithmetic, self.env.config.block, self.env.shape.dtype
         scale, ids = self.scale_and_ids()
         (probe,) = self.parts
-        some_key = self.given["key"].at[self.place.b, self.tiles.low * block, self.place.kv_head]
-        some_key = arithmetic.load(some_key, COLS).astype(jnp.float32)
+        some_key = self.first_key().astype(jnp.float32)
         origin = row_dot(
             arithmetic.load(probe).astype(jnp.float32), by_column(some_key, self.matrix)
         )
@@ -273,6 +272,13 @@ class AttendRows(QueryRows):
         mean = along_total * inverse
         self.scratch["rows"].at[self.w, 1][...] = origin + mean
         return (plain * by_row(1 - mean, self.matrix) + along) * by_row(inverse, self.matrix)
+
+    def first_key(self):
+        """The first key of the first tile, ``[D]`` along the columns."""
+        key = self.given["key"].at[
+            self.place.b, self.tiles.low * self.env.config.block, self.place.kv_head
+        ]
+        return self.env.arithmetic.load(key, COLS)
 
     def store_log_sum_exp(self, largest, total):
         """Writes the log-sum-exp; returns 1 / total, and 1 for rows without keys."""

@@ -7,16 +7,18 @@ import functools
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from lla.kernels.mosaic_gpu import attend as hopper
 from lla.kernels.mosaic_gpu.attend import Attended, Solved
 from lla.kernels.mosaic_gpu.launch import Masking, Shape, query_place, run_by_tile
-from lla.kernels.mosaic_gpu.tile import ROW_BLOCK, ROWS, MaskSpec
+from lla.kernels.mosaic_gpu.tile import COLS, ROW_BLOCK, ROWS, MaskSpec
 from lla.kernels.mosaic_gpu_mma.launch import (
     Config,
     Ring,
+    RowTiles,
     environment,
     key_sources,
     launch,
@@ -89,8 +91,14 @@ def _body(env, inputs: list[str], precise: bool, given, out, scratch):
 
 
 @dataclasses.dataclass
-class AttendRows(hopper.AttendRows):
+class AttendRows(RowTiles, hopper.AttendRows):
     """The output of 64 rows."""
+
+    def first_key(self):
+        first = jnp.minimum(self.tiles.low * self.env.config.block, self.env.shape.num_keys - 1)
+        head_dim = self.env.shape.head_dim
+        columns = pl.ds(self.place.kv_head * head_dim, head_dim)
+        return self.env.arithmetic.load(self.given["key"].at[self.place.b, first, columns], COLS)
 
     def run(self, inputs: list[str]):
         arrays = [

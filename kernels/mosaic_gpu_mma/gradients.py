@@ -33,12 +33,14 @@ from lla.kernels.mosaic_gpu.tile import (
 from lla.kernels.mosaic_gpu_mma.launch import (
     Config,
     Ring,
+    RowTiles,
     environment,
     key_sources,
     launch,
     load_operands,
     operand_scratch,
     ring_scratch,
+    tile_index,
 )
 from lla.kernels.mosaic_gpu_mma.tile import store
 
@@ -92,7 +94,7 @@ def _query_body(env, given, out, scratch):
 
 
 @dataclasses.dataclass
-class GradientRows(hopper.GradientRows):
+class GradientRows(RowTiles, hopper.GradientRows):
     """The query gradients of 64 rows."""
 
     def run(self):
@@ -183,12 +185,13 @@ def _key_body(env, has: tuple[bool, bool], given, out, scratch):
 
     def sources(t):
         head = place.head + jnp.minimum(lax.div(t, count), jnp.int32(group - 1))
-        tile = jnp.minimum(tiles.low + lax.rem(t, count), last)
-        return [array.at[place.b, pl.ds(tile * block, block), head] for array in given["streamed"]]
+        first = jnp.minimum(tiles.low + lax.rem(t, count), last) * block
+        where = tile_index(env.shape, place.b, first, block, head)
+        return [array.at[where] for array in given["streamed"]]
 
     ring = Ring(env.config, scratch["ring"]["tiles"], scratch["ring"].get("filled"), sources)
     ring.start()
-    where = (place.b, pl.ds(place.first, ROW_BLOCK), place.kv_head)
+    where = tile_index(env.shape, place.b, place.first, ROW_BLOCK, place.kv_head)
     key, value = load_operands(env, scratch, [given["key"].at[where], given["value"].at[where]])
     ids = env.row_ids(given["masking"], place.b, place.first, transposed=True)
     scores_shape = (ROW_BLOCK, block)

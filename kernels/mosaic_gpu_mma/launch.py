@@ -134,11 +134,24 @@ def key_sources(env: Environment, place: Place, tiles: TileRange, arrays) -> Cal
     last = jnp.int32(env.shape.num_keys // env.config.block - 1)
 
     def sources(t):
-        tile = jnp.minimum(tiles.low + lax.rem(t, count), last)
-        where = (place.b, pl.ds(tile * env.config.block, env.config.block), place.kv_head)
+        first = jnp.minimum(tiles.low + lax.rem(t, count), last) * env.config.block
+        where = tile_index(env.shape, place.b, first, env.config.block, place.kv_head)
         return [array.at[where] for array in arrays]
 
     return sources
+
+
+def tile_index(shape: Shape, b, first, rows: int, head) -> tuple:
+    """Index of a tile of one head in global memory, where heads are side by side: see `launch`."""
+    return b, pl.ds(first, rows), pl.ds(head * shape.head_dim, shape.head_dim)
+
+
+class RowTiles:
+    """Where the rows of a program instance find their tiles in global memory."""
+
+    def row_tile(self, array):
+        where = tile_index(self.env.shape, self.place.b, self.first, ROW_BLOCK, self.place.head)
+        return array.at[where]
 
 
 def ring_scratch(shape: Shape, config: Config, tiles: int) -> dict:
@@ -188,6 +201,9 @@ def load_operands(env: Environment, scratch, sources) -> list:
 def launch(body, outputs, scratch, operands, *, programs: int, config: Config, interpret) -> dict:
     """Runs a kernel body on `programs` instances; see `lla.kernels.mosaic_gpu.launch.launch`.
 
+    The body sees arrays ``[B, T, N, D]`` as ``[B, T, N * D]``: cp.async copies tiles whose axes are
+    the last two.
+
     Raises:
       ValueError: the scratch does not fit into shared memory.
     """
@@ -196,13 +212,22 @@ def launch(body, outputs, scratch, operands, *, programs: int, config: Config, i
         raise ValueError(f"{config} needs {needed} bytes of shared memory, there are {limit}.")
     leaves, tree = jax.tree.flatten(operands)
 
+    def flat(array):
+        return (*array.shape[:2], -1) if array.ndim == 4 else array.shape
+
+    def flat_type(result):
+        shape = result.shape
+        if len(shape) == 4:
+            shape = (*shape[:2], shape[2] * shape[3])
+        return jax.ShapeDtypeStruct(shape, result.dtype)
+
     def kernel(*refs, **scratch):
         given = jax.tree.unflatten(tree, refs[: len(leaves)])
         body(given, dict(zip(outputs, refs[len(leaves) :], strict=True)), scratch)
 
     results = plgpu.kernel(
         kernel,
-        out_type=list(outputs.values()),
+        out_type=[flat_type(result) for result in outputs.values()],
         grid=(programs,),
         grid_names=("program",),
         scratch_types=scratch,
@@ -210,5 +235,8 @@ def launch(body, outputs, scratch, operands, *, programs: int, config: Config, i
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret if interpret is not None else False,
-    )(*leaves)
-    return {n: vary_like(r, *leaves) for n, r in zip(outputs, results, strict=True)}
+    )(*(array.reshape(flat(array)) for array in leaves))
+    return {
+        name: vary_like(result.reshape(outputs[name].shape), *leaves)
+        for name, result in zip(outputs, results, strict=True)
+    }

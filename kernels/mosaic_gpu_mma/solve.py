@@ -21,6 +21,7 @@ from lla.kernels.mosaic_gpu.tile import ROW_BLOCK, MaskSpec, by_row, row_dot
 from lla.kernels.mosaic_gpu_mma.launch import (
     Config,
     Ring,
+    RowTiles,
     barriers,
     environment,
     key_sources,
@@ -124,7 +125,7 @@ class _Values:
 
 
 @dataclasses.dataclass
-class WarpSolveRows(SolveRows):
+class WarpSolveRows(RowTiles, SolveRows):
     """The solve of 64 rows."""
 
     right_hand: Any = None  # first operand of the products with the values
@@ -180,8 +181,7 @@ class WarpSolveRows(SolveRows):
     def agree(self, count, more):
         del count
         flags = self.scratch["flags"]
-        flags[...] = more
-        plgpu.commit_smem()
+        flags[...] = more  # with a barrier of the warpgroup before and after
         return flags[0]
 
     def finish(self, negated, mean, count, residual):

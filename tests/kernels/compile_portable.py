@@ -42,7 +42,7 @@ CARDS = {
 
 CARD = """
 gpu_device_info {
-  cuda_compute_capability { major: %d minor: %d }
+  cuda_compute_capability { major: %d minor: %d%s }
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
@@ -141,7 +141,9 @@ def compiler(capability):
     """A function that compiles for a card of some capability."""
     memory = launch.SHARED_MEMORY[capability]
     cores, name = CARDS[capability]
-    text = CARD % (*capability, memory + 1024, memory, cores, name)
+    # Mosaic asks for the instructions of one architecture alone from Hopper on.
+    feature = " feature_extension: ACCELERATED_FEATURES" if capability >= (9, 0) else ""
+    text = CARD % (*capability, feature, memory + 1024, memory, cores, name)
     topology = topologies.get_topology_desc(
         topology_name="card", platform="cuda", target_config=text, topology="1x1x1"
     )
