@@ -1,6 +1,6 @@
 """One case of the Hopper kernels in the GPU interpreter, as a process of its own.
 
-    python tests/kernels/interpret.py CASE [--races]
+    python tests/kernels/interpret.py CASE [--races] [--capability 8.0]
 
 Prints one line of JSON: relative errors of the output and of every gradient against the exact
 reference in float64, whether everything is finite, and (with ``--races``) the number of kernels in
@@ -197,12 +197,30 @@ def cut_off_dot(arithmetic, a, b, transposed: bool):
     return total
 
 
-def run(case: Case, races: bool) -> dict[str, Any]:
-    """Errors by name."""
+def copy_without_barriers() -> None:
+    """Copies as before Hopper, for which the interpreter has no cp.async: at once."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from lla.kernels.mosaic_gpu_mma import launch
+
+    def copy(source, tile, barrier):
+        assert barrier is None
+        tile[...] = source[...]
+
+    launch.copy = copy
+    plgpu.wait_gmem_to_smem = lambda _: None
+
+
+def run(case: Case, races: bool, capability: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Errors by name.
+
+    With a `capability` those of the kernels for all NVIDIA GPUs, as on a card of that capability.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from lla.kernels.mosaic_gpu import configs, tile
     from lla.ops import mosaic_gpu as operator
+    from lla.ops import mosaic_gpu_portable as portable
     from lla.ops.problem import make_problem
     from lla.ops.reference import reference
     from lla.ops.shield import shield
@@ -289,9 +307,15 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     )
     parameters = plgpu.InterpretGPUParams(detect_races=races)
     states = record_race_detectors()
+    if capability is not None and capability < (9, 0):
+        copy_without_barriers()
 
     def kernels(problem):
         inside, restore = shield(problem, fast=True)
+        if capability is not None:
+            return restore(
+                *portable.mosaic_gpu_portable(inside, target=capability, interpret=parameters)
+            )
         return restore(*operator.mosaic_gpu(inside, configs=chosen, interpret=parameters))
 
     actual = evaluate(kernels)
@@ -316,5 +340,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--races", action="store_true", help="with the race detector")
+    parser.add_argument("--capability", help="of a card, for the kernels of all NVIDIA GPUs")
     given = parser.parse_args()
-    print(json.dumps(run(CASES[given.case], given.races)))
+    target = given.capability and tuple(int(part) for part in given.capability.split("."))
+    print(json.dumps(run(CASES[given.case], given.races, target)))
