@@ -27,7 +27,7 @@ NAME = "mosaic_gpu_portable"
 MEASURED = ((9, 0),)
 """Compute capabilities of the cards that the kernels have run on."""
 
-_MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM = 256
 # Above this ridge the probe is small enough to be used in one 16-bit part.
 _SPLIT_BELOW = 5.0
 # The first versions that compile for Hopper and later, and for what was before.
@@ -36,8 +36,7 @@ _JAX, _JAX_BEFORE_HOPPER = (0, 11, 2), (0, 12)
 
 def refuse(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem`, None if they can."""
-    reason = refuse_machine()
-    return refuse_shape(problem) if reason is None else reason
+    return refuse_machine() or refuse_shape(problem) or _refuse_size(problem)
 
 
 def refuse_machine() -> str | None:
@@ -66,6 +65,25 @@ def refuse_machine() -> str | None:
 def refuse_shape(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem` on any device, None if they can."""
     return refuse_for_kernels(problem, ("bfloat16", "float16"), _MAX_HEAD_DIM)
+
+
+def _refuse_size(problem: Problem) -> str | None:
+    """Why they cannot serve it on the device at hand."""
+    from lla.kernels.mosaic_gpu_mma import configs
+
+    dim = _padded_dim(problem, configs.HEAD_DIMS)
+    if configs.fits(dim, capability()):
+        return None
+    text = ".".join(map(str, capability()))
+    return (
+        f"the kernels for head dimension {dim} do not fit into the shared memory of compute "
+        f"capability {text}"
+    )
+
+
+def _padded_dim(problem: Problem, head_dims: tuple[int, ...]) -> int:
+    widest = max(problem.query.shape[-1], problem.value.shape[-1])
+    return next(d for d in head_dims if d >= widest)
 
 
 def capability() -> tuple[int, int] | None:
@@ -151,9 +169,16 @@ def mosaic_gpu_portable(
     from lla.kernels.mosaic_gpu import launch, tile
     from lla.kernels.mosaic_gpu_mma import configs as table
 
+    packed = _one_position(problem)
+    if packed is not None:
+        out, stats = mosaic_gpu_portable(
+            packed, target=target, configs=configs, interpret=interpret
+        )
+        restore = functools.partial(jnp.swapaxes, axis1=1, axis2=3)
+        return restore(out), Stats(*map(restore, stats))
     b, t, k, g, h = problem.query.shape
     s, hv = problem.key.shape[1], problem.value.shape[-1]
-    dim = next(d for d in table.HEAD_DIMS if d >= max(h, hv))
+    dim = _padded_dim(problem, table.HEAD_DIMS)
     padded_t, padded_s = (-(-n // table.ROWS) * table.ROWS for n in (t, s))
 
     def pad(array, *sizes, fill=0):
@@ -221,6 +246,28 @@ def mosaic_gpu_portable(
         return jnp.swapaxes(array[:, :, :t], 1, 2).reshape(b, t, k, g)
 
     return out[:, :t, :, :hv].reshape(b, t, k, g, hv), Stats(*(restore(a) for a in stats))
+
+
+def _one_position(problem: Problem) -> Problem | None:
+    """A problem with one query position, with the heads that share keys as its positions.
+
+    They see the same keys, so that one program instance reads them for all of these heads. None
+    where that is nothing to gain, or where the mask counts from the position.
+    """
+    _, t, _, g, _ = problem.query.shape
+    mask, s = problem.mask, problem.key.shape[1]
+    if t > 1 or g == 1 or mask.window is not None or mask.query_segments is not None:
+        return None
+    lengths = mask.lengths
+    if mask.is_causal:
+        offset = 0 if mask.offset is None else mask.offset
+        visible = jnp.broadcast_to(jnp.clip(offset + 1, 0, s), problem.key.shape[:1])
+        lengths = visible if lengths is None else jnp.minimum(lengths, visible)
+    mask = dataclasses.replace(mask, is_causal=False, offset=None, lengths=lengths)
+    names = ("query", "probe", "ridge", "scale")  # [B, 1, K, G, ...] to [B, G, K, 1, ...]
+    arrays = {name: getattr(problem, name) for name in names}
+    arrays = {n: None if a is None else jnp.swapaxes(a, 1, 3) for n, a in arrays.items()}
+    return dataclasses.replace(problem, mask=mask, **arrays)
 
 
 # ---------------------------------------------------------------------------------------------
