@@ -1,16 +1,20 @@
 """Compiles the kernels of all NVIDIA GPUs since Ampere ahead of time, without a GPU.
 
     pip install "jax-cuda13-plugin" "jax-cuda13-pjrt" "nvidia-cuda-nvcc==13.0.*" "nvidia-nvvm==13.0.*"
-    python tests/kernels/compile_portable.py 8.0 9.0 ... [--only NAME]
+    python tests/kernels/compile_portable.py 8.0 9.0 ... [--only NAME] [--table FILE]
 
-Prints a line ``kernel CAPABILITY NAME SHARED`` (bytes of shared memory) before what the assembler
-says of it (registers, spills).
+Prints a line ``kernel CAPABILITY NAME`` before what the assembler says of it (registers, spills).
+``--table FILE`` compiles in processes of one card each and writes what `read` finds to FILE.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import pathlib
+import re
+import subprocess
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -163,17 +167,56 @@ def compiler(capability):
     return compile_for_card
 
 
+def read(said: str) -> dict[str, dict[str, int]]:
+    """Registers of a thread and bytes of its spills, from what `main` and the assembler print."""
+    found = {}
+    for part in re.split(r"^kernel ", said, flags=re.MULTILINE)[1:]:
+        registers = re.findall(r"Used (\d+) registers", part)
+        spills = re.findall(r"(\d+) bytes spill stores", part)
+        if not (registers and spills):
+            raise ValueError(part[-2000:])
+        name = " ".join(part.split()[:2])
+        found[name] = {"registers": int(registers[-1]), "spills": max(map(int, spills))}
+    return found
+
+
+def write_table(options) -> int:
+    """Adds the cards of `options` to a table, which may hold others."""
+    path = pathlib.Path(options.table)
+    table = json.loads(path.read_text()) if path.exists() else {"kernels": {}}
+    for capability in options.capabilities:
+        command = [
+            sys.executable, __file__, capability,
+            "--head_dims", *map(str, options.head_dims),
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        if done.returncode:
+            print(done.stdout[-3000:])
+            return done.returncode
+        table["kernels"] |= read(done.stdout)
+        table["jax"] = jax.__version__
+        path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("capabilities", nargs="+")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--head_dims", type=int, nargs="+", default=list(configs.HEAD_DIMS))
+    parser.add_argument("--table")
     options = parser.parse_args()
+    if options.table:
+        return write_table(options)
     failed = False
     for text in options.capabilities:
         capability = tuple(int(part) for part in text.split("."))
         compile_for_card = compiler(capability)
         for head_dim in options.head_dims:
+            if not configs.fits(head_dim, capability):
+                continue
             for name, function, arguments in kernels(head_dim, capability):
                 if options.only and name not in options.only:
                     continue
