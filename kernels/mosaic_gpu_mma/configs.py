@@ -1,9 +1,10 @@
 """Which launch configuration each kernel takes: a formula of head dimension and card.
 
 A thread holds parts of the float32 sums of the output's shape, of the scores of a tile, and of the
-operands that stay in registers. The formula takes the largest tile for which they fit, and then as
-many tiles in flight as leave room for two program instances on a multiprocessor, the number that
-their registers allow.
+operands that stay in registers. The formula takes the largest tile, and then as many operands in
+registers, as leave registers for the rest, and prefers what leaves shared memory for a second
+program instance on a multiprocessor. Its numbers are those that give what was fastest on an H200:
+see ``kernels/PORTABLE.md``.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ HEAD_DIMS = (32, 64, 128, 256)
 ROWS = 64
 """Queries, and keys, are padded to a multiple of this."""
 
-REGISTERS = 224
-"""Of the 255 registers of a thread, those that the arrays below may take."""
+LOOP_REGISTERS = 160
+"""Registers of a thread for sums, scores and operands that have to be in registers."""
 
-WORKING = 64
-"""Registers beside the arrays: right operands, addresses, rows."""
+REGISTERS = 192
+"""The same with operands that may be in registers."""
 
-_STAGES = (3, 2)
-_BLOCKS = (64, 32, 16)
-_SMALL = 8 * 1024  # bytes of shared memory beside tiles, at most
+_BLOCKS = (64, 32)
+_SMALLEST = (16,)
+_SMALL = 4 * 1024  # bytes of shared memory beside tiles, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +37,12 @@ class Needs:
 
     Attributes:
       sums: float32 ``[64, D]`` that are added to in the loop.
-      scores: float32 ``[64, block]`` at a time.
+      scores: float32 ``[64, block]`` at a time, those that become weights counted twice where
+        there are several.
       operands: 16-bit ``[64, D]`` that belong to the rows and may lie in shared memory.
-      held: 16-bit ``[64, D]`` that have to be in registers.
       tiles: 16-bit ``[block, D]`` that are streamed.
+      held: 16-bit ``[64, D]`` that have to be in registers.
+      stages: tiles in flight, at most.
     """
 
     sums: int
@@ -47,24 +50,28 @@ class Needs:
     operands: int
     tiles: int
     held: int = 0
+    stages: int = 2
 
-    def registers(self, head_dim: int, block: int, resident: bool) -> int:
-        operands = self.held + (self.operands if resident else 0)
-        return self.sums * head_dim // 2 + self.scores * block // 2 + operands * head_dim // 4
+    def loop_registers(self, head_dim: int, block: int) -> int:
+        return self.sums * head_dim // 2 + self.scores * block // 2 + self.held * head_dim // 4
+
+    def registers(self, head_dim: int, block: int) -> int:
+        return self.loop_registers(head_dim, block) + self.operands * head_dim // 4
 
     def shared(self, head_dim: int, block: int, stages: int, resident: bool) -> int:
+        """Bytes of shared memory of a program instance."""
         operands = 0 if resident else self.operands * ROW_BLOCK
         return 2 * head_dim * (stages * self.tiles * block + operands) + _SMALL
 
 
 NEEDS = {
     "solve": Needs(sums=1, scores=2, operands=2, tiles=2, held=1),
-    "solve_precise": Needs(sums=1, scores=2, operands=2, tiles=2, held=2),
+    "solve_precise": Needs(sums=1, scores=4, operands=2, tiles=2, held=2),
     "attend": Needs(sums=1, scores=2, operands=2, tiles=2),
-    "attend_precise": Needs(sums=2, scores=2, operands=3, tiles=2),
-    "query_gradients": Needs(sums=1, scores=3, operands=4, tiles=2),
-    "key_gradients": Needs(sums=2, scores=3, operands=2, tiles=4),
-    "key_gradients_split": Needs(sums=2, scores=3, operands=2, tiles=6),
+    "attend_precise": Needs(sums=2, scores=4, operands=3, tiles=2),
+    "query_gradients": Needs(sums=1, scores=4, operands=4, tiles=2),
+    "key_gradients": Needs(sums=2, scores=4, operands=2, tiles=4, stages=3),
+    "key_gradients_split": Needs(sums=2, scores=4, operands=2, tiles=6, stages=3),
 }
 
 
@@ -102,22 +109,28 @@ def fits(head_dim: int, capability: tuple[int, int]) -> bool:
 def config(name: str, head_dim: int, capability: tuple[int, int]) -> Config:
     """The configuration of one kernel."""
     needs, memory = NEEDS[name], SHARED_MEMORY[capability]
-    blocks = [block for block in _BLOCKS if _in_registers(needs, head_dim, block, False)]
-    # Nothing fits: the registers that are missing are spilled.
-    for block in blocks or _BLOCKS[1:]:
-        resident = _in_registers(needs, head_dim, block, True)
-        for instances in (2, 1):
-            for stages in _STAGES:
-                for choice in dict.fromkeys((resident, True)):
-                    if instances * needs.shared(head_dim, block, stages, choice) <= memory:
-                        return Config(
-                            block=block, stages=stages, resident_operand=choice,
-                            capability=capability,
-                        )  # fmt: skip
+    largest = max(
+        (b for b in _BLOCKS if needs.loop_registers(head_dim, b) <= LOOP_REGISTERS),
+        default=_BLOCKS[-1],
+    )
+    blocks = [block for block in _BLOCKS if block <= largest]
+    # The smallest tiles are for want of shared memory only.
+    steps = [
+        (choices, preferred, instances)
+        for preferred in (True, False)
+        for choices in (blocks, _SMALLEST)
+        for instances in (2, 1)
+    ]
+    for choices, preferred, instances in steps:
+        for block in choices:
+            resident = (needs.registers(head_dim, block) <= REGISTERS) == preferred
+            for stages in range(needs.stages, 1, -1):
+                size = needs.shared(head_dim, block, stages, resident)
+                if instances * size <= memory:
+                    return Config(
+                        block=block, stages=stages, resident_operand=resident,
+                        capability=capability,
+                    )  # fmt: skip
     raise ValueError(
         f"{name} with head dimension {head_dim} does not fit into {memory} bytes of shared memory."
     )
-
-
-def _in_registers(needs: Needs, head_dim: int, block: int, resident: bool) -> bool:
-    return needs.registers(head_dim, block, resident) + WORKING <= REGISTERS

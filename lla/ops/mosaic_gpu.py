@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lla.compat import default_device, match_varying
+from lla.compat import default_device, match_varying, target_capability
 from lla.kernels.tiles import NOTHING
 from lla.ops import again
 from lla.ops.auto import choose_method
@@ -79,6 +79,9 @@ def _inverse_bytes(head_dim: int, rows: int) -> int:
 
 
 def _refuse_device() -> str | None:
+    target = target_capability()
+    if target is not None:
+        return None if target == (9, 0) else "the kernels need a Hopper GPU, capability 9.0"
     device = default_device()
     if device.platform != "gpu":
         return f"the kernels need a Hopper GPU, the platform is {device.platform}"
