@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -222,6 +223,7 @@ def make_function(cell: Cell, implementation: str):
 def measure_cell(cell: Cell, lock: str) -> dict[str, Any]:
     import jax
     import measure
+    import numpy as np
 
     if cell.kind == "variant":
         run, arrays = kernel_call(cell)
@@ -241,45 +243,43 @@ def measure_cell(cell: Cell, lock: str) -> dict[str, Any]:
     with measure.exclusive(lock):
         given = jax.tree.map(jax.numpy.asarray, arrays)
         if truth is not None:
-            return result | compare(cell, compiled, given, truth)
-        jax.block_until_ready(compiled(given))
-        timing = measure.time_interleaved({"": lambda: compiled(given)}, 5, 1.0)[""]
+            first, second = (jax.tree.map(np.asarray, compiled(given)) for _ in range(2))
+        else:
+            jax.block_until_ready(compiled(given))
+            timing = measure.time_interleaved({"": lambda: compiled(given)}, 5, 1.0)[""]
+    if truth is not None:
+        return result | compare(cell, first, second, truth())
     return result | {
         "time_min_s": timing.time_min_s,
         "time_median_s": timing.time_median_s,
     }
 
 
-def wide(cell: Cell, arrays) -> dict:
-    import numpy as np
-
-    found = {name: np.asarray(array).astype(np.float64) for name, array in arrays.items()}
-    return found
-
-
 def compile_exact(cell: Cell, arrays):
-    """A function without arguments: the dense reference in float64."""
+    """A function without arguments: the dense reference in float64, on the host.
+
+    For a GPU its solves take minutes to compile.
+    """
     import jax
     import numpy as np
 
-    given = wide(cell, arrays)
-    with jax.enable_x64(True):
+    given = {name: np.asarray(array).astype(np.float64) for name, array in arrays.items()}
+    host = jax.devices("cpu")[0]
+    with jax.enable_x64(True), jax.default_device(host):
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), given)
         compiled = jax.jit(make_function(cell, "reference")).lower(shapes).compile()
 
     def run():
-        with jax.enable_x64(True):
-            return jax.tree.map(np.asarray, compiled(jax.tree.map(jax.numpy.asarray, given)))
+        with jax.enable_x64(True), jax.default_device(host):
+            return jax.tree.map(np.asarray, compiled(given))
 
     return run
 
 
-def compare(cell: Cell, compiled, given, truth) -> dict[str, Any]:
-    import jax
+def compare(cell: Cell, first, second, exact) -> dict[str, Any]:
+    """Errors of one run, and whether another one gave the same."""
     import numpy as np
 
-    first, second = (jax.tree.map(np.asarray, compiled(given)) for _ in range(2))
-    exact = truth()
     errors = {}
     for name, want in exact.items():
         got = first[name].astype(np.float64)
@@ -364,16 +364,18 @@ def kernel_call(cell: Cell):
     return run, jax.tree.map(lambda a: a, arrays)
 
 
+def read_cell(fields: dict) -> Cell:
+    """A cell from what JSON makes of it."""
+    options = ((n, tuple(v) if isinstance(v, list) else v) for n, v in fields["options"])
+    return Cell(**fields | {"options": tuple(options)})
+
+
 def work(lock: str) -> None:
     """Measures the cells that come in, one JSON line each."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     for line in sys.stdin:
-        fields = json.loads(line)
-        fields["options"] = tuple(
-            (name, tuple(v) if isinstance(v, list) else v) for name, v in fields["options"]
-        )
         try:
-            result = measure_cell(Cell(**fields), lock)
+            result = measure_cell(read_cell(json.loads(line)), lock)
         except Exception as error:
             text = " | ".join(str(error).strip().splitlines()[:4])
             result = {"status": "failed", "reason": f"{type(error).__name__}: {text[:600]}"}
@@ -387,12 +389,12 @@ def work(lock: str) -> None:
 class Board:
     """Cells to do and results, written after each one."""
 
-    def __init__(self, cells, output: pathlib.Path):
+    def __init__(self, cells, output: pathlib.Path, header: dict):
         self.waiting: queue.Queue = queue.Queue()
         for cell in cells:
             self.waiting.put(cell)
         self.records: list[dict] = []
-        self.output, self.lock = output, threading.Lock()
+        self.output, self.lock, self.header = output, threading.Lock(), header
 
     def add(self, cell: Cell, result: dict) -> None:
         with self.lock:
@@ -403,7 +405,8 @@ class Board:
             if "time_median_s" in said:
                 said = f"{said['time_median_s'] * 1e3:.3f} ms"
             print(f"[{time.monotonic() - _START:5.0f} s] {cell.name()}: {said}", flush=True)
-            self.output.write_text(json.dumps(self.records, indent=1))
+            document = {"header": self.header, "records": self.records}
+            self.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def serve(board: Board, lock: str, seconds: float, deadline: float) -> None:
@@ -443,6 +446,7 @@ def serve(board: Board, lock: str, seconds: float, deadline: float) -> None:
         if result is None:
             code = process.poll()
             process.kill()
+            process = None
             reason = "out of time" if code is None else f"the worker ended with {code}"
             result = {"status": "failed", "reason": f"{reason}: {' | '.join(last)}"}
         board.add(cell, result)
@@ -487,12 +491,17 @@ def main() -> int:
     add("--head_dims", type=int, nargs="+", default=[64, 128])
     add("--kinds", nargs="+", default=list(kinds), choices=kinds)
     add("--variants", action="store_true", help="other configurations of every kernel, too")
+    add("--commit", help="recorded with the results")
+    add("--device", help="name of the card, recorded with the results")
     add("--output", type=pathlib.Path, default=pathlib.Path("portable.json"))
     options = parser.parse_args()
     if options.work:
         work(options.work)
         return 0
-    board = Board(make_cells(options), options.output)
+    header = {"benchmark": "portable", "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    header |= {"commit": options.commit, "device": options.device}
+    header["jax"] = importlib.metadata.version("jax")
+    board = Board(make_cells(options), options.output, header)
     with tempfile.TemporaryDirectory() as folder:
         lock = str(pathlib.Path(folder) / "lock")
         arguments = (board, lock, options.cell_limit, _START + options.limit)

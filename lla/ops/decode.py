@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lla.ops import decode_gpu, dispatch
+from lla.ops import decode_gpu, dispatch, mosaic_gpu
 from lla.ops.cache import KVCache, exists, token_counts
 from lla.ops.dispatch import Implementation
 from lla.ops.masks import Mask, dense_mask
@@ -197,7 +197,8 @@ def _attend_cached(
     served = next((name for name, reason in reasons.items() if reason is None), None)
     if served == "xla" and problem.query.size:
         return _by_chunks(problem, with_stats)
-    if served == "mosaic_gpu" and decode_gpu.serves(problem):
+    on_hopper = served == "mosaic_gpu" and mosaic_gpu.refuse(problem) is None
+    if on_hopper and decode_gpu.serves(problem):
         out, stats = decode_gpu.attend(problem)
         return dispatch.restore(problem, out, stats, with_stats)
     return dispatch.run(problem, implementation, with_stats)

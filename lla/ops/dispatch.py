@@ -31,10 +31,17 @@ def _refuse_xla(problem: Problem) -> str | None:
     return None
 
 
+def _refuse_mosaic_gpu(problem: Problem) -> str | None:
+    """The kernels for Hopper or, where they do not serve, those for all NVIDIA GPUs."""
+    hopper = mosaic_gpu.refuse(problem)
+    portable = None if hopper is None else mosaic_gpu_portable.refuse_unmeasured(problem)
+    return None if portable is None else f"{hopper}; {portable}"
+
+
 _REFUSALS: dict[str, Callable[[Problem], str | None]] = {
     "reference": _refuse_reference,
     "xla": _refuse_xla,
-    "mosaic_gpu": mosaic_gpu.refuse,
+    "mosaic_gpu": _refuse_mosaic_gpu,
     "mosaic_gpu_portable": mosaic_gpu_portable.refuse,
     "mosaic_tpu": mosaic_tpu.refuse,
 }
@@ -44,9 +51,9 @@ def _run(name: str, problem: Problem, with_stats: bool) -> tuple[jax.Array, Stat
     if name == "reference":
         return reference(problem)
     problem, restore = shield(problem, fast=name != "xla")
-    if name == "mosaic_gpu":
+    if name == "mosaic_gpu" and mosaic_gpu.refuse(problem) is None:
         return restore(*mosaic_gpu.mosaic_gpu(problem))
-    if name == "mosaic_gpu_portable":
+    if name in ("mosaic_gpu", "mosaic_gpu_portable"):
         return restore(*mosaic_gpu_portable.mosaic_gpu_portable(problem))
     if name == "mosaic_tpu":
         return restore(*mosaic_tpu.mosaic_tpu(problem))

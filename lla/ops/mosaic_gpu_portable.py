@@ -24,8 +24,11 @@ from lla.ops.problem import Member, Problem, refuse_for_kernels
 from lla.ops.xla import RESIDUAL_NAMES
 
 NAME = "mosaic_gpu_portable"
-MEASURED = ((9, 0),)
-"""Compute capabilities of the cards that the kernels have run on."""
+MEASURED = {(9, 0): 128}
+"""Cards that the kernels have run on, by compute capability, and up to which head dimension.
+
+``implementation="mosaic_gpu"`` takes these kernels there, where those for Hopper do not serve.
+"""
 
 _MAX_HEAD_DIM = 256
 # Above this ridge the probe is small enough to be used in one 16-bit part.
@@ -37,6 +40,22 @@ _JAX, _JAX_BEFORE_HOPPER = (0, 11, 2), (0, 12)
 def refuse(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem`, None if they can."""
     return refuse_machine() or refuse_shape(problem) or _refuse_size(problem)
+
+
+def refuse_unmeasured(problem: Problem) -> str | None:
+    """The same, or that the kernels have not run for such a problem on such a card."""
+    reason = refuse(problem)
+    if reason is not None:
+        return reason
+    found = capability()
+    widest = max(problem.query.shape[-1], problem.value.shape[-1])
+    if widest <= MEASURED.get(found, 0):
+        return None
+    text = ".".join(map(str, found))
+    return (
+        f"implementation={NAME!r} has kernels for compute capability {text} and head dimension "
+        f"{widest}, which have never run"
+    )
 
 
 def refuse_machine() -> str | None:

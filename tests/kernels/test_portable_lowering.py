@@ -42,11 +42,6 @@ def test_lowers_for_a_card(capability):
 
 
 @needs_kernels
-def test_the_capability_decides_what_is_lowered():
-    assert lower("9.0") != lower("10.0")
-
-
-@needs_kernels
 def test_hopper_kernels_lower_for_hopper():
     assert lower("9.0", "mosaic_gpu").count("mosaic_gpu") >= 5
     with pytest.raises(NotImplementedError, match=r"9\.0"):
@@ -79,6 +74,21 @@ def test_needs_an_nvidia_gpu():
 
 
 @needs_kernels
+def test_named_by_another_name_only_where_measured(monkeypatch):
+    """``"mosaic_gpu"`` takes them where they have run and the Hopper kernels do not serve."""
+    from lla.ops import mosaic_gpu_portable
+
+    with lowering_for("cuda", capability="10.0"):
+        assert "never run" in lla.explain(*arrays())["mosaic_gpu"]
+        assert lla.explain(*arrays())["mosaic_gpu_portable"] is None
+    monkeypatch.setitem(mosaic_gpu_portable.MEASURED, (10, 0), 64)
+    assert lower("10.0", "mosaic_gpu").count("mosaic_gpu") >= 5
+    with lowering_for("cuda", capability="10.0"):
+        assert lla.explain(*arrays())["mosaic_gpu"] is None
+        assert "never run" in lla.explain(*arrays(128))["mosaic_gpu"]
+
+
+@needs_kernels
 def test_shared_memory_is_a_reason():
     query = jax.ShapeDtypeStruct((2, 200, 4, 256), jnp.bfloat16)
     with lowering_for("cuda", capability="9.0"):
@@ -92,7 +102,7 @@ def test_shared_memory_is_a_reason():
     [("rocm", {}), ("cuda", {}), ("cuda", {"capability": "9"}), ("tpu", {"capability": "9.0"})],
 )
 def test_wrong_targets(platform, options):
-    with pytest.raises(ValueError, match="capability|platform"), lowering_for(platform, **options):
+    with pytest.raises(ValueError, match=r"capability|platform"), lowering_for(platform, **options):
         pass
 
 
