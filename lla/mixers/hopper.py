@@ -15,12 +15,20 @@ SIZE = 64
 """Tokens of a chunk, and coordinates of a block of values."""
 
 
-MEASURED = {"delta_rule": 128, "linear": 64, "mesa": 64, "retention": 128, "selective_scan": 16}
+MEASURED = {
+    "delta_rule": 128,
+    "linear": 64,
+    "mesa": 64,
+    "retention": 64,
+    "retention_shared": 128,
+    "selective_scan": 16,
+}
 """Kernels that were checked and timed on a GPU, with the most coordinates of keys that were.
 
 Of `selective_scan` it is the numbers of a state. Read from
-experiments/benchmarks/results/mixer_updates_h200.json. A kernel that is not listed has to be
-asked for, by `unmeasured_kernels`.
+experiments/benchmarks/results/mixer_updates_h200.json; for `retention_shared`, whose keys belong to
+all heads, it has times alone, of Mamba-2 with states of 128, which was trained with the kernel too. A
+kernel that is not listed has to be asked for, by `unmeasured_kernels`.
 """
 
 _asked = 0  # how many `unmeasured_kernels` are open; of all threads, since programs trace in some

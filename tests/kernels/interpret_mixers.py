@@ -128,6 +128,7 @@ CASES = {
     "linear_blocks": functools.partial(linear_case, heads=1, dim=20, value_dim=84),
     "retention": retention_case,
     "retention_shared": functools.partial(retention_case, dim=128, value_dim=84, shared=True),
+    "retention_128": functools.partial(retention_case, dim=128, value_dim=128),
     "mesa": mesa_case,
     "scan": scan_case,
 }
