@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -12,12 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lla.kernels.mosaic_gpu.tile import (
-    COLS,
     LOG2E,
-    MATRIX,
     ROW_BLOCK,
-    ROWS,
+    WGMMA,
+    WGMMA_COL,
+    WGMMA_ROW,
     Arithmetic,
+    Transposed,
     by_column,
     by_row,
     in_parts,
@@ -31,12 +31,6 @@ SQUARE = (CHUNK, CHUNK)
 
 _DTYPE = jnp.bfloat16  # of every factor of a product
 _MASKED = -1e4  # an exponent that stands for minus infinity
-
-
-class Transposed(NamedTuple):
-    """A factor that lies in shared memory as its transpose."""
-
-    ref: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +58,7 @@ class Square:
         def issue(*accumulators):
             for accumulator, pairs in zip(accumulators, sums, strict=True):
                 for a, b in pairs:
-                    plgpu.wgmma(accumulator, _turned(a), _turned(b))
+                    plgpu.wgmma(accumulator, _operand(a), _operand(b))
 
         if start is not None:
             return pl.run_state(lambda refs: issue(*refs))(
@@ -95,17 +89,17 @@ class Square:
         """A matrix of global memory, as it is."""
         if self.arithmetic.interpreted:
             return ref[...]
-        return plgpu.load(ref, layout=MATRIX, optimized=False)
+        return plgpu.load(ref, layout=WGMMA, optimized=False)
 
     def parts(self, matrix):
         """`matrix` as the sum of two 16-bit parts."""
         return in_parts(matrix, _DTYPE, True)
 
     def rows(self, ref):
-        return self.arithmetic.load(ref, ROWS)
+        return self.arithmetic.load(ref, WGMMA_ROW)
 
     def columns(self, ref):
-        return self.arithmetic.load(ref, COLS)
+        return self.arithmetic.load(ref, WGMMA_COL)
 
     def sums(self, rows, columns, where):
         """The parts of the sums of logarithms of a chunk, each by row and by column."""
@@ -121,8 +115,8 @@ class Square:
         which there are no registers.
         """
         if axis == 1:
-            return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
-        row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS)
+            return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+        row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=WGMMA_ROW)
         if not self.arithmetic.interpreted:
             row = lax.optimization_barrier(row)
         return by_row(row, shape)
@@ -164,7 +158,7 @@ class Square:
         return inverse
 
 
-def _turned(x):
+def _operand(x):
     return x.ref.transpose((1, 0)) if isinstance(x, Transposed) else x
 
 
@@ -186,20 +180,20 @@ def narrow_tiles(*leading: int):
     return plgpu.SMEM((*leading, *SQUARE), _DTYPE, transforms=narrow_transforms(CHUNK))
 
 
-def program_place(heads: int):
+def program_index(heads: int):
     """Batch and head of a program instance."""
     program = lax.axis_index("program")
     return lax.div(program, jnp.int32(heads)), lax.rem(program, jnp.int32(heads))
 
 
-class Places:
+class ProgramSlices:
     """Where the arrays of a program instance are; `group` heads share queries and keys.
 
     Keys, and the rows of the state, have `blocks` blocks of 64 coordinates.
     """
 
     def __init__(self, heads: int, group: int, blocks: int):
-        self.b, self.h = program_place(heads)
+        self.b, self.h = program_index(heads)
         self.kv = lax.div(self.h, jnp.int32(group))
         self.columns = [pl.ds(i * CHUNK, CHUNK) for i in range(blocks)]
 

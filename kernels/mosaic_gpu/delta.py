@@ -30,7 +30,7 @@ from jax import lax
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
     SQUARE,
-    Places,
+    ProgramSlices,
     Square,
     Transposed,
     narrow_tiles,
@@ -113,13 +113,13 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
 
 
 def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scratch):
-    place, blocks = Places(*sizes), sizes[-1]
+    slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, states = given["gates"], scratch["states"]
     update, work = scratch["update"], scratch["work"]
 
     def fetch(c, slot):
-        sources = [*place.keys(given["query"], c), *place.keys(given["key"], c)]
-        sources.append(place.values(given["value"], c))
+        sources = [*slices.keys(given["query"], c), *slices.keys(given["key"], c)]
+        sources.append(slices.values(given["value"], c))
         for source, target in zip(sources, scratch["inputs"], strict=True):
             plgpu.copy_gmem_to_smem(source, target.at[slot], scratch["loaded"].at[slot])
 
@@ -130,16 +130,16 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
         *keys, value = (target.at[slot] for target in scratch["inputs"])
         queries, keys = keys[:blocks], keys[blocks:]
         beta, start, end = (
-            place.row(square, array, c) for array in (gates.beta, gates.start, gates.end)
+            slices.row(square, array, c) for array in (gates.beta, gates.start, gates.end)
         )
         for part, tiles in zip(state, states, strict=True):
             store_parts(part, tiles)
         plgpu.commit_smem()
         if save:
-            for tiles, target in zip(states, place.states(out["states"], c), strict=True):
+            for tiles, target in zip(states, slices.states(out["states"], c), strict=True):
                 plgpu.copy_smem_to_gmem(tiles[0], target)
 
-        pair = square.pair(*place.sums(square, given, c), transposed=False)
+        pair = square.pair(*slices.sums(square, given, c), transposed=False)
         (overlap,) = square.multiply([(k, Transposed(k)) for k in keys])
         strict = square.index(0) > square.index(1)
         solver = square.inverse(jnp.where(strict, beta * overlap * pair, 0.0), work)
@@ -152,13 +152,13 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
         work[2][...] = solver[0]
         plgpu.commit_smem()
         if save:
-            plgpu.copy_smem_to_gmem(work[2], out["solvers"].at[place.b, place.h, c])
+            plgpu.copy_smem_to_gmem(work[2], out["solvers"].at[slices.b, slices.h, c])
         (updates,) = square.multiply(products_of_parts(solver, work[:2]))
         update[...] = updates.astype(_DTYPE)
         work[1][...] = (end * updates).astype(_DTYPE)
         plgpu.commit_smem()
         if save:
-            plgpu.copy_smem_to_gmem(update, place.values(out["updates"], c))
+            plgpu.copy_smem_to_gmem(update, slices.values(out["updates"], c))
 
         scores, incoming = square.multiply(
             [(q, Transposed(k)) for q, k in zip(queries, keys, strict=True)],
@@ -168,8 +168,8 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
         (result,) = square.multiply([(weights, update)], start=(start * incoming,))
         work[0][...] = result.astype(_DTYPE)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(work[0], place.values(out["out"], c))
-        total = gates.total[place.b, place.h, c]
+        plgpu.copy_smem_to_gmem(work[0], slices.values(out["out"], c))
+        total = gates.total[slices.b, slices.h, c]
         state = tuple(
             square.multiply([(Transposed(k), work[1])], start=(total * part,))[0]
             for k, part in zip(keys, state, strict=True)
@@ -178,9 +178,9 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
         return state
 
     fetch(0, 0)
-    state = tuple(square.load_wide(ref) for ref in place.state(given["state"]))
+    state = tuple(square.load_wide(ref) for ref in slices.state(given["state"]))
     state = lax.fori_loop(0, count, advance, state)
-    for part, target in zip(state, place.state(out["state"]), strict=True):
+    for part, target in zip(state, slices.state(out["state"]), strict=True):
         target[...] = part
 
 
@@ -226,17 +226,17 @@ def backward(
 
 
 def _backward_body(square: Square, sizes, count: int, given, out, scratch):
-    place, blocks = Places(*sizes), sizes[-1]
+    slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, saved, d_states = given["gates"], given["saved"], scratch["d_states"]
     value, d_out, update, solver, *tiles = scratch["inputs"]
     queries, keys, states = (tiles[i * blocks : (i + 1) * blocks] for i in range(3))
     first, second, third, fourth = scratch["work"]
 
     def fetch(c):
-        sources = [place.values(array, c) for array in (given["value"], given["d_out"])]
-        sources += [place.values(saved.updates, c), saved.solvers.at[place.b, place.h, c]]
-        sources += place.keys(given["query"], c) + place.keys(given["key"], c)
-        sources += place.states(saved.states, c)
+        sources = [slices.values(array, c) for array in (given["value"], given["d_out"])]
+        sources += [slices.values(saved.updates, c), saved.solvers.at[slices.b, slices.h, c]]
+        sources += slices.keys(given["query"], c) + slices.keys(given["key"], c)
+        sources += slices.states(saved.states, c)
         for source, target in zip(sources, scratch["inputs"], strict=True):
             plgpu.copy_gmem_to_smem(source, target, scratch["loaded"])
 
@@ -246,27 +246,27 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
             tile[...] = part.astype(_DTYPE)
         plgpu.commit_smem()
         plgpu.barrier_wait(scratch["loaded"])
-        sums = place.sums(square, given, c)
+        sums = slices.sums(square, given, c)
 
         # du, and p of the right-hand side.
-        turned, outgoing = square.multiply(
+        scores_t, outgoing = square.multiply(
             [(k, Transposed(q)) for q, k in zip(queries, keys, strict=True)],
             list(zip(keys, d_states, strict=True)),
         )
-        weights = (turned * square.pair(*sums, transposed=True)).astype(_DTYPE)
-        end = place.row(square, gates.end, c)
+        weights = (scores_t * square.pair(*sums, transposed=True)).astype(_DTYPE)
+        end = slices.row(square, gates.end, c)
         (d_update,) = square.multiply([(weights, d_out)], start=(end * outgoing,))
         first[...] = d_update.astype(_DTYPE)
         plgpu.commit_smem()
         (right,) = square.multiply([(Transposed(solver), first)])
         d_beta = (right * square.load(value)).sum(axis=1)
-        beta, start = (place.row(square, array, c) for array in (gates.beta, gates.start))
+        beta, start = (slices.row(square, array, c) for array in (gates.beta, gates.start))
         d_value = beta * right
         second[...] = d_value.astype(_DTYPE)
         third[...] = (-start * d_value).astype(_DTYPE)
         fourth[...] = (start * square.load(d_out)).astype(_DTYPE)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(second, place.values(out["value"], c))
+        plgpu.copy_smem_to_gmem(second, slices.values(out["value"], c))
         right = -right.astype(_DTYPE)
 
         # Scores of the queries, and the coupling between keys.
@@ -286,8 +286,8 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         second[...] = d_coupling
         plgpu.commit_smem()
 
-        total = gates.total[place.b, place.h, c]
-        targets = zip(place.keys(out["query"], c), place.keys(out["key"], c), strict=True)
+        total = gates.total[slices.b, slices.h, c]
+        targets = zip(slices.keys(out["query"], c), slices.keys(out["key"], c), strict=True)
         vectors, new = {"beta": d_beta}, []
 
         def note(name, matrix):
@@ -330,14 +330,14 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
             scratch["vectors"].at[index][...] = vectors[name]
         plgpu.commit_smem()
         for index in range(len(VECTORS)):
-            target = out["vectors"].at[index, place.b, place.h, place.tokens(c)]
+            target = out["vectors"].at[index, slices.b, slices.h, slices.tokens(c)]
             plgpu.copy_smem_to_gmem(scratch["vectors"].at[index], target)
         plgpu.wait_smem_to_gmem(0)
         pl.when(c > 0)(lambda: fetch(c - 1))
         return tuple(new)
 
     fetch(count - 1)
-    d_state = tuple(square.load_wide(ref) for ref in place.state(given["d_state"]))
+    d_state = tuple(square.load_wide(ref) for ref in slices.state(given["d_state"]))
     d_state = lax.fori_loop(0, count, advance, d_state)
-    for part, target in zip(d_state, place.state(out["state"]), strict=True):
+    for part, target in zip(d_state, slices.state(out["state"]), strict=True):
         target[...] = part

@@ -28,7 +28,7 @@ from lla.kernels.mosaic_gpu.chunk import (
     SQUARE,
     Square,
     Transposed,
-    program_place,
+    program_index,
     store_parts,
 )
 from lla.kernels.mosaic_gpu.launch import Config, launch
@@ -139,7 +139,7 @@ def forward(query, key, value, log_decay, state, *, save: bool, interpret: Any =
 
 
 def _forward_body(square: Square, heads: int, count: int, dim: int, save, given, out, scratch):
-    b, h = program_place(heads)
+    b, h = program_index(heads)
     shape = (CHUNK, dim)
 
     def fetch(c, slot):
@@ -224,7 +224,7 @@ def backward(query, key, value, log_decay, states, d_out, d_state, *, interpret:
 
 
 def _backward_body(square: Square, heads: int, count: int, dim: int, given, out, scratch):
-    b, h = program_place(heads)
+    b, h = program_index(heads)
     shape = (CHUNK, dim)
     query, key, value, d_out, state = scratch["inputs"]
 
@@ -244,14 +244,14 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         plgpu.barrier_wait(scratch["loaded"])
         column = gates.column
 
-        turned, d_weights, d_turned = square.multiply(
+        weights_t, d_weights, d_weights_t = square.multiply(
             [(key, Transposed(query))], [(d_out, Transposed(value))], [(value, Transposed(d_out))]
         )
-        turned = gates.on_diagonal(turned)
+        weights_t = gates.on_diagonal(weights_t)
         on_diagonal = gates.on_diagonal(d_weights).sum(axis=1)
 
         def add_level(i, carry):
-            turned, d_query, d_key = carry
+            weights_t, d_query, d_key = carry
             size, work = lax.shift_left(jnp.int32(1), i), lax.rem(i, jnp.int32(2))
             later = gates.later(size, shape)
             decay = gates.level(size)
@@ -261,16 +261,16 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
             tile[...] = scaled
             plgpu.commit_smem()
             (products,) = square.multiply([(scaled, Transposed(tile))])
-            turned = turned + jnp.where(gates.above(size), products, 0.0)
+            weights_t = weights_t + jnp.where(gates.above(size), products, 0.0)
             below, above = gates.below(size), gates.above(size)
-            both = jnp.where(below, d_weights, jnp.where(above, d_turned, 0.0))
+            both = jnp.where(below, d_weights, jnp.where(above, d_weights_t, 0.0))
             (d_rows,) = square.multiply([(both.astype(_DTYPE), tile)], shape=shape)
             d_rows = d_rows * decay
             d_query = d_query + jnp.where(later, d_rows, 0.0)
-            return turned, d_query, d_key + jnp.where(later, 0.0, d_rows)
+            return weights_t, d_query, d_key + jnp.where(later, 0.0, d_rows)
 
         zero = square.load(key) * 0.0
-        turned, d_query, d_key = lax.fori_loop(0, _LEVELS, add_level, (turned, zero, zero))
+        weights_t, d_query, d_key = lax.fori_loop(0, _LEVELS, add_level, (weights_t, zero, zero))
         # What acts through the logarithms up to a token, and through those behind it.
         onward = d_query * square.load(query) - d_key * square.load(key)
         on_diagonal = lax.broadcast_in_dim(on_diagonal, shape, [0])
@@ -294,7 +294,7 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         outgoing = (square.load(key) * end).astype(_DTYPE)
         plgpu.commit_smem()
         (d_value,) = square.multiply(
-            [(turned.astype(_DTYPE), d_out), (outgoing, Transposed(scratch["d_state"]))]
+            [(weights_t.astype(_DTYPE), d_out), (outgoing, Transposed(scratch["d_state"]))]
         )
         scratch["d_value"][...] = d_value.astype(_DTYPE)
         plgpu.commit_smem()

@@ -29,7 +29,7 @@ from lla.kernels.mosaic_gpu.chunk import (
     store_parts,
 )
 from lla.kernels.mosaic_gpu.launch import Config, launch
-from lla.kernels.mosaic_gpu.tile import ROW_BLOCK, ROWS, Arithmetic, by_column, by_row, full
+from lla.kernels.mosaic_gpu.tile import ROW_BLOCK, WGMMA_ROW, Arithmetic, by_column, by_row, full
 
 _DTYPE = jnp.bfloat16
 
@@ -125,7 +125,7 @@ def _body(tile: Square, heads: int, max_iters: int, tol: float, given, out, scra
         curvature = dot(direction, image)
         # A finished row stays as it is; so does one whose curvature has underflown.
         active = (square > bound) & (curvature > 0)
-        one = full((ROW_BLOCK,), 1, ROWS)
+        one = full((ROW_BLOCK,), 1, WGMMA_ROW)
         step = jnp.where(active, square / jnp.where(active, curvature, one), 0.0)
         x = x + by_row(step, SQUARE) * direction
         residual = residual - by_row(step, SQUARE) * image

@@ -19,7 +19,7 @@ from jax import lax
 
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
-    Places,
+    ProgramSlices,
     Square,
     Transposed,
     narrow_tiles,
@@ -88,13 +88,13 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
 
 
 def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scratch):
-    place, blocks = Places(*sizes), sizes[-1]
+    slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, states = given["gates"], scratch["states"]
     written, result = scratch["work"]
 
     def fetch(c, slot):
-        sources = [*place.keys(given["query"], c), *place.keys(given["key"], c)]
-        sources.append(place.values(given["value"], c))
+        sources = [*slices.keys(given["query"], c), *slices.keys(given["key"], c)]
+        sources.append(slices.values(given["value"], c))
         for source, target in zip(sources, scratch["inputs"], strict=True):
             plgpu.copy_gmem_to_smem(source, target.at[slot], scratch["loaded"].at[slot])
 
@@ -104,7 +104,7 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
             tile[...] = part.astype(_DTYPE)
         plgpu.commit_smem()
         if save:
-            for tile, target in zip(states, place.states(out["states"], c), strict=True):
+            for tile, target in zip(states, slices.states(out["states"], c), strict=True):
                 plgpu.copy_smem_to_gmem(tile, target)
         plgpu.barrier_wait(scratch["loaded"].at[slot])
         pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
@@ -115,16 +115,16 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
             [(q, Transposed(k)) for q, k in zip(queries, keys, strict=True)],
             list(zip(queries, states, strict=True)),
         )
-        pair = square.pair(*place.sums(square, given, c), transposed=False)
+        pair = square.pair(*slices.sums(square, given, c), transposed=False)
         weights = (scores * pair).astype(_DTYPE)
-        incoming = place.row(square, gates.start, c) * incoming
+        incoming = slices.row(square, gates.start, c) * incoming
         (rows,) = square.multiply([(weights, value)], start=(incoming,))
         result[...] = rows.astype(_DTYPE)
-        end = place.row(square, gates.end, c)
+        end = slices.row(square, gates.end, c)
         written[...] = (end * square.load(value)).astype(_DTYPE)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(result, place.values(out["out"], c))
-        total = gates.total[place.b, place.h, c]
+        plgpu.copy_smem_to_gmem(result, slices.values(out["out"], c))
+        total = gates.total[slices.b, slices.h, c]
         state = tuple(
             square.multiply([(Transposed(k), written)], start=(total * part,))[0]
             for k, part in zip(keys, state, strict=True)
@@ -133,9 +133,9 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
         return state
 
     fetch(0, 0)
-    state = tuple(square.load_wide(ref) for ref in place.state(given["state"]))
+    state = tuple(square.load_wide(ref) for ref in slices.state(given["state"]))
     state = lax.fori_loop(0, count, advance, state)
-    for part, target in zip(state, place.state(out["state"]), strict=True):
+    for part, target in zip(state, slices.state(out["state"]), strict=True):
         target[...] = part
 
 
@@ -171,16 +171,16 @@ def backward(query, key, value, gates: Gates, states, d_out, d_state, *, interpr
 
 
 def _backward_body(square: Square, sizes, count: int, given, out, scratch):
-    place, blocks = Places(*sizes), sizes[-1]
+    slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, d_states = given["gates"], scratch["d_states"]
     scored, read, *results = scratch["work"]
     value, d_out, *tiles = scratch["inputs"]
     queries, keys, states = (tiles[i * blocks : (i + 1) * blocks] for i in range(3))
 
     def fetch(c):
-        sources = [place.values(given["value"], c), place.values(given["d_out"], c)]
-        sources += place.keys(given["query"], c) + place.keys(given["key"], c)
-        sources += place.states(given["states"], c)
+        sources = [slices.values(given["value"], c), slices.values(given["d_out"], c)]
+        sources += slices.keys(given["query"], c) + slices.keys(given["key"], c)
+        sources += slices.states(given["states"], c)
         for source, target in zip(sources, scratch["inputs"], strict=True):
             plgpu.copy_gmem_to_smem(source, target, scratch["loaded"])
 
@@ -192,13 +192,13 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         plgpu.commit_smem()
         plgpu.barrier_wait(scratch["loaded"])
 
-        turned, outgoing = square.multiply(
+        scores_t, outgoing = square.multiply(
             [(k, Transposed(q)) for q, k in zip(queries, keys, strict=True)],
             list(zip(keys, d_states, strict=True)),
         )
-        sums = place.sums(square, given, c)
-        weights = (turned * square.pair(*sums, transposed=True)).astype(_DTYPE)
-        end, start = (place.row(square, array, c) for array in (gates.end, gates.start))
+        sums = slices.sums(square, given, c)
+        weights = (scores_t * square.pair(*sums, transposed=True)).astype(_DTYPE)
+        end, start = (slices.row(square, array, c) for array in (gates.end, gates.start))
         outgoing = end * outgoing
         leaving = (outgoing * square.load(value)).sum(axis=1)
         (d_value,) = square.multiply([(weights, d_out)], start=(outgoing,))
@@ -208,12 +208,12 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         d_scores = (d_scores * square.pair(*sums, transposed=False)).astype(_DTYPE)
         scored[...] = d_scores
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(results[0], place.values(out["value"], c))
+        plgpu.copy_smem_to_gmem(results[0], slices.values(out["value"], c))
         plgpu.wait_smem_to_gmem(0)
 
-        total = gates.total[place.b, place.h, c]
+        total = gates.total[slices.b, slices.h, c]
         targets = zip(
-            place.keys(out["query"], c, False), place.keys(out["key"], c, False), strict=True
+            slices.keys(out["query"], c, False), slices.keys(out["key"], c, False), strict=True
         )
         entering, inside, new = None, None, []
         for j, (query_target, key_target) in enumerate(targets):
@@ -243,13 +243,13 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
             scratch["vectors"].at[index][...] = vector
         plgpu.commit_smem()
         for index in range(len(VECTORS)):
-            target = out["vectors"].at[index, place.b, place.h, place.tokens(c)]
+            target = out["vectors"].at[index, slices.b, slices.h, slices.tokens(c)]
             plgpu.copy_smem_to_gmem(scratch["vectors"].at[index], target)
         plgpu.wait_smem_to_gmem(0)
         return tuple(new)
 
     fetch(count - 1)
-    d_state = tuple(square.load_wide(ref) for ref in place.state(given["d_state"]))
+    d_state = tuple(square.load_wide(ref) for ref in slices.state(given["d_state"]))
     d_state = lax.fori_loop(0, count, advance, d_state)
-    for part, target in zip(d_state, place.state(out["state"]), strict=True):
+    for part, target in zip(d_state, slices.state(out["state"]), strict=True):
         target[...] = part

@@ -18,13 +18,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lla.kernels.mosaic_gpu.chunk import Square, Transposed, program_place
+from lla.kernels.mosaic_gpu.chunk import Square, Transposed, program_index
 from lla.kernels.mosaic_gpu.launch import Config, launch
 from lla.kernels.mosaic_gpu.tile import (
     LN2,
     LOG2E,
-    MATRIX,
     ROW_BLOCK,
+    WGMMA,
     Arithmetic,
     by_column,
     by_row,
@@ -130,7 +130,7 @@ def forward(x, delta, rates, b, c, state, *, save: bool, interpret: Any = None):
 
 
 def _forward_body(square: Square, blocks: int, count: int, save: bool, given, out, scratch):
-    scan = _Scan(square, given, scratch["tiles"], program_place(blocks))
+    scan = _Scan(square, given, scratch["tiles"], program_index(blocks))
 
     def fetch(c, slot):
         sources = scan.sources(given, ("x", "delta", "b", "c"), c)
@@ -207,10 +207,10 @@ def backward(x, delta, rates, b, c, states, d_y, d_state, *, interpret: Any = No
 
 def _backward_body(square: Square, blocks: int, count: int, given, out, scratch):
     tiles = scratch["tiles"]
-    scan = _Scan(square, given, tiles, program_place(blocks))
+    scan = _Scan(square, given, tiles, program_index(blocks))
     block = lax.rem(lax.axis_index("program"), jnp.int32(blocks))
     summed, ones = scratch["summed"], scratch["ones"]
-    ones[...] = full(_SHAPE, 1, MATRIX, _DTYPE)
+    ones[...] = full(_SHAPE, 1, WGMMA, _DTYPE)
 
     def fetch(c):
         for source, target in zip(

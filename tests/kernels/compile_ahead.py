@@ -87,8 +87,8 @@ def kernels(head_dim: int):
     marked = jax.ShapeDtypeStruct((*row.shape[:2], row.shape[2] // 64), jnp.int32)
 
     def solving(mode, adjoint):
-        iteration = solve.Iteration(3e-3, 32, mode == "precise")
-        names = {"precise": "solve_precise", "chosen": "solve_mixed"}
+        iteration = solve.CGOptions(3e-3, 32, mode == "bf16x2")
+        names = {"bf16x2": "solve_bf16x2", "chosen": "solve_mixed"}
         config = getattr(chosen, names.get(mode, "solve"))
         extra = (solve.Adjoint(key, query, row, row, mean, row),) if adjoint else (None,)
         if mode == "chosen":
@@ -97,15 +97,15 @@ def kernels(head_dim: int):
         def run(*arrays):
             if mode == "chosen":
                 *arrays, mark = arrays
-                arrays = *arrays, solve.Choice(solve.Iteration(1e-3, 256, True), mark)
+                arrays = *arrays, solve.TileOverride(solve.CGOptions(1e-3, 256, True), mark)
             return solve.solve(shape, mask, config, iteration, *arrays)
 
         return run, (query, key, row, row, masking, *extra)
 
-    def attending(probe, solved, precise=False):
-        config = chosen.attend_precise if precise else chosen.attend
+    def attending(probe, solved, bf16x2=False):
+        config = chosen.attend_bf16x2 if bf16x2 else chosen.attend
         return (
-            lambda *a: attend.attend(shape, mask, config, *a, precise=precise),
+            lambda *a: attend.attend(shape, mask, config, *a, bf16x2=bf16x2),
             (query, key, key, row, masking, probe, solved),
         )
 
@@ -115,7 +115,7 @@ def kernels(head_dim: int):
             (query, key, key, query, rows, row, directions, masking),
         )
 
-    for mode in ("plain", "precise", "chosen"):
+    for mode in ("plain", "bf16x2", "chosen"):
         suffix = "" if mode == "plain" else f"_{mode}"
         yield f"solve{suffix}", *solving(mode, False)
         yield f"adjoint{suffix}", *solving(mode, True)
@@ -123,8 +123,8 @@ def kernels(head_dim: int):
     yield "parallax", *attending(query, None)
     solved = attend.Solved(row, row, query)
     yield "solved", *attending(query, solved)
-    yield "solved_precise", *attending(query, solved, precise=True)
-    yield "solved_chosen", *attending(query, solved._replace(marked=marked), precise=True)
+    yield "solved_bf16x2", *attending(query, solved, bf16x2=True)
+    yield "solved_chosen", *attending(query, solved._replace(marked=marked), bf16x2=True)
     yield (
         "query_gradients",
         lambda *a: gradients.query_gradients(shape, mask, chosen.query_gradients, *a),
@@ -141,7 +141,7 @@ def direct_kernels(head_dim: int, dim: int):
     b, t, n = shape.batch, shape.num_queries, shape.heads
     sums = inverse.num_sums(dim)
     centred = jax.ShapeDtypeStruct((b, key.shape[2], dim, key.shape[1]), jnp.float32)
-    yield f"products_{dim}", inverse.products, (centred,)
+    yield f"products_{dim}", inverse.key_products, (centred,)
     parts = (jax.ShapeDtypeStruct((b, key.shape[2], sums, key.shape[1]), jnp.bfloat16),) * 2
     yield (
         f"moments_{dim}",
@@ -151,7 +151,7 @@ def direct_kernels(head_dim: int, dim: int):
     found = jax.ShapeDtypeStruct((b, n, sums, t), jnp.float32)
     yield f"invert_{dim}", lambda *a: inverse.invert(shape, dim, *a), (found, row)
     inverses = jax.ShapeDtypeStruct((b, n, dim, head_dim, t), jnp.float32)
-    iteration = solve.Iteration(1e-3, 256, True)
+    iteration = solve.CGOptions(1e-3, 256, True)
     adjoint = solve.Adjoint(key, query, row, row, mean, row)
     for name, preconditioner, extra in (
         ("solve", solve.Preconditioner(inverses, row, mean), None),
@@ -169,32 +169,32 @@ def decoding_kernels(head_dim: int, group: int):
 
     With a group, those that serve its query heads together.
     """
-    cache = decode.Cache(2, 4096, 8, group, head_dim, jnp.dtype(jnp.bfloat16), 4)
+    cache = decode.CacheShape(2, 4096, 8, group, head_dim, jnp.dtype(jnp.bfloat16), 4)
     keys = jax.ShapeDtypeStruct((2, 4096, 8, head_dim), cache.dtype)
     query = jax.ShapeDtypeStruct((2, cache.heads, head_dim), cache.dtype)
     place = jax.ShapeDtypeStruct((2,), jnp.int32)
     suffix = "" if group == 1 else f"_group_{group}"
 
-    def sums(member, precise):
-        return lambda *a: decode.sum_over_cache(cache, member, *a, precise=precise)
+    def sums(member, bf16x2):
+        return lambda *a: decode.sum_over_cache(cache, member, *a, bf16x2=bf16x2)
 
-    arguments = (query, keys, keys, (place, place), cache.each())
-    for name, member, precise in (
+    arguments = (query, keys, keys, (place, place), cache.per_head())
+    for name, member, bf16x2 in (
         ("softmax", "softmax", False),
         ("parallax", "parallax", False),
         ("lla", "lla", False),
-        ("lla_precise", "lla", True),
+        ("lla_bf16x2", "lla", True),
     ):
-        if group == 1 or decode.heads_together(member, group) > 1:
+        if group == 1 or decode.heads_per_program(member, group) > 1:
             extra = (query,) if member == "parallax" else ()
-            yield f"decode_{name}{suffix}", sums(member, precise), (*arguments, *extra)
+            yield f"decode_{name}{suffix}", sums(member, bf16x2), (*arguments, *extra)
     if group > 1:
         return
-    rows, moments = cache.each(3, head_dim), cache.each(head_dim, 2 * head_dim)
+    rows, moments = cache.per_head(3, head_dim), cache.per_head(head_dim, 2 * head_dim)
     yield (
         "decode_fit",
         lambda *a: decode_solve.fit(cache, *a, tol=1e-4, max_iters=256),
-        (rows, moments, query, keys, place, cache.each()),
+        (rows, moments, query, keys, place, cache.per_head()),
     )
 
 

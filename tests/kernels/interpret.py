@@ -63,7 +63,7 @@ class Case:
     faint: bool = False
     warpgroups: int = 2
     sum_products: bool = False
-    turns: bool = False
+    pingpong: bool = False
     offset: float = 0.0
     clusters: int = 0
     direct: bool = False
@@ -97,9 +97,9 @@ CASES = {
     "lla_head_dim_128": Case("lla", head_dim=128, value_dim=128),
     "softmax_sum_products": Case("softmax", 200, 200, sum_products=True),
     "lla_sum_products": Case("lla", 200, 200, ridge="mixed", sum_products=True),
-    "lla_turns": Case("lla", 200, 200, ridge="mixed", turns=True),
-    "lla_turns_three_warpgroups": Case(
-        "lla", 200, 200, ridge=10.0, warpgroups=3, turns=True, sum_products=True
+    "lla_pingpong": Case("lla", 200, 200, ridge="mixed", pingpong=True),
+    "lla_pingpong_three_warpgroups": Case(
+        "lla", 200, 200, ridge=10.0, warpgroups=3, pingpong=True, sum_products=True
     ),
     "lla_sum_products_128": Case("lla", head_dim=128, value_dim=128, ridge=10.0, sum_products=True),
     "lla_offset_sum_products": Case("lla", ridge=10.0, offset=4.0, sum_products=True),
@@ -277,10 +277,10 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     changes = {}
     if case.warpgroups != 2:
         changes = {"warpgroups": case.warpgroups, "registers": (160, 24), "stages": 4}
-    for name in ("sum_products", "turns"):
+    for name in ("sum_products", "pingpong"):
         if getattr(case, name):
             changes[name] = True
-    owners = ("solve", "solve_precise", "solve_mixed", "attend", "attend_precise")
+    owners = ("solve", "solve_bf16x2", "solve_mixed", "attend", "attend_bf16x2")
     if not case.sum_products:
         owners += ("query_gradients",)
     chosen = dataclasses.replace(

@@ -36,7 +36,7 @@ class Case:
     head_dim: int = 64
     splits: int = 2
     ridge: float = 0.1
-    precise: bool = True
+    bf16x2: bool = True
     one_number: bool = False  # scale and ridge ``[1, 1]``
 
 
@@ -45,7 +45,7 @@ CASES = {
     "parallax": Case("parallax", ((70, 190), (0, 0)), one_number=True),
     "lla": Case("lla", ((0, 200), (5, 70), (0, 0), (0, 1))),
     "lla_grouped": Case("lla", ((0, 130),), num_keys=130, kv_heads=2, group=2, splits=3),
-    "lla_one_part": Case("lla", ((0, 200),), ridge=10.0, precise=False),
+    "lla_one_part": Case("lla", ((0, 200),), ridge=10.0, bf16x2=False),
     "lla_head_dim_128": Case("lla", ((3, 170),), head_dim=128, splits=1, one_number=True),
     # Query heads of a group in one instance.
     "softmax_group_4": Case("softmax", ((0, 200), (70, 70), (130, 190)), kv_heads=2, group=4),
@@ -70,12 +70,12 @@ def run(case: Case, races: bool) -> dict:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     import lla
-    from lla.kernels.mosaic_gpu.decode import Cache
+    from lla.kernels.mosaic_gpu.decode import CacheShape
     from lla.kernels.mosaic_gpu.decode_attend import attend_cache
 
     rng = np.random.default_rng(0)
     b, d = len(case.visible), case.head_dim
-    cache = Cache(
+    cache = CacheShape(
         b, case.num_keys, case.kv_heads, case.group, d, jnp.dtype(jnp.bfloat16), case.splits
     )
 
@@ -102,7 +102,7 @@ def run(case: Case, races: bool) -> dict:
     states = record_race_detectors()
     got = attend_cache(
         cache, case.member, query, key, value, (visible[:, 0], visible[:, 1]),
-        scale, **extra, precise=case.precise,
+        scale, **extra, bf16x2=case.bf16x2,
         interpret=plgpu.InterpretGPUParams(detect_races=races),
     )  # fmt: skip
     function = {

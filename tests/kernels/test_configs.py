@@ -23,7 +23,7 @@ NOISE = 1.08  # two runs on different days differ by as much
 @pytest.mark.parametrize(
     "kernel",
     [
-        "solve", "solve_precise", "solve_mixed", "attend", "attend_precise", "query_gradients",
+        "solve", "solve_bf16x2", "solve_mixed", "attend", "attend_bf16x2", "query_gradients",
         "key_gradients",
     ],
 )  # fmt: skip
@@ -44,7 +44,7 @@ def test_table_is_among_the_fastest(kernel, head_dim):
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize(
-    "kernel", ["solve", "solve_precise", "adjoint_mixed", "attend", "attend_precise"]
+    "kernel", ["solve", "solve_bf16x2", "adjoint_mixed", "attend", "attend_bf16x2"]
 )
 def test_candidates_are_neighbours_of_the_table_that_can_run(kernel, head_dim, monkeypatch):
     monkeypatch.syspath_prepend(TUNING.parent)
@@ -79,7 +79,7 @@ def test_shared_memory_is_counted_and_refused():
     )
     config = launch.Config(stages=20)
     call = functools.partial(
-        solve.solve, shape, tile.MaskSpec(True, None, False), config, solve.Iteration(3e-3, 32)
+        solve.solve, shape, tile.MaskSpec(True, None, False), config, solve.CGOptions(3e-3, 32)
     )
     with pytest.raises(
         ValueError, match=r"stages=20.*282984 bytes of shared memory, there are 232448"

@@ -67,7 +67,7 @@ def test_every_case_equals_reference(case):
     "case",
     [
         "softmax_causal", "parallax_segments", "lla_causal", "lla_three_warpgroups",
-        "lla_sum_products", "lla_turns_three_warpgroups", "lla_direct",
+        "lla_sum_products", "lla_pingpong_three_warpgroups", "lla_direct",
     ],
 )  # fmt: skip
 def test_no_races(case):

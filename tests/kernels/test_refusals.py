@@ -79,26 +79,26 @@ def test_named_implementation_says_why():
 
 @pytest.mark.compat
 @pytest.mark.parametrize(
-    ("ridge", "forward", "backward", "precise"),
+    ("ridge", "forward", "backward", "bf16x2"),
     [(10.0, 1e-3, 3e-3, False), (1.0, 1.5e-3, 5e-3, False), (0.1, 1e-3, 1e-3, True)],
 )
-def test_tolerances(ridge, forward, backward, precise):
+def test_tolerances(ridge, forward, backward, bf16x2):
     if jax.__version_info__ < (0, 11):
         pytest.skip("the kernels need JAX 0.11")
     query = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     given = make_problem("lla", query, query, query, ridge=ridge)
     found = mosaic_gpu.iterations(given, precise=False)
     assert [i.tol for i in found] == [forward, backward]
-    assert found[0].precise == precise
+    assert found[0].bf16x2 == bf16x2
     # A product more costs little where there is a preconditioner.
     found = mosaic_gpu.iterations(given, precise=True, direct=True)
-    assert [(i.tol, i.precise) for i in found] == [(1e-3, True), (1e-4, True)]
+    assert [(i.tol, i.bf16x2) for i in found] == [(1e-3, True), (1e-4, True)]
     fixed = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(num_iters=3))
     found = mosaic_gpu.iterations(fixed, precise=False)
     assert [(i.tol, i.max_iters) for i in found] == [(None, 3)] * 2
     asked = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(tol=5e-4))
     found = mosaic_gpu.iterations(asked, precise=False)
-    assert [(i.tol, i.max_iters, i.precise) for i in found] == [
+    assert [(i.tol, i.max_iters, i.bf16x2) for i in found] == [
         (5e-4, 256, True),
         (5e-3, 256, True),
     ]

@@ -26,25 +26,25 @@ def test_rounding_is_that_of_bfloat16_except_for_ties():
     np.testing.assert_array_equal(tile.round_to_bfloat16(special), special)
 
 
-@pytest.mark.parametrize(("precise", "error"), [(False, 2.0**-8), (True, 2.0**-16)])
-def test_parts(precise, error):
+@pytest.mark.parametrize(("bf16x2", "error"), [(False, 2.0**-8), (True, 2.0**-16)])
+def test_parts(bf16x2, error):
     """Compiled, where a compiler might take two conversions for none."""
-    array, arithmetic = normal(64, 64), Arithmetic(jnp.dtype(jnp.bfloat16), precise)
+    array, arithmetic = normal(64, 64), Arithmetic(jnp.dtype(jnp.bfloat16), bf16x2)
     parts = jax.jit(arithmetic.parts)(array)
-    assert len(parts) == (2 if precise else 1) and all(p.dtype == jnp.bfloat16 for p in parts)
+    assert len(parts) == (2 if bf16x2 else 1) and all(p.dtype == jnp.bfloat16 for p in parts)
     total = sum(np.asarray(p, np.float64) for p in parts)
     assert np.abs(total - np.asarray(array)).max() <= error * np.abs(array).max()
     assert np.abs(total - np.asarray(array)).max() > error / 100
     np.testing.assert_array_equal(total, jax.jit(arithmetic.rounded)(array))
-    exact = Arithmetic(jnp.dtype(jnp.float32), precise)
+    exact = Arithmetic(jnp.dtype(jnp.float32), bf16x2)
     assert exact.parts(array) == (array,) and exact.rounded(array) is array
 
 
 @pytest.mark.parametrize("count", [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_product_of_parts(count):
     a, b = normal(32, 48), normal(16, 48)
-    precise = [Arithmetic(jnp.dtype(jnp.bfloat16), n == 2) for n in count]
-    parts = [arithmetic.parts(x) for arithmetic, x in zip(precise, (a, b), strict=True)]
+    bf16x2 = [Arithmetic(jnp.dtype(jnp.bfloat16), n == 2) for n in count]
+    parts = [arithmetic.parts(x) for arithmetic, x in zip(bf16x2, (a, b), strict=True)]
     found = tile.product(*parts, tile.NT)
     represented = [sum(np.asarray(p, np.float64) for p in x) for x in parts]
     expected = represented[0] @ represented[1].T

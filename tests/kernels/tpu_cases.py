@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lla.kernels.mosaic_tpu.launch import Blocks
+from lla.kernels.mosaic_tpu.launch import BlockSizes
 from lla.ops.mosaic_tpu import mosaic_tpu
 from lla.ops.problem import make_problem
 from lla.ops.shield import shield
 from tests.ops.harness import DIFFERENTIABLE, OPTIMISED, Result
 
 # Small tiles, so that short sequences have several.
-SMALL = Blocks(rows=128, keys=128, own_keys=128)
+SMALL = BlockSizes(rows=128, keys=128, own_keys=128)
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def evaluate(
     static_ridge: float | None = None,
     solver=None,
     interpret: Any = True,
-    blocks: Blocks | None = SMALL,
+    blocks: BlockSizes | None = SMALL,
     optimised: bool = False,
     **options,
 ) -> Result:
