@@ -1,7 +1,7 @@
 """One new token per sequence on a Hopper GPU: the kernels that read the cache once.
 
 The kernels themselves are in `lla.kernels.mosaic_gpu.decode`, their design in
-``kernels/README.md``.
+``kernels/DECODING.md``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The Hopper kernels behind the operator: padding, tolerances, and one custom_vjp.
 
-The kernels themselves are in `lla.kernels.mosaic_gpu`, their design in ``kernels/README.md``.
+The kernels themselves are in `lla.kernels.mosaic_gpu`, their design in ``kernels/HOPPER.md``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_DIRECT_DIM = 32
 # What the inverse systems of the direct solver may take at a time. Where one sequence takes more,
 # the solver has to be asked for by name.
 _INVERSE_BYTES = 2**30
-# Estimated relative error of the effective weights at which a tile stops; see kernels/README.md.
+# Estimated relative error of the effective weights at which a tile stops; see kernels/HOPPER.md.
 _TOLERANCES = {
     "large": (1e-3, 3e-3), "medium": (1.5e-3, 5e-3), "small": (1e-3, 1e-3), "direct": (1e-3, 1e-4),
 }  # fmt: skip
