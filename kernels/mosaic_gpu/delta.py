@@ -1,16 +1,16 @@
 """The gated delta rule on Hopper: one warpgroup walks over the chunks of one head.
 
-Chunks of 64 tokens, 64 coordinates of the values, keys in one or two blocks of 64 coordinates:
-every matrix is 64 x 64, the tile of one warpgroup, and the state stays in its registers in float32.
-See `lla.mixers.delta_rule` for the formulas; here
-a chunk reads the state S before it, so that its corrections come from one right-hand side,
+With chunks of 64 tokens, 64 coordinates of the values, and keys in one or two blocks of 64
+coordinates, every matrix is 64 x 64, a tile of one warpgroup. The state stays in its registers in
+float32. See `lla.mixers.delta_rule` for the formulas. Here a chunk knows the state S before it, so
+that its corrections u have a single right-hand side,
 
     u = T beta (v - start k S),  T = (1 + A)^-1;  o = start q S + L u;  S' = total S + k^T end u
 
-which never takes the difference of two rounded products. A and its inverse, the right-hand side and
-the state that k reads have two 16-bit parts; q, k and v are exact, and what else is multiplied is
-rounded once. The forward pass leaves S, u and T of every chunk, and the backward pass takes the
-chunks in reverse:
+and no difference of two rounded products occurs. A, its inverse, the right-hand side, and the state
+in ``k S`` have two 16-bit parts. q, k and v are exact, and other operands of products are rounded
+once. The forward pass saves S, u and T of every chunk. The backward pass visits the chunks in
+reverse:
 
     du = L^T do + end k dS';  p = T^T du;  r = -p S^T;  dA = -p u^T
     dS = total dS' + q^T (start do) - k^T (start beta p)
@@ -25,14 +25,17 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
+    DECAY_VECTORS,
     SQUARE,
+    DoubleBuffer,
     ProgramSlices,
     Square,
     Transposed,
+    gated_operands,
+    load_tiles,
     narrow_tiles,
     products_of_parts,
     store_parts,
@@ -40,11 +43,11 @@ from lla.kernels.mosaic_gpu.chunk import (
 from lla.kernels.mosaic_gpu.launch import Config, launch
 from lla.kernels.mosaic_gpu.tile import Arithmetic
 
-_DTYPE = jnp.bfloat16  # of every factor of a product
+_DTYPE = jnp.bfloat16  # of the operands of products
 
 
 class Gates(NamedTuple):
-    """What a chunk reads of its gates, float32 ``[B, N, T]``; `total` is ``[B, N, M]``.
+    """The gates of all chunks, float32 ``[B, N, T]``; `total` is ``[B, N, M]`` for M chunks.
 
     `upper` and `lower` are the parts of `lla.mixers.chunks.Sums`.
     """
@@ -58,9 +61,12 @@ class Gates(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass reads: `updates` like the value, and the others of every chunk.
+    """Residuals of the backward pass, in bfloat16.
 
-    All have 16 bits: `states` ``[B, N, M, H, 64]``, `solvers` ``[B, N, M, 64, 64]``.
+    Attributes:
+      states: S before every chunk, ``[B, N, M, H, 64]``.
+      solvers: T of every chunk, ``[B, N, M, 64, 64]``.
+      updates: u, shaped like the value.
     """
 
     states: jax.Array
@@ -68,16 +74,9 @@ class Saved(NamedTuple):
     updates: jax.Array
 
 
-def _operands(query, key, value, gates: Gates, **others):
-    columns = (gates.upper, gates.lower)  # loads of one operand in two layouts become one load
-    return {
-        "query": query, "key": key, "value": value, "gates": gates, "columns": columns, **others
-    }  # fmt: skip
-
-
 @functools.partial(jax.jit, static_argnames=("save", "interpret"))
 def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: Any = None):
-    """Outputs ``[B, T, N, 64]``, the last state, and with `save` what `backward` reads.
+    """Outputs ``[B, T, N, 64]``, the last state, and with `save` the residuals of `backward`.
 
     Args:
       query, key: bfloat16 ``[B, T, N, H]``, H 64 or 128, T a multiple of 64.
@@ -105,7 +104,7 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
     square = Square(Arithmetic(interpret is not None))
     found = launch(
         functools.partial(_forward_body, square, (n, 1, blocks), count, save), outputs, scratch,
-        _operands(query, key, value, gates, state=state), programs=b * n, config=Config(),
+        gated_operands(query, key, value, gates, state=state), programs=b * n, config=Config(),
         interpret=interpret, threads=1,
     )  # fmt: skip
     saved = Saved(found["states"], found["solvers"], found["updates"]) if save else None
@@ -117,16 +116,13 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
     gates, states = given["gates"], scratch["states"]
     update, work = scratch["update"], scratch["work"]
 
-    def fetch(c, slot):
-        sources = [*slices.keys(given["query"], c), *slices.keys(given["key"], c)]
-        sources.append(slices.values(given["value"], c))
-        for source, target in zip(sources, scratch["inputs"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], scratch["loaded"].at[slot])
+    inputs = DoubleBuffer(
+        lambda c: slices.inputs(given, c), scratch["inputs"], scratch["loaded"], count
+    )
 
     def advance(c, state):
-        slot = lax.rem(c, jnp.int32(2))
-        plgpu.barrier_wait(scratch["loaded"].at[slot])
-        pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
+        slot = inputs.slot(c)
+        inputs.wait(c, slot)
         *keys, value = (target.at[slot] for target in scratch["inputs"])
         queries, keys = keys[:blocks], keys[blocks:]
         beta, start, end = (
@@ -177,28 +173,19 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
         plgpu.wait_smem_to_gmem(0)
         return state
 
-    fetch(0, 0)
-    state = tuple(square.load_wide(ref) for ref in slices.state(given["state"]))
-    state = lax.fori_loop(0, count, advance, state)
-    for part, target in zip(state, slices.state(out["state"]), strict=True):
-        target[...] = part
+    inputs.start()
+    slices.walk(square, count, advance, given["state"], out["state"])
 
 
-VECTORS = ("beta", "entering", "leaving", "inside", "through")
-"""Sums over the coordinates of a token, float32 ``[B, N, T]``, that `backward` returns."""
+VECTORS = ("beta", *DECAY_VECTORS)
+"""Per-token sums that `backward` returns, float32 ``[B, N, T]``."""
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def backward(
     query, key, value, gates: Gates, saved: Saved, d_out, d_state, *, interpret: Any = None
 ):
-    """Cotangents by name: "query", "key", "value" and "state", and the `VECTORS`.
-
-    Of the logarithms of the gates these are parts: what `entering` has acts through the decay from
-    the start of the chunk to the token, `leaving` through that from the token to the end, `inside`
-    through those between tokens, and the sum of `through` over the chunk, times the decay over all
-    of it, through that one.
-    """
+    """Cotangents by name: "query", "key", "value" and "state", and the `VECTORS`."""
     b, t, n, dim = key.shape
     blocks = dim // CHUNK
     keys = jax.ShapeDtypeStruct(key.shape, _DTYPE)
@@ -219,7 +206,7 @@ def backward(
     square = Square(Arithmetic(interpret is not None))
     found = launch(
         functools.partial(_backward_body, square, (n, 1, blocks), t // CHUNK), outputs, scratch,
-        _operands(query, key, value, gates, saved=saved, d_out=d_out, d_state=d_state),
+        gated_operands(query, key, value, gates, saved=saved, d_out=d_out, d_state=d_state),
         programs=b * n, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     return found | dict(zip(VECTORS, found.pop("vectors"), strict=True))
@@ -237,8 +224,7 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         sources += [slices.values(saved.updates, c), saved.solvers.at[slices.b, slices.h, c]]
         sources += slices.keys(given["query"], c) + slices.keys(given["key"], c)
         sources += slices.states(saved.states, c)
-        for source, target in zip(sources, scratch["inputs"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target, scratch["loaded"])
+        load_tiles(sources, scratch["inputs"], scratch["loaded"])
 
     def advance(i, d_state):
         c = count - 1 - i
@@ -248,7 +234,7 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         plgpu.barrier_wait(scratch["loaded"])
         sums = slices.sums(square, given, c)
 
-        # du, and p of the right-hand side.
+        # du, and p, the cotangent of the right-hand side.
         scores_t, outgoing = square.multiply(
             [(k, Transposed(q)) for q, k in zip(queries, keys, strict=True)],
             list(zip(keys, d_states, strict=True)),
@@ -320,24 +306,17 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
             d_key = d_key + leaving + incoming
             reads = [(Transposed(query), fourth), (Transposed(key), third)]
             new += square.multiply(reads, start=(total * d_state[j],))
-            # The tiles of these states have been read for the last time.
+            # The tiles of this state are not read again, so they can hold the results.
             state[...] = d_query
             behind[...] = d_key.astype(_DTYPE)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(state, query_target)
             plgpu.copy_smem_to_gmem(behind, key_target)
-        for index, name in enumerate(VECTORS):
-            scratch["vectors"].at[index][...] = vectors[name]
-        plgpu.commit_smem()
-        for index in range(len(VECTORS)):
-            target = out["vectors"].at[index, slices.b, slices.h, slices.tokens(c)]
-            plgpu.copy_smem_to_gmem(scratch["vectors"].at[index], target)
+        vectors = [vectors[name] for name in VECTORS]
+        slices.store_vectors(vectors, scratch["vectors"], out["vectors"], c)
         plgpu.wait_smem_to_gmem(0)
         pl.when(c > 0)(lambda: fetch(c - 1))
         return tuple(new)
 
     fetch(count - 1)
-    d_state = tuple(square.load_wide(ref) for ref in slices.state(given["d_state"]))
-    d_state = lax.fori_loop(0, count, advance, d_state)
-    for part, target in zip(d_state, slices.state(out["state"]), strict=True):
-        target[...] = part
+    slices.walk(square, count, advance, given["d_state"], out["state"])

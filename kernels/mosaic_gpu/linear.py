@@ -1,15 +1,17 @@
 """Linear attention with a decay for every coordinate of the key, on Hopper.
 
-One warpgroup walks over the chunks of 64 tokens of one head; the state, transposed, stays in its
-registers in float32. See `lla.mixers.linear_recurrence` for the formulas.
+One warpgroup walks over the chunks of 64 tokens of one head. The transposed state stays in its
+registers, in float32. See `lla.mixers.linear_recurrence` for the formulas.
 
-The decay between the tokens j < i of a chunk must not be split into factors above 1. The highest
-bit in which i and j differ says between which two halves of a block they lie, of 1, 2, 4, ..., 32
-tokens each, and the decay is that from j to the end of its half times that from the start of the
-other half to i. So each of six levels scales every token once (the rows of a later half as queries,
-those of an earlier one as keys) and has one product of the result with itself, of which the blocks
-below the diagonal blocks of that level count. All exponents are sums of logarithms, taken as
-products with matrices of zeros and ones and two 16-bit parts of the logarithms: no differences.
+The decay between two tokens j < i of a chunk must not be split into factors above 1. The highest
+bit in which i and j differ defines a block of tokens whose first half contains j and whose second
+half contains i. The decay is then split at the border: from j to the end of the first half, and
+from the start of the second half to i. There are six levels, with halves of 1, 2, ..., 32 tokens. A
+level scales every token once, as a query in a second half and as a key in a first half, and
+multiplies the result by its own transpose; the off-diagonal blocks of that level are kept.
+
+Exponents are sums of log-decays, never differences. They are computed as products of a 0-1 matrix
+with the log-decays in two 16-bit parts.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from jax import lax
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
     SQUARE,
+    DoubleBuffer,
     Square,
     Transposed,
+    load_tiles,
     program_index,
     store_parts,
 )
@@ -39,13 +43,13 @@ _LEVELS = 6  # halves of 1, 2, ..., 32 tokens
 
 
 def _tile(*sizes: int):
-    """Scratch type of a 16-bit matrix; all have the layout of that with the fewest columns."""
+    """Scratch type of a 16-bit matrix, given its sizes and the fewest columns of any matrix."""
     *shape, narrowest = sizes
     return plgpu.SMEM(tuple(shape), _DTYPE, transforms=narrow_transforms(narrowest))
 
 
 class _Chunk:
-    """The gates of a chunk: decays ``[64, H]`` from products with the logarithms in `tiles`."""
+    """The gates of a chunk: decays ``[64, H]`` from the log-decays in `tiles`."""
 
     def __init__(self, square: Square, dim: int, tiles):
         self.square, self.shape, self.tiles = square, (CHUNK, dim), tiles
@@ -53,7 +57,7 @@ class _Chunk:
 
     @property
     def row(self):
-        """Anew for every mask, or what masks have in common would stay in registers."""
+        """Computed for every mask again, or the common parts of masks would occupy registers."""
         return self.square.index(0)
 
     def on_diagonal(self, matrix):
@@ -64,7 +68,7 @@ class _Chunk:
         plgpu.commit_smem()
 
     def decay(self, which):
-        """Of every row: the logarithms of the columns for which `which` holds."""
+        """The decay of every row: over the tokens (columns) for which `which` is True."""
         which = jnp.where(which, 1.0, 0.0).astype(_DTYPE)
         (sums,) = self.square.multiply([(which, tile) for tile in self.tiles], shape=self.shape)
         return jnp.exp2(sums * LOG2E)
@@ -79,11 +83,11 @@ class _Chunk:
         return self.decay(self.column >= 0)
 
     def later(self, size, shape):
-        """Whether a row is in a later half of blocks of `size`."""
+        """Whether a row is in the second half of its block, with halves of `size`."""
         return (self.square.index(0, shape) & size) != 0
 
     def level(self, size):
-        """The decays of queries from the start of their half, and of keys to the end of theirs."""
+        """The decays of queries from the start of their half, of keys to the end of theirs."""
         row, column = self.row, self.column
         passed = jnp.where((row & size) != 0, row - column, column - row - 1)
         return self.decay(((row ^ column) < size) & (passed >= 0))
@@ -105,13 +109,13 @@ def _operands(query, key, value, log_decay, **others):
 
 @functools.partial(jax.jit, static_argnames=("save", "interpret"))
 def forward(query, key, value, log_decay, state, *, save: bool, interpret: Any = None):
-    """Outputs ``[B, T, N, 64]``, the last state, and with `save` those before every chunk.
+    """Outputs ``[B, T, N, 64]``, the last state, and with `save` the states before every chunk.
 
     Args:
       query, key: bfloat16 ``[B, T, N, H]``, T a multiple of 64, H 32 or 64.
       value: bfloat16 ``[B, T, N, 64]``.
       log_decay: float32 ``[B, T, N, H]``.
-      state: float32 ``[B, N, 64, H]``: transposed, as the last one.
+      state: transposed, float32 ``[B, N, 64, H]``; so is the last state.
     """
     b, t, n, dim = key.shape
     count = t // CHUNK
@@ -142,22 +146,21 @@ def _forward_body(square: Square, heads: int, count: int, dim: int, save, given,
     b, h = program_index(heads)
     shape = (CHUNK, dim)
 
-    def fetch(c, slot):
+    def sources(c):
         where = (b, pl.ds(c * CHUNK, CHUNK), h)
-        for name, target in zip(("query", "key", "value"), scratch["inputs"], strict=True):
-            barrier = scratch["loaded"].at[slot]
-            plgpu.copy_gmem_to_smem(given[name].at[where], target.at[slot], barrier)
+        return [given[name].at[where] for name in ("query", "key", "value")]
+
+    inputs = DoubleBuffer(sources, scratch["inputs"], scratch["loaded"], count)
 
     def advance(c, state):
-        slot = lax.rem(c, jnp.int32(2))
+        slot = inputs.slot(c)
         tokens = pl.ds(c * CHUNK, CHUNK)
         scratch["state"][...] = state.astype(_DTYPE)
         gates = _Chunk(square, dim, scratch["logs"])
         gates.read(given["log_decay"].at[b, tokens, h])
         if save:
             plgpu.copy_smem_to_gmem(scratch["state"], out["states"].at[b, h, c])
-        plgpu.barrier_wait(scratch["loaded"].at[slot])
-        pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
+        inputs.wait(c, slot)
         query, key, value = (target.at[slot] for target in scratch["inputs"])
 
         (weights,) = square.multiply([(query, Transposed(key))])
@@ -180,7 +183,7 @@ def _forward_body(square: Square, heads: int, count: int, dim: int, save, given,
             [(incoming, Transposed(scratch["state"])), (weights.astype(_DTYPE), value)]
         )
         scratch["out"][...] = result.astype(_DTYPE)
-        tile = scratch["work"].at[c * 0]  # not a constant, which a product cannot take
+        tile = scratch["work"].at[c * 0]  # products with a constant index do not lower
         tile[...] = (square.load(key) * gates.end()).astype(_DTYPE)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch["out"], out["out"].at[b, tokens, h])
@@ -188,7 +191,7 @@ def _forward_body(square: Square, heads: int, count: int, dim: int, save, given,
         plgpu.wait_smem_to_gmem(0)
         return state
 
-    fetch(0, 0)
+    inputs.start()
     state = square.load_wide(given["state"].at[b, h])
     state = lax.fori_loop(0, count, advance, state)
     out["state"].at[b, h][...] = state
@@ -232,8 +235,7 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         tokens = (b, pl.ds(c * CHUNK, CHUNK), h)
         sources = [given[name].at[tokens] for name in ("query", "key", "value", "d_out")]
         sources.append(given["states"].at[b, h, c])
-        for source, target in zip(sources, scratch["inputs"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target, scratch["loaded"])
+        load_tiles(sources, scratch["inputs"], scratch["loaded"])
 
     def advance(i, d_state):
         c = count - 1 - i
@@ -271,7 +273,7 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
 
         zero = square.load(key) * 0.0
         weights_t, d_query, d_key = lax.fori_loop(0, _LEVELS, add_level, (weights_t, zero, zero))
-        # What acts through the logarithms up to a token, and through those behind it.
+        # Through the log-decays up to a token, minus through those after it.
         onward = d_query * square.load(query) - d_key * square.load(key)
         on_diagonal = lax.broadcast_in_dim(on_diagonal, shape, [0])
         d_query = d_query + on_diagonal * square.load(key)
@@ -308,7 +310,7 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
             [(Transposed(d_out), scratch["work"].at[c * 0])], start=(total * d_state,)
         )
 
-        # Sums of `onward` from a token on, of `leaving` before it, and of `through` over the rows.
+        # Sums of `onward` from a token on, of `leaving` before it, and of `through` over all rows.
         def sums(which, matrix, so_far):
             store_parts(matrix, scratch["logs"])
             plgpu.commit_smem()
@@ -321,7 +323,7 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         d_log = sums(column >= 0, through, d_log)
         out["log_decay"].at[b, tokens, h][...] = d_log
         plgpu.commit_smem()
-        pl.when(c > 0)(lambda: fetch(c - 1))  # everything of this chunk has been read
+        pl.when(c > 0)(lambda: fetch(c - 1))  # all inputs of this chunk have been read
         plgpu.wait_smem_to_gmem(0)
         return new
 

@@ -1,12 +1,14 @@
-"""The solves of the mesa layer on Hopper: one warpgroup takes one chunk of 64 tokens.
+"""The solves of the mesa layer on Hopper: one warpgroup per chunk of 64 tokens.
 
-See `lla.mixers.mesa` for the formulas. A product of all tokens' matrices with their directions x is
+See `lla.mixers.mesa` for the formulas. The products of the tokens' matrices with their directions x
+are
 
     start (x H0) + ((x k^T) pair beta) k + Lambda x,
 
-six products of 64 x 64 matrices: keys are exact in 16 bits, and directions, the moment H0 and the
-weights of the keys have two 16-bit parts, so that the iterates are those of float32 to about 2^-16.
-Everything stays in registers and shared memory, and a chunk ends when its own tokens have.
+which takes six products of 64 x 64 matrices. Keys are exact in 16 bits. Directions, the moment H0
+and the weights of the keys have two 16-bit parts, so that the iterates agree with those of float32
+to about 2^-16. Everything stays in registers and shared memory, and each chunk stops by itself,
+once all of its tokens have converged.
 """
 
 from __future__ import annotations
@@ -54,10 +56,10 @@ def solve(
     Args:
       moment: H before the chunk, float32 ``[G, 64, 64]``.
       key: bfloat16 ``[G, 64, 64]``.
-      beta, start: ``[G, 64]``, float32, of the tokens; so are the two parts of `sums`
-        (`lla.mixers.chunks.Sums`).
-      ridge: ``[N, 64]``; G is a multiple of N, and the heads are the last axis of chunks.
-      inverse, right: float32 like `moment`: of the preconditioner, and the right-hand sides.
+      beta, start: of each token, float32 ``[G, 64]``.
+      sums: the two parts of `lla.mixers.chunks.Sums`, likewise.
+      ridge: of each of N heads, ``[N, 64]``; chunk g belongs to head ``g % N``.
+      inverse, right: the diagonal preconditioner and the right-hand sides, like `moment`.
       max_iters, tol: as for `lla.mixers.mesa.mesa`.
     """
     scratch = {
@@ -109,7 +111,7 @@ def _body(tile: Square, heads: int, max_iters: int, tol: float, given, out, scra
         return (x * y).sum(axis=1)
 
     def unfinished(square):
-        """Whether any token is, as a number that all threads have."""
+        """Whether any token is, as a scalar that all threads agree on."""
         scratch["residual"][...] = square - bound
         plgpu.commit_smem()
         excess = by_column(tile.columns(scratch["residual"]), SQUARE).max(axis=1)
@@ -123,7 +125,7 @@ def _body(tile: Square, heads: int, max_iters: int, tol: float, given, out, scra
         direction = parts[0].astype(jnp.float32) + parts[1].astype(jnp.float32)
         image = product(direction, parts)
         curvature = dot(direction, image)
-        # A finished row stays as it is; so does one whose curvature has underflown.
+        # Rows that have converged, or whose curvature has underflowed, are frozen.
         active = (square > bound) & (curvature > 0)
         one = full((ROW_BLOCK,), 1, WGMMA_ROW)
         step = jnp.where(active, square / jnp.where(active, curvature, one), 0.0)

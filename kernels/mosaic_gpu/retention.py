@@ -1,9 +1,9 @@
 """Linear attention with one decay for each head and token, on Hopper.
 
-One warpgroup walks over the chunks of 64 tokens of one head and 64 coordinates of its values. Keys
-have one or two blocks of 64 coordinates, and as many 64 x 64 blocks has the state, which stays in
+One warpgroup walks over the chunks of 64 tokens of one head, for 64 coordinates of its values. Keys
+have one or two blocks of 64 coordinates. The state has as many 64 x 64 blocks, which stay in
 registers in float32. Heads may share queries and keys. See `lla.mixers.linear_recurrence` for the
-formulas; every factor of a product is rounded to 16 bits once.
+formulas. The operands of products are rounded to 16 bits once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
+    DECAY_VECTORS,
+    DoubleBuffer,
     ProgramSlices,
     Square,
     Transposed,
+    gated_operands,
+    load_tiles,
     narrow_tiles,
 )
 from lla.kernels.mosaic_gpu.launch import Config, launch
@@ -29,12 +32,12 @@ from lla.kernels.mosaic_gpu.tile import Arithmetic
 
 _DTYPE = jnp.bfloat16
 
-VECTORS = ("entering", "leaving", "inside", "through")
-"""As in `lla.kernels.mosaic_gpu.delta`."""
+VECTORS = DECAY_VECTORS
+"""Per-token sums that `backward` returns, float32 ``[B, N, T]``."""
 
 
 class Gates(NamedTuple):
-    """What a chunk reads of its gates, float32 ``[B, N, T]``; `total` is ``[B, N, M]``.
+    """The gates of all chunks, float32 ``[B, N, T]``; `total` is ``[B, N, M]`` for M chunks.
 
     `upper` and `lower` are the parts of `lla.mixers.chunks.Sums`.
     """
@@ -46,16 +49,9 @@ class Gates(NamedTuple):
     total: jax.Array
 
 
-def _operands(query, key, value, gates: Gates, **others):
-    columns = (gates.upper, gates.lower)  # loads of one operand in two layouts become one load
-    return {
-        "query": query, "key": key, "value": value, "gates": gates, "columns": columns, **others
-    }  # fmt: skip
-
-
 @functools.partial(jax.jit, static_argnames=("save", "interpret"))
 def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: Any = None):
-    """Outputs ``[B, T, N, 64]``, the last state, and with `save` those before every chunk.
+    """Outputs ``[B, T, N, 64]``, the last state, and with `save` the states before every chunk.
 
     Args:
       query, key: bfloat16 ``[B, T, K, H]``, H 64 or 128, T a multiple of 64, K a divisor of N.
@@ -81,7 +77,7 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
     square = Square(Arithmetic(interpret is not None))
     found = launch(
         functools.partial(_forward_body, square, (n, n // kv_heads, blocks), count, save), outputs,
-        scratch, _operands(query, key, value, gates, state=state), programs=b * n,
+        scratch, gated_operands(query, key, value, gates, state=state), programs=b * n,
         config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     return found["out"], found["state"], found.get("states")
@@ -92,22 +88,19 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
     gates, states = given["gates"], scratch["states"]
     written, result = scratch["work"]
 
-    def fetch(c, slot):
-        sources = [*slices.keys(given["query"], c), *slices.keys(given["key"], c)]
-        sources.append(slices.values(given["value"], c))
-        for source, target in zip(sources, scratch["inputs"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], scratch["loaded"].at[slot])
+    inputs = DoubleBuffer(
+        lambda c: slices.inputs(given, c), scratch["inputs"], scratch["loaded"], count
+    )
 
     def advance(c, state):
-        slot = lax.rem(c, jnp.int32(2))
+        slot = inputs.slot(c)
         for tile, part in zip(states, state, strict=True):
             tile[...] = part.astype(_DTYPE)
         plgpu.commit_smem()
         if save:
             for tile, target in zip(states, slices.states(out["states"], c), strict=True):
                 plgpu.copy_smem_to_gmem(tile, target)
-        plgpu.barrier_wait(scratch["loaded"].at[slot])
-        pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
+        inputs.wait(c, slot)
         *keys, value = (target.at[slot] for target in scratch["inputs"])
         queries, keys = keys[:blocks], keys[blocks:]
 
@@ -132,11 +125,8 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
         plgpu.wait_smem_to_gmem(0)
         return state
 
-    fetch(0, 0)
-    state = tuple(square.load_wide(ref) for ref in slices.state(given["state"]))
-    state = lax.fori_loop(0, count, advance, state)
-    for part, target in zip(state, slices.state(out["state"]), strict=True):
-        target[...] = part
+    inputs.start()
+    slices.walk(square, count, advance, given["state"], out["state"])
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
@@ -164,7 +154,7 @@ def backward(query, key, value, gates: Gates, states, d_out, d_state, *, interpr
     found = launch(
         functools.partial(_backward_body, square, (n, n // kv_heads, blocks), t // CHUNK), outputs,
         scratch,
-        _operands(query, key, value, gates, states=states, d_out=d_out, d_state=d_state),
+        gated_operands(query, key, value, gates, states=states, d_out=d_out, d_state=d_state),
         programs=b * n, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     return found | dict(zip(VECTORS, found.pop("vectors"), strict=True))
@@ -181,8 +171,7 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         sources = [slices.values(given["value"], c), slices.values(given["d_out"], c)]
         sources += slices.keys(given["query"], c) + slices.keys(given["key"], c)
         sources += slices.states(given["states"], c)
-        for source, target in zip(sources, scratch["inputs"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target, scratch["loaded"])
+        load_tiles(sources, scratch["inputs"], scratch["loaded"])
 
     def advance(i, d_state):
         c = count - 1 - i
@@ -238,18 +227,11 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
             plgpu.copy_smem_to_gmem(results[0], query_target)
             plgpu.copy_smem_to_gmem(results[1], key_target)
             plgpu.wait_smem_to_gmem(0)
-        pl.when(c > 0)(lambda: fetch(c - 1))  # everything of this chunk has been read
-        for index, vector in enumerate((entering, leaving, inside, through)):
-            scratch["vectors"].at[index][...] = vector
-        plgpu.commit_smem()
-        for index in range(len(VECTORS)):
-            target = out["vectors"].at[index, slices.b, slices.h, slices.tokens(c)]
-            plgpu.copy_smem_to_gmem(scratch["vectors"].at[index], target)
+        pl.when(c > 0)(lambda: fetch(c - 1))  # all inputs of this chunk have been read
+        vectors = (entering, leaving, inside, through)
+        slices.store_vectors(vectors, scratch["vectors"], out["vectors"], c)
         plgpu.wait_smem_to_gmem(0)
         return tuple(new)
 
     fetch(count - 1)
-    d_state = tuple(square.load_wide(ref) for ref in slices.state(given["d_state"]))
-    d_state = lax.fori_loop(0, count, advance, d_state)
-    for part, target in zip(d_state, slices.state(out["state"]), strict=True):
-        target[...] = part
+    slices.walk(square, count, advance, given["d_state"], out["state"])
