@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lla.mixers import delta_kernel, linear_kernel, mesa, retention_kernel, scan_kernel
+from lla.mixers import delta_kernel, linear_kernel, retention_kernel, scan_kernel
 from lla.mixers.delta_rule import delta_rule
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.mixers.selective_scan import selective_scan
@@ -31,6 +32,10 @@ from tests.kernels.interpret import record_race_detectors
 from tests.ops.harness import relative_error
 
 BATCH = 1
+
+mesa = importlib.import_module(
+    "lla.mixers.mesa"
+)  # as an attribute of `lla.mixers` it is a function
 
 
 def attention(rng, length, heads, dim, value_dim):
