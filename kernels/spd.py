@@ -1,9 +1,9 @@
-"""Inverses of batches of small symmetric positive definite matrices, by matrix products.
+"""Inverses of many small symmetric positive definite matrices, by products alone.
 
-XLA's batched factorisations call a library once per matrix. On a CPU those calls wait for workers
-of the thread pool that they run on, so several at once can deadlock it. Here the inverse Cholesky
-factor is computed recursively by halves, which turns nearly all the work into batched matrix
-products. Blocks of at most 16 x 16 are eliminated column by column, for all matrices at once.
+XLA's batched factorisations call a library for every matrix: on a CPU these calls wait for workers
+of the very thread pool they run on, and several of them at once block it for good. Here the inverse
+Cholesky factor is found by halves, so that nearly all the work is batched matrix products on any
+platform; blocks of at most 16 x 16 are eliminated column by column, all matrices at once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _BASE = 16
 
 
 def inverse(a: jax.Array, precision) -> tuple[jax.Array, jax.Array]:
-    """Inverse of ``[..., H, H]``, and bool ``[...]``: whether all pivots were positive and finite.
+    """Inverse of ``[..., H, H]`` and bool ``[...]``: whether every pivot was positive and finite.
 
-    Only the lower triangle of `a` is read. Where a pivot was not positive (rounding made the matrix
-    indefinite), the result is the identity.
+    Only the lower triangle of `a` is read. Where a pivot was not positive (rounding has made a
+    matrix indefinite), the inverse is the identity.
     """
     factor, ok = _inverse_factor(a, precision)
     inverted = jnp.matmul(jnp.swapaxes(factor, -1, -2), factor, precision=precision)
@@ -49,10 +49,10 @@ def _inverse_factor(a, precision):
 
 
 def _eliminate(a):
-    """`_inverse_factor` by Gaussian elimination, vectorised over the matrices (the last axis).
+    """`_inverse_factor` by Gaussian elimination; the matrices run along the last axis, a vector.
 
-    The multipliers of the elimination are stored in place of the zeros they produce, so that the
-    strictly lower triangle ends up as that of the inverse unit factor.
+    Column by column, the multipliers of the elimination take the place of the zeros they produce,
+    so that the strictly lower triangle ends as that of the inverse unit factor.
     """
     h, batch = a.shape[-1], a.shape[:-2]
     a = jnp.moveaxis(a.reshape(-1, h, h), 0, -1)

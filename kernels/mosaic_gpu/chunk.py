@@ -36,7 +36,7 @@ _MASKED = -1e4  # exponent of a masked entry
 
 
 @dataclasses.dataclass(frozen=True)
-class Square:
+class ChunkMath:
     """Arithmetic on 64 x 64 matrices in the registers of a warpgroup."""
 
     arithmetic: Arithmetic
@@ -260,14 +260,14 @@ class ProgramSlices:
     def state(self, array):
         return [array.at[self.b, self.h, columns] for columns in self.columns]
 
-    def row(self, square: Square, array, c):
-        rows = square.rows(array.at[self.b, self.h, self.tokens(c)])
+    def row(self, math: ChunkMath, array, c):
+        rows = math.rows(array.at[self.b, self.h, self.tokens(c)])
         return by_row(rows, SQUARE)
 
-    def sums(self, square: Square, given, c):
+    def sums(self, math: ChunkMath, given, c):
         gates = given["gates"]
         where = (self.b, self.h, self.tokens(c))
-        return square.sums((gates.upper, gates.lower), given["columns"], where)
+        return math.sums((gates.upper, gates.lower), given["columns"], where)
 
     def store_vectors(self, vectors, scratch, out, c):
         """Writes vectors of the tokens of chunk c to ``out [len(vectors), B, N, T]``."""
@@ -278,12 +278,12 @@ class ProgramSlices:
             target = out.at[index, self.b, self.h, self.tokens(c)]
             plgpu.copy_smem_to_gmem(scratch.at[index], target)
 
-    def walk(self, square: Square, count: int, advance, first, last):
+    def walk(self, math: ChunkMath, count: int, advance, first, last):
         """Runs ``state = advance(i, state)`` `count` times.
 
         The state is a tuple of blocks, loaded from the array `first` and written to `last`.
         """
-        state = tuple(square.load_wide(ref) for ref in self.state(first))
+        state = tuple(math.load_wide(ref) for ref in self.state(first))
         state = lax.fori_loop(0, count, advance, state)
         for part, target in zip(state, self.state(last), strict=True):
             target[...] = part

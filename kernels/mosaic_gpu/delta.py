@@ -30,9 +30,9 @@ from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
     DECAY_VECTORS,
     SQUARE,
+    ChunkMath,
     DoubleBuffer,
     ProgramSlices,
-    Square,
     Transposed,
     gated_operands,
     load_tiles,
@@ -101,9 +101,9 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
         "work": [narrow_tiles() for _ in range(4)],
         "loaded": plgpu.Barrier(num_arrivals=2 * blocks + 1, num_barriers=2),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_forward_body, square, (n, 1, blocks), count, save), outputs, scratch,
+        functools.partial(_forward_body, math, (n, 1, blocks), count, save), outputs, scratch,
         gated_operands(query, key, value, gates, state=state), programs=b * n, config=Config(),
         interpret=interpret, threads=1,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
     return found["out"], found["state"], saved
 
 
-def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scratch):
+def _forward_body(math: ChunkMath, sizes, count: int, save: bool, given, out, scratch):
     slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, states = given["gates"], scratch["states"]
     update, work = scratch["update"], scratch["work"]
@@ -126,7 +126,7 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
         *keys, value = (target.at[slot] for target in scratch["inputs"])
         queries, keys = keys[:blocks], keys[blocks:]
         beta, start, end = (
-            slices.row(square, array, c) for array in (gates.beta, gates.start, gates.end)
+            slices.row(math, array, c) for array in (gates.beta, gates.start, gates.end)
         )
         for part, tiles in zip(state, states, strict=True):
             store_parts(part, tiles)
@@ -135,46 +135,46 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
             for tiles, target in zip(states, slices.states(out["states"], c), strict=True):
                 plgpu.copy_smem_to_gmem(tiles[0], target)
 
-        pair = square.pair(*slices.sums(square, given, c), transposed=False)
-        (overlap,) = square.multiply([(k, Transposed(k)) for k in keys])
-        strict = square.index(0) > square.index(1)
-        solver = square.inverse(jnp.where(strict, beta * overlap * pair, 0.0), work)
-        solver = square.parts(solver)
+        pair = math.pair(*slices.sums(math, given, c), transposed=False)
+        (overlap,) = math.multiply([(k, Transposed(k)) for k in keys])
+        strict = math.index(0) > math.index(1)
+        solver = math.inverse(jnp.where(strict, beta * overlap * pair, 0.0), work)
+        solver = math.parts(solver)
 
         reads = [(k, tile) for k, tiles in zip(keys, states, strict=True) for tile in tiles]
-        (known,) = square.multiply(reads)
-        right = beta * (square.load(value) - start * known)
+        (known,) = math.multiply(reads)
+        right = beta * (math.load(value) - start * known)
         store_parts(right, work[:2])
         work[2][...] = solver[0]
         plgpu.commit_smem()
         if save:
             plgpu.copy_smem_to_gmem(work[2], out["solvers"].at[slices.b, slices.h, c])
-        (updates,) = square.multiply(products_of_parts(solver, work[:2]))
+        (updates,) = math.multiply(products_of_parts(solver, work[:2]))
         update[...] = updates.astype(_DTYPE)
         work[1][...] = (end * updates).astype(_DTYPE)
         plgpu.commit_smem()
         if save:
             plgpu.copy_smem_to_gmem(update, slices.values(out["updates"], c))
 
-        scores, incoming = square.multiply(
+        scores, incoming = math.multiply(
             [(q, Transposed(k)) for q, k in zip(queries, keys, strict=True)],
             [(q, tiles[0]) for q, tiles in zip(queries, states, strict=True)],
         )
         weights = (scores * pair).astype(_DTYPE)
-        (result,) = square.multiply([(weights, update)], start=(start * incoming,))
+        (result,) = math.multiply([(weights, update)], start=(start * incoming,))
         work[0][...] = result.astype(_DTYPE)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(work[0], slices.values(out["out"], c))
         total = gates.total[slices.b, slices.h, c]
         state = tuple(
-            square.multiply([(Transposed(k), work[1])], start=(total * part,))[0]
+            math.multiply([(Transposed(k), work[1])], start=(total * part,))[0]
             for k, part in zip(keys, state, strict=True)
         )
         plgpu.wait_smem_to_gmem(0)
         return state
 
     inputs.start()
-    slices.walk(square, count, advance, given["state"], out["state"])
+    slices.walk(math, count, advance, given["state"], out["state"])
 
 
 VECTORS = ("beta", *DECAY_VECTORS)
@@ -203,16 +203,16 @@ def backward(
         "vectors": plgpu.SMEM((len(VECTORS), CHUNK), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=3 * blocks + 4),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_backward_body, square, (n, 1, blocks), t // CHUNK), outputs, scratch,
+        functools.partial(_backward_body, math, (n, 1, blocks), t // CHUNK), outputs, scratch,
         gated_operands(query, key, value, gates, saved=saved, d_out=d_out, d_state=d_state),
         programs=b * n, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     return found | dict(zip(VECTORS, found.pop("vectors"), strict=True))
 
 
-def _backward_body(square: Square, sizes, count: int, given, out, scratch):
+def _backward_body(math: ChunkMath, sizes, count: int, given, out, scratch):
     slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, saved, d_states = given["gates"], given["saved"], scratch["d_states"]
     value, d_out, update, solver, *tiles = scratch["inputs"]
@@ -232,39 +232,39 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
             tile[...] = part.astype(_DTYPE)
         plgpu.commit_smem()
         plgpu.barrier_wait(scratch["loaded"])
-        sums = slices.sums(square, given, c)
+        sums = slices.sums(math, given, c)
 
         # du, and p, the cotangent of the right-hand side.
-        scores_t, outgoing = square.multiply(
+        scores_t, outgoing = math.multiply(
             [(k, Transposed(q)) for q, k in zip(queries, keys, strict=True)],
             list(zip(keys, d_states, strict=True)),
         )
-        weights = (scores_t * square.pair(*sums, transposed=True)).astype(_DTYPE)
-        end = slices.row(square, gates.end, c)
-        (d_update,) = square.multiply([(weights, d_out)], start=(end * outgoing,))
+        weights = (scores_t * math.pair(*sums, transposed=True)).astype(_DTYPE)
+        end = slices.row(math, gates.end, c)
+        (d_update,) = math.multiply([(weights, d_out)], start=(end * outgoing,))
         first[...] = d_update.astype(_DTYPE)
         plgpu.commit_smem()
-        (right,) = square.multiply([(Transposed(solver), first)])
-        d_beta = (right * square.load(value)).sum(axis=1)
-        beta, start = (slices.row(square, array, c) for array in (gates.beta, gates.start))
+        (right,) = math.multiply([(Transposed(solver), first)])
+        d_beta = (right * math.load(value)).sum(axis=1)
+        beta, start = (slices.row(math, array, c) for array in (gates.beta, gates.start))
         d_value = beta * right
         second[...] = d_value.astype(_DTYPE)
         third[...] = (-start * d_value).astype(_DTYPE)
-        fourth[...] = (start * square.load(d_out)).astype(_DTYPE)
+        fourth[...] = (start * math.load(d_out)).astype(_DTYPE)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(second, slices.values(out["value"], c))
         right = -right.astype(_DTYPE)
 
         # Scores of the queries, and the coupling between keys.
-        pair = square.pair(*sums, transposed=False)
-        d_scores, d_coupling, overlap = square.multiply(
+        pair = math.pair(*sums, transposed=False)
+        d_scores, d_coupling, overlap = math.multiply(
             [(d_out, Transposed(update))],
             [(right, Transposed(update))],
             [(k, Transposed(k)) for k in keys],
         )
         d_scores = (d_scores * pair).astype(_DTYPE)
         first[...] = d_scores
-        strict = square.index(0) > square.index(1)
+        strict = math.index(0) > math.index(1)
         d_coupling = jnp.where(strict, d_coupling * pair, 0.0)
         d_beta = d_beta + (d_coupling * overlap).sum(axis=1)
         d_coupling = (beta * d_coupling).astype(_DTYPE)
@@ -282,30 +282,30 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
 
         for j, (query_target, key_target) in enumerate(targets):
             query, key, state, behind = queries[j], keys[j], states[j], d_states[j]
-            note("through", d_state[j] * square.load(state))
-            d_query, incoming = square.multiply([(d_scores, key)], [(d_out, Transposed(state))])
+            note("through", d_state[j] * math.load(state))
+            d_query, incoming = math.multiply([(d_scores, key)], [(d_out, Transposed(state))])
             incoming = start * incoming
-            note("inside", d_query * square.load(query))
-            note("entering", incoming * square.load(query))
+            note("inside", d_query * math.load(query))
+            note("entering", incoming * math.load(query))
             d_query = (d_query + incoming).astype(_DTYPE)
 
-            d_key, column = square.multiply(
+            d_key, column = math.multiply(
                 [(d_coupling, key)], [(Transposed(first), query), (Transposed(second), key)]
             )
-            note("inside", (d_key - column) * square.load(key))
+            note("inside", (d_key - column) * math.load(key))
             d_key = d_key + column
-            incoming, leaving = square.multiply(
+            incoming, leaving = math.multiply(
                 [(right, Transposed(state))], [(update, Transposed(behind))]
             )
             leaving = end * leaving
-            note("leaving", leaving * square.load(key))
+            note("leaving", leaving * math.load(key))
             incoming = start * incoming
-            note("beta", incoming * square.load(key))
+            note("beta", incoming * math.load(key))
             incoming = beta * incoming
-            note("entering", incoming * square.load(key))
+            note("entering", incoming * math.load(key))
             d_key = d_key + leaving + incoming
             reads = [(Transposed(query), fourth), (Transposed(key), third)]
-            new += square.multiply(reads, start=(total * d_state[j],))
+            new += math.multiply(reads, start=(total * d_state[j],))
             # The tiles of this state are not read again, so they can hold the results.
             state[...] = d_query
             behind[...] = d_key.astype(_DTYPE)
@@ -319,4 +319,4 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         return tuple(new)
 
     fetch(count - 1)
-    slices.walk(square, count, advance, given["d_state"], out["state"])
+    slices.walk(math, count, advance, given["d_state"], out["state"])

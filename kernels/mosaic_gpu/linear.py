@@ -28,8 +28,8 @@ from jax import lax
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
     SQUARE,
+    ChunkMath,
     DoubleBuffer,
-    Square,
     Transposed,
     load_tiles,
     program_index,
@@ -51,26 +51,26 @@ def _tile(*sizes: int):
 class _Chunk:
     """The gates of a chunk: decays ``[64, H]`` from the log-decays in `tiles`."""
 
-    def __init__(self, square: Square, dim: int, tiles):
-        self.square, self.shape, self.tiles = square, (CHUNK, dim), tiles
-        self.column = square.index(1)
+    def __init__(self, math: ChunkMath, dim: int, tiles):
+        self.math, self.shape, self.tiles = math, (CHUNK, dim), tiles
+        self.column = math.index(1)
 
     @property
     def row(self):
         """Computed for every mask again, or the common parts of masks would occupy registers."""
-        return self.square.index(0)
+        return self.math.index(0)
 
     def on_diagonal(self, matrix):
         return jnp.where(self.row == self.column, matrix, 0.0)
 
     def read(self, ref):
-        store_parts(self.square.load_wide(ref), self.tiles)
+        store_parts(self.math.load_wide(ref), self.tiles)
         plgpu.commit_smem()
 
     def decay(self, which):
         """The decay of every row: over the tokens (columns) for which `which` is True."""
         which = jnp.where(which, 1.0, 0.0).astype(_DTYPE)
-        (sums,) = self.square.multiply([(which, tile) for tile in self.tiles], shape=self.shape)
+        (sums,) = self.math.multiply([(which, tile) for tile in self.tiles], shape=self.shape)
         return jnp.exp2(sums * LOG2E)
 
     def start(self):
@@ -84,7 +84,7 @@ class _Chunk:
 
     def later(self, size, shape):
         """Whether a row is in the second half of its block, with halves of `size`."""
-        return (self.square.index(0, shape) & size) != 0
+        return (self.math.index(0, shape) & size) != 0
 
     def level(self, size):
         """The decays of queries from the start of their half, of keys to the end of theirs."""
@@ -133,16 +133,16 @@ def forward(query, key, value, log_decay, state, *, save: bool, interpret: Any =
         "out": _tile(*SQUARE, dim),
         "loaded": plgpu.Barrier(num_arrivals=3, num_barriers=2),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_forward_body, square, n, count, dim, save), outputs, scratch,
+        functools.partial(_forward_body, math, n, count, dim, save), outputs, scratch,
         _operands(query, key, value, log_decay, state=state), programs=b * n, config=Config(),
         interpret=interpret, threads=1,
     )  # fmt: skip
     return found["out"], found["state"], found.get("states")
 
 
-def _forward_body(square: Square, heads: int, count: int, dim: int, save, given, out, scratch):
+def _forward_body(math: ChunkMath, heads: int, count: int, dim: int, save, given, out, scratch):
     b, h = program_index(heads)
     shape = (CHUNK, dim)
 
@@ -156,43 +156,43 @@ def _forward_body(square: Square, heads: int, count: int, dim: int, save, given,
         slot = inputs.slot(c)
         tokens = pl.ds(c * CHUNK, CHUNK)
         scratch["state"][...] = state.astype(_DTYPE)
-        gates = _Chunk(square, dim, scratch["logs"])
+        gates = _Chunk(math, dim, scratch["logs"])
         gates.read(given["log_decay"].at[b, tokens, h])
         if save:
             plgpu.copy_smem_to_gmem(scratch["state"], out["states"].at[b, h, c])
         inputs.wait(c, slot)
         query, key, value = (target.at[slot] for target in scratch["inputs"])
 
-        (weights,) = square.multiply([(query, Transposed(key))])
+        (weights,) = math.multiply([(query, Transposed(key))])
         weights = gates.on_diagonal(weights)
 
         def add_level(i, weights):
             size, work = lax.shift_left(jnp.int32(1), i), lax.rem(i, jnp.int32(2))
             later = gates.later(size, shape)
-            scaled = jnp.where(later, square.load(query), square.load(key)) * gates.level(size)
+            scaled = jnp.where(later, math.load(query), math.load(key)) * gates.level(size)
             scaled = scaled.astype(_DTYPE)
             tile = scratch["work"].at[work]
             tile[...] = scaled
             plgpu.commit_smem()
-            (products,) = square.multiply([(scaled, Transposed(tile))])
+            (products,) = math.multiply([(scaled, Transposed(tile))])
             return weights + jnp.where(gates.below(size), products, 0.0)
 
         weights = lax.fori_loop(0, _LEVELS, add_level, weights)
-        incoming = (square.load(query) * gates.start()).astype(_DTYPE)
-        (result,) = square.multiply(
+        incoming = (math.load(query) * gates.start()).astype(_DTYPE)
+        (result,) = math.multiply(
             [(incoming, Transposed(scratch["state"])), (weights.astype(_DTYPE), value)]
         )
         scratch["out"][...] = result.astype(_DTYPE)
         tile = scratch["work"].at[c * 0]  # products with a constant index do not lower
-        tile[...] = (square.load(key) * gates.end()).astype(_DTYPE)
+        tile[...] = (math.load(key) * gates.end()).astype(_DTYPE)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch["out"], out["out"].at[b, tokens, h])
-        (state,) = square.multiply([(Transposed(value), tile)], start=(gates.total() * state,))
+        (state,) = math.multiply([(Transposed(value), tile)], start=(gates.total() * state,))
         plgpu.wait_smem_to_gmem(0)
         return state
 
     inputs.start()
-    state = square.load_wide(given["state"].at[b, h])
+    state = math.load_wide(given["state"].at[b, h])
     state = lax.fori_loop(0, count, advance, state)
     out["state"].at[b, h][...] = state
 
@@ -218,15 +218,15 @@ def backward(query, key, value, log_decay, states, d_out, d_state, *, interpret:
         "d_value": _tile(*whole),
         "loaded": plgpu.Barrier(num_arrivals=5),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     return launch(
-        functools.partial(_backward_body, square, n, t // CHUNK, dim), outputs, scratch,
+        functools.partial(_backward_body, math, n, t // CHUNK, dim), outputs, scratch,
         _operands(query, key, value, log_decay, states=states, d_out=d_out, d_state=d_state),
         programs=b * n, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
 
 
-def _backward_body(square: Square, heads: int, count: int, dim: int, given, out, scratch):
+def _backward_body(math: ChunkMath, heads: int, count: int, dim: int, given, out, scratch):
     b, h = program_index(heads)
     shape = (CHUNK, dim)
     query, key, value, d_out, state = scratch["inputs"]
@@ -241,12 +241,12 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         c = count - 1 - i
         tokens = pl.ds(c * CHUNK, CHUNK)
         scratch["d_state"][...] = d_state.astype(_DTYPE)
-        gates = _Chunk(square, dim, scratch["logs"])
+        gates = _Chunk(math, dim, scratch["logs"])
         gates.read(given["log_decay"].at[b, tokens, h])
         plgpu.barrier_wait(scratch["loaded"])
         column = gates.column
 
-        weights_t, d_weights, d_weights_t = square.multiply(
+        weights_t, d_weights, d_weights_t = math.multiply(
             [(key, Transposed(query))], [(d_out, Transposed(value))], [(value, Transposed(d_out))]
         )
         weights_t = gates.on_diagonal(weights_t)
@@ -257,45 +257,45 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
             size, work = lax.shift_left(jnp.int32(1), i), lax.rem(i, jnp.int32(2))
             later = gates.later(size, shape)
             decay = gates.level(size)
-            scaled = jnp.where(later, square.load(query), square.load(key)) * decay
+            scaled = jnp.where(later, math.load(query), math.load(key)) * decay
             scaled = scaled.astype(_DTYPE)
             tile = scratch["work"].at[work]
             tile[...] = scaled
             plgpu.commit_smem()
-            (products,) = square.multiply([(scaled, Transposed(tile))])
+            (products,) = math.multiply([(scaled, Transposed(tile))])
             weights_t = weights_t + jnp.where(gates.above(size), products, 0.0)
             below, above = gates.below(size), gates.above(size)
             both = jnp.where(below, d_weights, jnp.where(above, d_weights_t, 0.0))
-            (d_rows,) = square.multiply([(both.astype(_DTYPE), tile)], shape=shape)
+            (d_rows,) = math.multiply([(both.astype(_DTYPE), tile)], shape=shape)
             d_rows = d_rows * decay
             d_query = d_query + jnp.where(later, d_rows, 0.0)
             return weights_t, d_query, d_key + jnp.where(later, 0.0, d_rows)
 
-        zero = square.load(key) * 0.0
+        zero = math.load(key) * 0.0
         weights_t, d_query, d_key = lax.fori_loop(0, _LEVELS, add_level, (weights_t, zero, zero))
         # Through the log-decays up to a token, minus through those after it.
-        onward = d_query * square.load(query) - d_key * square.load(key)
+        onward = d_query * math.load(query) - d_key * math.load(key)
         on_diagonal = lax.broadcast_in_dim(on_diagonal, shape, [0])
-        d_query = d_query + on_diagonal * square.load(key)
-        d_key = d_key + on_diagonal * square.load(query)
+        d_query = d_query + on_diagonal * math.load(key)
+        d_key = d_key + on_diagonal * math.load(query)
 
         start = gates.start()
-        (incoming,) = square.multiply([(d_out, state)], shape=shape)
+        (incoming,) = math.multiply([(d_out, state)], shape=shape)
         incoming = incoming * start
         d_query = d_query + incoming
         scratch["results"][0][...] = d_query.astype(_DTYPE)
-        onward = onward + incoming * square.load(query)
-        scratch["work"].at[c * 0][...] = (square.load(query) * start).astype(_DTYPE)
+        onward = onward + incoming * math.load(query)
+        scratch["work"].at[c * 0][...] = (math.load(query) * start).astype(_DTYPE)
 
         end = gates.end()
-        (outgoing,) = square.multiply([(value, scratch["d_state"])], shape=shape)
+        (outgoing,) = math.multiply([(value, scratch["d_state"])], shape=shape)
         outgoing = outgoing * end
         d_key = d_key + outgoing
         scratch["results"][1][...] = d_key.astype(_DTYPE)
-        leaving = outgoing * square.load(key)
-        outgoing = (square.load(key) * end).astype(_DTYPE)
+        leaving = outgoing * math.load(key)
+        outgoing = (math.load(key) * end).astype(_DTYPE)
         plgpu.commit_smem()
-        (d_value,) = square.multiply(
+        (d_value,) = math.multiply(
             [(weights_t.astype(_DTYPE), d_out), (outgoing, Transposed(scratch["d_state"]))]
         )
         scratch["d_value"][...] = d_value.astype(_DTYPE)
@@ -305,8 +305,8 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         plgpu.copy_smem_to_gmem(scratch["d_value"], out["value"].at[b, tokens, h])
 
         total = gates.total()
-        through = total * d_state * square.load(state)
-        (new,) = square.multiply(
+        through = total * d_state * math.load(state)
+        (new,) = math.multiply(
             [(Transposed(d_out), scratch["work"].at[c * 0])], start=(total * d_state,)
         )
 
@@ -316,7 +316,7 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
             plgpu.commit_smem()
             which = jnp.where(which, 1.0, 0.0).astype(_DTYPE)
             pairs = [(which, tile) for tile in scratch["logs"]]
-            return square.multiply(pairs, start=(so_far,))[0]
+            return math.multiply(pairs, start=(so_far,))[0]
 
         d_log = sums(column >= gates.row, onward, onward * 0.0)
         d_log = sums(column < gates.row, leaving, d_log)
@@ -328,6 +328,6 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         return new
 
     fetch(count - 1)
-    d_state = square.load_wide(given["d_state"].at[b, h])
+    d_state = math.load_wide(given["d_state"].at[b, h])
     d_state = lax.fori_loop(0, count, advance, d_state)
     out["state"].at[b, h][...] = d_state

@@ -24,7 +24,7 @@ from jax import lax
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
     SQUARE,
-    Square,
+    ChunkMath,
     Transposed,
     narrow_tiles,
     products_of_parts,
@@ -74,7 +74,7 @@ def solve(
         "start": start, "ridge": ridge, "inverse": inverse, "right": right,
     }  # fmt: skip
     body = functools.partial(
-        _body, Square(Arithmetic(interpret is not None)), ridge.shape[0], max_iters, tol
+        _body, ChunkMath(Arithmetic(interpret is not None)), ridge.shape[0], max_iters, tol
     )
     found = launch(
         body, {"x": jax.ShapeDtypeStruct(right.shape, jnp.float32)}, scratch, operands,
@@ -83,29 +83,29 @@ def solve(
     return found["x"]
 
 
-def _body(tile: Square, heads: int, max_iters: int, tol: float, given, out, scratch):
+def _body(math: ChunkMath, heads: int, max_iters: int, tol: float, given, out, scratch):
     g = lax.axis_index("program")
     key, moment = scratch["key"], scratch["tiles"]
     plgpu.copy_gmem_to_smem(given["key"].at[g], key, scratch["loaded"])
-    store_parts(tile.load_wide(given["moment"].at[g]), moment)
+    store_parts(math.load_wide(given["moment"].at[g]), moment)
     plgpu.commit_smem()
     plgpu.barrier_wait(scratch["loaded"])
 
-    sums = tile.sums(given["sums"], given["columns"][1:], (g,))
-    pair = tile.pair(*sums, transposed=False)
-    pair = pair * by_column(tile.columns(given["columns"][0].at[g]), SQUARE)
-    start = tile.rows(given["start"].at[g])
-    ridge = by_column(tile.columns(given["ridge"].at[lax.rem(g, jnp.int32(heads))]), SQUARE)
-    inverse = tile.load_wide(given["inverse"].at[g])
-    right = tile.load_wide(given["right"].at[g])
+    sums = math.sums(given["sums"], given["columns"][1:], (g,))
+    pair = math.pair(*sums, transposed=False)
+    pair = pair * by_column(math.columns(given["columns"][0].at[g]), SQUARE)
+    start = math.rows(given["start"].at[g])
+    ridge = by_column(math.columns(given["ridge"].at[lax.rem(g, jnp.int32(heads))]), SQUARE)
+    inverse = math.load_wide(given["inverse"].at[g])
+    right = math.load_wide(given["right"].at[g])
 
     def product(x, parts):
-        incoming, scores = tile.multiply(
+        incoming, scores = math.multiply(
             products_of_parts(parts, moment), [(part, Transposed(key)) for part in parts]
         )
-        weights = tile.parts(scores * pair)
+        weights = math.parts(scores * pair)
         begin = by_row(start, SQUARE) * incoming + ridge * x
-        return tile.multiply([(part, key) for part in weights], start=(begin,))[0]
+        return math.multiply([(part, key) for part in weights], start=(begin,))[0]
 
     def dot(x, y):
         return (x * y).sum(axis=1)
@@ -114,14 +114,14 @@ def _body(tile: Square, heads: int, max_iters: int, tol: float, given, out, scra
         """Whether any token is, as a scalar that all threads agree on."""
         scratch["residual"][...] = square - bound
         plgpu.commit_smem()
-        excess = by_column(tile.columns(scratch["residual"]), SQUARE).max(axis=1)
+        excess = by_column(math.columns(scratch["residual"]), SQUARE).max(axis=1)
         scratch["flag"][...] = jnp.where(excess > 0, 1, 0).astype(jnp.int32)
         plgpu.commit_smem()
         return scratch["flag"][0]
 
     def advance(carry):
         count, _, x, residual, direction, square = carry
-        parts = tile.parts(direction)
+        parts = math.parts(direction)
         direction = parts[0].astype(jnp.float32) + parts[1].astype(jnp.float32)
         image = product(direction, parts)
         curvature = dot(direction, image)

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
     DECAY_VECTORS,
+    ChunkMath,
     DoubleBuffer,
     ProgramSlices,
-    Square,
     Transposed,
     gated_operands,
     load_tiles,
@@ -74,16 +74,16 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
         "work": [narrow_tiles() for _ in range(2)],
         "loaded": plgpu.Barrier(num_arrivals=2 * blocks + 1, num_barriers=2),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_forward_body, square, (n, n // kv_heads, blocks), count, save), outputs,
+        functools.partial(_forward_body, math, (n, n // kv_heads, blocks), count, save), outputs,
         scratch, gated_operands(query, key, value, gates, state=state), programs=b * n,
         config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     return found["out"], found["state"], found.get("states")
 
 
-def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scratch):
+def _forward_body(math: ChunkMath, sizes, count: int, save: bool, given, out, scratch):
     slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, states = given["gates"], scratch["states"]
     written, result = scratch["work"]
@@ -104,29 +104,29 @@ def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scr
         *keys, value = (target.at[slot] for target in scratch["inputs"])
         queries, keys = keys[:blocks], keys[blocks:]
 
-        scores, incoming = square.multiply(
+        scores, incoming = math.multiply(
             [(q, Transposed(k)) for q, k in zip(queries, keys, strict=True)],
             list(zip(queries, states, strict=True)),
         )
-        pair = square.pair(*slices.sums(square, given, c), transposed=False)
+        pair = math.pair(*slices.sums(math, given, c), transposed=False)
         weights = (scores * pair).astype(_DTYPE)
-        incoming = slices.row(square, gates.start, c) * incoming
-        (rows,) = square.multiply([(weights, value)], start=(incoming,))
+        incoming = slices.row(math, gates.start, c) * incoming
+        (rows,) = math.multiply([(weights, value)], start=(incoming,))
         result[...] = rows.astype(_DTYPE)
-        end = slices.row(square, gates.end, c)
-        written[...] = (end * square.load(value)).astype(_DTYPE)
+        end = slices.row(math, gates.end, c)
+        written[...] = (end * math.load(value)).astype(_DTYPE)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(result, slices.values(out["out"], c))
         total = gates.total[slices.b, slices.h, c]
         state = tuple(
-            square.multiply([(Transposed(k), written)], start=(total * part,))[0]
+            math.multiply([(Transposed(k), written)], start=(total * part,))[0]
             for k, part in zip(keys, state, strict=True)
         )
         plgpu.wait_smem_to_gmem(0)
         return state
 
     inputs.start()
-    slices.walk(square, count, advance, given["state"], out["state"])
+    slices.walk(math, count, advance, given["state"], out["state"])
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
@@ -150,9 +150,9 @@ def backward(query, key, value, gates: Gates, states, d_out, d_state, *, interpr
         "vectors": plgpu.SMEM((len(VECTORS), CHUNK), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=3 * blocks + 2),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_backward_body, square, (n, n // kv_heads, blocks), t // CHUNK), outputs,
+        functools.partial(_backward_body, math, (n, n // kv_heads, blocks), t // CHUNK), outputs,
         scratch,
         gated_operands(query, key, value, gates, states=states, d_out=d_out, d_state=d_state),
         programs=b * n, config=Config(), interpret=interpret, threads=1,
@@ -160,7 +160,7 @@ def backward(query, key, value, gates: Gates, states, d_out, d_state, *, interpr
     return found | dict(zip(VECTORS, found.pop("vectors"), strict=True))
 
 
-def _backward_body(square: Square, sizes, count: int, given, out, scratch):
+def _backward_body(math: ChunkMath, sizes, count: int, given, out, scratch):
     slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, d_states = given["gates"], scratch["d_states"]
     scored, read, *results = scratch["work"]
@@ -181,20 +181,20 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         plgpu.commit_smem()
         plgpu.barrier_wait(scratch["loaded"])
 
-        scores_t, outgoing = square.multiply(
+        scores_t, outgoing = math.multiply(
             [(k, Transposed(q)) for q, k in zip(queries, keys, strict=True)],
             list(zip(keys, d_states, strict=True)),
         )
-        sums = slices.sums(square, given, c)
-        weights = (scores_t * square.pair(*sums, transposed=True)).astype(_DTYPE)
-        end, start = (slices.row(square, array, c) for array in (gates.end, gates.start))
+        sums = slices.sums(math, given, c)
+        weights = (scores_t * math.pair(*sums, transposed=True)).astype(_DTYPE)
+        end, start = (slices.row(math, array, c) for array in (gates.end, gates.start))
         outgoing = end * outgoing
-        leaving = (outgoing * square.load(value)).sum(axis=1)
-        (d_value,) = square.multiply([(weights, d_out)], start=(outgoing,))
+        leaving = (outgoing * math.load(value)).sum(axis=1)
+        (d_value,) = math.multiply([(weights, d_out)], start=(outgoing,))
         results[0][...] = d_value.astype(_DTYPE)
-        read[...] = (start * square.load(d_out)).astype(_DTYPE)
-        (d_scores,) = square.multiply([(d_out, Transposed(value))])
-        d_scores = (d_scores * square.pair(*sums, transposed=False)).astype(_DTYPE)
+        read[...] = (start * math.load(d_out)).astype(_DTYPE)
+        (d_scores,) = math.multiply([(d_out, Transposed(value))])
+        d_scores = (d_scores * math.pair(*sums, transposed=False)).astype(_DTYPE)
         scored[...] = d_scores
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(results[0], slices.values(out["value"], c))
@@ -207,21 +207,21 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         entering, inside, new = None, None, []
         for j, (query_target, key_target) in enumerate(targets):
             query, key, state = queries[j], keys[j], states[j]
-            gone = (d_state[j] * square.load(state)).sum(axis=1)
+            gone = (d_state[j] * math.load(state)).sum(axis=1)
             through = gone if through is None else through + gone
-            d_query, incoming = square.multiply([(d_scores, key)], [(d_out, Transposed(state))])
+            d_query, incoming = math.multiply([(d_scores, key)], [(d_out, Transposed(state))])
             incoming = start * incoming
-            came = (incoming * square.load(query)).sum(axis=1)
+            came = (incoming * math.load(query)).sum(axis=1)
             entering = came if entering is None else entering + came
-            between = (d_query * square.load(query)).sum(axis=1)
+            between = (d_query * math.load(query)).sum(axis=1)
             results[0][...] = (d_query + incoming).astype(_DTYPE)
-            d_key, written = square.multiply(
+            d_key, written = math.multiply(
                 [(Transposed(scored), query)], [(value, Transposed(d_states[j]))]
             )
-            between = between - (d_key * square.load(key)).sum(axis=1)
+            between = between - (d_key * math.load(key)).sum(axis=1)
             inside = between if inside is None else inside + between
             results[1][...] = (d_key + end * written).astype(_DTYPE)
-            (part,) = square.multiply([(Transposed(query), read)], start=(total * d_state[j],))
+            (part,) = math.multiply([(Transposed(query), read)], start=(total * d_state[j],))
             new.append(part)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(results[0], query_target)
@@ -234,4 +234,4 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         return tuple(new)
 
     fetch(count - 1)
-    slices.walk(square, count, advance, given["d_state"], out["state"])
+    slices.walk(math, count, advance, given["d_state"], out["state"])

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lla.kernels.mosaic_gpu.chunk import (
+    ChunkMath,
     DoubleBuffer,
-    Square,
     Transposed,
     load_tiles,
     program_index,
@@ -59,23 +59,23 @@ def _tokens(copies: int, columns: int = CHANNELS, dtype=jnp.float32):
 class _Scan:
     """Access to tokens, for both passes; `tiles` are x, delta, B and C, ``[copies, 16, ...]``."""
 
-    def __init__(self, square: Square, given, tiles, place):
-        self.square, self.tiles = square, tiles
+    def __init__(self, math: ChunkMath, given, tiles, place):
+        self.math, self.tiles = math, tiles
         self.b, block = place
         self.channels = pl.ds(block * CHANNELS, CHANNELS)
         # In base 2: decays are computed by exp2.
-        self.rates = square.load_wide(given["rates"].at[self.channels]) * LOG2E
+        self.rates = math.load_wide(given["rates"].at[self.channels]) * LOG2E
 
     def token(self, slot, t):
         """delta, x, B and C of a token, each broadcast to ``[64, 16]``."""
         rows = (by_row(self.row(i, slot, t), _SHAPE) for i in (1, 0))
         columns = (
-            by_column(self.square.columns(tile.at[slot, t]), _SHAPE) for tile in self.tiles[2:4]
+            by_column(self.math.columns(tile.at[slot, t]), _SHAPE) for tile in self.tiles[2:4]
         )
         return (*rows, *columns)
 
     def row(self, i, slot, t):
-        return self.square.rows(self.tiles[i].at[slot, t]).astype(jnp.float32)
+        return self.math.rows(self.tiles[i].at[slot, t]).astype(jnp.float32)
 
     def decay(self, delta):
         return jnp.exp2(delta * self.rates)
@@ -127,16 +127,16 @@ def forward(x, delta, rates, b, c, state, *, save: bool, interpret: Any = None):
         "loaded": plgpu.Barrier(num_arrivals=4, num_barriers=2),
     }
     operands = {"x": x, "delta": delta, "rates": rates, "b": b, "c": c, "state": state}
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_forward_body, square, d // CHANNELS, count, save), outputs, scratch,
+        functools.partial(_forward_body, math, d // CHANNELS, count, save), outputs, scratch,
         operands, programs=batch * d // CHANNELS, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     return found["y"], found["state"], found.get("states")
 
 
-def _forward_body(square: Square, blocks: int, count: int, save: bool, given, out, scratch):
-    scan = _Scan(square, given, scratch["tiles"], program_index(blocks))
+def _forward_body(math: ChunkMath, blocks: int, count: int, save: bool, given, out, scratch):
+    scan = _Scan(math, given, scratch["tiles"], program_index(blocks))
     inputs = DoubleBuffer(
         lambda c: scan.sources(given, ("x", "delta", "b", "c"), c), scratch["tiles"],
         scratch["loaded"], count,
@@ -162,7 +162,7 @@ def _forward_body(square: Square, blocks: int, count: int, save: bool, given, ou
         return state
 
     inputs.start()
-    state = square.load_wide(given["state"].at[scan.b, scan.channels])
+    state = math.load_wide(given["state"].at[scan.b, scan.channels])
     state = lax.fori_loop(0, count, advance, state)
     out["state"].at[scan.b, scan.channels][...] = state
 
@@ -199,9 +199,9 @@ def backward(x, delta, rates, b, c, states, d_y, d_state, *, interpret: Any = No
         "x": x, "delta": delta, "rates": rates, "b": b, "c": c, "states": states, "d_y": d_y,
         "d_state": d_state,
     }  # fmt: skip
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_backward_body, square, blocks, count), outputs, scratch, operands,
+        functools.partial(_backward_body, math, blocks, count), outputs, scratch, operands,
         programs=batch * blocks, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     sums = found.pop("sums").sum(1).reshape(batch, t, 2, STATES)
@@ -209,9 +209,9 @@ def backward(x, delta, rates, b, c, states, d_y, d_state, *, interpret: Any = No
     return found | {"rates": rates, "b": sums[:, :, 0], "c": sums[:, :, 1]}
 
 
-def _backward_body(square: Square, blocks: int, count: int, given, out, scratch):
+def _backward_body(math: ChunkMath, blocks: int, count: int, given, out, scratch):
     tiles = scratch["tiles"]
-    scan = _Scan(square, given, tiles, program_index(blocks))
+    scan = _Scan(math, given, tiles, program_index(blocks))
     block = lax.rem(lax.axis_index("program"), jnp.int32(blocks))
     summed, ones = scratch["summed"], scratch["ones"]
     ones[...] = full(_SHAPE, 1, WGMMA, _DTYPE)
@@ -223,7 +223,7 @@ def _backward_body(square: Square, blocks: int, count: int, given, out, scratch)
     def advance(i, carry):
         d_state, d_rates = carry
         c = count - 1 - i
-        state = square.load_wide(given["states"].at[scan.b, c, scan.channels])
+        state = math.load_wide(given["states"].at[scan.b, c, scan.channels])
         plgpu.barrier_wait(scratch["loaded"])
 
         def forth(t, state):
@@ -239,7 +239,7 @@ def _backward_body(square: Square, blocks: int, count: int, given, out, scratch)
             delta, x, b, c_row = scan.token(0, t)
             d_y = by_row(scan.row(4, 0, t), _SHAPE)
             decay = scan.decay(delta)
-            kept = decay * square.load(scratch["states"].at[t])
+            kept = decay * math.load(scratch["states"].at[t])
             d_state = d_state + d_y * c_row
             inflow = delta * x
             sums = (d_state * inflow, (kept + inflow * b) * d_y)
@@ -259,7 +259,7 @@ def _backward_body(square: Square, blocks: int, count: int, given, out, scratch)
             pair = TOKENS // 2 - 1 - i
             carry = back(2 * pair, 0, back(2 * pair + 1, 1, carry))
             plgpu.commit_smem()
-            (sums,) = square.multiply([(Transposed(summed), ones)], shape=_SHAPE)
+            (sums,) = math.multiply([(Transposed(summed), ones)], shape=_SHAPE)
             scratch["sums"].at[pair][...] = sums.sum(axis=1) * (1 / STATES)
             return carry
 
@@ -275,7 +275,7 @@ def _backward_body(square: Square, blocks: int, count: int, given, out, scratch)
         return d_state, d_rates
 
     fetch(count - 1)
-    d_state = square.load_wide(given["d_state"].at[scan.b, scan.channels])
+    d_state = math.load_wide(given["d_state"].at[scan.b, scan.channels])
     d_state, d_rates = lax.fori_loop(0, count, advance, (d_state, d_state * 0.0))
     out["state"].at[scan.b, scan.channels][...] = d_state
     out["rates"].at[scan.b, scan.channels][...] = d_rates

@@ -33,9 +33,8 @@ from tests.ops.harness import relative_error
 
 BATCH = 1
 
-mesa = importlib.import_module(
-    "lla.mixers.mesa"
-)  # as an attribute of `lla.mixers` it is a function
+# As an attribute of `lla.mixers`, `mesa` is the function.
+mesa = importlib.import_module("lla.mixers.mesa")
 
 
 def attention(rng, length, heads, dim, value_dim):

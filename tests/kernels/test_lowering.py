@@ -66,7 +66,7 @@ def count_kernels(text: str) -> int:
     return text.count("mosaic_gpu_v2") or text.count("mosaic_gpu")
 
 
-@pytest.mark.parametrize("head_dim", [16, 128])  # padded to 64, and not padded
+@pytest.mark.parametrize("head_dim", [16, 128])  # padded, and not padded
 @pytest.mark.parametrize("member", ["softmax", "parallax", "lla"])
 def test_members(member, head_dim):
     kernels = {"softmax": 3, "parallax": 4, "lla": 5}[member]
