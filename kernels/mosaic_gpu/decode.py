@@ -83,8 +83,8 @@ class CacheShape:
 class Sums(NamedTuple):
     """Sums over the splits of the keys, float32.
 
-    A weight is ``w = exp2(logit - largest)``. With k relative to the first visible key and
-    ``t = k . probe``, the sums over a split are
+    A weight is ``w = exp2(logit - largest)``; k is relative to the first visible key, and
+    ``t = k . probe``.
 
     Attributes:
       largest: ``[B, N, P, 64]``, the largest logit of the split in base 2, 64 times.
