@@ -24,12 +24,12 @@ MEASURED = {
     "retention_shared": 128,
     "selective_scan": 16,
 }
-"""Kernels that were checked and timed on a GPU, with the most coordinates of keys that were.
+"""Kernels that were checked and timed on a GPU, with the widest keys that were.
 
-Of `selective_scan` it is the numbers of a state. Read from
-experiments/benchmarks/results/mixer_updates_h200.json; for `retention_shared`, whose keys belong to
-all heads, it has times alone, of Mamba-2 with states of 128, which was trained with the kernel too. A
-kernel that is not listed has to be asked for, by `unmeasured_kernels`.
+The number of `selective_scan` is the size of a state. The source is
+experiments/benchmarks/results/mixer_updates_h200.json. It has no errors for `retention_shared` (keys
+that all heads share), only times of Mamba-2 with states of 128. A kernel that is not listed has to be
+asked for with `unmeasured_kernels`.
 """
 
 _asked = 0  # how many `unmeasured_kernels` are open; of all threads, since programs trace in some
