@@ -305,7 +305,7 @@ def kernel_call(cell: Cell):
     from lla.kernels.mosaic_gpu.gradients import Directions, Rows
     from lla.kernels.mosaic_gpu.launch import Masking, Shape
     from lla.kernels.mosaic_gpu.solve import Adjoint
-    from lla.kernels.mosaic_gpu.solve_rows import Iteration
+    from lla.kernels.mosaic_gpu.solve_rows import CGOptions
     from lla.kernels.mosaic_gpu.tile import MaskSpec
     from lla.kernels.mosaic_gpu_mma import attend, gradients, solve
     from lla.kernels.mosaic_gpu_mma.launch import Config
@@ -333,7 +333,7 @@ def kernel_call(cell: Cell):
         "mean": np.zeros(shape.queries().shape, np.float32),
         "numbers": np.tile(np.asarray([0, t], np.int32), (b, 1)),
     }
-    steps = Iteration(None, 4)
+    steps = CGOptions(None, 4)
 
     def run(given):
         query, key, value, cotangent, scale, lse, ridge, mean, numbers = given.values()

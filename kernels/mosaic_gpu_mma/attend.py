@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from lla.kernels.mosaic_gpu import attend as hopper
 from lla.kernels.mosaic_gpu.attend import Attended, Solved
-from lla.kernels.mosaic_gpu.launch import Masking, Shape, query_place, run_by_tile
-from lla.kernels.mosaic_gpu.tile import COLS, ROW_BLOCK, ROWS, MaskSpec
+from lla.kernels.mosaic_gpu.launch import Masking, Shape, query_program_index, run_by_tile
+from lla.kernels.mosaic_gpu.tile import ROW_BLOCK, WGMMA_COL, WGMMA_ROW, MaskSpec
 from lla.kernels.mosaic_gpu_mma.launch import (
     Config,
     Ring,
@@ -29,7 +29,7 @@ from lla.kernels.mosaic_gpu_mma.launch import (
 from lla.kernels.mosaic_gpu_mma.tile import store
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "precise", "interpret"))
+@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "bf16x2", "interpret"))
 def attend(
     shape: Shape,
     mask: MaskSpec,
@@ -42,7 +42,7 @@ def attend(
     probe: jax.Array | None = None,
     solved: Solved | None = None,
     *,
-    precise: bool = False,
+    bf16x2: bool = False,
     interpret: Any = None,
 ) -> Attended:
     """See `lla.kernels.mosaic_gpu.attend.attend`."""
@@ -69,7 +69,7 @@ def attend(
         "rows": plgpu.SMEM((1, 2, ROW_BLOCK), jnp.float32),
         **operand_scratch(shape, config, len(inputs)),
     }
-    body = functools.partial(_body, env, inputs, precise)
+    body = functools.partial(_body, env, inputs, bf16x2)
     results = launch(
         body, outputs, scratch, operands,
         programs=env.query_programs, config=config, interpret=interpret,
@@ -77,17 +77,17 @@ def attend(
     return Attended(**results)
 
 
-def _body(env, inputs: list[str], precise: bool, given, out, scratch):
-    place = query_place(env.shape, ROW_BLOCK)
-    tiles = env.key_tiles(given["masking"], place)
-    sources = key_sources(env, place, tiles, (given["key"], given["value"]))
+def _body(env, inputs: list[str], bf16x2: bool, given, out, scratch):
+    program = query_program_index(env.shape, ROW_BLOCK)
+    tiles = env.key_tiles(given["masking"], program)
+    sources = key_sources(env, program, tiles, (given["key"], given["value"]))
     ring = Ring(env.config, scratch["ring"]["tiles"], scratch["ring"].get("filled"), sources)
 
-    def run(precise):
-        AttendRows(env, given, out, scratch, place, tiles, 0, ring, precise).run(inputs)
+    def run(bf16x2):
+        AttendRows(env, given, out, scratch, program, tiles, 0, ring, bf16x2).run(inputs)
 
-    marked = given["solved"].marked if precise else None
-    run_by_tile(marked, place, 0, run, precise and marked is None, True)
+    marked = given["solved"].marked if bf16x2 else None
+    run_by_tile(marked, program, 0, run, bf16x2 and marked is None, True)
 
 
 @dataclasses.dataclass
@@ -97,8 +97,10 @@ class AttendRows(RowTiles, hopper.AttendRows):
     def first_key(self):
         first = jnp.minimum(self.tiles.low * self.env.config.block, self.env.shape.num_keys - 1)
         head_dim = self.env.shape.head_dim
-        columns = pl.ds(self.place.kv_head * head_dim, head_dim)
-        return self.env.arithmetic.load(self.given["key"].at[self.place.b, first, columns], COLS)
+        columns = pl.ds(self.program.kv_head * head_dim, head_dim)
+        return self.env.arithmetic.load(
+            self.given["key"].at[self.program.b, first, columns], WGMMA_COL
+        )
 
     def run(self, inputs: list[str]):
         arrays = [
@@ -117,5 +119,5 @@ class AttendRows(RowTiles, hopper.AttendRows):
         store(self.row_tile(self.out["out"]), out.astype(self.env.shape.dtype))
         for index, name in enumerate(("log_sum_exp", "shift")):
             if name in self.out:
-                row = self.env.arithmetic.load(self.scratch["rows"].at[0, index], ROWS)
+                row = self.env.arithmetic.load(self.scratch["rows"].at[0, index], WGMMA_ROW)
                 store(self.row_slice(self.out[name]), row)

@@ -17,7 +17,7 @@ from lla.kernels.mosaic_gpu_mma.launch import SHARED_MEMORY, Config
 HEAD_DIMS = (32, 64, 128, 256)
 """Head dimensions of the kernels; smaller ones are padded with zeros, which changes nothing."""
 
-ROWS = 64
+SEQUENCE_MULTIPLE = 64
 """Queries, and keys, are padded to a multiple of this."""
 
 LOOP_REGISTERS = 160
@@ -66,9 +66,9 @@ class Needs:
 
 NEEDS = {
     "solve": Needs(sums=1, scores=2, operands=2, tiles=2, held=1),
-    "solve_precise": Needs(sums=1, scores=4, operands=2, tiles=2, held=2),
+    "solve_bf16x2": Needs(sums=1, scores=4, operands=2, tiles=2, held=2),
     "attend": Needs(sums=1, scores=2, operands=2, tiles=2),
-    "attend_precise": Needs(sums=2, scores=4, operands=3, tiles=2),
+    "attend_bf16x2": Needs(sums=2, scores=4, operands=3, tiles=2),
     "query_gradients": Needs(sums=1, scores=4, operands=4, tiles=2),
     "key_gradients": Needs(sums=2, scores=4, operands=2, tiles=4, stages=3),
     "key_gradients_split": Needs(sums=2, scores=4, operands=2, tiles=6, stages=3),
@@ -80,9 +80,9 @@ class Configs:
     """One configuration for each kernel."""
 
     solve: Config  # of the adjoint system, too
-    solve_precise: Config  # with directions and weights in two parts, in some tiles at least
+    solve_bf16x2: Config  # with directions and weights in two parts, in some tiles at least
     attend: Config
-    attend_precise: Config
+    attend_bf16x2: Config
     query_gradients: Config
     key_gradients: Config
     key_gradients_split: Config  # with directions in two parts

@@ -19,11 +19,11 @@ from lla.kernels.mosaic_gpu.gradients import (
     Rows,
     key_weights,
 )
-from lla.kernels.mosaic_gpu.launch import Masking, Shape, key_place, query_place
+from lla.kernels.mosaic_gpu.launch import Masking, Shape, key_program_index, query_program_index
 from lla.kernels.mosaic_gpu.tile import (
-    COLS,
     LOG2E,
     ROW_BLOCK,
+    WGMMA_COL,
     MaskSpec,
     by_column,
     by_row,
@@ -86,11 +86,11 @@ def query_gradients(
 
 
 def _query_body(env, given, out, scratch):
-    place = query_place(env.shape, ROW_BLOCK)
-    tiles = env.key_tiles(given["masking"], place)
-    sources = key_sources(env, place, tiles, (given["key"], given["value"]))
+    program = query_program_index(env.shape, ROW_BLOCK)
+    tiles = env.key_tiles(given["masking"], program)
+    sources = key_sources(env, program, tiles, (given["key"], given["value"]))
     ring = Ring(env.config, scratch["ring"]["tiles"], scratch["ring"].get("filled"), sources)
-    GradientRows(env, given, out, scratch, place, tiles, 0, ring).run()
+    GradientRows(env, given, out, scratch, program, tiles, 0, ring).run()
 
 
 @dataclasses.dataclass
@@ -178,35 +178,35 @@ def key_gradients(
 def _key_body(env, has: tuple[bool, bool], given, out, scratch):
     arithmetic, dtype = env.arithmetic, env.shape.dtype
     block, group = env.config.block, env.shape.group
-    place = key_place(env.shape, ROW_BLOCK)
-    tiles = env.query_tiles(given["masking"], place)
+    program = key_program_index(env.shape, ROW_BLOCK)
+    tiles = env.query_tiles(given["masking"], program)
     count = jnp.maximum(tiles.high - tiles.low, 1)
     last = jnp.int32(env.shape.num_queries // block - 1)
 
     def sources(t):
-        head = place.head + jnp.minimum(lax.div(t, count), jnp.int32(group - 1))
+        head = program.head + jnp.minimum(lax.div(t, count), jnp.int32(group - 1))
         first = jnp.minimum(tiles.low + lax.rem(t, count), last) * block
-        where = tile_index(env.shape, place.b, first, block, head)
+        where = tile_index(env.shape, program.b, first, block, head)
         return [array.at[where] for array in given["streamed"]]
 
     ring = Ring(env.config, scratch["ring"]["tiles"], scratch["ring"].get("filled"), sources)
     ring.start()
-    where = tile_index(env.shape, place.b, place.first, ROW_BLOCK, place.kv_head)
+    where = tile_index(env.shape, program.b, program.first, ROW_BLOCK, program.kv_head)
     key, value = load_operands(env, scratch, [given["key"].at[where], given["value"].at[where]])
-    ids = env.row_ids(given["masking"], place.b, place.first, transposed=True)
+    ids = env.row_ids(given["masking"], program.b, program.first, transposed=True)
     scores_shape = (ROW_BLOCK, block)
 
     def step(i, state, masked, add):
         t, head = state
-        slot = ring.wait(t)
+        slot = ring.consumer_wait(t)
         query, cotangent, *directions = (tile.at[slot] for tile in ring.tiles)
         probe = directions[0] if has[0] else None
         adjoint = directions[1] if has[1] else None
 
         @functools.cache
         def number(name):
-            ref = given["numbers"][name].at[place.b, head, pl.ds(i * block, block)]
-            return by_column(arithmetic.load(ref, COLS), scores_shape)
+            ref = given["numbers"][name].at[program.b, head, pl.ds(i * block, block)]
+            return by_column(arithmetic.load(ref, WGMMA_COL), scores_shape)
 
         products = [[(key, query)], [(value, cotangent)]]
         if adjoint is not None:
@@ -220,7 +220,7 @@ def _key_body(env, has: tuple[bool, bool], given, out, scratch):
         scores = scores * (number("scale") * LOG2E)
         if masked:
             valid = env.valid(
-                given["masking"], place.b, scores_shape, i * block, place.first,
+                given["masking"], program.b, scores_shape, i * block, program.first,
                 transposed=True, row_ids=ids,
             )  # fmt: skip
             scores = jnp.where(valid, scores, -jnp.inf)
@@ -237,12 +237,12 @@ def _key_body(env, has: tuple[bool, bool], given, out, scratch):
     def loop(body, carry):
         def one_head(g, carry):
             (t, _), sums = carry
-            carry = (t, place.head + g), sums
+            carry = (t, program.head + g), sums
             return over_tiles(env.mask, tiles, body, carry, low_edge=True)
 
         return lax.fori_loop(0, group, one_head, carry)
 
-    start = (jnp.int32(0), place.head)
+    start = (jnp.int32(0), program.head)
     (t, _), (d_key, d_value) = arithmetic.summing((env.shape.head_dim,) * 2, loop, step, start)
     ring.finish(t)
     store(out["key"].at[where], d_key.astype(dtype))

@@ -14,7 +14,7 @@ from jax import lax
 
 from lla.compat import vary_like
 from lla.kernels.mosaic_gpu import launch as hopper
-from lla.kernels.mosaic_gpu.launch import Environment, Place, Shape, shared_bytes
+from lla.kernels.mosaic_gpu.launch import Environment, ProgramIndex, Shape, shared_bytes
 from lla.kernels.mosaic_gpu.tile import ROW_BLOCK, TileRange
 from lla.kernels.mosaic_gpu_mma.tile import WarpArithmetic, tile_transforms
 
@@ -80,7 +80,7 @@ class Ring:
         for t in range(self.config.stages - 1):
             self._copy(jnp.int32(t))
 
-    def wait(self, t):
+    def consumer_wait(self, t):
         """Waits for tile t, and copies the one that takes the place of its predecessor."""
         stages = self.config.stages
         slot = lax.rem(t, jnp.int32(stages))
@@ -108,14 +108,14 @@ class Ring:
             plgpu.barrier_wait(self.filled.at[slot])
         plgpu.commit_smem()
 
-    # What the rows call for a ring that another warpgroup fills.
+    # The rows release the tiles of a ring that another warpgroup fills; this one needs no telling.
 
-    def release(self, slot):
+    def consumer_release(self, slot):
         del slot
 
-    done = release
+    release_or_defer = consumer_release
 
-    def done_before(self, t, first):
+    def release_deferred(self, t, first):
         del t, first
 
 
@@ -127,7 +127,7 @@ def copy(source, tile, barrier) -> None:
         plgpu.copy_gmem_to_smem(source, tile, barrier)
 
 
-def key_sources(env: Environment, place: Place, tiles: TileRange, arrays) -> Callable:
+def key_sources(env: Environment, program: ProgramIndex, tiles: TileRange, arrays) -> Callable:
     """Tiles of keys (of `arrays`) by number, from the first to the last one over and over."""
     count = jnp.maximum(tiles.high - tiles.low, 1)
     # Where no tile is visible, any that exists.
@@ -135,7 +135,7 @@ def key_sources(env: Environment, place: Place, tiles: TileRange, arrays) -> Cal
 
     def sources(t):
         first = jnp.minimum(tiles.low + lax.rem(t, count), last) * env.config.block
-        where = tile_index(env.shape, place.b, first, env.config.block, place.kv_head)
+        where = tile_index(env.shape, program.b, first, env.config.block, program.kv_head)
         return [array.at[where] for array in arrays]
 
     return sources
@@ -150,7 +150,7 @@ class RowTiles:
     """Where the rows of a program instance find their tiles in global memory."""
 
     def row_tile(self, array):
-        where = tile_index(self.env.shape, self.place.b, self.first, ROW_BLOCK, self.place.head)
+        where = tile_index(self.env.shape, self.program.b, self.first, ROW_BLOCK, self.program.head)
         return array.at[where]
 
 

@@ -14,9 +14,9 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from lla.kernels.mosaic_gpu.launch import Masking, Shape, query_place, run_by_tile
-from lla.kernels.mosaic_gpu.solve import Adjoint, Choice, Solution
-from lla.kernels.mosaic_gpu.solve_rows import ROW_OUTPUTS, Iteration, SolveRows
+from lla.kernels.mosaic_gpu.launch import Masking, Shape, query_program_index, run_by_tile
+from lla.kernels.mosaic_gpu.solve import Adjoint, Solution, TileOverride
+from lla.kernels.mosaic_gpu.solve_rows import ROW_OUTPUTS, CGOptions, SolveRows
 from lla.kernels.mosaic_gpu.tile import ROW_BLOCK, MaskSpec, by_row, row_dot
 from lla.kernels.mosaic_gpu_mma.launch import (
     Config,
@@ -33,19 +33,19 @@ from lla.kernels.mosaic_gpu_mma.launch import (
 from lla.kernels.mosaic_gpu_mma.tile import store
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "iteration", "interpret"))
+@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "options", "interpret"))
 def solve(
     shape: Shape,
     mask: MaskSpec,
     config: Config,
-    iteration: Iteration,
+    options: CGOptions,
     query: jax.Array,
     key: jax.Array,
     scale: jax.Array,
     ridge: jax.Array | None,
     masking: Masking,
     adjoint: Adjoint | None = None,
-    choice: Choice | None = None,
+    override: TileOverride | None = None,
     *,
     interpret: Any = None,
 ) -> Solution:
@@ -66,8 +66,8 @@ def solve(
         outputs["log_sum_exp"] = shape.rows()
     if forward or adjoint.key_mean is None:
         outputs["key_mean"] = shape.queries(jnp.float32)
-    if iteration.max_iters:
-        outputs |= dict.fromkeys(("iterate", "remainder"), shape.queries(jnp.float32))
+    if options.max_iters:
+        outputs |= dict.fromkeys(("kept_iterate", "kept_residual"), shape.queries(jnp.float32))
     operands = {
         "query": query,
         "key": key,
@@ -75,7 +75,7 @@ def solve(
         "ridge": ridge,
         "masking": masking.operands(),
         "adjoint": adjoint,
-        "marked": None if choice is None else choice.marked,
+        "marked": None if override is None else override.marked,
         "preconditioner": None,
     }
     scratch = {
@@ -86,30 +86,30 @@ def solve(
     }
     if not forward:
         scratch["again"] = barriers(config, 1)
-    body = functools.partial(_body, env, iteration, None if choice is None else choice.iteration)
+    body = functools.partial(_body, env, options, None if override is None else override.options)
     results = launch(
         body, outputs, scratch, operands,
         programs=env.query_programs, config=config, interpret=interpret,
     )  # fmt: skip
-    for name in ("iterate", "remainder"):
+    for name in ("kept_iterate", "kept_residual"):
         results.pop(name, None)
     return Solution(**results)
 
 
-def _body(env, iteration: Iteration, other: Iteration | None, given, out, scratch):
-    place = query_place(env.shape, ROW_BLOCK)
-    tiles = env.key_tiles(given["masking"], place)
+def _body(env, options: CGOptions, other: CGOptions | None, given, out, scratch):
+    program = query_program_index(env.shape, ROW_BLOCK)
+    tiles = env.key_tiles(given["masking"], program)
     streamed = [given["key"]]
     if given["adjoint"] is not None:
         streamed.append(given["adjoint"].value)
-    sources = key_sources(env, place, tiles, streamed)
+    sources = key_sources(env, program, tiles, streamed)
     ring = Ring(env.config, scratch["ring"]["tiles"], scratch["ring"].get("filled"), sources)
 
-    def run(iteration):
+    def run(options):
         values = None if given["adjoint"] is None else _Values(ring.tiles[1:])
-        WarpSolveRows(env, given, out, scratch, place, tiles, 0, iteration, ring, values).run()
+        WarpSolveRows(env, given, out, scratch, program, tiles, 0, options, ring, values).run()
 
-    run_by_tile(given["marked"], place, 0, run, iteration, other)
+    run_by_tile(given["marked"], program, 0, run, options, other)
 
 
 @dataclasses.dataclass
@@ -118,10 +118,10 @@ class _Values:
 
     tiles: tuple
 
-    def wait(self, t):
+    def consumer_wait(self, t):
         del t
 
-    release = wait
+    consumer_release = consumer_wait
 
 
 @dataclasses.dataclass
@@ -135,7 +135,7 @@ class WarpSolveRows(RowTiles, SolveRows):
         return self.right_hand
 
     def kept(self, name: str):
-        return self.row_tile(self.out[name])
+        return self.row_tile(self.out[f"kept_{name}"])
 
     def reload_mean(self):
         return self.env.arithmetic.load(self.row_tile(self.global_mean()))
@@ -155,19 +155,19 @@ class WarpSolveRows(RowTiles, SolveRows):
         else:
             (self.right_hand,) = rest
             t, target, _ = self.adjoint_target()
-        if not self.iteration.max_iters:
+        if not self.options.max_iters:
             self.keys.finish(t)
             self.finish(-target, None, jnp.int32(0), self.zeros(rows=True))
             return
         if not self.forward:
             self.keys.finish(t)
             t = jnp.int32(0)
-            sources = key_sources(self.env, self.place, self.tiles, (given["key"],))
+            sources = key_sources(self.env, self.program, self.tiles, (given["key"],))
             filled = self.scratch["again"].get("filled")
             self.keys = Ring(self.env.config, self.keys.tiles[:1], filled, sources)
             self.keys.start()
         self.store_row("residual", row_dot(target, target))
-        store(self.kept("remainder"), target)
+        store(self.kept("residual"), target)
         store(self.kept("iterate"), self.zeros())
         state = self.iterate(t, target)
         self.keys.finish(state.t)

@@ -1,7 +1,7 @@
 """Products by mma.sync; the other tile mathematics is that of `lla.kernels.mosaic_gpu.tile`.
 
 A program instance is one warpgroup. Its ``[64, C]`` float32 arrays lie in the registers as wgmma
-would leave them (`MATRIX`), which is also how mma.sync wants and leaves sums, so that masks,
+would leave them (`WGMMA`), which is also how mma.sync wants and leaves sums, so that masks,
 softmax and conjugate gradients are those of the Hopper kernels.
 """
 
@@ -14,7 +14,7 @@ import jax
 import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from lla.kernels.mosaic_gpu.tile import MATRIX, ROW_BLOCK, Arithmetic, full
+from lla.kernels.mosaic_gpu.tile import ROW_BLOCK, WGMMA, Arithmetic, full
 
 
 def tile_transforms(head_dim: int) -> tuple:
@@ -33,7 +33,7 @@ class WarpArithmetic(Arithmetic):
 
     hold_sums: bool = False
 
-    def load(self, ref, layout=MATRIX):
+    def load(self, ref, layout=WGMMA):
         if isinstance(ref, jax.Array):
             return ref
         if self.interpreted:
@@ -45,7 +45,7 @@ class WarpArithmetic(Arithmetic):
             return super().with_products(columns, use, *sums)
 
         def read(pairs):
-            total = full((ROW_BLOCK, columns), 0, MATRIX)
+            total = full((ROW_BLOCK, columns), 0, WGMMA)
             for a, b in pairs:
                 total = _multiply(total, a, b.transpose((1, 0)))
             return total
@@ -71,11 +71,11 @@ def _multiply(total, a, b):
 
 
 def _as_left_operand(array):
-    """A 16-bit `MATRIX` as a left operand: the same registers by another name."""
+    """A 16-bit `WGMMA` as a left operand: the same registers by another name."""
     left = plgpu.Layout.MMA_LHS(array.dtype)
 
     @plgpu.inline_mgpu(
-        arg_types=(MATRIX,),
+        arg_types=(WGMMA,),
         return_type=plgpu.ShapeDtypeStruct(array.shape, array.dtype, layout=left),
     )
     def relabel(_, given):
@@ -86,7 +86,7 @@ def _as_left_operand(array):
             _is_signed=given.is_signed,
         )
 
-    return relabel(plgpu.layout_cast(array, MATRIX))
+    return relabel(plgpu.layout_cast(array, WGMMA))
 
 
 def store(ref, array) -> None:

@@ -2,7 +2,7 @@
 
 They compute what those for Hopper do (`lla.ops.mosaic_gpu`), with products by mma.sync; the direct
 solver is left out. The kernels themselves are in `lla.kernels.mosaic_gpu_mma`, their design in
-``kernels/README.md``.
+``kernels/PORTABLE.md``.
 """
 
 from __future__ import annotations
@@ -139,12 +139,12 @@ class _Spec:
     @property
     def precise(self) -> bool:
         """Whether any tile may need two parts."""
-        return self.forward.precise or self.precise_forward is not None
+        return self.forward.bf16x2 or self.precise_forward is not None
 
     @property
     def solve_config(self):
         """The configuration of both solves."""
-        return self.configs.solve_precise if self.precise else self.configs.solve
+        return self.configs.solve_bf16x2 if self.precise else self.configs.solve
 
 
 class _Operands(NamedTuple):
@@ -198,7 +198,9 @@ def mosaic_gpu_portable(
     b, t, k, g, h = problem.query.shape
     s, hv = problem.key.shape[1], problem.value.shape[-1]
     dim = _padded_dim(problem, table.HEAD_DIMS)
-    padded_t, padded_s = (-(-n // table.ROWS) * table.ROWS for n in (t, s))
+    padded_t, padded_s = (
+        -(-n // table.SEQUENCE_MULTIPLE) * table.SEQUENCE_MULTIPLE for n in (t, s)
+    )
 
     def pad(array, *sizes, fill=0):
         widths = [(0, size - n) for size, n in zip(sizes, array.shape, strict=True)]
@@ -254,7 +256,7 @@ def mosaic_gpu_portable(
         backward=backward,
         precise_forward=precise_forward,
         precise_backward=precise_backward,
-        split=(problem.static_ridge or 0) < _SPLIT_BELOW or forward.precise,
+        split=(problem.static_ridge or 0) < _SPLIT_BELOW or forward.bf16x2,
         interpret=interpret,
     )
     leaves, tree = jax.tree.flatten((operands, (masking, marked)))
@@ -326,7 +328,7 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     precise = spec.member == "lla" and spec.precise
     attend = functools.partial(
         attend_kernel.attend, spec.shape, spec.mask,
-        spec.configs.attend_precise if precise else spec.configs.attend,
+        spec.configs.attend_bf16x2 if precise else spec.configs.attend,
         query, key, value, scale, masking, interpret=spec.interpret,
     )  # fmt: skip
     iterations = jnp.zeros(scale.shape, jnp.int32)
@@ -334,7 +336,7 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     if spec.member == "lla":
         solution = solve_kernel.solve(
             spec.shape, spec.mask, spec.solve_config, spec.forward, query, key, scale, ridge,
-            masking, choice=_choice(spec.precise_forward, marked), interpret=spec.interpret,
+            masking, override=_override(spec.precise_forward, marked), interpret=spec.interpret,
         )  # fmt: skip
         solved = Solved(
             solution.log_sum_exp,
@@ -343,7 +345,7 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
             marked,
         )
         saved = _Saved(
-            out=attend(solution.high, solved, precise=spec.precise).out,
+            out=attend(solution.high, solved, bf16x2=spec.precise).out,
             log_sum_exp=solution.log_sum_exp,
             shift_high=solution.shift_high,
             shift=solution.shift,
@@ -360,17 +362,17 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     return saved, Stats(natural, iterations, residual)
 
 
-def _choice(iteration, marked):
-    from lla.kernels.mosaic_gpu.solve import Choice
+def _override(iteration, marked):
+    from lla.kernels.mosaic_gpu.solve import TileOverride
 
-    return None if iteration is None else Choice(iteration, marked)
+    return None if iteration is None else TileOverride(iteration, marked)
 
 
 def _backward(
     spec: _Spec, operands: _Operands, masking, marked, saved: _Saved, cotangent
 ) -> _Operands:
     from lla.kernels.mosaic_gpu.gradients import Directions, Rows
-    from lla.kernels.mosaic_gpu.solve import Adjoint, Iteration
+    from lla.kernels.mosaic_gpu.solve import Adjoint, CGOptions
     from lla.kernels.mosaic_gpu_mma import gradients
     from lla.kernels.mosaic_gpu_mma import solve as solve_kernel
 
@@ -386,10 +388,10 @@ def _backward(
         probe_square = jnp.swapaxes(jnp.square(solution).sum(-1), 1, 2)
     if spec.member != "softmax":
         target = Adjoint(value, cotangent, saved.log_sum_exp, delta, saved.key_mean, probe_square)
-        iteration = spec.backward if spec.member == "lla" else Iteration(None, 0)
+        iteration = spec.backward if spec.member == "lla" else CGOptions(None, 0)
         adjoint = solve_kernel.solve(
             spec.shape, spec.mask, spec.solve_config, iteration, query, key, scale, ridge,
-            masking, target, _choice(spec.precise_backward, marked), interpret=spec.interpret,
+            masking, target, _override(spec.precise_backward, marked), interpret=spec.interpret,
         )  # fmt: skip
         cotangent_mean = adjoint.cotangent_mean
         if spec.member == "lla":

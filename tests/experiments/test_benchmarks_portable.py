@@ -1,4 +1,4 @@
-"""The benchmark of the portable kernels: its cells, its workers, and the tables from its results."""
+"""The benchmark of the portable kernels: its cells, its workers, and its tables."""
 
 import dataclasses
 import importlib

@@ -28,8 +28,8 @@ from jax.experimental.mosaic.gpu import utils
 from lla.kernels.mosaic_gpu.attend import Solved
 from lla.kernels.mosaic_gpu.gradients import Directions, Rows
 from lla.kernels.mosaic_gpu.launch import Masking, Shape
-from lla.kernels.mosaic_gpu.solve import Adjoint, Choice
-from lla.kernels.mosaic_gpu.solve_rows import Iteration
+from lla.kernels.mosaic_gpu.solve import Adjoint, TileOverride
+from lla.kernels.mosaic_gpu.solve_rows import CGOptions
 from lla.kernels.mosaic_gpu.tile import MaskSpec
 from lla.kernels.mosaic_gpu_mma import attend, configs, gradients, launch, solve
 
@@ -85,24 +85,24 @@ def kernels(head_dim: int, capability, dtype=jnp.bfloat16):
     marked = jax.ShapeDtypeStruct((*row.shape[:2], t // 64), jnp.int32)
 
     def solving(mode, adjoint):
-        iteration = Iteration(3e-3, 32, mode == "precise")
-        config = chosen.solve if mode == "plain" else chosen.solve_precise
+        iteration = CGOptions(3e-3, 32, mode == "bf16x2")
+        config = chosen.solve if mode == "plain" else chosen.solve_bf16x2
         extra = (Adjoint(key, query, row, row, mean, row),) if adjoint else (None,)
-        if mode == "chosen":
+        if mode == "mixed":
             extra = *extra, marked
 
         def run(*arrays):
-            if mode == "chosen":
+            if mode == "mixed":
                 *arrays, mark = arrays
-                arrays = *arrays, Choice(Iteration(1e-3, 256, True), mark)
+                arrays = *arrays, TileOverride(CGOptions(1e-3, 256, True), mark)
             return solve.solve(shape, mask, config, iteration, *arrays)
 
         return run, (query, key, row, row, masking, *extra)
 
-    def attending(probe, solved, precise=False):
-        config = chosen.attend_precise if precise else chosen.attend
+    def attending(probe, solved, bf16x2=False):
+        config = chosen.attend_bf16x2 if bf16x2 else chosen.attend
         return (
-            lambda *a: attend.attend(shape, mask, config, *a, precise=precise),
+            lambda *a: attend.attend(shape, mask, config, *a, bf16x2=bf16x2),
             (query, key, key, row, masking, probe, solved),
         )
 
@@ -131,12 +131,12 @@ def kernels(head_dim: int, capability, dtype=jnp.bfloat16):
     yield "parallax", *attending(query, None)
     yield "parallax_query_gradients", *by_query(parallax)
     yield "parallax_key_gradients", *by_key(chosen.key_gradients, parallax)
-    for mode in ("precise", "chosen"):
+    for mode in ("bf16x2", "mixed"):
         yield f"solve_{mode}", *solving(mode, False)
         yield f"adjoint_{mode}", *solving(mode, True)
     solved = Solved(row, row, query)
-    yield "solved_precise", *attending(query, solved, precise=True)
-    yield "solved_chosen", *attending(query, solved._replace(marked=marked), precise=True)
+    yield "solved_bf16x2", *attending(query, solved, bf16x2=True)
+    yield "solved_mixed", *attending(query, solved._replace(marked=marked), bf16x2=True)
     split = directions._replace(probe_low=query)
     yield "key_gradients_split", *by_key(chosen.key_gradients_split, split)
 
