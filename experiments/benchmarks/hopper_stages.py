@@ -433,7 +433,7 @@ def measure_matmul(options) -> dict[str, Any]:
 
 def refusal() -> str | None:
     """Why the kernels cannot run here, None if they can."""
-    from lla.ops import mosaic_gpu
+    from lla.ops.mosaic_gpu import hopper as mosaic_gpu
     from lla.ops.problem import make_problem
 
     array = jnp.zeros((1, 128, 1, 64), jnp.bfloat16)

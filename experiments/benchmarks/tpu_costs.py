@@ -65,7 +65,7 @@ def program(member: str, head_dim: int, ridge, *, batch, heads, length, sharding
     import jax
     import jax.numpy as jnp
 
-    from lla.ops.mosaic_tpu import mosaic_tpu
+    from lla.ops.mosaic_tpu.backend import mosaic_tpu
     from lla.ops.problem import make_problem
 
     def struct(*shape, dtype=jnp.bfloat16):

@@ -14,14 +14,13 @@ from flax import nnx
 from lla.nn.piece import Piece, apply_projection, convolution_states
 from lla.nn.ridge import Ridge, RidgeType
 from lla.nn.rope import rotate
+from lla.numerics import compute_dtype, nan_where
 from lla.ops import segments
 from lla.ops.api import local_linear_attention, parallax_attention, softmax_attention
 from lla.ops.cache import KVCache
 from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_step
 from lla.ops.dispatch import Implementation
-from lla.ops.options import Solver, Stats
-from lla.ops.problem import compute_dtype
-from lla.ops.shield import nan_where
+from lla.ops.solver import Solver, Stats
 
 Mechanism = Literal["lla", "parallax", "softmax"]
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})

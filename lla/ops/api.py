@@ -6,8 +6,8 @@ import jax
 
 from lla.ops import dispatch
 from lla.ops.dispatch import Implementation
-from lla.ops.options import Solver, Stats
 from lla.ops.problem import Problem, make_problem
+from lla.ops.solver import Solver, Stats
 
 
 def local_linear_attention(

@@ -9,8 +9,8 @@ from typing import Literal
 import jax
 import numpy as np
 
-from lla.ops.options import DEFAULT_TOLERANCES, resolve_tolerances
 from lla.ops.problem import Problem
+from lla.ops.solver import DEFAULT_TOLERANCES, resolve_tolerances
 
 # By platform, dtype and head dimension: the ridge below which the direct solver is faster than
 # conjugate gradients for forward and backward pass together, at the default tolerances of the

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lla.ops import decode_gpu, dispatch
+from lla.numerics import nan_where
+from lla.ops import dispatch
 from lla.ops.cache import KVCache, exists, token_counts
 from lla.ops.dispatch import Implementation
 from lla.ops.masks import Mask, dense_mask
-from lla.ops.options import Solver, Stats
-from lla.ops.plan import largest_divisor
+from lla.ops.mosaic_gpu import decode as decode_gpu
 from lla.ops.problem import Problem, make_problem
-from lla.ops.shield import nan_where
+from lla.ops.solver import Solver, Stats
+from lla.ops.xla.plan import largest_divisor
 
 # Bytes of cached keys and values that the blockwise implementation works on at once, each counted
 # in the dtype of the cache and in float32.

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lla.kernels.tiles import sees_nothing
-from lla.ops import mosaic_gpu, mosaic_tpu
 from lla.ops.auto import choose_method
-from lla.ops.options import Stats
+from lla.ops.mosaic_gpu import hopper as mosaic_gpu
+from lla.ops.mosaic_tpu import backend as mosaic_tpu
 from lla.ops.problem import Problem, resolve_solver
 from lla.ops.reference import reference
 from lla.ops.shield import shield
-from lla.ops.xla import xla
+from lla.ops.solver import Stats
+from lla.ops.xla.backend import xla
 
 NAMES = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
 Implementation = str | Sequence[str] | None

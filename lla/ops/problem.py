@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lla.numerics import compute_dtype
 from lla.ops import integers
 from lla.ops.masks import Mask
-from lla.ops.options import ResolvedSolver, Solver
+from lla.ops.solver import ResolvedSolver, Solver
 
 Member = Literal["softmax", "parallax", "lla"]
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -52,11 +53,6 @@ class Problem:
         """``[B, T, K, G, ...] -> [*B, T, N, ...]``."""
         _, t, k, g, *rest = array.shape
         return array.reshape(*self.leading, t, k * g, *rest)
-
-
-def compute_dtype(dtype) -> jnp.dtype:
-    """Statistics and solves run in float32, or float64 for float64 inputs."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def make_problem(
@@ -283,7 +279,7 @@ def _check_positive(array, name: str, bound, or_zero: bool = False) -> float | N
 
 def resolve_solver(problem: Problem, method: Literal["cg", "direct"]) -> ResolvedSolver:
     """Fills in what the caller left open, given the method that `auto` stands for."""
-    from lla.ops.options import resolve_tolerances
+    from lla.ops.solver import resolve_tolerances
 
     solver = problem.solver
     tol, backward_tol = resolve_tolerances(solver, problem.query.dtype)

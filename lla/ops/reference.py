@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from lla.kernels.tiles import NOTHING
 from lla.ops.masks import dense_mask
-from lla.ops.options import Stats
 from lla.ops.problem import Problem
+from lla.ops.solver import Stats
 
 
 def attend_one_query(member, query, probe, key, value, ridge, scale, valid):
@@ -64,7 +64,7 @@ def solve_positive_definite(matrix, target):
     """Solves ``matrix [H, H] @ x = target [H]`` by Gaussian elimination, any derivative included.
 
     Written out because the library calls behind `jnp.linalg.solve` can block each other for good
-    on a CPU with few cores; see ``kernels/spd.py``.
+    on a CPU with few cores; see `lla.numerics`.
     """
 
     def eliminate(_, right_side):

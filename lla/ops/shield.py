@@ -29,10 +29,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import match_varying
 from lla.kernels.tiles import sees_nothing
+from lla.numerics import nan_where
 from lla.ops.masks import Mask, rows_mask
-from lla.ops.options import Stats
 from lla.ops.problem import Problem
-from lla.ops.xla import RESIDUAL_NAMES
+from lla.ops.solver import Stats
+from lla.ops.xla.backend import RESIDUAL_NAMES
 
 _ROWS = 128
 """Rows whose masks are looked at together."""
@@ -220,16 +221,6 @@ def _finite(array: jax.Array) -> jax.Array:
 def _bad_keys(key: jax.Array, value: jax.Array) -> jax.Array:
     """Bool ``[B, S, K]``."""
     return ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))
-
-
-@jax.jit
-def nan_where(flags: jax.Array, array: jax.Array) -> jax.Array:
-    """NaN where `flags`, which has the first axes of `array`, says so.
-
-    Compiled, so that without a flag no NaN exists that JAX's debugging modes would find.
-    """
-    flags = flags.reshape(*flags.shape, *(1,) * (array.ndim - flags.ndim))
-    return jnp.where(jnp.broadcast_to(flags, array.shape), jnp.full_like(array, jnp.nan), array)
 
 
 def _drop(flags: jax.Array, array: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ from lla.kernels.mosaic_gpu import (
     solve,
     tile,
 )
-from lla.ops import mosaic_gpu
+from lla.ops.mosaic_gpu import hopper as mosaic_gpu
 
 # What XLA has to know of the card; the numbers are those of its data sheet and CUDA's limits.
 H200 = """

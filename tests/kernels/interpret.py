@@ -202,7 +202,7 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from lla.kernels.mosaic_gpu import configs, tile
-    from lla.ops import mosaic_gpu as operator
+    from lla.ops.mosaic_gpu import hopper as operator
     from lla.ops.problem import make_problem
     from lla.ops.reference import reference
     from lla.ops.shield import shield

@@ -138,7 +138,9 @@ def run_step(gradient: bool) -> dict:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     import lla
-    from lla.ops import decode_gpu, dispatch, mosaic_gpu
+    from lla.ops import dispatch
+    from lla.ops.mosaic_gpu import decode as decode_gpu
+    from lla.ops.mosaic_gpu import hopper as mosaic_gpu
 
     interpret = plgpu.InterpretGPUParams()
     dispatch._REFUSALS["mosaic_gpu"] = mosaic_gpu.refuse_shape

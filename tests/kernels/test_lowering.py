@@ -25,7 +25,7 @@ def lower(
     member, head_dim, *, value_dim=None, ridge=None, dtype=jnp.bfloat16, mask="causal", solver=None
 ):
     """The text of the lowered forward and backward pass."""
-    from lla.ops.mosaic_gpu import mosaic_gpu
+    from lla.ops.mosaic_gpu.hopper import mosaic_gpu
 
     b, t, n, k = 2, 200, 4, 2
     value_dim = value_dim or head_dim
@@ -98,7 +98,7 @@ def test_float16_and_other_value_dim():
 
 def test_shard_map_and_vmap():
     """Sharded over the sequences of a batch, with replicated keys and values; and mapped."""
-    from lla.ops.mosaic_gpu import mosaic_gpu
+    from lla.ops.mosaic_gpu.hopper import mosaic_gpu
 
     def call(query, key, value, cotangent):
         def forward(query, key, value):
@@ -126,7 +126,7 @@ def test_shard_map_and_vmap():
 
 def test_equal_layers_are_lowered_once():
     """Kernels take seconds to lower and to compile, and a model has many equal layers."""
-    from lla.ops.mosaic_gpu import mosaic_gpu
+    from lla.ops.mosaic_gpu.hopper import mosaic_gpu
 
     def kernels(layers):
         def loss(query, key):

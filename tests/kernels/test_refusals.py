@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import auto, mosaic_gpu
+from lla.ops import auto
+from lla.ops.mosaic_gpu import hopper as mosaic_gpu
 from lla.ops.problem import make_problem
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import dispatch, mosaic_tpu
+from lla.ops import dispatch
+from lla.ops.mosaic_tpu import backend as mosaic_tpu
 from tests.kernels.tpu_cases import evaluate
 from tests.ops import harness
 from tests.ops.cases import MASKS, REGIMES, SHAPES, Shape, make_inputs

@@ -8,7 +8,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import lla
 from lla.compat import lowering_for
-from lla.ops.mosaic_tpu import mosaic_tpu
+from lla.ops.mosaic_tpu.backend import mosaic_tpu
 from lla.ops.problem import make_problem
 from tests.kernels.tpu_cases import MASKS, program
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import dispatch, mosaic_tpu
+from lla.ops import dispatch
+from lla.ops.mosaic_tpu import backend as mosaic_tpu
 from lla.ops.problem import make_problem
 
 

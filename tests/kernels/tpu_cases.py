@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lla.kernels.mosaic_tpu.launch import Blocks
-from lla.ops.mosaic_tpu import mosaic_tpu
+from lla.ops.mosaic_tpu.backend import mosaic_tpu
 from lla.ops.problem import make_problem
 from lla.ops.shield import shield
 from tests.ops.harness import DIFFERENTIABLE, OPTIMISED, Result

@@ -10,7 +10,7 @@ import pytest
 import lla
 from lla.ops import shield as shielding
 from lla.ops.problem import make_problem
-from lla.ops.xla import xla
+from lla.ops.xla.backend import xla
 from tests.ops.cases import Shape, make_inputs
 from tests.ops.harness import EVERY, FAST, REFERENCE, XLA_CG, evaluate, relative_error
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from lla.ops.masks import Mask
-from lla.ops.plan import make_plan
+from lla.ops.xla.plan import make_plan
 
 CAUSAL = Mask(True, None, None, None, None, None, None)
 MASKS = {

@@ -10,8 +10,8 @@ import pytest
 
 import lla
 from lla.ops import auto
-from lla.ops.options import DEFAULT_TOLERANCES
 from lla.ops.problem import make_problem
+from lla.ops.solver import DEFAULT_TOLERANCES
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"
 # Made up, so that these tests stay when measurements change.

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import default_device, match_varying, target_platform
-from lla.ops import again
-from lla.ops.options import Stats
+from lla.ops import differentiation
 from lla.ops.problem import Member, Problem, refuse_for_kernels, resolve_solver
-from lla.ops.xla import RESIDUAL_NAMES
+from lla.ops.solver import Stats
+from lla.ops.xla.backend import RESIDUAL_NAMES
 
 _MAX_HEAD_DIM = 256
 # From this ridge on the probe is so small that rounding it, and the weights, to bfloat16 once does
@@ -272,5 +272,5 @@ def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangen
     )
 
 
-_results = again.refuse_derivative(_forward, "mosaic_tpu")
-_gradients = again.refuse_derivative(_backward, "mosaic_tpu")
+_results = differentiation.refuse_derivative(_forward, "mosaic_tpu")
+_gradients = differentiation.refuse_derivative(_backward, "mosaic_tpu")

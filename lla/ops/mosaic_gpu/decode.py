@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from lla.compat import match_varying
-from lla.ops import again, mosaic_gpu
+from lla.numerics import nan_where
+from lla.ops import differentiation
 from lla.ops.masks import Mask
-from lla.ops.options import Solver, Stats
+from lla.ops.mosaic_gpu import hopper
 from lla.ops.problem import Member, Problem, resolve_solver
-from lla.ops.shield import nan_where, shield
+from lla.ops.shield import shield
+from lla.ops.solver import Solver, Stats
 
 _HEAD_DIMS = (64, 128)
 _BLOCK = 64  # keys of a tile
@@ -31,7 +33,7 @@ _LARGE_RIDGE = 5.0
 
 
 def serves(problem: Problem) -> bool:
-    """Whether the kernels can serve a problem that `mosaic_gpu.refuse` accepts.
+    """Whether the kernels can serve a problem that `hopper.refuse` accepts.
 
     It is one of decoding: causal, with an offset and lengths, without segments.
     """
@@ -166,7 +168,7 @@ def _problem(static: _Static, floats: _Floats, places: _Places) -> Problem:
 def _forward(static: _Static, floats: _Floats, places: _Places):
     def whole(floats):
         problem, restore = shield(_problem(static, floats, places))
-        return restore(*mosaic_gpu.mosaic_gpu(problem, interpret=static.interpret))[0]
+        return restore(*hopper.mosaic_gpu(problem, interpret=static.interpret))[0]
 
     return _results(static, floats, places), jax.vjp(whole, floats)[1]
 
@@ -177,4 +179,4 @@ def _backward(static: _Static, pullback, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
-_results = again.refuse_derivative(_run, "mosaic_gpu")
+_results = differentiation.refuse_derivative(_run, "mosaic_gpu")

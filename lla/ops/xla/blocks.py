@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lla.ops.masks import Mask, positional_mask
-from lla.ops.plan import Plan
+from lla.ops.xla.plan import Plan
 
 
 def drop_single(array):

@@ -18,11 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import full_varying, match_varying
 from lla.kernels import cg, tiles
-from lla.ops import again, blocks, direct
+from lla.ops import differentiation
 from lla.ops.masks import Mask
-from lla.ops.options import ResolvedSolver, Stats
-from lla.ops.plan import Plan, make_plan
 from lla.ops.problem import Member, Problem
+from lla.ops.solver import ResolvedSolver, Stats
+from lla.ops.xla import blocks, direct
+from lla.ops.xla.plan import Plan, make_plan
 
 RESIDUAL_NAMES = ("lla_output", "lla_log_sum_exp", "lla_probe", "lla_key_mean")
 """Names of the forward results that the backward pass needs, for checkpoint policies."""
@@ -433,7 +434,7 @@ def _output_tile(spec, operands, padded, mask, first, length, start):
             def find(b):
                 return _solve(spec, b, p, k, key_mean, ridge, active, forward=False)[0]
 
-            x = again.solve(find, p, k, key_mean, ridge, target, spec.precision)
+            x = differentiation.solve(find, p, k, key_mean, ridge, target, spec.precision)
         return tiles.probed_output(p, k, keys.v, key_mean, x, spec.precision)
 
     return output(operands, padded, start, length).astype(operands.query.dtype)
@@ -457,5 +458,5 @@ def _differentiable_gradients(spec, operands: _Operands, mask: Mask, saved: _Sav
     return jax.vjp(lambda operands: _output(spec, operands, mask), operands)[1](g)[0]
 
 
-_results = again.with_derivative(_forward, _differentiable_results)
-_gradients = again.with_derivative(_backward, _differentiable_gradients)
+_results = differentiation.with_derivative(_forward, _differentiable_results)
+_gradients = differentiation.with_derivative(_backward, _differentiable_gradients)

@@ -16,11 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import default_device, match_varying
 from lla.kernels.tiles import NOTHING
-from lla.ops import again
+from lla.ops import differentiation
 from lla.ops.auto import choose_method
-from lla.ops.options import Solver, Stats
 from lla.ops.problem import Member, Problem, refuse_for_kernels
-from lla.ops.xla import RESIDUAL_NAMES
+from lla.ops.solver import Solver, Stats
+from lla.ops.xla.backend import RESIDUAL_NAMES
 
 _MAX_HEAD_DIM = 128
 _MAX_DIRECT_DIM = 32
@@ -494,5 +494,5 @@ def _backward(
     return _Operands(by_query.query, d_key, d_value, d_probe, d_ridge, by_query.scale)
 
 
-_results = again.refuse_derivative(_forward, "mosaic_gpu")
-_gradients = again.refuse_derivative(_backward, "mosaic_gpu")
+_results = differentiation.refuse_derivative(_forward, "mosaic_gpu")
+_gradients = differentiation.refuse_derivative(_backward, "mosaic_gpu")
