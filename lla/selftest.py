@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lla
-from lla.ops.dispatch import NAMES
+from lla.ops.backend import NAMES
 
 FUNCTIONS = {
     "lla": "local_linear_attention",

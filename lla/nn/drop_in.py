@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lla.ops.api import local_linear_attention
-from lla.ops.dispatch import Implementation
+from lla.ops.backend import Implementation
 from lla.ops.solver import Solver
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")

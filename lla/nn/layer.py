@@ -19,7 +19,7 @@ from lla.ops import segments
 from lla.ops.api import local_linear_attention, parallax_attention, softmax_attention
 from lla.ops.cache import KVCache
 from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_step
-from lla.ops.dispatch import Implementation
+from lla.ops.backend import Implementation
 from lla.ops.solver import Solver, Stats
 
 Mechanism = Literal["lla", "parallax", "softmax"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from lla.ops import dispatch
-from lla.ops.dispatch import Implementation
+from lla.ops import backend as dispatch
+from lla.ops.backend import Implementation
 from lla.ops.problem import Problem, make_problem
 from lla.ops.solver import Solver, Stats
 

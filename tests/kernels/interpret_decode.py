@@ -138,7 +138,7 @@ def run_step(gradient: bool) -> dict:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     import lla
-    from lla.ops import dispatch
+    from lla.ops import backend as dispatch
     from lla.ops.mosaic_gpu import decode as decode_gpu
     from lla.ops.mosaic_gpu import hopper as mosaic_gpu
 

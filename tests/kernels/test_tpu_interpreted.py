@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import dispatch
+from lla.ops import backend as dispatch
 from lla.ops.mosaic_tpu import backend as mosaic_tpu
 from tests.kernels.tpu_cases import evaluate
 from tests.ops import harness

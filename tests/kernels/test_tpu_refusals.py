@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import dispatch
+from lla.ops import backend as dispatch
 from lla.ops.mosaic_tpu import backend as mosaic_tpu
 from lla.ops.problem import make_problem
 

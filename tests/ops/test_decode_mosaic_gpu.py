@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import lla
-from lla.ops import decode, dispatch
+from lla.ops import backend as dispatch
+from lla.ops import decode
 from lla.ops.mosaic_gpu import decode as decode_gpu
 from lla.ops.problem import make_problem
 
