@@ -17,9 +17,9 @@ from lla.nn.rope import rotate
 from lla.numerics import compute_dtype, nan_where
 from lla.ops import segments
 from lla.ops.api import local_linear_attention, parallax_attention, softmax_attention
+from lla.ops.backend import Implementation
 from lla.ops.cache import KVCache
 from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_step
-from lla.ops.backend import Implementation
 from lla.ops.solver import Solver, Stats
 
 Mechanism = Literal["lla", "parallax", "softmax"]

@@ -11,8 +11,8 @@ from jax import lax
 
 from lla.numerics import nan_where
 from lla.ops import backend as dispatch
-from lla.ops.cache import KVCache, exists, token_counts
 from lla.ops.backend import Implementation
+from lla.ops.cache import KVCache, exists, token_counts
 from lla.ops.masks import Mask, dense_mask
 from lla.ops.mosaic_gpu import decode as decode_gpu
 from lla.ops.problem import Problem, make_problem
