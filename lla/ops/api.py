@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import jax
 
-from lla.ops import backend as dispatch
+from lla.ops import backend
 from lla.ops.backend import Implementation
+from lla.ops.cache import KVCache
+from lla.ops.decode import decoding_problem
 from lla.ops.problem import Problem, make_problem
 from lla.ops.solver import Solver, Stats
 
@@ -168,32 +170,43 @@ def explain(
     key: jax.Array | jax.ShapeDtypeStruct,
     value: jax.Array | jax.ShapeDtypeStruct,
     *,
+    cache: KVCache | None = None,
     implementation: Implementation = None,
     **options,
 ) -> dict[str, str | None]:
     """Why each implementation would or would not serve a call, without computing anything.
 
     Args:
-      query, key, value: arrays or `jax.ShapeDtypeStruct`, as for `local_linear_attention`.
+      query, key, value: arrays or `jax.ShapeDtypeStruct`, as for `local_linear_attention`, or those
+        of the new tokens where there is a `cache`.
+      cache: of arrays or `jax.ShapeDtypeStruct`, to ask about `lla.decode_step`.
       implementation: the ones to ask about; None means all of them.
-      **options: the other options of `local_linear_attention`; ``ridge`` may be left out.
+      **options: the other options of the function; ``ridge`` may be left out.
 
     Returns:
-      A dict from implementation name to None (it can serve) or the reason why it cannot.
+      A dict from implementation name to None (it can serve) or the reason why it cannot. With a
+      cache, an implementation that has kernels or a method of its own for decoding also has an
+      entry ``"<name>:decode"``; where that is a reason, the implementation treats the step as a
+      call on the whole cache.
     """
-    names = dispatch.NAMES if implementation is None else dispatch.check_names(implementation)
+    names = (
+        tuple(backend.BACKENDS) if implementation is None else backend.check_names(implementation)
+    )
     options.setdefault("ridge", 1.0)
     reasons = {}
 
-    def check(query, key, value):
-        problem = make_problem("lla", query, key, value, **options)
-        reasons.update(dispatch.refusals(problem, names))
+    def check(query, key, value, cache):
+        if cache is None:
+            problem = make_problem("lla", query, key, value, **options)
+        else:
+            problem, _ = decoding_problem("lla", query, key, value, cache, **options)
+        reasons.update(backend.explain(problem, names, decoding=cache is not None))
         return problem.query
 
-    jax.eval_shape(check, query, key, value)
+    jax.eval_shape(check, query, key, value, cache)
     return reasons
 
 
 def _serve(problem: Problem, implementation, return_stats):
-    out, stats = dispatch.run(problem, implementation, return_stats)
+    out, stats = backend.run(problem, implementation, return_stats)
     return (out, stats) if return_stats else out

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,34 @@ import numpy as np
 from lla.numerics import compute_dtype
 from lla.ops import integers
 from lla.ops.masks import Mask
-from lla.ops.solver import ResolvedSolver, Solver
+from lla.ops.solver import Solver
 
 Member = Literal["softmax", "parallax", "lla"]
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+class Operands(NamedTuple):
+    """The arrays of a call that are differentiated; every back end has a layout of its own.
+
+    probe is None unless the member is "parallax", ridge is None unless it is "lla".
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    probe: jax.Array | None
+    ridge: jax.Array | None
+    scale: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(*Operands._fields, "mask"),
+    meta_fields=("member", "solver", "static_ridge", "static_scale", "one_ridge", "leading"),
+)
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One call, checked and with its leading axes flattened.
+    """One call, checked and with its leading axes flattened; a pytree.
 
     Shapes: query and probe ``[B, T, K, G, H]`` (``G = N // K`` query heads share a key head), key
     ``[B, S, K, H]``, value ``[B, S, K, Hv]``, ridge and scale ``[B, T, K, G]`` in `compute_dtype`.
@@ -40,6 +60,10 @@ class Problem:
     static_scale: float | None
     one_ridge: bool  # whether `static_ridge` is that of all queries
     leading: tuple[int, ...]
+
+    @property
+    def operands(self) -> Operands:
+        return Operands(*(getattr(self, name) for name in Operands._fields))
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -277,20 +301,7 @@ def _check_positive(array, name: str, bound, or_zero: bool = False) -> float | N
     return float(bound(values.min(), values.max())) if values.size else None
 
 
-def resolve_solver(problem: Problem, method: Literal["cg", "direct"]) -> ResolvedSolver:
-    """Fills in what the caller left open, given the method that `auto` stands for."""
-    from lla.ops.solver import resolve_tolerances
-
-    solver = problem.solver
-    tol, backward_tol = resolve_tolerances(solver, problem.query.dtype)
-    if solver.method != "auto":
-        method = solver.method
-    adaptive = solver.num_iters is None
-    max_iters = solver.num_iters or solver.max_iters or max(64, 4 * problem.query.shape[-1])
-    return ResolvedSolver(method, tol, backward_tol, max_iters, adaptive)
-
-
-def refuse_for_kernels(
+def unsupported_by_kernels(
     problem: Problem, dtypes: tuple[str, ...], max_head_dim: int, max_direct_dim: int = 0
 ) -> str | None:
     """Why kernels for `dtypes` and head dimensions up to `max_head_dim` cannot serve `problem`.

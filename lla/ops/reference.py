@@ -80,8 +80,16 @@ def solve_positive_definite(matrix, target):
     return jax.lax.custom_linear_solve(lambda x: matrix @ x, target, eliminate, symmetric=True)
 
 
-def reference(problem: Problem) -> tuple[jax.Array, Stats]:
-    """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics."""
+def unsupported(problem: Problem) -> str | None:
+    """Why it cannot serve `problem`, None if it can."""
+    if problem.solver.num_iters is not None:
+        return "it solves exactly and cannot honour Solver.num_iters"
+    return None
+
+
+def attend(problem: Problem, with_stats: bool = True) -> tuple[jax.Array, Stats]:
+    """Output and statistics, always complete, in the layout of `Problem`."""
+    del with_stats
     dtype = problem.compute_dtype
     b, t, k, g, h = problem.query.shape
     s = problem.key.shape[1]
@@ -90,11 +98,11 @@ def reference(problem: Problem) -> tuple[jax.Array, Stats]:
     probe = query if problem.probe is None else problem.probe.astype(dtype)
     ridge = problem.scale if problem.ridge is None else problem.ridge
 
-    def attend(*arrays):
+    def one_query(*arrays):
         return attend_one_query(problem.member, *arrays)
 
     # Axes left to map after each level: [T, G, K, B] from the inside out; keys belong to (B, K).
-    per_token = jax.vmap(attend, in_axes=(0, 0, None, None, 0, 0, 0))
+    per_token = jax.vmap(one_query, in_axes=(0, 0, None, None, 0, 0, 0))
     per_head = jax.vmap(per_token, in_axes=(1, 1, None, None, 1, 1, 0), out_axes=1)
     per_group = jax.vmap(per_head, in_axes=(1, 1, 1, 1, 1, 1, 0), out_axes=1)
     per_sequence = jax.vmap(per_group)

@@ -30,24 +30,13 @@ from jax.ad_checkpoint import checkpoint_name
 from lla.compat import match_varying
 from lla.kernels.tiles import sees_nothing
 from lla.numerics import nan_where
+from lla.ops.differentiation import RESIDUAL_NAMES
 from lla.ops.masks import Mask, rows_mask
-from lla.ops.problem import Problem
+from lla.ops.problem import Operands, Problem
 from lla.ops.solver import Stats
-from lla.ops.xla.backend import RESIDUAL_NAMES
 
 _ROWS = 128
 """Rows whose masks are looked at together."""
-
-
-class _Arrays(NamedTuple):
-    """Those of `lla.ops.problem.Problem` that are differentiated."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    probe: jax.Array | None
-    ridge: jax.Array | None
-    scale: jax.Array
 
 
 class _Bad(NamedTuple):
@@ -77,7 +66,7 @@ def shield(problem: Problem, *, fast: bool = False) -> tuple[Problem, Restore]:
     hides = _may_hide_keys(mask, t, s)
     if not (problem.query.size and (hides or _rows_differ(mask, t, g))):
         return problem, lambda out, stats: (out, stats)
-    arrays = _Arrays(*(getattr(problem, name) for name in _Arrays._fields))
+    arrays = problem.operands
     leaves, tree = jax.tree.flatten((arrays, mask))
     arrays, mask = jax.tree.unflatten(tree, match_varying(*leaves))
     seen = _seen(mask, arrays) if hides else None
@@ -130,7 +119,7 @@ def _ranges(mask: Mask, t: int, s: int):
     return jnp.minimum(low, s), jnp.clip(high, 0, s)
 
 
-def _seen(mask: Mask, arrays: _Arrays) -> jax.Array:
+def _seen(mask: Mask, arrays: Operands) -> jax.Array:
     """Bool ``[B, S, K]``: whether any query sees a key."""
     b, t, k, _, _ = arrays.query.shape
     s = arrays.key.shape[1]
@@ -234,11 +223,11 @@ def _times_nan_where(flags: jax.Array, array: jax.Array) -> jax.Array:
     return array * jnp.where(flags, jnp.full_like(array, jnp.nan), jnp.ones_like(array))
 
 
-def _equal_rows(arrays: _Arrays, seen: jax.Array) -> tuple[_Arrays, Restore]:
+def _equal_rows(arrays: Operands, seen: jax.Array) -> tuple[Operands, Restore]:
     """Where all rows see the same keys: what they see, and no row that sees nothing."""
     b, t, k, g, _ = arrays.query.shape
     blind = jnp.broadcast_to(~seen.any(1)[:, None, :, None], (b, t, k, g))
-    clean = _Arrays(
+    clean = Operands(
         query=_drop(blind, arrays.query),
         key=_drop(~seen, arrays.key),
         value=_drop(~seen, arrays.value),
@@ -251,7 +240,7 @@ def _equal_rows(arrays: _Arrays, seen: jax.Array) -> tuple[_Arrays, Restore]:
     return clean, lambda out, stats: (_drop(blind, out), stats)
 
 
-def _causal(arrays: _Arrays, mask: Mask) -> tuple[_Arrays, Restore]:
+def _causal(arrays: Operands, mask: Mask) -> tuple[Operands, Restore]:
     """Clean keys and values; rows that see another one get a scale that makes them NaN."""
     _, t, _, g, _ = arrays.query.shape
     s = arrays.key.shape[1]
@@ -269,7 +258,7 @@ def _causal(arrays: _Arrays, mask: Mask) -> tuple[_Arrays, Restore]:
     return arrays, lambda out, stats: (out, stats)
 
 
-def _any_mask(arrays: _Arrays, mask: Mask, seen) -> tuple[_Arrays, Restore]:
+def _any_mask(arrays: Operands, mask: Mask, seen) -> tuple[Operands, Restore]:
     rows = [jnp.isfinite(arrays.query).all(-1), jnp.isfinite(arrays.scale)]
     if arrays.probe is not None:
         rows.append(jnp.isfinite(arrays.probe).all(-1))
@@ -295,11 +284,11 @@ def _any_mask(arrays: _Arrays, mask: Mask, seen) -> tuple[_Arrays, Restore]:
     return clean, restore
 
 
-def _clean(arrays: _Arrays, bad: _Bad) -> _Arrays:
+def _clean(arrays: Operands, bad: _Bad) -> Operands:
     def keys(array):
         return _finite(array if bad.seen is None else _drop(~bad.seen, array))
 
-    clean = _Arrays(
+    clean = Operands(
         query=_drop(bad.rows, arrays.query),
         key=keys(arrays.key),
         value=keys(arrays.value),
@@ -313,7 +302,7 @@ def _clean(arrays: _Arrays, bad: _Bad) -> _Arrays:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _channel(kinds: tuple, arrays: _Arrays, mask: Mask, rows: jax.Array) -> jax.Array:
+def _channel(kinds: tuple, arrays: Operands, mask: Mask, rows: jax.Array) -> jax.Array:
     """Zeros ``[B, T, K, G]``, whose cotangent names the rows to be told about.
 
     Its gradient is NaN for what belongs to these rows and for the keys that they see. It comes on
@@ -329,7 +318,7 @@ def _channel_fwd(kinds, arrays, mask, rows):
 
 
 def _channel_bwd(kinds, mask, cotangent):
-    kinds = _Arrays(*kinds)  # shapes and dtypes, for which the arrays need not be kept
+    kinds = Operands(*kinds)  # shapes and dtypes, for which the arrays need not be kept
     rows = cotangent > 0
     keys = _keys_seen_by(mask, rows, kinds.key[0][1])
 
@@ -338,8 +327,8 @@ def _channel_bwd(kinds, mask, cotangent):
             return None
         return nan_where(keys if name in ("key", "value") else rows, jnp.zeros(*kind))
 
-    pairs = zip(_Arrays._fields, kinds, strict=True)
-    return _Arrays(*(nan_or_zero(name, kind) for name, kind in pairs)), None, None
+    pairs = zip(Operands._fields, kinds, strict=True)
+    return Operands(*(nan_or_zero(name, kind) for name, kind in pairs)), None, None
 
 
 _channel.defvjp(_channel_fwd, _channel_bwd)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import backend as dispatch
+from lla.ops import BACKENDS, Backend
 from lla.ops.mosaic_tpu import backend as mosaic_tpu
 from tests.kernels.tpu_cases import evaluate
 from tests.ops import harness
@@ -225,9 +225,9 @@ def test_extreme_ridges(ridge):
 @pytest.fixture
 def pretended(monkeypatch):
     """The kernels are accepted here, and interpreted."""
-    run = functools.partial(mosaic_tpu.mosaic_tpu, interpret=True)
-    monkeypatch.setattr(mosaic_tpu, "mosaic_tpu", run)
-    monkeypatch.setitem(dispatch._REFUSALS, "mosaic_tpu", mosaic_tpu.refuse_shape)
+    run = functools.partial(mosaic_tpu.attend, interpret=True)
+    backend = Backend("mosaic_tpu", mosaic_tpu.unsupported_shape, run)
+    monkeypatch.setitem(BACKENDS, "mosaic_tpu", backend)
 
 
 @pytest.mark.slow

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import lla
-from lla.ops import backend as dispatch
-from lla.ops import decode
+from lla.ops import BACKENDS, Backend, Decoder
 from lla.ops.mosaic_gpu import decode as decode_gpu
 from lla.ops.problem import make_problem
 
@@ -68,7 +67,7 @@ def problem(tokens=1, head_dim=64, value_dim=64, room=64):
     ],
 )
 def test_served(given, served):
-    assert decode_gpu.serves(problem(**given)) == served
+    assert (decode_gpu.unsupported(problem(**given)) is None) == served
 
 
 def test_steps_go_to_them(monkeypatch):
@@ -84,9 +83,13 @@ def test_steps_go_to_them(monkeypatch):
 
         return run
 
-    monkeypatch.setitem(dispatch._REFUSALS, "mosaic_gpu", lambda problem: None)
-    monkeypatch.setattr(decode.decode_gpu, "attend", kernels("step", 1))
-    monkeypatch.setattr(dispatch.mosaic_gpu, "mosaic_gpu", kernels("whole", 2))
+    backend = Backend(
+        "mosaic_gpu",
+        lambda problem: None,
+        kernels("whole", 2),
+        decode=Decoder(decode_gpu.unsupported, kernels("step", 1)),
+    )
+    monkeypatch.setitem(BACKENDS, "mosaic_gpu", backend)
     cache = lla.KVCache.create(2, 64, num_kv_heads=1, head_dim=64)
     for tokens in (1, 2):
         query = jnp.zeros((2, tokens, 2, 64), jnp.bfloat16)

@@ -6,21 +6,18 @@ The kernels themselves are in `lla.kernels.mosaic_gpu.decode`, their design in
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lla.compat import match_varying
 from lla.numerics import nan_where
-from lla.ops import differentiation
-from lla.ops.masks import Mask
+from lla.ops.differentiation import refuse_derivative
 from lla.ops.mosaic_gpu import hopper
-from lla.ops.problem import Member, Problem, resolve_solver
-from lla.ops.shield import shield
-from lla.ops.solver import Solver, Stats
+from lla.ops.problem import Problem
+from lla.ops.solver import Stats, resolve
 
 _HEAD_DIMS = (64, 128)
 _BLOCK = 64  # keys of a tile
@@ -32,19 +29,22 @@ _OVERHEAD = 4
 _LARGE_RIDGE = 5.0
 
 
-def serves(problem: Problem) -> bool:
-    """Whether the kernels can serve a problem that `hopper.refuse` accepts.
-
-    It is one of decoding: causal, with an offset and lengths, without segments.
-    """
+def unsupported(problem: Problem) -> str | None:
+    """Why they cannot serve one that `hopper.unsupported` accepts, None if they can."""
     _, t, _, _, h = problem.query.shape
-    return (
-        t == 1
-        and problem.query.size > 0
-        and h in _HEAD_DIMS
-        and problem.value.shape[-1] == h
-        and problem.key.shape[1] >= _BLOCK
-    )
+    if t != 1 or not problem.query.size:
+        return f"the decoding kernels take one token of some sequences, query has {t}"
+    if h not in _HEAD_DIMS or problem.value.shape[-1] != h:
+        return (
+            f"the decoding kernels need equal head dimensions of 64 or 128, query has {h} and "
+            f"value {problem.value.shape[-1]}"
+        )
+    if problem.key.shape[1] < _BLOCK:
+        return (
+            f"the decoding kernels need room for {_BLOCK} tokens, the cache has "
+            f"{problem.key.shape[1]}"
+        )
+    return None
 
 
 def choose_splits(queries: int, num_keys: int, instances: int = _INSTANCES) -> int:
@@ -62,92 +62,62 @@ def choose_splits(queries: int, num_keys: int, instances: int = _INSTANCES) -> i
     return min(range(1, max(1, tiles // 4) + 1), key=time)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    member: Member
-    window: tuple[int, int] | None
-    solver: Solver
-    static_ridge: float | None
-    static_scale: float | None
-    one_ridge: bool
-    interpret: Any
-
-
-class _Floats(NamedTuple):
-    """As in `Problem`."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    probe: jax.Array | None
-    ridge: jax.Array | None
-    scale: jax.Array
-
-
-class _Places(NamedTuple):
-    """Int32 ``[B]``: the position of the query, and the tokens in the cache."""
-
-    offset: jax.Array
-    lengths: jax.Array
-
-
-def attend(problem: Problem, *, interpret: Any = None) -> tuple[jax.Array, Stats]:
-    """Output ``[B, 1, K, G, H]`` in the query's dtype, and the statistics.
+def attend(
+    problem: Problem, with_stats: bool = True, *, interpret: Any = None
+) -> tuple[jax.Array, Stats]:
+    """Output and statistics, always complete, in the layout of `Problem`.
 
     Where a gradient is taken, it is that of the kernels for whole sequences.
 
     Args:
-      problem: one that `serves` accepts.
+      problem: one that `unsupported` accepts.
+      with_stats: ignored.
       interpret: parameters of Pallas's GPU interpreter, or None to compile.
     """
-    static = _Static(
-        problem.member, problem.mask.window, problem.solver, problem.static_ridge,
-        problem.static_scale, problem.one_ridge, interpret,
-    )  # fmt: skip
-    floats = _Floats(*(getattr(problem, name) for name in _Floats._fields))
-    places = _Places(problem.mask.offset, problem.mask.lengths)
-    leaves, tree = jax.tree.flatten((floats, places))
-    return _attend(static, *jax.tree.unflatten(tree, match_varying(*leaves)))
+    del with_stats
+    leaves, tree = jax.tree.flatten(problem)
+    return _attend(interpret, jax.tree.unflatten(tree, match_varying(*leaves)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Array, Stats]:
-    return _results(static, floats, places)
+def _attend(interpret: Any, problem: Problem) -> tuple[jax.Array, Stats]:
+    return _results(interpret, problem)
 
 
-def _run(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Array, Stats]:
+def _run(interpret: Any, problem: Problem) -> tuple[jax.Array, Stats]:
     from lla.kernels.mosaic_gpu.decode import Cache, heads_together
     from lla.kernels.mosaic_gpu.decode_attend import attend_cache
 
-    b, _, k, g, h = floats.query.shape
-    s = floats.key.shape[1]
-    queries = b * k * g // heads_together(static.member, g)
-    cache = Cache(b, s, k, g, h, floats.query.dtype, choose_splits(queries, s))
-    high = jnp.clip(jnp.minimum(places.offset + 1, places.lengths), 0, s)
+    b, _, k, g, h = problem.query.shape
+    s = problem.key.shape[1]
+    mask = problem.mask
+    queries = b * k * g // heads_together(problem.member, g)
+    cache = Cache(b, s, k, g, h, problem.query.dtype, choose_splits(queries, s))
+    high = jnp.clip(jnp.minimum(mask.offset + 1, mask.lengths), 0, s)
     low = jnp.zeros_like(high)
-    if static.window is not None:
-        low = jnp.clip(places.offset - static.window[0], 0, high)
+    if mask.window is not None:
+        low = jnp.clip(mask.offset - mask.window[0], 0, high)
 
     def rows(array):
         """``[B, 1, K, G, ...] -> [B, N, ...]``."""
         return None if array is None else array.reshape(b, k * g, *array.shape[4:])
 
-    ridge, scale = rows(floats.ridge), rows(floats.scale)
+    ridge, scale = rows(problem.ridge), rows(problem.scale)
     # A constant of one element is at hand; to fill an array takes a kernel.
-    if static.static_scale is not None:
-        scale = jnp.full((1, 1), static.static_scale, jnp.float32)
-    if static.one_ridge:
-        ridge = jnp.full((1, 1), static.static_ridge, jnp.float32)
-    solver = resolve_solver(_problem(static, floats, places), "cg")
+    if problem.static_scale is not None:
+        scale = jnp.full((1, 1), problem.static_scale, jnp.float32)
+    if problem.one_ridge:
+        ridge = jnp.full((1, 1), problem.static_ridge, jnp.float32)
+    solver = resolve(problem, method="cg")
     found = attend_cache(
-        cache, static.member, rows(floats.query), floats.key, floats.value,
-        (low, high), scale, ridge, rows(floats.probe),
-        tol=solver.tol if solver.adaptive else None, max_iters=solver.max_iters,
-        precise=(static.static_ridge or 0) < _LARGE_RIDGE or solver.tol < 1e-4,
-        interpret=static.interpret,
+        cache, problem.member, rows(problem.query), problem.key, problem.value,
+        (low, high), scale, ridge, rows(problem.probe),
+        tol=solver.stopping_tol(forward=True), max_iters=solver.max_iters,
+        precise=(problem.static_ridge or 0) < _LARGE_RIDGE or solver.tol < 1e-4,
+        interpret=interpret,
     )  # fmt: skip
     out = found.out
-    if ridge is not None and not static.one_ridge:
+    if ridge is not None and not problem.one_ridge:
         out = nan_where(jnp.broadcast_to(jnp.isnan(ridge), out.shape[:-1]), out)
     shape = (b, 1, k, g)
     iterations = found.iterations.astype(jnp.int32).reshape(shape)
@@ -155,28 +125,19 @@ def _run(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Array, 
     return out.reshape(*shape, h), stats
 
 
-def _problem(static: _Static, floats: _Floats, places: _Places) -> Problem:
-    mask = Mask(True, static.window, places.offset, places.lengths, None, None, None)
-    return Problem(
-        static.member, **floats._asdict(), mask=mask, solver=static.solver,
-        static_ridge=static.static_ridge, static_scale=static.static_scale,
-        one_ridge=static.one_ridge,
-        leading=floats.query.shape[:1],
-    )  # fmt: skip
+_results = refuse_derivative(_run, "mosaic_gpu")
 
 
-def _forward(static: _Static, floats: _Floats, places: _Places):
-    def whole(floats):
-        problem, restore = shield(_problem(static, floats, places))
-        return restore(*hopper.mosaic_gpu(problem, interpret=static.interpret))[0]
+def _forward(interpret: Any, problem: Problem):
+    def whole(problem):
+        return hopper.attend(problem, interpret=interpret)[0]
 
-    return _results(static, floats, places), jax.vjp(whole, floats)[1]
+    return _results(interpret, problem), jax.vjp(whole, problem)[1]
 
 
-def _backward(static: _Static, pullback, cotangents):
-    del static
-    return *pullback(cotangents[0]), None
+def _backward(interpret: Any, pullback, cotangents):
+    del interpret
+    return pullback(cotangents[0])
 
 
 _attend.defvjp(_forward, _backward)
-_results = differentiation.refuse_derivative(_run, "mosaic_gpu")

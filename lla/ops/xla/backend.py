@@ -1,4 +1,4 @@
-"""Blockwise implementation in plain XLA: tiles of queries against ranges of keys, one custom_vjp.
+"""Blockwise implementation in plain XLA: tiles of queries against ranges of keys.
 
 A tile keeps its softmax weights in memory, where every solver iteration reuses them; nothing else
 of size queries x keys exists, so memory is linear in the number of keys. The derivation is in
@@ -14,19 +14,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from lla.compat import full_varying, match_varying
+from lla.compat import full_varying
 from lla.kernels import cg, tiles
-from lla.ops import differentiation
+from lla.ops.differentiation import Residuals, attention
 from lla.ops.masks import Mask
-from lla.ops.problem import Member, Problem
-from lla.ops.solver import ResolvedSolver, Stats
+from lla.ops.problem import Member, Operands, Problem
+from lla.ops.shield import shield
+from lla.ops.solver import ResolvedSolver, Stats, resolve
 from lla.ops.xla import blocks, direct
 from lla.ops.xla.plan import Plan, make_plan
-
-RESIDUAL_NAMES = ("lla_output", "lla_log_sum_exp", "lla_probe", "lla_key_mean")
-"""Names of the forward results that the backward pass needs, for checkpoint policies."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,40 +37,28 @@ class _Spec:
     with_stats: bool
 
 
-class _Operands(NamedTuple):
-    """Arrays of a call, groups first: ``M = B * K`` pairs of sequence and key head.
-
-    query, probe ``[M, G, T, H]``; key ``[M, S, H]``; value ``[M, S, Hv]``; ridge and scale
-    ``[M, G, T]``. probe and ridge are None where the member has none.
-    """
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    probe: jax.Array | None
-    ridge: jax.Array | None
-    scale: jax.Array
+def unsupported(problem: Problem) -> str | None:
+    """None: it serves every problem."""
+    del problem
+    return None
 
 
-class _Saved(NamedTuple):
-    """Per-row results: out ``[M, G, T, Hv]``; x and key_mean ``[M, G, T, H]``; lse ``[M, G, T]``.
-
-    lse and key_mean are relative to the origin of the row's tile: with keys far from zero their
-    absolute values would lose the digits that the backward pass needs.
-    """
-
-    out: jax.Array
-    lse: jax.Array
-    x: jax.Array | None
-    key_mean: jax.Array | None
-
-
-def xla(
-    problem: Problem, solver: ResolvedSolver, with_stats: bool = True
-) -> tuple[jax.Array, Stats]:
-    """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics.
+def attend(problem: Problem, with_stats: bool) -> tuple[jax.Array, Stats]:
+    """Output and statistics in the layout of `Problem`.
 
     Without `with_stats` their residual may be that of an earlier iterate.
+    """
+    problem, restore = shield(problem)
+    return restore(*attend_shielded(problem, resolve(problem), with_stats))
+
+
+def attend_shielded(
+    problem: Problem, solver: ResolvedSolver, with_stats: bool = True
+) -> tuple[jax.Array, Stats]:
+    """`attend` of a problem without hidden or non-finite numbers.
+
+    Inside, arrays come with groups first, ``M = B * K`` pairs of sequence and key head: query and
+    probe ``[M, G, T, H]``, key ``[M, S, H]``, value ``[M, S, Hv]``, ridge and scale ``[M, G, T]``.
     """
     b, t, k, g, h = problem.query.shape
     s = problem.key.shape[1]
@@ -90,7 +75,7 @@ def xla(
     def keys_to_groups(array):  # [B, S, K, ...] -> [M, S, ...]
         return jnp.moveaxis(array, 1, 2).reshape(b * k, s, *array.shape[3:])
 
-    operands = _Operands(
+    operands = Operands(
         query=rows_to_groups(problem.query),
         key=keys_to_groups(problem.key),
         value=keys_to_groups(problem.value),
@@ -99,8 +84,6 @@ def xla(
         scale=rows_to_groups(problem.scale),
     )
     mask = _mask_by_group(problem.mask, b, k)
-    leaves, tree = jax.tree.flatten((operands, mask))
-    operands, mask = jax.tree.unflatten(tree, match_varying(*leaves))
     out, stats = _attend(spec, operands, mask)
 
     def groups_to_rows(array):  # [M, G, T, ...] -> [B, T, K, G, ...]
@@ -140,33 +123,6 @@ def _mask_by_group(mask: Mask, b: int, k: int) -> Mask:
 
 
 # ---------------------------------------------------------------------------------------------
-# Differentiation
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[jax.Array, Stats]:
-    saved, stats = _results(spec, operands, mask)
-    return saved.out, stats
-
-
-def _attend_fwd(spec, operands, mask):
-    saved, stats = _results(spec, operands, mask)
-    arrays = []
-    for array, name in zip(saved, RESIDUAL_NAMES, strict=True):
-        arrays.append(None if array is None else checkpoint_name(array, name))
-    saved = _Saved(*arrays)
-    return (saved.out, stats), (operands, mask, saved)
-
-
-def _attend_bwd(spec, residuals, cotangents):
-    operands, mask, saved = residuals
-    return _gradients(spec, operands, mask, saved, cotangents[0]), None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-# ---------------------------------------------------------------------------------------------
 # A tile's keys and its solve
 
 
@@ -179,7 +135,7 @@ class _Keys(NamedTuple):
     origin: jax.Array  # [M', 1, H]
 
 
-def _tile_keys(spec, operands: _Operands, mask: Mask, first, start, length: int, dtype) -> _Keys:
+def _tile_keys(spec, operands: Operands, mask: Mask, first, start, length: int, dtype) -> _Keys:
     _, heads, num_queries, _ = operands.query.shape
     valid = blocks.drop_single(
         blocks.tile_mask(spec.plan, mask, first, start, length, heads, num_queries)
@@ -211,7 +167,6 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
         precondition = functools.partial(direct.apply_inverse, inverse)
         # Half of the eigenvalue that an exact inverse leaves.
         smallest = jnp.where(ok[..., None], 0.5 * jnp.ones_like(smallest), smallest)
-    tol = solver.tol if forward else solver.backward_tol
     x, iterations, residual = cg.cg_solve(
         b,
         product,
@@ -221,7 +176,7 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
         zeros=full_varying((*b.shape[:-1], 1), 0, b.dtype, like=b),
         active=active[..., None],
         energy_offset=1 if forward else 0,
-        tol=tol if solver.adaptive else None,
+        tol=solver.stopping_tol(forward=forward),
         max_iters=solver.max_iters,
         with_residual=forward and spec.with_stats,
     )
@@ -232,12 +187,12 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
 # Forward
 
 
-def _forward(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Saved, Stats]:
+def _forward(spec: _Spec, operands: Operands, mask: Mask) -> tuple[Residuals, Stats]:
     function = functools.partial(_forward_groups, spec, _forward_tile)
     return blocks.for_groups(spec.plan, function, operands, mask)
 
 
-def _forward_groups(spec: _Spec, function, operands: _Operands, mask: Mask):
+def _forward_groups(spec: _Spec, function, operands: Operands, mask: Mask):
     """Results of ``function`` on every tile, one of `_forward_tile` and `_output_tile`."""
     groups, heads, num_queries, _ = operands.query.shape
     padded, mask = _pad(spec, operands, mask)
@@ -257,7 +212,7 @@ def _forward_groups(spec: _Spec, function, operands: _Operands, mask: Mask):
     return jax.tree.map(lambda a: blocks.join_tiles(spec.plan, a, heads, num_queries), results)
 
 
-def _pad(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Operands, Mask]:
+def _pad(spec: _Spec, operands: Operands, mask: Mask) -> tuple[Operands, Mask]:
     """Row arrays padded to whole tiles."""
     padded = operands._replace(
         query=blocks.pad_rows(spec.plan, operands.query, 2),
@@ -274,7 +229,7 @@ def _pad(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Operands, Mask]
     return padded, mask
 
 
-def _forward_tile(spec, operands, padded, mask, first, length, start) -> tuple[_Saved, Stats]:
+def _forward_tile(spec, operands, padded, mask, first, length, start) -> tuple[Residuals, Stats]:
     dtype = padded.scale.dtype
     rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
     keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
@@ -298,10 +253,12 @@ def _forward_tile(spec, operands, padded, mask, first, length, start) -> tuple[_
         )
         iterations, residual = iterations[..., 0], residual[..., 0]
     out = tiles.probed_output(p, keys.k, keys.v, key_mean, x, spec.precision)
-    saved = _Saved(
+    # The last two are relative to the origin of the tile: with keys far from zero their absolute
+    # values would lose the digits that the backward pass needs.
+    saved = Residuals(
         out=out.astype(operands.query.dtype),
-        lse=lse,
-        x=x if spec.member == "lla" else None,
+        log_sum_exp=lse,
+        probe=x if spec.member == "lla" else None,
         key_mean=key_mean,
     )
     # The log-sum-exp of the logits as defined, whose keys are not shifted.
@@ -317,22 +274,22 @@ def _finite(array):
     return jnp.where(jnp.isfinite(array), array, jnp.zeros_like(array))
 
 
-def _backward(spec: _Spec, operands: _Operands, mask: Mask, saved: _Saved, g) -> _Operands:
+def _backward(spec: _Spec, operands: Operands, mask: Mask, saved: Residuals, g) -> Operands:
     function = functools.partial(_backward_groups, spec)
     gradients = blocks.for_groups(spec.plan, function, operands, mask, saved, g)
     return jax.tree.map(lambda d, like: d.astype(like.dtype), gradients, operands)
 
 
-def _backward_groups(spec, operands: _Operands, mask: Mask, saved: _Saved, g) -> _Operands:
+def _backward_groups(spec, operands: Operands, mask: Mask, saved: Residuals, g) -> Operands:
     groups, heads, num_queries, _ = operands.query.shape
     num_keys = operands.key.shape[1]
     dtype = operands.scale.dtype
     padded, mask = _pad(spec, operands, mask)
     g = blocks.pad_rows(spec.plan, g, 2)
-    saved = _Saved(
+    saved = Residuals(
         out=None,
-        lse=blocks.pad_rows(spec.plan, saved.lse, 2, tiles.NOTHING),
-        x=None if saved.x is None else blocks.pad_rows(spec.plan, saved.x, 2),
+        log_sum_exp=blocks.pad_rows(spec.plan, saved.log_sum_exp, 2, tiles.NOTHING),
+        probe=None if saved.probe is None else blocks.pad_rows(spec.plan, saved.probe, 2),
         key_mean=None if saved.key_mean is None else blocks.pad_rows(spec.plan, saved.key_mean, 2),
     )
 
@@ -357,13 +314,13 @@ def _backward_groups(spec, operands: _Operands, mask: Mask, saved: _Saved, g) ->
 
 
 def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start):
-    """Gradients of a tile's rows (as `_Operands` without key and value), of its keys and values."""
+    """Gradients of a tile's rows (as `Operands` without key and value), of its keys and values."""
     dtype, precision = padded.scale.dtype, spec.precision
     rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
     keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
     k, v = keys.k, keys.v
     q, scale, g = rows(padded.query), rows(padded.scale), rows(g)
-    lse = rows(saved.lse)
+    lse = rows(saved.log_sum_exp)
     scaled_q = q * scale[..., None]
     p = tiles.saved_weights(tiles.product_nt(scaled_q, k, precision), keys.valid, lse)
 
@@ -376,7 +333,7 @@ def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
     if spec.member == "parallax":
         x, d_probe = rows(padded.probe), -h
     if spec.member == "lla":
-        x, active = rows(saved.x), ~tiles.sees_nothing(lse)
+        x, active = rows(saved.probe), ~tiles.sees_nothing(lse)
         u, _, _ = _solve(spec, h, p, k, key_mean, rows(padded.ridge), active, forward=False)
         d_ridge = tiles.row_dot(u, x)[..., 0]
 
@@ -399,12 +356,29 @@ def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
         d_query += u
         d_key -= tiles.product_tn(weighted, _finite(u), precision)
     d_scale = tiles.row_dot(q, weighted_keys)[..., 0]
-    d_rows = _Operands(d_query, None, None, d_probe, d_ridge, d_scale)
+    d_rows = Operands(d_query, None, None, d_probe, d_ridge, d_scale)
     return d_rows, d_key, d_value
 
 
 # ---------------------------------------------------------------------------------------------
-# Further derivatives
+# Further derivatives: JAX applies the implicit function theorem to `lax.custom_linear_solve`, in
+# forward and reverse mode, as often as asked. A derivative is as exact as the solves.
+
+
+def _differentiable_solve(find, p, k, key_mean, ridge, target, precision):
+    """Solves the systems of a tile, with the derivatives of the exact solution.
+
+    Args:
+      find: the map from right-hand sides to approximate solutions, ``[..., R, H]``; not
+        differentiated.
+      p, k, key_mean, ridge: see `lla.kernels.tiles`.
+      target: right-hand sides ``[..., R, H]``.
+    """
+
+    def product(y):
+        return tiles.system_product(p, k, key_mean, ridge, y, precision)
+
+    return lax.custom_linear_solve(product, target, lambda _, b: find(b), symmetric=True)
 
 
 def _output_tile(spec, operands, padded, mask, first, length, start):
@@ -434,13 +408,13 @@ def _output_tile(spec, operands, padded, mask, first, length, start):
             def find(b):
                 return _solve(spec, b, p, k, key_mean, ridge, active, forward=False)[0]
 
-            x = differentiation.solve(find, p, k, key_mean, ridge, target, spec.precision)
+            x = _differentiable_solve(find, p, k, key_mean, ridge, target, spec.precision)
         return tiles.probed_output(p, k, keys.v, key_mean, x, spec.precision)
 
     return output(operands, padded, start, length).astype(operands.query.dtype)
 
 
-def _output(spec: _Spec, operands: _Operands, mask: Mask) -> jax.Array:
+def _output(spec: _Spec, operands: Operands, mask: Mask) -> jax.Array:
     solver = spec.solver
     tol = min(solver.tol, solver.backward_tol)
     spec = dataclasses.replace(spec, solver=dataclasses.replace(solver, backward_tol=tol))
@@ -448,15 +422,4 @@ def _output(spec: _Spec, operands: _Operands, mask: Mask) -> jax.Array:
     return blocks.for_groups(spec.plan, function, operands, mask)
 
 
-def _differentiable_results(spec: _Spec, operands: _Operands, mask: Mask):
-    out = _output(spec, operands, mask)
-    return _Saved(out, *[None] * (len(_Saved._fields) - 1)), Stats(None, None, None)
-
-
-def _differentiable_gradients(spec, operands: _Operands, mask: Mask, saved: _Saved, g) -> _Operands:
-    del saved  # what it holds follows from the operands
-    return jax.vjp(lambda operands: _output(spec, operands, mask), operands)[1](g)[0]
-
-
-_results = differentiation.with_derivative(_forward, _differentiable_results)
-_gradients = differentiation.with_derivative(_backward, _differentiable_gradients)
+_attend = attention("xla", _forward, _backward, _output)
