@@ -19,7 +19,7 @@ from lla.kernels.tiles import NOTHING
 from lla.ops import again
 from lla.ops.auto import choose_method
 from lla.ops.options import Solver, Stats
-from lla.ops.problem import Member, Problem, refuse_for_kernels
+from lla.ops.problem import Member, Problem, refuse_for_kernels, refuse_options
 from lla.ops.xla import RESIDUAL_NAMES
 
 _MAX_HEAD_DIM = 128
@@ -44,7 +44,7 @@ _PRECISE_TOL = 1e-3
 
 def refuse(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem`, None if they can."""
-    reason = refuse_machine()
+    reason = refuse_options(problem) or refuse_machine()
     return refuse_shape(problem) if reason is None else reason
 
 

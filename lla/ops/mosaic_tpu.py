@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lla.compat import default_device, match_varying, target_platform
 from lla.ops import again
 from lla.ops.options import Stats
-from lla.ops.problem import Member, Problem, refuse_for_kernels, resolve_solver
+from lla.ops.problem import Member, Problem, refuse_for_kernels, refuse_options, resolve_solver
 from lla.ops.xla import RESIDUAL_NAMES
 
 _MAX_HEAD_DIM = 256
@@ -29,7 +29,7 @@ _SPLIT_BELOW = 5.0
 
 def refuse(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem`, None if they can."""
-    if (reason := _refuse_device()) is not None:
+    if (reason := refuse_options(problem) or _refuse_device()) is not None:
         return reason
     return refuse_shape(problem)
 
