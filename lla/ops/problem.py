@@ -32,19 +32,29 @@ class Operands(NamedTuple):
     probe: jax.Array | None
     ridge: jax.Array | None
     scale: jax.Array
+    bias: jax.Array | None = None
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=(*Operands._fields, "mask"),
-    meta_fields=("member", "solver", "static_ridge", "static_scale", "one_ridge", "leading"),
+    meta_fields=(
+        "member",
+        "solver",
+        "static_ridge",
+        "static_scale",
+        "one_ridge",
+        "leading",
+        "soft_cap",
+    ),
 )
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One call, checked and with its leading axes flattened; a pytree.
 
     Shapes: query and probe ``[B, T, K, G, H]`` (``G = N // K`` query heads share a key head), key
-    ``[B, S, K, H]``, value ``[B, S, K, Hv]``, ridge and scale ``[B, T, K, G]`` in `compute_dtype`.
+    ``[B, S, K, H]``, value ``[B, S, K, Hv]``, ridge and scale ``[B, T, K, G]`` in `compute_dtype`,
+    bias ``[B | 1, K | 1, G | 1, T | 1, S | 1]`` in any supported dtype.
     """
 
     member: Member
@@ -60,6 +70,8 @@ class Problem:
     static_scale: float | None
     one_ridge: bool  # whether `static_ridge` is that of all queries
     leading: tuple[int, ...]
+    bias: jax.Array | None = None
+    soft_cap: float | None = None
 
     @property
     def operands(self) -> Operands:
@@ -90,10 +102,13 @@ def make_problem(
     scale=None,
     is_causal=True,
     query_offset=None,
+    query_seq_lengths=None,
     key_value_seq_lengths=None,
     segment_ids=None,
     local_window_size=None,
     mask=None,
+    bias=None,
+    logits_soft_cap=None,
     solver=None,
 ) -> Problem:
     """Checks every argument and builds the `Problem`; see `lla.local_linear_attention`."""
@@ -163,6 +178,10 @@ def make_problem(
                 f"query {query.dtype} {query.shape}."
             )
         probe = probe.reshape(*heads, h)
+    if bias is not None:
+        bias = _by_pair(_float_array(bias, "bias"), "bias", leading, t, s, k, n // k)
+    if logits_soft_cap is not None:
+        logits_soft_cap = _check_soft_cap(logits_soft_cap, member)
     solver = Solver() if solver is None else solver
     if not isinstance(solver, Solver):
         raise ValueError(f"solver must be an lla.Solver or None, got {type(solver).__name__}.")
@@ -176,19 +195,33 @@ def make_problem(
         ridge=ridge,
         scale=scale,
         mask=_make_mask(
-            leading, t, s, k, n // k, is_causal, query_offset, key_value_seq_lengths,
-            segment_ids, local_window_size, mask,
+            leading, t, s, k, n // k, is_causal, query_offset, query_seq_lengths,
+            key_value_seq_lengths, segment_ids, local_window_size, mask, bias,
         ),
         solver=solver,
         static_ridge=static_ridge,
         static_scale=None if static_scale is None else float(static_scale),
         one_ridge=member == "lla" and isinstance(ridge_given, (int, float)),
         leading=leading,
+        bias=bias,
+        soft_cap=logits_soft_cap,
     )  # fmt: skip
 
 
 def _make_mask(
-    leading, t, s, k, g, is_causal, query_offset, lengths, segment_ids, window, mask
+    leading,
+    t,
+    s,
+    k,
+    g,
+    is_causal,
+    query_offset,
+    query_lengths,
+    lengths,
+    segment_ids,
+    window,
+    mask,
+    bias,
 ) -> Mask:
     b, limit = math.prod(leading), integers.MAX_OFFSET
 
@@ -220,6 +253,12 @@ def _make_mask(
             segments.append(ids.reshape(b, length))
         query_segments, key_segments = segments
 
+    query_lengths = per_sequence(query_lengths, "query_seq_lengths", 0, t)
+    if query_lengths is not None:
+        query_segments, key_segments = _without_queries(
+            query_lengths, query_segments, key_segments, t, s
+        )
+
     if window is not None:
         pair = (window, window) if isinstance(window, (int, np.integer)) else tuple(window)
         if len(pair) != 2 or any(not isinstance(w, (int, np.integer)) or w < 0 for w in pair):
@@ -234,18 +273,7 @@ def _make_mask(
         mask = jnp.asarray(mask)
         if mask.dtype != jnp.bool_:
             raise ValueError(f"mask must be boolean, got {mask.dtype}.")
-        full = (*leading, k * g, t, s)
-        if mask.ndim > len(full) or any(
-            m not in (1, f) for m, f in zip(mask.shape[::-1], full[::-1], strict=False)
-        ):
-            raise ValueError(
-                f"mask must be broadcastable to [*B, N, T, S] = {full}, got {mask.shape}."
-            )
-        mask = mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape)
-        if any(m != 1 for m in mask.shape[: len(leading)]):
-            mask = jnp.broadcast_to(mask, (*leading, *mask.shape[len(leading) :]))
-        *_, mask_n, mask_t, mask_s = mask.shape
-        mask = mask.reshape(-1, *((1, 1) if mask_n == 1 else (k, g)), mask_t, mask_s)
+        mask = _by_pair(mask, "mask", leading, t, s, k, g)
         mask = jnp.broadcast_to(mask, (*mask.shape[:-1], s))
 
     return Mask(
@@ -256,7 +284,41 @@ def _make_mask(
         query_segments=query_segments,
         key_segments=key_segments,
         dense=mask,
+        bias=None if bias is None else jax.lax.stop_gradient(bias),
     )
+
+
+def _by_pair(array, name: str, leading, t: int, s: int, k: int, g: int) -> jax.Array:
+    """``[*B, N, T, S]``, any axis 1 or missing, as ``[B | 1, K | 1, G | 1, T | 1, S | 1]``."""
+    full = (*leading, k * g, t, s)
+    if array.ndim > len(full) or any(
+        m not in (1, f) for m, f in zip(array.shape[::-1], full[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"{name} must be broadcastable to [*B, N, T, S] = {full}, got {array.shape}."
+        )
+    array = array.reshape((1,) * (len(full) - array.ndim) + array.shape)
+    if any(m != 1 for m in array.shape[: len(leading)]):
+        array = jnp.broadcast_to(array, (*leading, *array.shape[len(leading) :]))
+    *_, array_n, array_t, array_s = array.shape
+    batch = math.prod(array.shape[: len(leading)])
+    return array.reshape(batch, *((1, 1) if array_n == 1 else (k, g)), array_t, array_s)
+
+
+def _without_queries(lengths, query_segments, key_segments, t: int, s: int):
+    """Segment ids, or those given, under which queries from `lengths` on see no key."""
+    b = lengths.shape[0]
+    if query_segments is None:
+        query_segments, key_segments = jnp.zeros((b, t), jnp.int32), jnp.zeros((b, s), jnp.int32)
+    # One of s + 1 numbers is the id of no key.
+    known = (key_segments >= 0) & (key_segments <= s)
+    used = jnp.zeros((b, s + 1), bool)
+    used = jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))(
+        used, jnp.where(known, key_segments, s + 1)
+    )
+    free = jnp.argmin(used, axis=1).astype(jnp.int32)[:, None]
+    exists = jnp.arange(t, dtype=jnp.int32)[None] < lengths[:, None]
+    return jnp.where(exists, query_segments, free), key_segments
 
 
 @jax.jit
@@ -301,6 +363,27 @@ def _check_positive(array, name: str, bound, or_zero: bool = False) -> float | N
     return float(bound(values.min(), values.max())) if values.size else None
 
 
+def _check_soft_cap(cap, member: Member) -> float:
+    if member != "softmax":
+        raise ValueError(
+            "logits_soft_cap is defined for softmax attention alone: the weights of "
+            f"{'local linear' if member == 'lla' else 'Parallax'} attention are those of plain "
+            "logits."
+        )
+    if isinstance(cap, (bool, jax.core.Tracer)) or np.ndim(cap) or np.asarray(cap).dtype == object:
+        raise ValueError(f"logits_soft_cap must be a positive number or None, got {cap!r}.")
+    return _check_positive(cap, "logits_soft_cap", bound=min)
+
+
+def options_unsupported_by_kernels(problem: Problem) -> str | None:
+    """Why no kernel serves `problem` on any machine, for options that none of them has."""
+    if problem.bias is not None:
+        return "logit bias is not supported by the kernels, it is by 'xla' and 'reference'"
+    if problem.soft_cap is not None:
+        return "logits_soft_cap is not supported by the kernels, it is by 'xla' and 'reference'"
+    return None
+
+
 def unsupported_by_kernels(
     problem: Problem, dtypes: tuple[str, ...], max_head_dim: int, max_direct_dim: int = 0
 ) -> str | None:
@@ -308,6 +391,8 @@ def unsupported_by_kernels(
 
     None if they can. Their direct solver, if any, takes head dimensions up to `max_direct_dim`.
     """
+    if (reason := options_unsupported_by_kernels(problem)) is not None:
+        return reason
     dtype = problem.query.dtype
     if dtype.name not in dtypes:
         return f"the kernels multiply in {' or '.join(dtypes)}, the inputs are {dtype}"

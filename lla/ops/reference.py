@@ -16,7 +16,9 @@ from lla.ops.problem import Problem
 from lla.ops.solver import Stats
 
 
-def attend_one_query(member, query, probe, key, value, ridge, scale, valid):
+def attend_one_query(
+    member, query, probe, key, value, ridge, scale, valid, bias=None, *, soft_cap=None
+):
     """One query of the family; section 2 of the derivation in ``kernels/README.md``.
 
     Args:
@@ -28,6 +30,8 @@ def attend_one_query(member, query, probe, key, value, ridge, scale, valid):
       ridge: scalar, used by ``"lla"`` only.
       scale: scalar.
       valid: bool ``[S]``.
+      bias: ``[S]`` or None, added to the logits.
+      soft_cap: None, or the bound of the logits after that.
 
     Returns:
       output ``[Hv]``, log-sum-exp and relative residual of the solve (scalars).
@@ -37,7 +41,12 @@ def attend_one_query(member, query, probe, key, value, ridge, scale, valid):
     key, value = (jnp.where(valid[:, None], a, jnp.zeros_like(a)) for a in (key, value))
     query, probe = (jnp.where(any_valid, a, jnp.zeros_like(a)) for a in (query, probe))
     ridge, scale = (jnp.where(any_valid, a, jnp.ones_like(a)) for a in (ridge, scale))
-    logits = jnp.where(valid, scale * (key @ query), NOTHING)
+    logits = scale * (key @ query)
+    if bias is not None:
+        logits = logits + jnp.where(valid, bias, jnp.zeros_like(bias))
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    logits = jnp.where(valid, logits, NOTHING)
     largest = jnp.where(any_valid, jax.lax.stop_gradient(logits.max()), jnp.zeros_like(scale))
     weights = jnp.exp(logits - largest)
     total = jnp.where(any_valid, weights.sum(), jnp.ones_like(scale))
@@ -98,18 +107,22 @@ def attend(problem: Problem, with_stats: bool = True) -> tuple[jax.Array, Stats]
     probe = query if problem.probe is None else problem.probe.astype(dtype)
     ridge = problem.scale if problem.ridge is None else problem.ridge
 
+    bias = problem.bias
+    if bias is not None:
+        bias = jnp.broadcast_to(bias.astype(dtype), valid.shape)
+
     def one_query(*arrays):
-        return attend_one_query(problem.member, *arrays)
+        return attend_one_query(problem.member, *arrays, soft_cap=problem.soft_cap)
 
     # Axes left to map after each level: [T, G, K, B] from the inside out; keys belong to (B, K).
-    per_token = jax.vmap(one_query, in_axes=(0, 0, None, None, 0, 0, 0))
-    per_head = jax.vmap(per_token, in_axes=(1, 1, None, None, 1, 1, 0), out_axes=1)
-    per_group = jax.vmap(per_head, in_axes=(1, 1, 1, 1, 1, 1, 0), out_axes=1)
+    per_token = jax.vmap(one_query, in_axes=(0, 0, None, None, 0, 0, 0, 0))
+    per_head = jax.vmap(per_token, in_axes=(1, 1, None, None, 1, 1, 0, 0), out_axes=1)
+    per_group = jax.vmap(per_head, in_axes=(1, 1, 1, 1, 1, 1, 0, 0), out_axes=1)
     per_sequence = jax.vmap(per_group)
     with jax.default_matmul_precision("highest"):
         out, lse, residual = per_sequence(
             query, probe, problem.key.astype(dtype), problem.value.astype(dtype), ridge,
-            problem.scale, valid,
+            problem.scale, valid, bias,
         )  # fmt: skip
     stats = Stats(lse, jnp.zeros(lse.shape, jnp.int32), residual)
     return out.astype(problem.query.dtype), stats

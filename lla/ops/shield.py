@@ -9,6 +9,8 @@ them, at the cost of one look at the inputs:
   finite ones. A row that sees such a key, or has such a query, is NaN in the end, and so is in the
   gradients what belongs to it and the keys that it sees. A row with a cotangent of zero adds
   nothing to any gradient.
+- So is a row that sees such an entry of a logit bias. The bias is left as it is, to save a copy:
+  who reads it takes zeros for what is hidden or not finite.
 - A row that sees nothing is zero, and its cotangent is dropped.
 
 Where the mask is nothing but causal, and kernels are to run, the rows are left as they are: there
@@ -31,7 +33,7 @@ from lla.compat import match_varying
 from lla.kernels.tiles import sees_nothing
 from lla.numerics import nan_where
 from lla.ops.differentiation import RESIDUAL_NAMES
-from lla.ops.masks import Mask, rows_mask
+from lla.ops.masks import Mask, hides, rows_mask, slice_rows
 from lla.ops.problem import Operands, Problem
 from lla.ops.solver import Stats
 
@@ -93,7 +95,9 @@ def _may_hide_keys(mask: Mask, t: int, s: int) -> bool:
 
 
 def _rows_differ(mask: Mask, t: int, g: int) -> bool:
-    """Whether some rows may see a key that others do not see."""
+    """Whether some rows may see a key that others do not see, or have numbers of their own."""
+    if mask.bias is not None:
+        return True
     if mask.dense is not None and mask.dense.shape[2] > 1 and g > 1:
         return True
     by_row = mask.is_causal or mask.window is not None or mask.query_segments is not None
@@ -136,6 +140,9 @@ def _seen(mask: Mask, arrays: Operands) -> jax.Array:
     if mask.dense is not None:
         dense = jnp.swapaxes(mask.dense.any((2, 3)), 1, 2)  # [B | 1, S, K | 1]
         seen &= jnp.broadcast_to(dense, seen.shape)
+    if mask.bias is not None:
+        shown = jnp.swapaxes((~hides(mask.bias)).any((2, 3)), 1, 2)  # [B | 1, S | 1, K | 1]
+        seen &= jnp.broadcast_to(shown, seen.shape)
     return seen
 
 
@@ -143,7 +150,7 @@ def _rows_that_see(mask: Mask, flags: jax.Array, t: int, g: int) -> jax.Array:
     """Bool ``[B, T, K, G]``: which rows see any of the keys flagged in `flags` ``[B, S, K]``."""
     b, s, k = flags.shape
     shape = (b, t, k, g)
-    if mask.query_segments is not None or mask.dense is not None:
+    if mask.query_segments is not None or mask.dense is not None or mask.bias is not None:
 
         def look(first, rows):
             valid = rows_mask(mask, b, first, rows, s)  # [B, K | 1, G | 1, R, S]
@@ -177,6 +184,39 @@ def _keys_seen_by(mask: Mask, flags: jax.Array, s: int) -> jax.Array:
 
     found = _if_any(flags, lambda: _by_rows(look, t).any(1), (b, s, k))
     return found
+
+
+def _rows_with_bad_bias(mask: Mask, s: int, shape) -> jax.Array:
+    """Bool of `shape`, ``[B, T, K, G]``: which rows see a number of the bias that is not finite."""
+    b, t, k, g = shape
+
+    def bad(bias):
+        return ~(jnp.isfinite(bias) | hides(bias))
+
+    def look(first, rows):
+        hit = rows_mask(mask, b, first, rows, s) & bad(slice_rows(mask.bias, first, rows))
+        return jnp.broadcast_to(jnp.moveaxis(hit.any(-1), 3, 1), (b, rows, k, g))
+
+    return _if_any(bad(mask.bias), lambda: _by_rows(look, t), shape)
+
+
+def _bias_seen_by(mask: Mask, flags: jax.Array, s: int, shape) -> jax.Array:
+    """Bool of `shape`, that of the bias: what any of the rows flagged in `flags` sees of it."""
+    b, t, k, g = flags.shape
+    once = tuple(axis for axis in range(5) if shape[axis] == 1)
+
+    def look(first, rows):
+        part = lax.dynamic_slice_in_dim(flags, first, rows, axis=1)
+        hit = rows_mask(mask, b, first, rows, s) & jnp.moveaxis(part, 1, 3)[..., None]
+        return jnp.moveaxis(hit.any(once, keepdims=True), 3, 1)
+
+    def find():
+        found = _by_rows(look, t)
+        if shape[3] == 1:
+            found = found.any(1, keepdims=True)
+        return jnp.moveaxis(found, 1, 3)
+
+    return _if_any(flags, find, shape)
 
 
 def _by_rows(look, t: int) -> jax.Array:
@@ -264,6 +304,8 @@ def _any_mask(arrays: Operands, mask: Mask, seen) -> tuple[Operands, Restore]:
         rows.append(jnp.isfinite(arrays.probe).all(-1))
     if arrays.ridge is not None:
         rows.append((arrays.ridge > 0) & (arrays.ridge < jnp.inf))
+    if arrays.bias is not None:
+        rows.append(~_rows_with_bad_bias(mask, arrays.key.shape[1], arrays.scale.shape))
     keys = _bad_keys(arrays.key, arrays.value)
     if seen is not None:
         keys &= seen
@@ -295,6 +337,7 @@ def _clean(arrays: Operands, bad: _Bad) -> Operands:
         probe=None if arrays.probe is None else _drop(bad.rows, arrays.probe),
         ridge=arrays.ridge,
         scale=_drop(bad.rows, arrays.scale),
+        bias=arrays.bias,
     )
     if arrays.ridge is not None:
         clean = clean._replace(ridge=jnp.where(bad.rows, jnp.ones_like(clean.ridge), clean.ridge))
@@ -320,11 +363,14 @@ def _channel_fwd(kinds, arrays, mask, rows):
 def _channel_bwd(kinds, mask, cotangent):
     kinds = Operands(*kinds)  # shapes and dtypes, for which the arrays need not be kept
     rows = cotangent > 0
-    keys = _keys_seen_by(mask, rows, kinds.key[0][1])
+    s = kinds.key[0][1]
+    keys = _keys_seen_by(mask, rows, s)
 
     def nan_or_zero(name, kind):
         if kind is None:
             return None
+        if name == "bias":
+            return nan_where(_bias_seen_by(mask, rows, s, kind[0]), jnp.zeros(*kind))
         return nan_where(keys if name in ("key", "value") else rows, jnp.zeros(*kind))
 
     pairs = zip(Operands._fields, kinds, strict=True)

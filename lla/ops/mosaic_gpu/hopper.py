@@ -17,7 +17,13 @@ from lla.compat import default_device
 from lla.kernels.tiles import NOTHING
 from lla.ops.differentiation import Residuals, attention
 from lla.ops.mosaic_gpu import precision
-from lla.ops.problem import Member, Operands, Problem, unsupported_by_kernels
+from lla.ops.problem import (
+    Member,
+    Operands,
+    Problem,
+    options_unsupported_by_kernels,
+    unsupported_by_kernels,
+)
 from lla.ops.shield import shield
 from lla.ops.solver import Stats, choose_method
 
@@ -30,7 +36,7 @@ _INVERSE_BYTES = 2**30
 
 def unsupported(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem`, None if they can."""
-    reason = refuse_machine()
+    reason = options_unsupported_by_kernels(problem) or refuse_machine()
     return unsupported_shape(problem) if reason is None else reason
 
 

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 
 from lla.compat import default_device, target_platform
 from lla.ops.differentiation import Residuals, attention
-from lla.ops.problem import Member, Operands, Problem, unsupported_by_kernels
+from lla.ops.problem import (
+    Member,
+    Operands,
+    Problem,
+    options_unsupported_by_kernels,
+    unsupported_by_kernels,
+)
 from lla.ops.shield import shield
 from lla.ops.solver import Stats, resolve
 
@@ -27,7 +33,8 @@ _SPLIT_BELOW = 5.0
 
 def unsupported(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem`, None if they can."""
-    if (reason := _unsupported_device()) is not None:
+    reason = options_unsupported_by_kernels(problem) or _unsupported_device()
+    if reason is not None:
         return reason
     return unsupported_shape(problem)
 

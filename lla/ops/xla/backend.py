@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from lla.compat import full_varying
+from lla.compat import full_varying, vary_like
 from lla.kernels import cg, tiles
 from lla.ops.differentiation import Residuals, attention
-from lla.ops.masks import Mask
+from lla.ops.masks import Mask, hides
 from lla.ops.problem import Member, Operands, Problem
 from lla.ops.shield import shield
 from lla.ops.solver import ResolvedSolver, Stats, resolve
@@ -35,6 +36,8 @@ class _Spec:
     plan: Plan
     precision: lax.Precision
     with_stats: bool
+    bias_places: tuple[int, int, bool, bool] | None = None  # see `_places`
+    soft_cap: float | None = None
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -59,13 +62,21 @@ def attend_shielded(
 
     Inside, arrays come with groups first, ``M = B * K`` pairs of sequence and key head: query and
     probe ``[M, G, T, H]``, key ``[M, S, H]``, value ``[M, S, Hv]``, ridge and scale ``[M, G, T]``.
+    A bias is ``[P, G | 1, T | 1, S | 1]`` with a place for each sequence and key head that it
+    differs for.
     """
     b, t, k, g, h = problem.query.shape
     s = problem.key.shape[1]
     uses_direct = problem.member == "lla" and solver.method == "direct"
     overlap = problem.member == "lla" and not uses_direct and not solver.adaptive
     plan = make_plan(problem.query.shape, s, problem.mask, direct=uses_direct, overlap=overlap)
-    spec = _Spec(problem.member, solver, plan, _precision(problem), with_stats)
+    bias, bias_places = problem.bias, None
+    if bias is not None:
+        bias_places = (b, k, bias.shape[0] != 1, bias.shape[1] != 1)
+        bias = bias.reshape(-1, *bias.shape[2:])
+    spec = _Spec(
+        problem.member, solver, plan, _precision(problem), with_stats, bias_places, problem.soft_cap
+    )
 
     def rows_to_groups(array):  # [B, T, K, G, ...] -> [M, G, T, ...]
         if array is None:
@@ -82,6 +93,7 @@ def attend_shielded(
         probe=rows_to_groups(problem.probe),
         ridge=rows_to_groups(problem.ridge),
         scale=rows_to_groups(problem.scale),
+        bias=bias,
     )
     mask = _mask_by_group(problem.mask, b, k)
     out, stats = _attend(spec, operands, mask)
@@ -119,7 +131,22 @@ def _mask_by_group(mask: Mask, b: int, k: int) -> Mask:
         query_segments=repeat(mask.query_segments),
         key_segments=repeat(mask.key_segments),
         dense=dense,
+        bias=None,  # the operand says what it hides
     )
+
+
+def _split_bias(spec: _Spec, operands: Operands):
+    """What is divided among groups, the bias padded to whole tiles, and the places in it."""
+    if operands.bias is None:
+        return operands, None, None
+    bias = operands.bias
+    if bias.shape[2] != 1:
+        bias = blocks.pad_rows(spec.plan, bias, 2)
+    b, k, by_sequence, by_head = spec.bias_places
+    sequence, head = np.divmod(np.arange(b * k, dtype=np.int32), np.int32(k))
+    places = sequence * by_sequence * (k if by_head else 1) + head * by_head
+    places = vary_like(jnp.asarray(places, jnp.int32), operands.query)
+    return operands._replace(bias=None), bias, places
 
 
 # ---------------------------------------------------------------------------------------------
@@ -132,20 +159,40 @@ class _Keys(NamedTuple):
     k: jax.Array  # [M', L, H]
     v: jax.Array  # [M', L, Hv]
     valid: jax.Array  # [M', R, L]
+    bias: jax.Array | None  # [M', R, L], finite
     origin: jax.Array  # [M', 1, H]
 
 
-def _tile_keys(spec, operands: Operands, mask: Mask, first, start, length: int, dtype) -> _Keys:
+def _tile_keys(
+    spec, operands: Operands, mask: Mask, bias, first, start, length: int, dtype
+) -> _Keys:
     _, heads, num_queries, _ = operands.query.shape
     valid = blocks.drop_single(
         blocks.tile_mask(spec.plan, mask, first, start, length, heads, num_queries)
     )
+    if bias is not None:
+        bias = blocks.tile_bias(spec.plan, bias, first, start, length, heads, dtype)
+        bias = blocks.drop_single(bias)
+        valid &= ~hides(bias)
+        bias = jnp.where(valid & jnp.isfinite(bias), bias, jnp.zeros_like(bias))
     k = blocks.drop_single(blocks.slice_keys(operands.key, start, length)).astype(dtype)
     v = blocks.drop_single(blocks.slice_keys(operands.value, start, length)).astype(dtype)
     # Elsewhere a later row sees all that an earlier one sees.
     bounded = mask.window is not None or mask.dense is not None or mask.query_segments is not None
+    bounded |= bias is not None
     origin = tiles.segment_origin(k, valid, bounded)
-    return _Keys(k - origin, v, valid, origin)
+    if spec.soft_cap is not None:
+        origin = jnp.zeros_like(origin)  # the cap is one of the logits themselves
+    return _Keys(k - origin, v, valid, bias, origin)
+
+
+def _logits(spec: _Spec, scaled_q, k, bias):
+    logits = tiles.product_nt(scaled_q, k, spec.precision)
+    if bias is not None:
+        logits = logits + bias
+    if spec.soft_cap is not None:
+        logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
+    return logits
 
 
 def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
@@ -188,20 +235,26 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
 
 
 def _forward(spec: _Spec, operands: Operands, mask: Mask) -> tuple[Residuals, Stats]:
-    function = functools.partial(_forward_groups, spec, _forward_tile)
-    return blocks.for_groups(spec.plan, function, operands, mask)
+    return _by_tiles(spec, _forward_tile, operands, mask)
 
 
-def _forward_groups(spec: _Spec, function, operands: Operands, mask: Mask):
+def _by_tiles(spec: _Spec, tile, operands: Operands, mask: Mask):
+    operands, bias, places = _split_bias(spec, operands)
+    function = functools.partial(_forward_groups, spec, tile, bias)
+    return blocks.for_groups(spec.plan, function, operands, mask, places)
+
+
+def _forward_groups(spec: _Spec, function, bias, operands: Operands, mask: Mask, places):
     """Results of ``function`` on every tile, one of `_forward_tile` and `_output_tile`."""
     groups, heads, num_queries, _ = operands.query.shape
     padded, mask = _pad(spec, operands, mask)
+    bias = None if bias is None else blocks.Bias(bias, places)
 
     def tile(buckets, carry, index):
         first = index * spec.plan.block_q
 
         def branch(length, start):
-            results = function(spec, operands, padded, mask, first, length, start)
+            results = function(spec, operands, padded, mask, bias, first, length, start)
             return carry, blocks.with_groups(groups, results)
 
         return blocks.with_key_range(
@@ -229,12 +282,14 @@ def _pad(spec: _Spec, operands: Operands, mask: Mask) -> tuple[Operands, Mask]:
     return padded, mask
 
 
-def _forward_tile(spec, operands, padded, mask, first, length, start) -> tuple[Residuals, Stats]:
+def _forward_tile(
+    spec, operands, padded, mask, bias, first, length, start
+) -> tuple[Residuals, Stats]:
     dtype = padded.scale.dtype
     rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
-    keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
+    keys = _tile_keys(spec, operands, mask, bias, first, start, length, dtype)
     q, scale = rows(padded.query), rows(padded.scale)
-    logits = tiles.product_nt(q * scale[..., None], keys.k, spec.precision)
+    logits = _logits(spec, q * scale[..., None], keys.k, keys.bias)
     p, lse = tiles.softmax_weights(logits, keys.valid)
 
     x = key_mean = None
@@ -275,16 +330,28 @@ def _finite(array):
 
 
 def _backward(spec: _Spec, operands: Operands, mask: Mask, saved: Residuals, g) -> Operands:
-    function = functools.partial(_backward_groups, spec)
-    gradients = blocks.for_groups(spec.plan, function, operands, mask, saved, g)
-    return jax.tree.map(lambda d, like: d.astype(like.dtype), gradients, operands)
+    like, total = operands, None
+    operands, bias, places = _split_bias(spec, operands)
+    if bias is not None:
+        total = full_varying(bias.shape, 0, operands.scale.dtype, like=bias)
+    function = functools.partial(_backward_groups, spec, bias)
+    total, gradients = blocks.scan_groups(
+        spec.plan, function, total, operands, mask, places, saved, g
+    )
+    if bias is not None:
+        gradients = gradients._replace(bias=total[:, :, : like.bias.shape[2]])
+    return jax.tree.map(lambda d, like: d.astype(like.dtype), gradients, like)
 
 
-def _backward_groups(spec, operands: Operands, mask: Mask, saved: Residuals, g) -> Operands:
+def _backward_groups(
+    spec, bias, d_bias, operands: Operands, mask: Mask, places, saved: Residuals, g
+) -> tuple[jax.Array | None, Operands]:
+    """The sum of the bias's gradients so far, and the other gradients of these groups."""
     groups, heads, num_queries, _ = operands.query.shape
     num_keys = operands.key.shape[1]
     dtype = operands.scale.dtype
     padded, mask = _pad(spec, operands, mask)
+    bias = None if bias is None else blocks.Bias(bias, places)
     g = blocks.pad_rows(spec.plan, g, 2)
     saved = Residuals(
         out=None,
@@ -297,32 +364,37 @@ def _backward_groups(spec, operands: Operands, mask: Mask, saved: Residuals, g) 
         first = index * spec.plan.block_q
 
         def branch(length, start):
-            gradients = _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
-            d_rows, d_key, d_value = blocks.with_groups(groups, gradients)
+            gradients = _backward_tile(
+                spec, operands, padded, mask, bias, saved, g, first, length, start
+            )
+            d_rows, d_key, d_value, d_bias = blocks.with_groups(groups, gradients)
             d_key = blocks.add_keys(sums[0], d_key, start)
             d_value = blocks.add_keys(sums[1], d_value, start)
-            return (d_key, d_value), d_rows
+            if bias is not None:
+                d_bias = blocks.add_bias(spec.plan, sums[2], d_bias, places, first, start, heads)
+            return (d_key, d_value, d_bias), d_rows
 
         return blocks.with_key_range(spec.plan, mask, first, num_keys, groups, buckets, branch)
 
     sums = tuple(
         full_varying(array.shape, 0, dtype, like=array) for array in (operands.key, operands.value)
     )
-    (d_key, d_value), d_rows = blocks.scan_tiles(spec.plan, tile, sums)
+    (d_key, d_value, d_bias), d_rows = blocks.scan_tiles(spec.plan, tile, (*sums, d_bias))
     d_rows = jax.tree.map(lambda a: blocks.join_tiles(spec.plan, a, heads, num_queries), d_rows)
-    return d_rows._replace(key=d_key, value=d_value)
+    return d_bias, d_rows._replace(key=d_key, value=d_value)
 
 
-def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start):
-    """Gradients of a tile's rows (as `Operands` without key and value), of its keys and values."""
+def _backward_tile(spec, operands, padded, mask, bias, saved, g, first, length, start):
+    """Gradients of a tile's rows (as `Operands` of these alone), keys, values and bias."""
     dtype, precision = padded.scale.dtype, spec.precision
     rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
-    keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
+    keys = _tile_keys(spec, operands, mask, bias, first, start, length, dtype)
     k, v = keys.k, keys.v
     q, scale, g = rows(padded.query), rows(padded.scale), rows(g)
     lse = rows(saved.log_sum_exp)
     scaled_q = q * scale[..., None]
-    p = tiles.saved_weights(tiles.product_nt(scaled_q, k, precision), keys.valid, lse)
+    logits = _logits(spec, scaled_q, k, keys.bias)
+    p = tiles.saved_weights(logits, keys.valid, lse)
 
     c = tiles.product_nt(g, v, precision)
     c = c - tiles.weigh(p, c).sum(-1, keepdims=True)
@@ -344,6 +416,8 @@ def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
     if u is not None:
         e = c - tiles.centred_scores(k, key_mean, u, precision)
     d_logits = tiles.logit_gradient(p, a, e)
+    if spec.soft_cap is not None:
+        d_logits = tiles.weigh(d_logits, 1 - (logits / spec.soft_cap) ** 2)
     weighted_keys = tiles.product(d_logits, k, precision)
     d_query = scale[..., None] * weighted_keys
     d_key = tiles.product_tn(d_logits, scaled_q, precision)
@@ -357,7 +431,7 @@ def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
         d_key -= tiles.product_tn(weighted, _finite(u), precision)
     d_scale = tiles.row_dot(q, weighted_keys)[..., 0]
     d_rows = Operands(d_query, None, None, d_probe, d_ridge, d_scale)
-    return d_rows, d_key, d_value
+    return d_rows, d_key, d_value, None if bias is None else d_logits
 
 
 # ---------------------------------------------------------------------------------------------
@@ -381,19 +455,19 @@ def _differentiable_solve(find, p, k, key_mean, ridge, target, precision):
     return lax.custom_linear_solve(product, target, lambda _, b: find(b), symmetric=True)
 
 
-def _output_tile(spec, operands, padded, mask, first, length, start):
+def _output_tile(spec, operands, padded, mask, bias, first, length, start):
     """The output of `_forward_tile` in a form that JAX can differentiate."""
     dtype = padded.scale.dtype
 
-    @functools.partial(jax.checkpoint, static_argnums=(3,))
-    def output(operands, padded, start, length):
+    @functools.partial(jax.checkpoint, static_argnums=(4,))
+    def output(operands, padded, bias, start, length):
         rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
-        keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
+        keys = _tile_keys(spec, operands, mask, bias, first, start, length, dtype)
         # Nothing depends on the origin.
         origin = lax.stop_gradient(keys.origin)
         k, valid = keys.k + (keys.origin - origin), keys.valid
         q, scale = rows(padded.query), rows(padded.scale)
-        logits = tiles.product_nt(q * scale[..., None], k, spec.precision)
+        logits = _logits(spec, q * scale[..., None], k, keys.bias)
         p, lse = tiles.softmax_weights(logits, valid)
         x = key_mean = None
         if spec.member != "softmax":
@@ -411,15 +485,14 @@ def _output_tile(spec, operands, padded, mask, first, length, start):
             x = _differentiable_solve(find, p, k, key_mean, ridge, target, spec.precision)
         return tiles.probed_output(p, k, keys.v, key_mean, x, spec.precision)
 
-    return output(operands, padded, start, length).astype(operands.query.dtype)
+    return output(operands, padded, bias, start, length).astype(operands.query.dtype)
 
 
 def _output(spec: _Spec, operands: Operands, mask: Mask) -> jax.Array:
     solver = spec.solver
     tol = min(solver.tol, solver.backward_tol)
     spec = dataclasses.replace(spec, solver=dataclasses.replace(solver, backward_tol=tol))
-    function = functools.partial(_forward_groups, spec, _output_tile)
-    return blocks.for_groups(spec.plan, function, operands, mask)
+    return _by_tiles(spec, _output_tile, operands, mask)
 
 
 _attend = attention("xla", _forward, _backward, _output)

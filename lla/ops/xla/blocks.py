@@ -9,6 +9,7 @@ compilers are better at matrices than at batches of one.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,17 @@ def with_groups(groups: int, results):
 
 def for_groups(plan: Plan, function, *trees):
     """Maps `function` over chunks of groups: every array ``[M, ...]`` arrives as ``[M', ...]``."""
+    return scan_groups(plan, lambda _, *args: (None, function(*args)), None, *trees)[1]
+
+
+def scan_groups(plan: Plan, function, carry, *trees):
+    """`for_groups` of ``function(carry, *trees) -> (carry, results)``, chunk after chunk."""
     m, chunk = jax.tree.leaves(trees)[0].shape[0], plan.groups
     if chunk == m:
-        return function(*trees)
+        return function(carry, *trees)
     split = jax.tree.map(lambda a: a.reshape(m // chunk, chunk, *a.shape[1:]), trees)
-    out = lax.map(lambda args: function(*args), split)
-    return jax.tree.map(lambda a: a.reshape(m, *a.shape[2:]), out)
+    carry, out = lax.scan(lambda carry, args: function(carry, *args), carry, split)
+    return carry, jax.tree.map(lambda a: a.reshape(m, *a.shape[2:]), out)
 
 
 def scan_tiles(plan: Plan, tile, carry):
@@ -125,6 +131,66 @@ def add_keys(total, update, start):
         return lax.dynamic_update_slice_in_dim(a, u, i, axis=0)
 
     return jax.vmap(add)(total, update, start)
+
+
+class Bias(NamedTuple):
+    """A logit bias, never repeated for what it is the same for.
+
+    Attributes:
+      array: ``[P, G | 1, T | 1, S | 1]``, T padded to whole tiles.
+      places: int32 ``[M']``, for every group its place on the first axis.
+    """
+
+    array: jax.Array
+    places: jax.Array
+
+
+def tile_bias(plan: Plan, bias: Bias, first, start, length: int, heads: int, dtype):
+    """The part of a tile, ``[M', R, length]``."""
+    at, sizes = _bias_part(plan, bias.array, first, length)
+
+    def take(place, begin):
+        return lax.dynamic_slice(bias.array, at(place, begin), sizes)[0].astype(dtype)
+
+    groups = start.shape[0]
+    if groups == 1:
+        part = take(bias.places[0], start[0])[None]
+    else:
+        part = jax.vmap(take)(bias.places, start)
+    part = jnp.broadcast_to(part, (groups, heads, plan.block_q, length))
+    return part.reshape(groups, -1, length)
+
+
+def add_bias(plan: Plan, total, update, places, first, start, heads: int):
+    """Adds ``[M', R, length]`` to what `tile_bias` takes of `total`, like the array of a `Bias`."""
+    groups, _, length = update.shape
+    update = update.reshape(groups, heads, plan.block_q, length)
+    shared = tuple(axis for axis in (1, 2, 3) if total.shape[axis] == 1)
+    update = update.sum(shared, keepdims=True)
+    at, sizes = _bias_part(plan, total, first, length)
+
+    def add(total, place, begin, part):
+        where = at(place, begin)
+        part = lax.dynamic_slice(total, where, sizes) + part[None]
+        return lax.dynamic_update_slice(total, part, where)
+
+    if groups == 1:
+        return add(total, places[0], start[0], update[0])
+    # One after the other: groups may share a place, and the order of a sum must not vary.
+    groups = (places, start, update)
+    return lax.scan(lambda total, group: (add(total, *group), None), total, groups)[0]
+
+
+def _bias_part(plan: Plan, array, first, length: int):
+    """Where a tile begins in the array of a `Bias`, by place and first key; and its sizes."""
+    _, heads, rows, cols = array.shape
+    sizes = (1, heads, min(rows, plan.block_q), min(cols, length))
+
+    def at(place, begin):
+        zero = jnp.zeros_like(place)
+        return place, zero, zero if rows == 1 else first, zero if cols == 1 else begin
+
+    return at, sizes
 
 
 def tile_mask(plan: Plan, mask: Mask, first, start, length: int, heads: int, num_queries: int):
