@@ -2,7 +2,6 @@
 
 from lla.ops.backend import BACKENDS, Backend, Decoder, register_backend
 from lla.ops.problem import Problem
-from lla.ops.shield import shield
 from lla.ops.solver import Stats
 
-__all__ = ["BACKENDS", "Backend", "Decoder", "Problem", "Stats", "register_backend", "shield"]
+__all__ = ["BACKENDS", "Backend", "Decoder", "Problem", "Stats", "register_backend"]

@@ -175,8 +175,8 @@ def _decode(member, query, key, value, cache, new_lengths, implementation, retur
 
 def _without_padding(problem: Problem, counts: jax.Array) -> Problem:
     """The problem with zeros as queries and probes of the tokens that only pad."""
-    b, t, k, g, _ = problem.query.shape
-    real = exists(counts.reshape(b), t)[:, :, None, None, None]
+    b, t, _, _ = problem.query.shape
+    real = exists(counts.reshape(b), t)[:, :, None, None]
 
     def select(array):
         if array is None:

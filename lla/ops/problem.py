@@ -42,8 +42,6 @@ class Operands(NamedTuple):
         "member",
         "solver",
         "static_ridge",
-        "static_scale",
-        "one_ridge",
         "leading",
         "soft_cap",
     ),
@@ -52,9 +50,11 @@ class Operands(NamedTuple):
 class Problem:
     """One call, checked and with its leading axes flattened; a pytree.
 
-    Shapes: query and probe ``[B, T, K, G, H]`` (``G = N // K`` query heads share a key head), key
-    ``[B, S, K, H]``, value ``[B, S, K, Hv]``, ridge and scale ``[B, T, K, G]`` in `compute_dtype`,
-    bias ``[B | 1, K | 1, G | 1, T | 1, S | 1]`` in any supported dtype.
+    Shapes: query and probe ``[B, T, N, H]``, key ``[B, S, K, H]``, value ``[B, S, K, Hv]``, ridge
+    and scale ``[B | 1, T | 1, N | 1]`` in `compute_dtype`, bias ``[B | 1, N | 1, T | 1, S | 1]`` in
+    any supported dtype. Query heads ``k G ... (k + 1) G - 1`` share key head ``k``, with ``G = N //
+    K``. An axis is 1 where the caller gave one number for all: a back end repeats it no earlier
+    than it has to. Results are ``[B, T, N, ...]``.
     """
 
     member: Member
@@ -67,8 +67,6 @@ class Problem:
     mask: Mask
     solver: Solver
     static_ridge: float | None  # the smallest ridge where its value is known, for solver="auto"
-    static_scale: float | None
-    one_ridge: bool  # whether `static_ridge` is that of all queries
     leading: tuple[int, ...]
     bias: jax.Array | None = None
     soft_cap: float | None = None
@@ -82,13 +80,17 @@ class Problem:
         return compute_dtype(self.query.dtype)
 
     @property
-    def num_heads(self) -> int:
-        return self.query.shape[2] * self.query.shape[3]
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.query.shape[2] // self.key.shape[2]
+
+    def by_row(self, array: jax.Array) -> jax.Array:
+        """A ridge or scale repeated for every row, ``[B, T, N]``."""
+        return jnp.broadcast_to(array, self.query.shape[:3])
 
     def restore(self, array: jax.Array) -> jax.Array:
-        """``[B, T, K, G, ...] -> [*B, T, N, ...]``."""
-        _, t, k, g, *rest = array.shape
-        return array.reshape(*self.leading, t, k * g, *rest)
+        """``[B, T, N, ...] -> [*B, T, N, ...]``."""
+        return array.reshape(*self.leading, *array.shape[1:])
 
 
 def make_problem(
@@ -144,21 +146,14 @@ def make_problem(
     if 0 in (t, s, n, h, hv):
         raise ValueError(f"no axis but a leading one may be empty, got {shapes}.")
     b = math.prod(leading)
-    heads = (b, t, k, n // k)
     dtype = compute_dtype(query.dtype)
 
     def row_parameter(array, name):
         array = jnp.asarray(array)
-        try:
-            array = jnp.broadcast_to(array, (*leading, t, n))
-        except ValueError:
-            raise ValueError(
-                f"{name} must be broadcastable to [*B, T, N] = {(*leading, t, n)}, got "
-                f"{array.shape}."
-            ) from None
-        return array.astype(dtype).reshape(heads)
+        array = _broadcastable(array, name, leading, {"T": t, "N": n})
+        return array.astype(dtype)
 
-    static_ridge, ridge_given = None, ridge
+    static_ridge = None
     if member == "lla":
         static_ridge = _check_positive(ridge, "ridge", bound=min)
         ridge = row_parameter(ridge, "ridge")
@@ -167,7 +162,6 @@ def make_problem(
             ridge = _nan_unless_positive(ridge)
     if scale is None:
         scale = 1.0 / math.sqrt(h)
-    static_scale = scale if isinstance(scale, (int, float)) else None
     _check_positive(scale, "scale", bound=min, or_zero=True)
     scale = row_parameter(scale, "scale")
     if member == "parallax":
@@ -177,9 +171,10 @@ def make_problem(
                 f"probe must have query's shape and dtype, got probe {probe.dtype} {probe.shape}, "
                 f"query {query.dtype} {query.shape}."
             )
-        probe = probe.reshape(*heads, h)
+        probe = probe.reshape(b, t, n, h)
     if bias is not None:
-        bias = _by_pair(_float_array(bias, "bias"), "bias", leading, t, s, k, n // k)
+        bias = _float_array(bias, "bias")
+        bias = _broadcastable(bias, "bias", leading, {"N": n, "T": t, "S": s})
     if logits_soft_cap is not None:
         logits_soft_cap = _check_soft_cap(logits_soft_cap, member)
     solver = Solver() if solver is None else solver
@@ -188,20 +183,18 @@ def make_problem(
 
     return Problem(
         member=member,
-        query=query.reshape(*heads, h),
+        query=query.reshape(b, t, n, h),
         probe=probe,
         key=key.reshape(b, s, k, h),
         value=value.reshape(b, s, k, hv),
         ridge=ridge,
         scale=scale,
         mask=_make_mask(
-            leading, t, s, k, n // k, is_causal, query_offset, query_seq_lengths,
+            leading, t, s, n, is_causal, query_offset, query_seq_lengths,
             key_value_seq_lengths, segment_ids, local_window_size, mask, bias,
         ),
         solver=solver,
         static_ridge=static_ridge,
-        static_scale=None if static_scale is None else float(static_scale),
-        one_ridge=member == "lla" and isinstance(ridge_given, (int, float)),
         leading=leading,
         bias=bias,
         soft_cap=logits_soft_cap,
@@ -212,8 +205,7 @@ def _make_mask(
     leading,
     t,
     s,
-    k,
-    g,
+    n,
     is_causal,
     query_offset,
     query_lengths,
@@ -273,7 +265,7 @@ def _make_mask(
         mask = jnp.asarray(mask)
         if mask.dtype != jnp.bool_:
             raise ValueError(f"mask must be boolean, got {mask.dtype}.")
-        mask = _by_pair(mask, "mask", leading, t, s, k, g)
+        mask = _broadcastable(mask, "mask", leading, {"N": n, "T": t, "S": s})
         mask = jnp.broadcast_to(mask, (*mask.shape[:-1], s))
 
     return Mask(
@@ -288,21 +280,31 @@ def _make_mask(
     )
 
 
-def _by_pair(array, name: str, leading, t: int, s: int, k: int, g: int) -> jax.Array:
-    """``[*B, N, T, S]``, any axis 1 or missing, as ``[B | 1, K | 1, G | 1, T | 1, S | 1]``."""
-    full = (*leading, k * g, t, s)
+def _broadcastable(
+    array: jax.Array, name: str, leading: tuple[int, ...], axes: dict[str, int]
+) -> jax.Array:
+    """An array that broadcasts to ``[*B, *axes]`` as ``[B | 1, ...]``, any axis of which may be 1.
+
+    Args:
+      array: any axis may be 1 or, with those before it, missing.
+      name: what an error calls it.
+      leading: the sizes ``*B``.
+      axes: the other sizes by name.
+
+    Raises:
+      ValueError: it does not broadcast.
+    """
+    full = (*leading, *axes.values())
     if array.ndim > len(full) or any(
         m not in (1, f) for m, f in zip(array.shape[::-1], full[::-1], strict=False)
     ):
-        raise ValueError(
-            f"{name} must be broadcastable to [*B, N, T, S] = {full}, got {array.shape}."
-        )
+        names = ", ".join(("*B", *axes))
+        raise ValueError(f"{name} must be broadcastable to [{names}] = {full}, got {array.shape}.")
     array = array.reshape((1,) * (len(full) - array.ndim) + array.shape)
-    if any(m != 1 for m in array.shape[: len(leading)]):
-        array = jnp.broadcast_to(array, (*leading, *array.shape[len(leading) :]))
-    *_, array_n, array_t, array_s = array.shape
-    batch = math.prod(array.shape[: len(leading)])
-    return array.reshape(batch, *((1, 1) if array_n == 1 else (k, g)), array_t, array_s)
+    rest = array.shape[len(leading) :]
+    if all(size == 1 for size in array.shape[: len(leading)]):
+        return array.reshape(1, *rest)
+    return jnp.broadcast_to(array, (*leading, *rest)).reshape(-1, *rest)
 
 
 def _without_queries(lengths, query_segments, key_segments, t: int, s: int):

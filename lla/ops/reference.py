@@ -100,16 +100,22 @@ def attend(problem: Problem, with_stats: bool = True) -> tuple[jax.Array, Stats]
     """Output and statistics, always complete, in the layout of `Problem`."""
     del with_stats
     dtype = problem.compute_dtype
-    b, t, k, g, h = problem.query.shape
-    s = problem.key.shape[1]
-    valid = jnp.broadcast_to(dense_mask(problem.mask, b, t, s), (b, k, g, t, s))
-    query = problem.query.astype(dtype)
-    probe = query if problem.probe is None else problem.probe.astype(dtype)
-    ridge = problem.scale if problem.ridge is None else problem.ridge
+    b, t, n, _ = problem.query.shape
+    _, s, k, _ = problem.key.shape
+    g = problem.group
 
-    bias = problem.bias
-    if bias is not None:
-        bias = jnp.broadcast_to(bias.astype(dtype), valid.shape)
+    def rows(array):  # [B, T, N, ...] -> [B, T, K, G, ...]
+        return array.reshape(b, t, k, g, *array.shape[3:])
+
+    def pairs(array):  # [B | 1, N | 1, T | 1, S | 1] -> [B, K, G, T, S]
+        return jnp.broadcast_to(array, (b, n, t, s)).reshape(b, k, g, t, s)
+
+    query = rows(problem.query.astype(dtype))
+    probe = query if problem.probe is None else rows(problem.probe.astype(dtype))
+    scale = rows(problem.by_row(problem.scale))
+    ridge = scale if problem.ridge is None else rows(problem.by_row(problem.ridge))
+    valid = pairs(dense_mask(problem.mask, b, t, s))
+    bias = None if problem.bias is None else pairs(problem.bias.astype(dtype))
 
     def one_query(*arrays):
         return attend_one_query(problem.member, *arrays, soft_cap=problem.soft_cap)
@@ -122,7 +128,8 @@ def attend(problem: Problem, with_stats: bool = True) -> tuple[jax.Array, Stats]
     with jax.default_matmul_precision("highest"):
         out, lse, residual = per_sequence(
             query, probe, problem.key.astype(dtype), problem.value.astype(dtype), ridge,
-            problem.scale, valid, bias,
+            scale, valid, bias,
         )  # fmt: skip
+    out, lse, residual = (a.reshape(b, t, n, *a.shape[4:]) for a in (out, lse, residual))
     stats = Stats(lse, jnp.zeros(lse.shape, jnp.int32), residual)
     return out.astype(problem.query.dtype), stats

@@ -42,7 +42,7 @@ _ROWS = 128
 
 
 class _Bad(NamedTuple):
-    """What is not finite: bool ``[B, T, K, G]`` and ``[B, S, K]``; and what some query sees.
+    """What is not finite: bool ``[B, T, N]`` and ``[B, S, K]``; and what some query sees.
 
     `seen` is bool ``[B, S, K]``, or None if the mask hides no key from all queries.
     """
@@ -63,8 +63,7 @@ def shield(problem: Problem, *, fast: bool = False) -> tuple[Problem, Restore]:
       fast: whether to leave the rows alone where the mask is causal and nothing else.
     """
     mask = problem.mask
-    _, t, _, g, _ = problem.query.shape
-    s = problem.key.shape[1]
+    t, s, g = problem.query.shape[1], problem.key.shape[1], problem.group
     hides = _may_hide_keys(mask, t, s)
     if not (problem.query.size and (hides or _rows_differ(mask, t, g))):
         return problem, lambda out, stats: (out, stats)
@@ -98,7 +97,7 @@ def _rows_differ(mask: Mask, t: int, g: int) -> bool:
     """Whether some rows may see a key that others do not see, or have numbers of their own."""
     if mask.bias is not None:
         return True
-    if mask.dense is not None and mask.dense.shape[2] > 1 and g > 1:
+    if mask.dense is not None and mask.dense.shape[1] > 1 and g > 1:
         return True
     by_row = mask.is_causal or mask.window is not None or mask.query_segments is not None
     return t > 1 and (by_row or mask.dense is not None)
@@ -125,8 +124,8 @@ def _ranges(mask: Mask, t: int, s: int):
 
 def _seen(mask: Mask, arrays: Operands) -> jax.Array:
     """Bool ``[B, S, K]``: whether any query sees a key."""
-    b, t, k, _, _ = arrays.query.shape
-    s = arrays.key.shape[1]
+    t = arrays.query.shape[1]
+    b, s, k, _ = arrays.key.shape
     low, high = _ranges(mask, t, s)
     # Ranges move with the query, without gaps: from the lowest to the highest of those not empty.
     some = low < high
@@ -138,25 +137,37 @@ def _seen(mask: Mask, arrays: Operands) -> jax.Array:
         seen &= (mask.key_segments[:, :, None] == mask.query_segments[:, None, :]).any(-1)
     seen = jnp.broadcast_to(seen[..., None], (b, s, k))
     if mask.dense is not None:
-        dense = jnp.swapaxes(mask.dense.any((2, 3)), 1, 2)  # [B | 1, S, K | 1]
+        dense = jnp.swapaxes(_any_of_group(mask.dense.any(2), k), 1, 2)  # [B | 1, S, K | 1]
         seen &= jnp.broadcast_to(dense, seen.shape)
     if mask.bias is not None:
-        shown = jnp.swapaxes((~hides(mask.bias)).any((2, 3)), 1, 2)  # [B | 1, S | 1, K | 1]
+        shown = _any_of_group((~hides(mask.bias)).any(2), k)
+        shown = jnp.swapaxes(shown, 1, 2)  # [B | 1, S | 1, K | 1]
         seen &= jnp.broadcast_to(shown, seen.shape)
     return seen
 
 
+def _any_of_group(flags: jax.Array, k: int) -> jax.Array:
+    """``[B | 1, N | 1, S | 1] -> [B | 1, K | 1, S | 1]``: the flags of any head of a group."""
+    if flags.shape[1] == 1:
+        return flags
+    return flags.reshape(flags.shape[0], k, -1, flags.shape[2]).any(2)
+
+
 def _rows_that_see(mask: Mask, flags: jax.Array, t: int, g: int) -> jax.Array:
-    """Bool ``[B, T, K, G]``: which rows see any of the keys flagged in `flags` ``[B, S, K]``."""
+    """Bool ``[B, T, N]``: which rows see any of the keys flagged in `flags` ``[B, S, K]``."""
     b, s, k = flags.shape
-    shape = (b, t, k, g)
+    shape = (b, t, k * g)
     if mask.query_segments is not None or mask.dense is not None or mask.bias is not None:
 
         def look(first, rows):
-            valid = rows_mask(mask, b, first, rows, s)  # [B, K | 1, G | 1, R, S]
-            hit = valid & jnp.swapaxes(flags, 1, 2)[:, :, None, None]
-            hit = jnp.moveaxis(hit.any(-1), 3, 1)  # [B, R, K, G | 1]
-            return jnp.broadcast_to(hit, (b, rows, k, g))
+            valid = rows_mask(mask, b, first, rows, s)  # [B, N | 1, R, S]
+            by_head = jnp.swapaxes(flags, 1, 2)
+            if valid.shape[1] > 1:
+                by_head = jnp.repeat(by_head, g, axis=1)
+            hit = (valid & by_head[:, :, None]).any(-1)  # [B, N or K, R]
+            if valid.shape[1] == 1:
+                hit = jnp.repeat(hit, g, axis=1)
+            return jnp.swapaxes(hit, 1, 2)
 
         return _if_any(flags, lambda: _by_rows(look, t), shape)
     low, high = (jnp.broadcast_to(a[..., None], (a.shape[0], t, k)) for a in _ranges(mask, t, s))
@@ -169,52 +180,52 @@ def _rows_that_see(mask: Mask, flags: jax.Array, t: int, g: int) -> jax.Array:
         before = jnp.concatenate([jnp.zeros_like(before[:, :1]), before], axis=1)
         low, high = (jnp.broadcast_to(a, (b, t, k)) for a in (low, jnp.maximum(low, high)))
         hit = jnp.take_along_axis(before, low, 1) < jnp.take_along_axis(before, high, 1)
-    return jnp.broadcast_to(hit[..., None], shape)
+    return jnp.repeat(jnp.broadcast_to(hit, (b, t, k)), g, axis=2)
 
 
-def _keys_seen_by(mask: Mask, flags: jax.Array, s: int) -> jax.Array:
-    """Bool ``[B, S, K]``: which keys are seen by any of the rows flagged in `flags`."""
-    b, t, k, g = flags.shape
+def _keys_seen_by(mask: Mask, flags: jax.Array, s: int, k: int) -> jax.Array:
+    """Bool ``[B, S, K]``: which keys any of the rows flagged in `flags` ``[B, T, N]`` sees."""
+    b, t, _ = flags.shape
 
     def look(first, rows):
         valid = rows_mask(mask, b, first, rows, s)
         part = lax.dynamic_slice_in_dim(flags, first, rows, axis=1)
-        hit = valid & jnp.moveaxis(part, 1, 3)[..., None]
-        return jnp.swapaxes(hit.any((2, 3)), 1, 2)[:, None]
+        hit = (valid & jnp.swapaxes(part, 1, 2)[..., None]).any(2)  # [B, N, S]
+        return jnp.swapaxes(_any_of_group(hit, k), 1, 2)[:, None]
 
     found = _if_any(flags, lambda: _by_rows(look, t).any(1), (b, s, k))
     return found
 
 
 def _rows_with_bad_bias(mask: Mask, s: int, shape) -> jax.Array:
-    """Bool of `shape`, ``[B, T, K, G]``: which rows see a number of the bias that is not finite."""
-    b, t, k, g = shape
+    """Bool of `shape`, ``[B, T, N]``: which rows see a number of the bias that is not finite."""
+    b, t, n = shape
 
     def bad(bias):
         return ~(jnp.isfinite(bias) | hides(bias))
 
     def look(first, rows):
         hit = rows_mask(mask, b, first, rows, s) & bad(slice_rows(mask.bias, first, rows))
-        return jnp.broadcast_to(jnp.moveaxis(hit.any(-1), 3, 1), (b, rows, k, g))
+        return jnp.broadcast_to(jnp.swapaxes(hit.any(-1), 1, 2), (b, rows, n))
 
     return _if_any(bad(mask.bias), lambda: _by_rows(look, t), shape)
 
 
 def _bias_seen_by(mask: Mask, flags: jax.Array, s: int, shape) -> jax.Array:
     """Bool of `shape`, that of the bias: what any of the rows flagged in `flags` sees of it."""
-    b, t, k, g = flags.shape
-    once = tuple(axis for axis in range(5) if shape[axis] == 1)
+    b, t, _ = flags.shape
+    once = tuple(axis for axis in range(4) if shape[axis] == 1)
 
     def look(first, rows):
         part = lax.dynamic_slice_in_dim(flags, first, rows, axis=1)
-        hit = rows_mask(mask, b, first, rows, s) & jnp.moveaxis(part, 1, 3)[..., None]
-        return jnp.moveaxis(hit.any(once, keepdims=True), 3, 1)
+        hit = rows_mask(mask, b, first, rows, s) & jnp.swapaxes(part, 1, 2)[..., None]
+        return jnp.swapaxes(hit.any(once, keepdims=True), 1, 2)
 
     def find():
         found = _by_rows(look, t)
-        if shape[3] == 1:
+        if shape[2] == 1:
             found = found.any(1, keepdims=True)
-        return jnp.moveaxis(found, 1, 3)
+        return jnp.swapaxes(found, 1, 2)
 
     return _if_any(flags, find, shape)
 
@@ -265,8 +276,10 @@ def _times_nan_where(flags: jax.Array, array: jax.Array) -> jax.Array:
 
 def _equal_rows(arrays: Operands, seen: jax.Array) -> tuple[Operands, Restore]:
     """Where all rows see the same keys: what they see, and no row that sees nothing."""
-    b, t, k, g, _ = arrays.query.shape
-    blind = jnp.broadcast_to(~seen.any(1)[:, None, :, None], (b, t, k, g))
+    b, t, n, _ = arrays.query.shape
+    blind = jnp.repeat(~seen.any(1), n // seen.shape[2], axis=1)
+    blind = jnp.broadcast_to(blind[:, None], (b, t, n))
+    arrays = _by_row(arrays)
     clean = Operands(
         query=_drop(blind, arrays.query),
         key=_drop(~seen, arrays.key),
@@ -282,9 +295,9 @@ def _equal_rows(arrays: Operands, seen: jax.Array) -> tuple[Operands, Restore]:
 
 def _causal(arrays: Operands, mask: Mask) -> tuple[Operands, Restore]:
     """Clean keys and values; rows that see another one get a scale that makes them NaN."""
-    _, t, _, g, _ = arrays.query.shape
-    s = arrays.key.shape[1]
-    poisoned = _rows_that_see(mask, _bad_keys(arrays.key, arrays.value), t, g)
+    _, t, n, _ = arrays.query.shape
+    _, s, k, _ = arrays.key.shape
+    poisoned = _rows_that_see(mask, _bad_keys(arrays.key, arrays.value), t, n // k)
 
     def clean(array):
         hidden = jnp.arange(s, dtype=jnp.int32)[None] >= t
@@ -293,12 +306,20 @@ def _causal(arrays: Operands, mask: Mask) -> tuple[Operands, Restore]:
     arrays = arrays._replace(
         key=clean(arrays.key),
         value=clean(arrays.value),
-        scale=_times_nan_where(poisoned, arrays.scale),
+        scale=_times_nan_where(poisoned, jnp.broadcast_to(arrays.scale, poisoned.shape)),
     )
     return arrays, lambda out, stats: (out, stats)
 
 
+def _by_row(arrays: Operands) -> Operands:
+    """Ridge and scale repeated for every row, some of which get other numbers."""
+    shape = arrays.query.shape[:3]
+    ridge = None if arrays.ridge is None else jnp.broadcast_to(arrays.ridge, shape)
+    return arrays._replace(ridge=ridge, scale=jnp.broadcast_to(arrays.scale, shape))
+
+
 def _any_mask(arrays: Operands, mask: Mask, seen) -> tuple[Operands, Restore]:
+    arrays = _by_row(arrays)
     rows = [jnp.isfinite(arrays.query).all(-1), jnp.isfinite(arrays.scale)]
     if arrays.probe is not None:
         rows.append(jnp.isfinite(arrays.probe).all(-1))
@@ -312,8 +333,8 @@ def _any_mask(arrays: Operands, mask: Mask, seen) -> tuple[Operands, Restore]:
     bad = _Bad(~functools.reduce(jnp.logical_and, rows), keys, seen)
     kinds = tuple(None if a is None else (a.shape, a.dtype.name) for a in arrays)
     clean, channel = _clean(arrays, bad), _channel(kinds, arrays, mask, bad.rows)
-    _, t, _, g, _ = arrays.query.shape
-    poisoned = bad.rows | _rows_that_see(mask, bad.keys, t, g)
+    _, t, n, _ = arrays.query.shape
+    poisoned = bad.rows | _rows_that_see(mask, bad.keys, t, n // keys.shape[2])
 
     def restore(out, stats):
         # Named, so that a checkpoint does not compute the forward pass again for this alone.
@@ -346,7 +367,7 @@ def _clean(arrays: Operands, bad: _Bad) -> Operands:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _channel(kinds: tuple, arrays: Operands, mask: Mask, rows: jax.Array) -> jax.Array:
-    """Zeros ``[B, T, K, G]``, whose cotangent names the rows to be told about.
+    """Zeros ``[B, T, N]``, whose cotangent names the rows to be told about.
 
     Its gradient is NaN for what belongs to these rows and for the keys that they see. It comes on
     top of that of the clean arrays, which `vmap` may have summed already.
@@ -363,8 +384,8 @@ def _channel_fwd(kinds, arrays, mask, rows):
 def _channel_bwd(kinds, mask, cotangent):
     kinds = Operands(*kinds)  # shapes and dtypes, for which the arrays need not be kept
     rows = cotangent > 0
-    s = kinds.key[0][1]
-    keys = _keys_seen_by(mask, rows, s)
+    _, s, k, _ = kinds.key[0]
+    keys = _keys_seen_by(mask, rows, s, k)
 
     def nan_or_zero(name, kind):
         if kind is None:

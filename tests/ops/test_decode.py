@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import decode
+from lla.ops.xla import decode
 from tests.ops.harness import FUNCTIONS, relative_error
 
 BATCH, LENGTH, HEADS, KV_HEADS, DIM, VALUE_DIM = 3, 13, 4, 2, 8, 6

@@ -31,7 +31,7 @@ _LARGE_RIDGE = 5.0
 
 def unsupported(problem: Problem) -> str | None:
     """Why they cannot serve one that `hopper.unsupported` accepts, None if they can."""
-    _, t, _, _, h = problem.query.shape
+    _, t, _, h = problem.query.shape
     if t != 1 or not problem.query.size:
         return f"the decoding kernels take one token of some sequences, query has {t}"
     if h not in _HEAD_DIMS or problem.value.shape[-1] != h:
@@ -88,41 +88,37 @@ def _run(interpret: Any, problem: Problem) -> tuple[jax.Array, Stats]:
     from lla.kernels.mosaic_gpu.decode import Cache, heads_together
     from lla.kernels.mosaic_gpu.decode_attend import attend_cache
 
-    b, _, k, g, h = problem.query.shape
-    s = problem.key.shape[1]
-    mask = problem.mask
-    queries = b * k * g // heads_together(problem.member, g)
+    b, _, n, h = problem.query.shape
+    _, s, k, _ = problem.key.shape
+    g, mask = problem.group, problem.mask
+    queries = b * n // heads_together(problem.member, g)
     cache = Cache(b, s, k, g, h, problem.query.dtype, choose_splits(queries, s))
     high = jnp.clip(jnp.minimum(mask.offset + 1, mask.lengths), 0, s)
     low = jnp.zeros_like(high)
     if mask.window is not None:
         low = jnp.clip(mask.offset - mask.window[0], 0, high)
 
-    def rows(array):
-        """``[B, 1, K, G, ...] -> [B, N, ...]``."""
-        return None if array is None else array.reshape(b, k * g, *array.shape[4:])
+    def by_head(array):
+        """``[B | 1, 1, N | 1] -> [B, N]``, one number for all as it is: filling takes a kernel."""
+        if array is None or array.size == 1:
+            return None if array is None else array.reshape(1, 1)
+        return jnp.broadcast_to(array[:, 0], (b, n))
 
-    ridge, scale = rows(problem.ridge), rows(problem.scale)
-    # A constant of one element is at hand; to fill an array takes a kernel.
-    if problem.static_scale is not None:
-        scale = jnp.full((1, 1), problem.static_scale, jnp.float32)
-    if problem.one_ridge:
-        ridge = jnp.full((1, 1), problem.static_ridge, jnp.float32)
+    ridge, scale = by_head(problem.ridge), by_head(problem.scale)
+    probe = None if problem.probe is None else problem.probe[:, 0]
     solver = resolve(problem, method="cg")
     found = attend_cache(
-        cache, problem.member, rows(problem.query), problem.key, problem.value,
-        (low, high), scale, ridge, rows(problem.probe),
+        cache, problem.member, problem.query[:, 0], problem.key, problem.value,
+        (low, high), scale, ridge, probe,
         tol=solver.stopping_tol(forward=True), max_iters=solver.max_iters,
         precise=(problem.static_ridge or 0) < _LARGE_RIDGE or solver.tol < 1e-4,
         interpret=interpret,
     )  # fmt: skip
     out = found.out
-    if ridge is not None and not problem.one_ridge:
+    if ridge is not None and problem.static_ridge is None:
         out = nan_where(jnp.broadcast_to(jnp.isnan(ridge), out.shape[:-1]), out)
-    shape = (b, 1, k, g)
-    iterations = found.iterations.astype(jnp.int32).reshape(shape)
-    stats = Stats(found.log_sum_exp.reshape(shape), iterations, found.residual.reshape(shape))
-    return out.reshape(*shape, h), stats
+    stats = Stats(found.log_sum_exp, found.iterations.astype(jnp.int32), found.residual)
+    return out.reshape(b, 1, n, h), Stats(*(a.reshape(b, 1, n) for a in stats))
 
 
 _results = refuse_derivative(_run, "mosaic_gpu")

@@ -61,8 +61,8 @@ def use_direct(problem: Problem) -> bool:
     if choose_method(problem, "mosaic_gpu") != "direct":
         return False
     # A caller who names the direct solver accepts the memory that it takes.
-    _, t, k, g, h = problem.query.shape
-    return problem.solver.method == "direct" or _inverse_bytes(h, t * k * g) <= _INVERSE_BYTES
+    _, t, n, h = problem.query.shape
+    return problem.solver.method == "direct" or _inverse_bytes(h, t * n) <= _INVERSE_BYTES
 
 
 def _inverse_bytes(head_dim: int, rows: int) -> int:
@@ -151,8 +151,8 @@ def attend_shielded(
     from lla.kernels.mosaic_gpu import configs as table
     from lla.kernels.mosaic_gpu import launch, tile
 
-    b, t, k, g, h = problem.query.shape
-    s, hv = problem.key.shape[1], problem.value.shape[-1]
+    b, t, n, h = problem.query.shape
+    _, s, k, hv = problem.value.shape
     dim = next(d for d in table.HEAD_DIMS if d >= max(h, hv))
     padded_t, padded_s = (-(-n // table.ROWS) * table.ROWS for n in (t, s))
 
@@ -165,13 +165,13 @@ def attend_shielded(
     def queries(array):
         if array is None:
             return None
-        return pad(array.reshape(b, t, k * g, -1), b, padded_t, k * g, dim)
+        return pad(array, b, padded_t, n, dim)
 
     def rows(array, fill):
         if array is None:
             return None
-        array = array.astype(jnp.float32).reshape(b, t, k * g)
-        return pad(jnp.swapaxes(array, 1, 2), b, k * g, padded_t, fill=fill)
+        array = jnp.swapaxes(problem.by_row(array.astype(jnp.float32)), 1, 2)
+        return pad(array, b, n, padded_t, fill=fill)
 
     operands = Operands(
         query=queries(problem.query),
@@ -202,7 +202,7 @@ def attend_shielded(
         )
     spec = _Spec(
         member=problem.member,
-        shape=launch.Shape(b, padded_t, padded_s, k, g, dim, problem.query.dtype),
+        shape=launch.Shape(b, padded_t, padded_s, k, problem.group, dim, problem.query.dtype),
         mask=tile.MaskSpec(mask.is_causal, mask.window, segments[0] is not None),
         configs=table.choose(dim) if configs is None else configs,
         forward=forward,
@@ -215,11 +215,8 @@ def attend_shielded(
     )
     out, stats = _attend(spec, operands, (masking, marked))
 
-    def restore(array):  # [B, N, T] -> [B, T, K, G]
-        return jnp.swapaxes(array[:, :, :t], 1, 2).reshape(b, t, k, g)
-
-    out = out[:, :t, :, :hv].reshape(b, t, k, g, hv)
-    return out, Stats(*(restore(a) for a in stats))
+    stats = Stats(*(jnp.swapaxes(a[:, :, :t], 1, 2) for a in stats))  # [B, N, T] -> [B, T, N]
+    return out[:, :t, :, :hv], stats
 
 
 # ---------------------------------------------------------------------------------------------

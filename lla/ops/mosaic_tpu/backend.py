@@ -98,8 +98,9 @@ def attend_shielded(
     from lla.kernels.mosaic_tpu import configs, launch, solve, tile
     from lla.kernels.mosaic_tpu.forward import Masking
 
-    b, t, k, g, h = problem.query.shape
-    s, hv = problem.key.shape[1], problem.value.shape[-1]
+    b, t, n, h = problem.query.shape
+    _, s, k, hv = problem.value.shape
+    g = problem.group
     dtype = problem.query.dtype
     arithmetic = tile.Arithmetic(
         dtype, problem.member == "lla" and (problem.static_ridge or 0) < _SPLIT_BELOW
@@ -119,20 +120,21 @@ def attend_shielded(
             return array
         return jnp.pad(array, widths, constant_values=fill)
 
-    def queries(array):  # [B, T, K, G, H] -> [M, R, D]
+    def queries(array):  # [B, T, N, H] -> [M, R, D]
         if array is None:
             return None
-        array = jnp.moveaxis(array, 2, 1).reshape(b * k, t * g, h)
+        array = jnp.swapaxes(array.reshape(b, t, k, g * h), 1, 2).reshape(b * k, t * g, h)
         return pad(array, b * k, shape.num_rows, shape.head_dim)
 
     def keys(array, width):  # [B, S, K, H] -> [M, S, D]
         array = jnp.moveaxis(array, 2, 1).reshape(b * k, s, -1)
         return pad(array, b * k, shape.num_keys, width)
 
-    def rows(array):  # [B, T, K, G] -> [M, R]
+    def rows(array):  # [B | 1, T | 1, N | 1] -> [M, R]
         if array is None:
             return None
-        array = jnp.moveaxis(array.astype(jnp.float32), 2, 1).reshape(b * k, t * g)
+        array = problem.by_row(array.astype(jnp.float32)).reshape(b, t, k, g)
+        array = jnp.swapaxes(array, 1, 2).reshape(b * k, t * g)
         return pad(array, b * k, shape.num_rows, fill=1)
 
     operands = Operands(
@@ -174,9 +176,9 @@ def attend_shielded(
     )
     out, stats = _attend(spec, operands, masking)
 
-    def restore(array):  # [M, R, ...] -> [B, T, K, G, ...]
+    def restore(array):  # [M, R, ...] -> [B, T, N, ...]
         array = array[:, : t * g].reshape(b, k, t, g, *array.shape[2:])
-        return jnp.moveaxis(array, 1, 2)
+        return jnp.swapaxes(array, 1, 2).reshape(b, t, n, *array.shape[4:])
 
     return restore(out)[..., :hv], Stats(*(restore(a) for a in stats))
 

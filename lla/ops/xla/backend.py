@@ -65,23 +65,26 @@ def attend_shielded(
     A bias is ``[P, G | 1, T | 1, S | 1]`` with a place for each sequence and key head that it
     differs for.
     """
-    b, t, k, g, h = problem.query.shape
-    s = problem.key.shape[1]
+    b, t, n, h = problem.query.shape
+    _, s, k, _ = problem.key.shape
+    g = problem.group
     uses_direct = problem.member == "lla" and solver.method == "direct"
     overlap = problem.member == "lla" and not uses_direct and not solver.adaptive
-    plan = make_plan(problem.query.shape, s, problem.mask, direct=uses_direct, overlap=overlap)
+    plan = make_plan((b, t, k, g, h), s, problem.mask, direct=uses_direct, overlap=overlap)
     bias, bias_places = problem.bias, None
     if bias is not None:
         bias_places = (b, k, bias.shape[0] != 1, bias.shape[1] != 1)
+        bias = _by_group(bias, k)
         bias = bias.reshape(-1, *bias.shape[2:])
     spec = _Spec(
         problem.member, solver, plan, _precision(problem), with_stats, bias_places, problem.soft_cap
     )
 
-    def rows_to_groups(array):  # [B, T, K, G, ...] -> [M, G, T, ...]
+    def rows_to_groups(array):  # [B, T, N, ...] -> [M, G, T, ...]
         if array is None:
             return None
-        return jnp.moveaxis(array, 1, 3).reshape(b * k, g, t, *array.shape[4:])
+        array = jnp.broadcast_to(array, (b, t, n, *array.shape[3:]))
+        return jnp.swapaxes(array, 1, 2).reshape(b * k, g, t, *array.shape[3:])
 
     def keys_to_groups(array):  # [B, S, K, ...] -> [M, S, ...]
         return jnp.moveaxis(array, 1, 2).reshape(b * k, s, *array.shape[3:])
@@ -98,8 +101,8 @@ def attend_shielded(
     mask = _mask_by_group(problem.mask, b, k)
     out, stats = _attend(spec, operands, mask)
 
-    def groups_to_rows(array):  # [M, G, T, ...] -> [B, T, K, G, ...]
-        return jnp.moveaxis(array.reshape(b, k, g, *array.shape[2:]), 3, 1)
+    def groups_to_rows(array):  # [M, G, T, ...] -> [B, T, N, ...]
+        return jnp.swapaxes(array.reshape(b, n, *array.shape[2:]), 1, 2)
 
     return groups_to_rows(out), Stats(*(groups_to_rows(a) for a in stats))
 
@@ -115,14 +118,21 @@ def _precision(problem: Problem) -> lax.Precision:
     return lax.Precision.HIGH if sixteen_bits and benign else lax.Precision.HIGHEST
 
 
+def _by_group(array, k: int):
+    """``[B | 1, N | 1, ...] -> [B | 1, K | 1, G | 1, ...]``."""
+    batch, n, *rest = array.shape
+    return array.reshape(batch, *((1, 1) if n == 1 else (k, n // k)), *rest)
+
+
 def _mask_by_group(mask: Mask, b: int, k: int) -> Mask:
-    """Repeats the per-sequence parts for the key heads of a sequence; `dense` stays as it is."""
+    """The mask of every pair of sequence and key head."""
 
     def repeat(array):
         return None if array is None else jnp.repeat(array, k, axis=0)
 
     dense = mask.dense
     if dense is not None:
+        dense = _by_group(dense, k)
         dense = jnp.broadcast_to(dense, (b, k, *dense.shape[2:])).reshape(b * k, *dense.shape[2:])
     return dataclasses.replace(
         mask,

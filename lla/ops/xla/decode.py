@@ -28,6 +28,8 @@ _FEW = 8
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot serve a decoding problem, None if it can."""
+    if problem.bias is not None:
+        return "it has no logit bias"
     return None if problem.query.size else "there is no sequence to divide"
 
 
@@ -35,8 +37,8 @@ def attend(problem: Problem, with_stats: bool) -> tuple[jax.Array, Stats]:
     """Output and statistics in the layout of `Problem`."""
     narrowed = _inside_window(problem)
     inside, problem = narrowed is not problem, narrowed
-    b, t, k, _, h = problem.query.shape
-    room = problem.key.shape[1]
+    b, t, n, h = problem.query.shape
+    _, room, k, _ = problem.key.shape
     per_head = room * (h + problem.value.shape[-1])
     per_head *= problem.key.dtype.itemsize + problem.compute_dtype.itemsize
     heads = largest_divisor(k, max(1, _CHUNK_BYTES // per_head))
@@ -46,17 +48,24 @@ def attend(problem: Problem, with_stats: bool) -> tuple[jax.Array, Stats]:
     def attend_chunk(chunk):
         first, head = chunk
 
-        def part(array, axis=2):
-            """`size` sequences and, along `axis`, `heads` heads of an array ``[B, ...]``."""
+        def sequences(array):
+            return lax.dynamic_slice_in_dim(array, first, size, axis=0)
+
+        def part(array):
+            """The chunk's sequences and heads of ``[B | 1, L, N or K or 1, ...]``."""
             if array is None:
                 return None
-            array = lax.dynamic_slice_in_dim(array, first, size, axis=0)
-            return array if axis is None else lax.dynamic_slice_in_dim(array, head, heads, axis)
+            if array.shape[0] == b:
+                array = sequences(array)
+            if array.shape[2] in (n, k):
+                each = array.shape[2] // k
+                array = lax.dynamic_slice_in_dim(array, head * each, heads * each, axis=2)
+            return array
 
         mask = dataclasses.replace(
             problem.mask,
-            offset=part(problem.mask.offset, None),
-            lengths=part(problem.mask.lengths, None),
+            offset=sequences(problem.mask.offset),
+            lengths=sequences(problem.mask.lengths),
         )
         names = ("query", "probe", "ridge", "scale")
         arrays = {name: part(getattr(problem, name)) for name in names}
@@ -89,10 +98,10 @@ def attend(problem: Problem, with_stats: bool) -> tuple[jax.Array, Stats]:
     firsts = (firsts, jnp.tile(jnp.arange(0, k, heads, dtype=jnp.int32), b // size))
     results = lax.map(attend_chunk, firsts)
 
-    def join(array):  # [chunks, size, T, heads, ...] -> [B, T, K, ...]
+    def join(array):  # [chunks, size, T, heads * G, ...] -> [B, T, N, ...]
         array = array.reshape(b // size, k // heads, *array.shape[1:])
         array = jnp.moveaxis(array, 1, 3)
-        return array.reshape(b, t, k, *array.shape[5:])
+        return array.reshape(b, t, n, *array.shape[5:])
 
     return jax.tree.map(join, results)
 
