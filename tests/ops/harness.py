@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import lla
+from lla.ops import BACKENDS, Backend, register_backend
 
 FUNCTIONS = {
     "lla": lla.local_linear_attention,
@@ -61,6 +62,16 @@ class Result(NamedTuple):
 def double_precision():
     """Context in which float64 arrays stay float64."""
     return jax.enable_x64(True)
+
+
+@contextlib.contextmanager
+def registered(backend: Backend):
+    """Inside, callers reach `backend` by its name."""
+    register_backend(backend)
+    try:
+        yield
+    finally:
+        del BACKENDS[backend.name]
 
 
 @functools.cache

@@ -6,12 +6,14 @@ the refusal.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import chex
 import numpy as np
 import pytest
 
+from lla.ops import Backend
 from tests.ops import harness
 from tests.ops.cases import MASKS, SHAPES, make_inputs
 from tests.ops.harness import Implementation, Result, errors, exact
@@ -22,12 +24,25 @@ MEMBERS = ("lla", "softmax", "parallax")
 OUTPUT_BOUND, GRADIENT_BOUND = 2e-5, 2e-4
 
 
-@functools.cache
-def expected(shape: str, member: str = "lla", mask: str | None = None, rounded: str = "float32"):
-    """Inputs, options and the float64 result of a named case."""
+def case(shape: str, mask: str | None):
+    """Inputs and options of a named case."""
     options = MASKS[mask].options(SHAPES[shape]) if mask else {}
-    inputs = make_inputs(SHAPES[shape])
-    return inputs, options, exact(inputs, member=member, rounded=rounded, **options)
+    return make_inputs(SHAPES[shape]), options
+
+
+@functools.cache
+def expected(shape: str, member: str, mask: str | None, rounded: str) -> Result:
+    """The float64 result of a named case."""
+    inputs, options = case(shape, mask)
+    return exact(inputs, member=member, rounded=rounded, **options)
+
+
+def evaluate(
+    implementation: Implementation, shape: str, member: str, mask: str | None, dtype: str
+) -> Result:
+    """What an implementation returns for a named case."""
+    inputs, options = case(shape, mask)
+    return harness.evaluate(inputs, implementation, member=member, dtype=dtype, **options)
 
 
 class Suite:
@@ -35,6 +50,7 @@ class Suite:
 
     Attributes:
       implementation: what runs.
+      backend: a row of the table that is there for the tests alone, None where it is there anyway.
       unsupported: members, dtypes, ``"shape:<name>"`` and ``"mask:<name>"`` that it refuses.
       dtype: of the tests that do not choose one.
       members: those tested with every shape and mask.
@@ -44,6 +60,7 @@ class Suite:
     """
 
     implementation: Implementation
+    backend: Backend | None = None
     unsupported: frozenset[str] = frozenset()
     dtype = "float32"
     members: tuple[str, ...] = ("lla",)
@@ -71,10 +88,17 @@ class Suite:
             metafunc.parametrize("member", ("lla", *self.other_members))
             metafunc.parametrize("dtype", slow_unless_quick(["bfloat16", "float16"]))
 
+    @pytest.fixture(autouse=True)
+    def row(self):
+        """Registers the back end for the time of a test."""
+        with contextlib.ExitStack() as stack:
+            if self.backend is not None:
+                stack.enter_context(harness.registered(self.backend))
+            yield
+
     def evaluate(self, shape: str, member: str, mask: str | None, dtype: str) -> Result:
         """Runs a named case."""
-        inputs, options, _ = expected(shape, member, mask, dtype)
-        return harness.evaluate(inputs, self.implementation, member=member, dtype=dtype, **options)
+        return evaluate(self.implementation, shape, member, mask, dtype)
 
     def bound(self, name: str, floor: dict[str, float], dtype: str) -> float:
         """What the error of the output or of a gradient may be; `floor` is that of rounding."""
@@ -91,10 +115,9 @@ class Suite:
         features = {member, dtype, f"shape:{shape}", f"mask:{mask}"}
         if refused := features & self.unsupported:
             with pytest.raises(NotImplementedError, match=self.implementation.name):
-                # Refused while tracing, so never run.
-                Suite.evaluate(self, shape, member, mask, dtype)
+                evaluate(self.implementation, shape, member, mask, dtype)
             pytest.skip(f"{self.implementation} refuses {', '.join(refused)}, as it says")
-        want = expected(shape, member, mask, dtype)[2]
+        want = expected(shape, member, mask, dtype)
         got = self.evaluate(shape, member, mask, dtype)
         chex.assert_shape(got.out, SHAPES[shape].output)
         chex.assert_shape(got.stats, SHAPES[shape].rows)
