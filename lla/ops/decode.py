@@ -34,6 +34,8 @@ def decode_step(
     Appends key and value to the cache, then attends causally: the rows of the new tokens in
     `lla.local_linear_attention` of the whole sequence. T = 1 is one step of decoding; with more
     tokens it reads a prompt, whole or in chunks. Memory is that of the cache and a bounded amount.
+    There is no bias of the logits here: for one, attend to the keys and values of the cache with
+    `lla.local_linear_attention`, with ``query_offset`` and ``key_value_seq_lengths``.
 
     Example::
 
