@@ -1,6 +1,7 @@
 """The Hopper kernels in the GPU interpreter against the exact reference."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from lla.ops import Backend
+from lla.ops.mosaic_gpu import hopper
 from tests.kernels.interpret import CASES
+from tests.ops.harness import Implementation, Result
+from tests.ops.suite import Suite
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the GPU interpreter needs JAX 0.11"
@@ -72,3 +77,35 @@ def test_every_case_equals_reference(case):
 )  # fmt: skip
 def test_no_races(case):
     check(case, "--races")
+
+
+class TestSuite(Suite):
+    """The suite of all back ends; every case that is served is a process of its own."""
+
+    implementation = Implementation("mosaic_gpu_interpreted")
+    backend = Backend(implementation.name, hopper.unsupported_shape, hopper.attend)
+    unsupported = frozenset(
+        {"float32", "shape:dim_256", "mask:dense", "mask:dense_broadcast", "mask:everything"}
+    )
+    dtype = "bfloat16"
+    quick = frozenset({"dim_256", "dense", "dense_broadcast", "everything"})
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path):
+        self.file = tmp_path / "result.pickle"
+
+    def evaluate(self, shape, member, mask, dtype):
+        command = [sys.executable, "-m", "tests.kernels.interpret_suite"]
+        done = subprocess.run(
+            [*command, shape, member, mask or "none", dtype, str(self.file)],
+            cwd=SCRIPT.parents[2], capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return Result(*pickle.loads(self.file.read_bytes()))
+
+    def bound(self, name, floor, dtype):
+        kinds = {"out": OUTPUT, "d_key": KEYS, "d_value": KEYS}
+        return kinds.get(name, ROWS) * ROUNDING
+
+    def test_float32(self):
+        self.check("one_token", dtype="float32")

@@ -228,7 +228,7 @@ def _forward(spec: _Spec, operands: Operands, constants) -> tuple[Residuals, Sta
     from lla.kernels.mosaic_gpu import solve as solve_kernel
     from lla.kernels.mosaic_gpu.tile import LN2
 
-    query, key, value, probe, ridge, scale = operands
+    query, key, value, probe, ridge, scale, _ = operands
     masking, marked = constants
     precise = spec.member == "lla" and spec.precise
     attend = functools.partial(
@@ -333,7 +333,7 @@ def _backward(spec: _Spec, operands: Operands, constants, saved: Residuals, cota
     from lla.kernels.mosaic_gpu import gradients
     from lla.kernels.mosaic_gpu import solve as solve_kernel
 
-    query, key, value, probe, ridge, scale = operands
+    query, key, value, probe, ridge, scale, _ = operands
     masking, marked = constants
     found: _Probe = saved.probe
     f32 = jnp.float32
