@@ -11,8 +11,12 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import lla
-from lla.ops import mosaic_gpu, mosaic_tpu, plan, shield, xla
+from lla.ops import shield
+from lla.ops.mosaic_gpu import hopper
+from lla.ops.mosaic_tpu import backend as tpu
 from lla.ops.problem import make_problem
+from lla.ops.xla import backend as xla
+from lla.ops.xla import plan
 from tests.ops import oracles
 from tests.ops.cases import MASKS, Shape, make_inputs
 from tests.ops.harness import (
@@ -494,7 +498,7 @@ def test_shard_map_sums_the_gradient_of_a_replicated_bias():
 # Who refuses
 
 
-@pytest.mark.parametrize("refuse", [mosaic_gpu.refuse, mosaic_gpu.refuse_shape, mosaic_tpu.refuse])
+@pytest.mark.parametrize("refuse", [hopper.unsupported, hopper.unsupported_shape, tpu.unsupported])
 def test_kernels_refuse_by_name(refuse):
     query = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     bias = jnp.zeros((8, 8))
