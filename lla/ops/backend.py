@@ -134,6 +134,21 @@ def explain(
     return reasons
 
 
+def choose(problem: Problem, implementation: Implementation) -> str:
+    """The name of the first back end that can serve.
+
+    Raises:
+      NotImplementedError: if none can, with every reason.
+    """
+    reasons = {}
+    for name in check_names(implementation):
+        reasons[name] = BACKENDS[name].unsupported(problem)
+        if reasons[name] is None:
+            return name
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise NotImplementedError(f"no implementation can serve this call ({listed}).")
+
+
 def run(
     problem: Problem, implementation: Implementation, with_stats: bool, *, decoding: bool = False
 ) -> Results:
@@ -148,18 +163,11 @@ def run(
     Raises:
       NotImplementedError: if no back end can, with every reason.
     """
-    names = check_names(implementation)
-    reasons = {}
-    for name in names:
-        backend = BACKENDS[name]
-        reasons[name] = backend.unsupported(problem)
-        if reasons[name] is None:
-            attend = backend.attend
-            if decoding and backend.decode and backend.decode.unsupported(problem) is None:
-                attend = backend.decode.attend
-            return _public(problem, *attend(problem, with_stats), with_stats)
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise NotImplementedError(f"no implementation can serve this call ({listed}).")
+    backend = BACKENDS[choose(problem, implementation)]
+    attend = backend.attend
+    if decoding and backend.decode and backend.decode.unsupported(problem) is None:
+        attend = backend.decode.attend
+    return _public(problem, *attend(problem, with_stats), with_stats)
 
 
 def _public(problem: Problem, out: jax.Array, stats: Stats, with_stats: bool) -> Results:
