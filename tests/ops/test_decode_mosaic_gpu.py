@@ -24,7 +24,7 @@ def test_shares(queries, num_keys):
 
 
 def test_one_sequence_fills_the_card_and_many_are_not_split():
-    assert decode_gpu.choose_splits(8, 4096) == 16
+    assert 100 <= 8 * decode_gpu.choose_splits(8, 4096) <= 132
     assert decode_gpu.choose_splits(256, 16384) == 1
 
 

@@ -12,8 +12,9 @@ from lla.ops import shield as shielding
 from lla.ops.problem import make_problem
 from lla.ops.solver import resolve
 from lla.ops.xla.backend import attend_shielded
+from tests.measure import relative_error
 from tests.ops.cases import Shape, make_inputs
-from tests.ops.harness import EVERY, FAST, REFERENCE, XLA_CG, evaluate, relative_error
+from tests.ops.harness import EVERY, FAST, REFERENCE, XLA_CG, evaluate
 
 LENGTH = 96
 SHAPE = Shape(LENGTH, 8, heads=2, key_heads=1, batch=(2,))

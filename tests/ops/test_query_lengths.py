@@ -8,8 +8,9 @@ import pytest
 import lla
 from lla.ops.mosaic_gpu import hopper
 from lla.ops.problem import make_problem
+from tests.measure import relative_error
 from tests.ops.cases import Shape, make_inputs
-from tests.ops.harness import DIFFERENTIABLE, EVERY, REFERENCE, XLA_CG, evaluate, relative_error
+from tests.ops.harness import DIFFERENTIABLE, EVERY, REFERENCE, XLA_CG, evaluate
 
 SHAPE = Shape(20, 8, num_keys=24, heads=4, key_heads=2, batch=(2,))
 LENGTHS = np.array([20, 13])

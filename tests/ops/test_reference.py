@@ -9,9 +9,10 @@ from statsmodels.nonparametric.kernel_regression import KernelReg
 import lla
 from lla.ops.masks import dense_mask
 from lla.ops.problem import make_problem
+from tests.measure import relative_error
 from tests.ops import oracles
 from tests.ops.cases import MASKS, SHAPES, Shape, make_inputs
-from tests.ops.harness import FAST, REFERENCE, double_precision, evaluate, exact, relative_error
+from tests.ops.harness import FAST, REFERENCE, double_precision, evaluate, exact
 
 SMALL = Shape(40, 6, value_dim=3, heads=4, key_heads=2, batch=(2,))
 

@@ -11,8 +11,9 @@ import lla
 from lla.ops.mosaic_gpu import hopper
 from lla.ops.mosaic_tpu import backend as tpu
 from lla.ops.problem import make_problem
+from tests.measure import relative_error
 from tests.ops.cases import Shape, make_inputs
-from tests.ops.harness import double_precision, relative_error
+from tests.ops.harness import double_precision
 
 SHAPE = Shape(70, 8, heads=8, key_heads=1, batch=(2,))
 NAMES = ("query", "key", "value", "scale", "bias")
