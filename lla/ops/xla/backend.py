@@ -381,10 +381,17 @@ def _backward_groups(
             d_key = blocks.add_keys(sums[0], d_key, start)
             d_value = blocks.add_keys(sums[1], d_value, start)
             if bias is not None:
-                d_bias = blocks.add_bias(spec.plan, sums[2], d_bias, places, first, start, heads)
-            return (d_key, d_value, d_bias), d_rows
+                d_bias = blocks.bias_rows(spec.plan, bias.array.shape, d_bias, start, heads)
+            return (d_key, d_value), (d_rows, d_bias)
 
-        return blocks.with_key_range(spec.plan, mask, first, num_keys, groups, buckets, branch)
+        # The bias's gradient may be large: a conditional would copy it for every tile.
+        *sums, d_bias = sums
+        sums, (d_rows, part) = blocks.with_key_range(
+            spec.plan, mask, first, num_keys, groups, buckets, branch
+        )
+        if bias is not None:
+            d_bias = blocks.add_bias(d_bias, part, places, first)
+        return (*sums, d_bias), d_rows
 
     sums = tuple(
         full_varying(array.shape, 0, dtype, like=array) for array in (operands.key, operands.value)

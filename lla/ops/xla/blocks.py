@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lla.compat import full_varying
 from lla.ops.masks import Mask, positional_mask
 from lla.ops.xla.plan import Plan
 
@@ -161,24 +162,34 @@ def tile_bias(plan: Plan, bias: Bias, first, start, length: int, heads: int, dty
     return part.reshape(groups, -1, length)
 
 
-def add_bias(plan: Plan, total, update, places, first, start, heads: int):
-    """Adds ``[M', R, length]`` to what `tile_bias` takes of `total`, like the array of a `Bias`."""
+def bias_rows(plan: Plan, shape, update, start, heads: int):
+    """``[M', R, length]``, summed like `shape`, that of a `Bias`, with zeros for all other keys."""
     groups, _, length = update.shape
     update = update.reshape(groups, heads, plan.block_q, length)
-    shared = tuple(axis for axis in (1, 2, 3) if total.shape[axis] == 1)
+    shared = tuple(axis for axis in (1, 2, 3) if shape[axis] == 1)
     update = update.sum(shared, keepdims=True)
-    at, sizes = _bias_part(plan, total, first, length)
+    if update.shape[3] == shape[3]:
+        return update
+    total = full_varying((*update.shape[:3], shape[3]), 0, update.dtype, like=update)
+    return jax.vmap(lambda a, u, i: lax.dynamic_update_slice_in_dim(a, u, i, axis=2))(
+        total, update, start
+    )
 
-    def add(total, place, begin, part):
-        where = at(place, begin)
-        part = lax.dynamic_slice(total, where, sizes) + part[None]
-        return lax.dynamic_update_slice(total, part, where)
 
-    if groups == 1:
-        return add(total, places[0], start[0], update[0])
+def add_bias(total, update, places, first):
+    """Adds what `bias_rows` returns to `total`, like the array of a `Bias`."""
+
+    def add(total, place, part):
+        at = (place, *(jnp.zeros_like(place),) * 3)
+        if total.shape[2] != 1:
+            at = (at[0], at[1], first, at[3])
+        part = part[None] + lax.dynamic_slice(total, at, (1, *part.shape))
+        return lax.dynamic_update_slice(total, part, at)
+
+    if update.shape[0] == 1:
+        return add(total, places[0], update[0])
     # One after the other: groups may share a place, and the order of a sum must not vary.
-    groups = (places, start, update)
-    return lax.scan(lambda total, group: (add(total, *group), None), total, groups)[0]
+    return lax.scan(lambda total, group: (add(total, *group), None), total, (places, update))[0]
 
 
 def _bias_part(plan: Plan, array, first, length: int):
