@@ -19,7 +19,7 @@ from lla.ops.solver import Stats
 def attend_one_query(
     member, query, probe, key, value, ridge, scale, valid, bias=None, *, soft_cap=None
 ):
-    """One query of the family; section 2 of the derivation in ``kernels/README.md``.
+    """One query of the family; section 2 of the derivation in ``kernels/MATHEMATICS.md``.
 
     Args:
       member: ``"softmax"``, ``"parallax"`` or ``"lla"``.

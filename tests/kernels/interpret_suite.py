@@ -2,13 +2,14 @@
 
     python -m tests.kernels.interpret_suite SHAPE MEMBER MASK DTYPE FILE
 
-Pickles a `tests.ops.harness.Result` of NumPy arrays to FILE. MASK may be "none". A barrier that is
+Pickles the fields of a `tests.ops.harness.Result` to FILE. MASK may be "none". A barrier that is
 never reached blocks the interpreter for good, so that the caller has to set a time limit.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pickle
 import sys
@@ -38,6 +39,7 @@ def main(shape: str, member: str, mask: str, dtype: str, file: str) -> None:
             dtype,
         )
     Path(file).write_bytes(pickle.dumps(tuple(result)))
+    print(json.dumps({"written": file}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One new token per sequence on a Hopper GPU: the kernels that read the cache once.
 
 The kernels themselves are in `lla.kernels.mosaic_gpu.decode`, their design in
-``kernels/README.md``.
+``kernels/DECODING.md``.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ def _attend(interpret: Any, problem: Problem) -> tuple[jax.Array, Stats]:
 
 
 def _run(interpret: Any, problem: Problem) -> tuple[jax.Array, Stats]:
-    from lla.kernels.mosaic_gpu.decode import Cache, heads_together
+    from lla.kernels.mosaic_gpu.decode import CacheShape, heads_per_program
     from lla.kernels.mosaic_gpu.decode_attend import attend_cache
 
     b, _, n, h = problem.query.shape
     _, s, k, _ = problem.key.shape
     g, mask = problem.group, problem.mask
-    queries = b * n // heads_together(problem.member, g)
-    cache = Cache(b, s, k, g, h, problem.query.dtype, choose_splits(queries, s))
+    queries = b * n // heads_per_program(problem.member, g)
+    cache = CacheShape(b, s, k, g, h, problem.query.dtype, choose_splits(queries, s))
     high = jnp.clip(jnp.minimum(mask.offset + 1, mask.lengths), 0, s)
     low = jnp.zeros_like(high)
     if mask.window is not None:
@@ -111,7 +111,7 @@ def _run(interpret: Any, problem: Problem) -> tuple[jax.Array, Stats]:
         cache, problem.member, problem.query[:, 0], problem.key, problem.value,
         (low, high), scale, ridge, probe,
         tol=solver.stopping_tol(forward=True), max_iters=solver.max_iters,
-        precise=(problem.static_ridge or 0) < _LARGE_RIDGE or solver.tol < 1e-4,
+        bf16x2=(problem.static_ridge or 0) < _LARGE_RIDGE or solver.tol < 1e-4,
         interpret=interpret,
     )  # fmt: skip
     out = found.out

@@ -1,6 +1,6 @@
 """The Hopper kernels behind the operator: limits, padding, and the order in which they run.
 
-The kernels themselves are in `lla.kernels.mosaic_gpu`, their design in ``kernels/README.md``.
+The kernels themselves are in `lla.kernels.mosaic_gpu`, their design in ``kernels/HOPPER.md``.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class _Spec:
     @property
     def precise(self) -> bool:
         """Whether any tile may need two parts."""
-        return self.forward.precise or self.precise_forward is not None
+        return self.forward.bf16x2 or self.precise_forward is not None
 
     @property
     def solve_config(self):
@@ -109,7 +109,7 @@ class _Spec:
             return self.configs.solve_direct
         if self.precise_forward is not None:
             return self.configs.solve_mixed
-        return self.configs.solve_precise if self.forward.precise else self.configs.solve
+        return self.configs.solve_bf16x2 if self.forward.bf16x2 else self.configs.solve
 
 
 class _Probe(NamedTuple):
@@ -154,7 +154,9 @@ def attend_shielded(
     b, t, n, h = problem.query.shape
     _, s, k, hv = problem.value.shape
     dim = next(d for d in table.HEAD_DIMS if d >= max(h, hv))
-    padded_t, padded_s = (-(-n // table.ROWS) * table.ROWS for n in (t, s))
+    padded_t, padded_s = (
+        -(-n // table.SEQUENCE_MULTIPLE) * table.SEQUENCE_MULTIPLE for n in (t, s)
+    )
 
     def pad(array, *sizes, fill=0):
         widths = [(0, size - n) for size, n in zip(sizes, array.shape, strict=True)]
@@ -209,7 +211,7 @@ def attend_shielded(
         backward=backward,
         precise_forward=precise_forward,
         precise_backward=precise_backward,
-        split=(problem.static_ridge or 0) < precision.SPLIT_BELOW or forward.precise,
+        split=(problem.static_ridge or 0) < precision.SPLIT_BELOW or forward.bf16x2,
         direct=h if direct else None,
         interpret=interpret,
     )
@@ -233,7 +235,7 @@ def _forward(spec: _Spec, operands: Operands, constants) -> tuple[Residuals, Sta
     precise = spec.member == "lla" and spec.precise
     attend = functools.partial(
         attend_kernel.attend, spec.shape, spec.mask,
-        spec.configs.attend_precise if precise else spec.configs.attend,
+        spec.configs.attend_bf16x2 if precise else spec.configs.attend,
         query, key, value, scale, masking, interpret=spec.interpret,
     )  # fmt: skip
     iterations = jnp.zeros(scale.shape, jnp.int32)
@@ -242,7 +244,7 @@ def _forward(spec: _Spec, operands: Operands, constants) -> tuple[Residuals, Sta
         if spec.direct is None:
             solution = solve_kernel.solve(
                 spec.shape, spec.mask, spec.solve_config, spec.forward, query, key, scale, ridge,
-                masking, choice=_choice(spec.precise_forward, marked), interpret=spec.interpret,
+                masking, override=_choice(spec.precise_forward, marked), interpret=spec.interpret,
             )  # fmt: skip
         else:
             solution = _by_sequences(
@@ -255,7 +257,7 @@ def _forward(spec: _Spec, operands: Operands, constants) -> tuple[Residuals, Sta
             marked,
         )
         saved = Residuals(
-            out=attend(solution.high, solved, precise=spec.precise).out,
+            out=attend(solution.high, solved, bf16x2=spec.precise).out,
             log_sum_exp=solution.log_sum_exp,
             probe=_Probe(solution.shift_high, solution.shift, solution.high, solution.low),
             key_mean=solution.key_mean,
@@ -324,9 +326,9 @@ def _inverse(spec: _Spec, shape, query, key, scale, ridge, masking, log_sum_exp)
 
 
 def _choice(iteration, marked):
-    from lla.kernels.mosaic_gpu.solve import Choice
+    from lla.kernels.mosaic_gpu.solve import TileOverride
 
-    return None if iteration is None else Choice(iteration, marked)
+    return None if iteration is None else TileOverride(iteration, marked)
 
 
 def _backward(spec: _Spec, operands: Operands, constants, saved: Residuals, cotangent) -> Operands:
@@ -350,7 +352,7 @@ def _backward(spec: _Spec, operands: Operands, constants, saved: Residuals, cota
             value, cotangent, saved.log_sum_exp, delta, saved.key_mean, probe_square
         )
         if spec.direct is None:
-            iteration = spec.backward if spec.member == "lla" else solve_kernel.Iteration(None, 0)
+            iteration = spec.backward if spec.member == "lla" else solve_kernel.CGOptions(None, 0)
             adjoint = solve_kernel.solve(
                 spec.shape, spec.mask, spec.solve_config, iteration, query, key, scale, ridge,
                 masking, target, _choice(spec.precise_backward, marked), interpret=spec.interpret,

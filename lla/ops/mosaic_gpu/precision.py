@@ -1,7 +1,7 @@
 """Which tiles of the Hopper kernels need two 16-bit parts, and how far their solves go.
 
 Rounding a direction or a weight to 16 bits once is enough where the ridge is large for the keys.
-Elsewhere a second 16-bit part holds the remainder. The reasons are in ``kernels/README.md``.
+Elsewhere a second 16-bit part holds the remainder. The reasons are in ``kernels/HOPPER.md``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PRECISE_TOL = 1e-3
 
 def choose_by_tile(problem: Problem) -> bool:
     """Whether the ridges and keys of a tile decide if it needs two parts."""
-    if problem.member != "lla" or iterations(problem, precise=False)[0].precise:
+    if problem.member != "lla" or iterations(problem, precise=False)[0].bf16x2:
         return False
     return problem.static_ridge is None or problem.static_ridge < SPLIT_BELOW
 
@@ -74,7 +74,7 @@ def mark_small(
 
 def iterations(problem: Problem, *, precise: bool, direct: bool = False):
     """When the forward and the adjoint solve stop; `precise` asks for two parts."""
-    from lla.kernels.mosaic_gpu.solve import Iteration
+    from lla.kernels.mosaic_gpu.solve import CGOptions
 
     ridge = problem.static_ridge
     small = precise or (ridge is not None and ridge < _PRECISE_RIDGE)
@@ -88,6 +88,6 @@ def iterations(problem: Problem, *, precise: bool, direct: bool = False):
         max_iters=_MAX_PRECISE_ITERS if precise else _MAX_ITERS,
     )  # fmt: skip
     return tuple(
-        Iteration(solver.stopping_tol(forward=forward), solver.max_iters, precise)
+        CGOptions(solver.stopping_tol(forward=forward), solver.max_iters, precise)
         for forward in (True, False)
     )

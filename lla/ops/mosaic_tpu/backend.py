@@ -92,7 +92,7 @@ def attend_shielded(
 
     Args:
       problem: one that `unsupported_shape` accepts.
-      blocks: a `lla.kernels.mosaic_tpu.launch.Blocks`; None chooses.
+      blocks: a `lla.kernels.mosaic_tpu.launch.BlockSizes`; None chooses.
       interpret: True or a `pallas.tpu.InterpretParams` to interpret, None to compile.
     """
     from lla.kernels.mosaic_tpu import configs, launch, solve, tile
@@ -162,7 +162,7 @@ def attend_shielded(
     if problem.member == "lla":
         solver = resolve(problem, method="cg")
         iterations = [
-            solve.Iteration(solver.stopping_tol(forward=forward), solver.max_iters)
+            solve.CGOptions(solver.stopping_tol(forward=forward), solver.max_iters)
             for forward in (True, False)
         ]
     spec = _Spec(
@@ -188,7 +188,7 @@ def attend_shielded(
 
 
 def _forward(spec: _Spec, operands: Operands, masking) -> tuple[Residuals, Stats]:
-    from lla.kernels.mosaic_tpu.forward import ROWS, forward
+    from lla.kernels.mosaic_tpu.forward import ROW_STATISTICS, forward
 
     numbers = [operands.scale] if operands.ridge is None else [operands.scale, operands.ridge]
     results = forward(
@@ -196,7 +196,7 @@ def _forward(spec: _Spec, operands: Operands, masking) -> tuple[Residuals, Stats
         operands.value, operands.probe, jnp.stack(numbers, axis=1), masking,
         interpret=spec.interpret,
     )  # fmt: skip
-    rows = dict(zip(ROWS, jnp.moveaxis(results.rows, 1, 0), strict=True))
+    rows = dict(zip(ROW_STATISTICS, jnp.moveaxis(results.rows, 1, 0), strict=True))
     saved = Residuals(results.out, rows["relative"], results.probe, results.key_mean)
     stats = Stats(rows["log_sum_exp"], rows["iterations"].astype(jnp.int32), rows["residual"])
     return saved, stats
@@ -204,7 +204,7 @@ def _forward(spec: _Spec, operands: Operands, masking) -> tuple[Residuals, Stats
 
 def _backward(spec: _Spec, operands: Operands, masking, saved: Residuals, cotangent) -> Operands:
     from lla.kernels.mosaic_tpu.key_gradients import key_gradients
-    from lla.kernels.mosaic_tpu.row_gradients import ROWS, row_gradients
+    from lla.kernels.mosaic_tpu.row_gradients import ROW_OUTPUTS, row_gradients
 
     count = spec.shape.num_rows
     shape = spec.shape.with_whole_lanes()
@@ -236,7 +236,7 @@ def _backward(spec: _Spec, operands: Operands, masking, saved: Residuals, cotang
     by_query, by_direction = (
         None if a is None else a[:, :count] for a in (by_row.query, by_row.direction)
     )
-    by_number = dict(zip(ROWS, jnp.moveaxis(by_row.rows[..., :count], 1, 0), strict=False))
+    by_number = dict(zip(ROW_OUTPUTS, jnp.moveaxis(by_row.rows[..., :count], 1, 0), strict=False))
     return Operands(
         query=by_query,
         key=d_key,
