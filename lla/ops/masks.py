@@ -1,4 +1,4 @@
-"""Which keys a query may see, kept symbolic so that a tile evaluates only its own part."""
+"""Which keys a query may see, in symbolic form: a tile evaluates only its own part."""
 
 from __future__ import annotations
 

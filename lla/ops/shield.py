@@ -1,20 +1,20 @@
-"""Keeps what a query cannot see from reaching it, whatever it holds: NaN, infinity, huge numbers.
+"""Keeps hidden keys from reaching a query, whatever they hold: NaN, infinity, huge numbers.
 
-Where the mask gives a weight of zero, products in blocks still multiply: ``0 * nan`` is NaN, in
-every row of a tile. So that no back end has to look at what it multiplies, this is settled around
-them, at the cost of one look at the inputs:
+Blockwise products multiply hidden keys by weights of zero, and ``0 * nan`` is NaN in every row of a
+tile. `shield` removes such numbers before a back end runs and puts the NaN that belong into the
+results afterwards, so that no back end has to check its operands:
 
 - Keys and values that no query of the call sees are replaced by zeros.
 - Numbers in keys, values, queries, probes, ridges and scales that are not finite are replaced by
-  finite ones. A row that sees such a key, or has such a query, is NaN in the end, and so is in the
-  gradients what belongs to it and the keys that it sees. A row with a cotangent of zero adds
-  nothing to any gradient.
-- So is a row that sees such an entry of a logit bias. The bias is left as it is, to save a copy:
-  who reads it takes zeros for what is hidden or not finite.
+  finite ones. The output of a row that sees such a key, or has such a query, becomes NaN. So do the
+  gradients of that row and of the keys that it sees. A row with a cotangent of zero adds nothing to
+  any gradient.
+- The same holds for a row that sees such an entry of a logit bias. The bias itself is not copied:
+  back ends replace entries that are hidden or not finite by zeros when they read it.
 - A row that sees nothing is zero, and its cotangent is dropped.
 
-Where the mask is nothing but causal, and kernels are to run, the rows are left as they are: there
-every key is seen by the last row, so that with one bad row no key is without a bad gradient.
+With ``fast=True`` the rows are left as they are if the mask is causal and nothing else. The last
+row then sees every key, so that a single bad row makes the gradient of every key bad anyway.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from lla.ops.problem import Operands, Problem
 from lla.ops.solver import Stats
 
 _ROWS = 128
-"""Rows whose masks are looked at together."""
+"""Rows whose masks are evaluated at a time."""
 
 
 class _Bad(NamedTuple):
-    """What is not finite: bool ``[B, T, N]`` and ``[B, S, K]``; and what some query sees.
+    """Where numbers are not finite, by row ``[B, T, N]`` and by key ``[B, S, K]``.
 
-    `seen` is bool ``[B, S, K]``, or None if the mask hides no key from all queries.
+    `seen` tells which keys any query sees, ``[B, S, K]``; None if the mask hides no key from all.
     """
 
     rows: jax.Array
@@ -264,7 +264,7 @@ def _bad_keys(key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _drop(flags: jax.Array, array: jax.Array) -> jax.Array:
-    """Zeros where `flags`, which has the first axes of `array`, says so."""
+    """`array` with zeros where `flags` is set; `flags` has the leading axes of `array`."""
     flags = flags.reshape(*flags.shape, *(1,) * (array.ndim - flags.ndim))
     return jnp.where(jnp.broadcast_to(flags, array.shape), jnp.zeros_like(array), array)
 
@@ -367,10 +367,10 @@ def _clean(arrays: Operands, bad: _Bad) -> Operands:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _channel(kinds: tuple, arrays: Operands, mask: Mask, rows: jax.Array) -> jax.Array:
-    """Zeros ``[B, T, N]``, whose cotangent names the rows to be told about.
+    """Zeros ``[B, T, N]``; a positive cotangent marks a row whose gradients have to become NaN.
 
-    Its gradient is NaN for what belongs to these rows and for the keys that they see. It comes on
-    top of that of the clean arrays, which `vmap` may have summed already.
+    They do for everything that belongs to the row and for the keys that it sees. JAX adds them to
+    the gradients of the clean arrays, which `vmap` may have summed already.
     """
     del kinds, arrays, mask
     return rows.astype(jnp.float32) * 0

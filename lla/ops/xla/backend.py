@@ -1,7 +1,7 @@
 """Blockwise implementation in plain XLA: tiles of queries against ranges of keys.
 
-A tile keeps its softmax weights in memory, where every solver iteration reuses them; nothing else
-of size queries x keys exists, so memory is linear in the number of keys. The derivation is in
+A tile keeps its softmax weights in memory, and every solver iteration reuses them. No other array
+has a size of queries times keys, so memory is linear in the number of keys. The derivation is in
 ``kernels/MATHEMATICS.md``.
 """
 

@@ -26,7 +26,7 @@ def drop_single(array):
 
 
 def with_groups(groups: int, results):
-    """Gives the axis back to the results of a tile."""
+    """Restores the axis of a single group in the results of a tile."""
     return jax.tree.map(lambda a: a[None], results) if groups == 1 else results
 
 
