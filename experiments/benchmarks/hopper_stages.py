@@ -433,11 +433,11 @@ def measure_matmul(options) -> dict[str, Any]:
 
 def refusal() -> str | None:
     """Why the kernels cannot run here, None if they can."""
-    from lla.ops import mosaic_gpu
+    from lla.ops.mosaic_gpu import hopper
     from lla.ops.problem import make_problem
 
     array = jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
-    return mosaic_gpu.refuse(make_problem("softmax", array, array, array))
+    return hopper.unsupported(make_problem("softmax", array, array, array))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

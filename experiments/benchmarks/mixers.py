@@ -34,7 +34,7 @@ import subjects
 from flax import nnx
 
 import lla
-from lla.ops.dispatch import preference
+from lla.ops.backend import preference
 
 KEY_FIELDS = ("implementation", "dtype", "pass", "batch", "n", "width", "heads")
 REFERENCE = "reference"

@@ -309,7 +309,7 @@ def kernel_call(cell: Cell):
     from lla.kernels.mosaic_gpu.tile import MaskSpec
     from lla.kernels.mosaic_gpu_mma import attend, gradients, solve
     from lla.kernels.mosaic_gpu_mma.launch import Config
-    from lla.ops.mosaic_gpu_portable import capability
+    from lla.ops.mosaic_gpu.portable import capability
 
     b, t, n, d = cell.batch, cell.queries, cell.heads, cell.head_dim
     shape = Shape(b, t, t, n, 1, d, jnp.dtype(cell.dtype))

@@ -87,6 +87,11 @@ class Configs:
     key_gradients: Config
     key_gradients_split: Config  # with directions in two parts
 
+    @property
+    def solve_mixed(self) -> Config:
+        """Where some tiles have two parts."""
+        return self.solve_bf16x2
+
 
 def choose(head_dim: int, capability: tuple[int, int]) -> Configs:
     """The configurations for a padded head dimension on a card of some compute capability.

@@ -21,7 +21,7 @@ from lla.mixers.parts import (
     project,
     whole,
 )
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
 class DeltaNet(Recurrence):

@@ -24,7 +24,7 @@ from lla.mixers.parts import (
     step_bias,
     whole,
 )
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
 class GatedDeltaNet(Recurrence):

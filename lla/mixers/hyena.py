@@ -12,10 +12,9 @@ from flax import nnx
 from lla.mixers.chunks import check_form
 from lla.mixers.long_convolution import long_convolution
 from lla.mixers.parts import NoDecay, State, init_state, project, whole
+from lla.numerics import compute_dtype, nan_where
 from lla.ops import segments
 from lla.ops.cache import check_room, exists, write_tokens
-from lla.ops.problem import compute_dtype
-from lla.ops.shield import nan_where
 
 # Widths of the window, as fractions of `filter_length` after which it has fallen to `_FALLEN`, and
 # the number of hidden layers behind the first one: the values of the authors' code.

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lla.mixers.chunks import check_form
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
 # Tokens between which a packed convolution takes every distance by itself.
 _BLOCK = 16

@@ -12,7 +12,7 @@ from flax import nnx
 from lla.mixers import parts
 from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.selective_scan import selective_scan
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
 class Mamba(parts.Recurrence):

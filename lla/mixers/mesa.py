@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lla import numerics
 from lla.compat import match_varying
-from lla.kernels import spd
 from lla.mixers import chunks, hopper, segments
 from lla.mixers.chunks import check_form
 from lla.mixers.delta_rule import check_sequences
+from lla.numerics import compute_dtype
 from lla.ops import mosaic_gpu
-from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
 
@@ -191,7 +191,7 @@ def make_solver(solver: str = "cg", max_iters: int = 30, tol: float = 1e-6):
 
 
 class _Exact(NamedTuple):
-    """Cholesky factorisation of every system, of matrix products (`lla.kernels.spd`).
+    """Cholesky factorisation of every system, of matrix products (`lla.numerics.spd_inverse`).
 
     Not by `jnp.linalg.cholesky`: on a CPU its LAPACK calls wait for threads of the pool that they
     run in, and two at once can block each other for good.
@@ -204,7 +204,7 @@ class _Exact(NamedTuple):
         def factorise(_, right):
             dim = right.shape[-1]
             eye = jnp.eye(dim, dtype=right.dtype).reshape((1,) * (right.ndim - 1) + (dim, dim))
-            inverse, positive = spd.inverse(moment + ridge[..., None] * eye, "highest")
+            inverse, positive = numerics.spd_inverse(moment + ridge[..., None] * eye, "highest")
             solution = _einsum("...hg,...g->...h", inverse, right)
             # A system that is not positive definite has no answer, rather than a wrong one.
             return jnp.where(positive[..., None], solution, jnp.nan)

@@ -24,7 +24,7 @@ from lla.mixers.parts import (
     project,
     whole,
 )
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
 class MesaNet(nnx.Module):

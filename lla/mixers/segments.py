@@ -7,8 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
 
 def gates(

@@ -76,12 +76,12 @@ def test_needs_an_nvidia_gpu():
 @needs_kernels
 def test_named_by_another_name_only_where_measured(monkeypatch):
     """``"mosaic_gpu"`` takes them where they have run and the Hopper kernels do not serve."""
-    from lla.ops import mosaic_gpu_portable
+    from lla.ops.mosaic_gpu import portable
 
     with lowering_for("cuda", capability="10.0"):
         assert "never run" in lla.explain(*arrays())["mosaic_gpu"]
         assert lla.explain(*arrays())["mosaic_gpu_portable"] is None
-    monkeypatch.setitem(mosaic_gpu_portable.MEASURED, (10, 0), 64)
+    monkeypatch.setitem(portable.MEASURED, (10, 0), 64)
     assert lower("10.0", "mosaic_gpu").count("mosaic_gpu") >= 5
     with lowering_for("cuda", capability="10.0"):
         assert lla.explain(*arrays())["mosaic_gpu"] is None

@@ -9,7 +9,7 @@ from flax import nnx
 from lla import mixers
 from lla.mixers import hopper, parts, scan_kernel
 from lla.ops import mosaic_gpu, segments
-from tests.mixers.measure import relative_error
+from tests.measure import relative_error
 from tests.mixers.test_all import close, reference_options
 from tests.mixers.test_decode import VARIANTS
 

@@ -10,8 +10,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lla
+from tests.measure import relative_error
 from tests.ops.cases import MASKS, SHAPES, Shape, make_inputs
-from tests.ops.harness import EVERY, FAST, XLA_CG, XLA_DIRECT, evaluate, relative_error
+from tests.ops.harness import EVERY, FAST, XLA_CG, XLA_DIRECT, evaluate
 
 pytestmark = pytest.mark.compat
 
