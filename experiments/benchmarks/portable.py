@@ -11,6 +11,7 @@ once. Errors are relative to the exact result in float64, with the bounds of hop
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -417,7 +418,10 @@ def serve(board: Board, lock: str, seconds: float, deadline: float) -> None:
             cell = board.waiting.get_nowait()
         except queue.Empty:
             break
-        if process is None or process.poll() is not None:
+        if process is not None and process.poll() is not None:
+            _end(process)
+            process = None
+        if process is None:
             process = subprocess.Popen(
                 [sys.executable, __file__, "--work", lock], text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -425,11 +429,9 @@ def serve(board: Board, lock: str, seconds: float, deadline: float) -> None:
             said: queue.Queue = queue.Queue()
             for stream in (process.stdout, process.stderr):
                 threading.Thread(target=_read, args=(stream, said), daemon=True).start()
-        try:
+        with contextlib.suppress(OSError):  # of a process that has ended, as is seen below
             process.stdin.write(json.dumps(dataclasses.asdict(cell)) + "\n")
             process.stdin.flush()
-        except OSError:
-            pass
         last, result = [], None
         end = min(time.monotonic() + seconds, deadline + 5)
         while result is None and time.monotonic() < end:
@@ -445,18 +447,26 @@ def serve(board: Board, lock: str, seconds: float, deadline: float) -> None:
                 last = [*last[-4:], line.strip()[:300]]
         if result is None:
             code = process.poll()
-            process.kill()
+            _end(process)
             process = None
             reason = "out of time" if code is None else f"the worker ended with {code}"
             result = {"status": "failed", "reason": f"{reason}: {' | '.join(last)}"}
         board.add(cell, result)
     if process is not None:
-        process.kill()
+        _end(process)
 
 
 def _read(stream, said) -> None:
-    for line in stream:
-        said.put(line)
+    with stream:
+        for line in stream:
+            said.put(line)
+
+
+def _end(process) -> None:
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    process.kill()
+    process.wait()
 
 
 def table(records) -> str:

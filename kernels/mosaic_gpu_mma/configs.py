@@ -68,6 +68,7 @@ NEEDS = {
     "solve": Needs(sums=1, scores=2, operands=2, tiles=2, held=1),
     "solve_bf16x2": Needs(sums=1, scores=4, operands=2, tiles=2, held=2),
     "attend": Needs(sums=1, scores=2, operands=2, tiles=2),
+    "attend_probed": Needs(sums=2, scores=2, operands=2, tiles=2),
     "attend_bf16x2": Needs(sums=2, scores=4, operands=3, tiles=2),
     "query_gradients": Needs(sums=1, scores=4, operands=4, tiles=2),
     "key_gradients": Needs(sums=2, scores=4, operands=2, tiles=4, stages=3),
@@ -82,6 +83,7 @@ class Configs:
     solve: Config  # of the adjoint system, too
     solve_bf16x2: Config  # with directions and weights in two parts, in some tiles at least
     attend: Config
+    attend_probed: Config  # with a given probe
     attend_bf16x2: Config
     query_gradients: Config
     key_gradients: Config

@@ -100,7 +100,8 @@ def kernels(head_dim: int, capability, dtype=jnp.bfloat16):
         return run, (query, key, row, row, masking, *extra)
 
     def attending(probe, solved, bf16x2=False):
-        config = chosen.attend_bf16x2 if bf16x2 else chosen.attend
+        config = chosen.attend if probe is None or solved else chosen.attend_probed
+        config = chosen.attend_bf16x2 if bf16x2 else config
         return (
             lambda *a: attend.attend(shape, mask, config, *a, bf16x2=bf16x2),
             (query, key, key, row, masking, probe, solved),
@@ -188,6 +189,7 @@ def write_table(options) -> int:
         command = [
             sys.executable, __file__, capability,
             "--head_dims", *map(str, options.head_dims),
+            *(["--only", *options.only] if options.only else []),
         ]  # fmt: skip
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False

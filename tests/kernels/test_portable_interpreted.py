@@ -19,7 +19,13 @@ HOPPER, AMPERE = ("--capability", "9.0"), ("--capability", "8.0")
 
 @pytest.mark.parametrize(
     ("case", "card"),
-    [("softmax_window", HOPPER), ("parallax_odd", AMPERE), ("lla_odd", HOPPER)],
+    [
+        ("softmax_window", HOPPER),
+        ("parallax_odd", AMPERE),
+        ("lla_odd", HOPPER),
+        ("lla_one_token", HOPPER),
+        ("parallax_one_token", AMPERE),
+    ],
 )
 def test_equals_reference(case, card):
     check(case, *card)
@@ -32,7 +38,8 @@ def test_equals_reference(case, card):
         "softmax_causal", "softmax_float16", "softmax_causal_nan", "parallax_segments",
         "parallax_causal_nan", "lla_window", "lla_two_sided_window", "lla_lengths",
         "lla_segments", "lla_head_dim_128", "lla_head_dim_32", "lla_offset", "lla_faint",
-        "lla_clustered", "lla_causal_nan", "lla_ridge_10", "lla_ridge_0.1", "lla_ridge_0.01",
+        "lla_clustered", "lla_causal_nan", "softmax_head_dim_256",
+        "lla_head_dim_256", "lla_ridge_10", "lla_ridge_0.1", "lla_ridge_0.01",
     ],
 )  # fmt: skip
 def test_every_case_equals_reference(case):
