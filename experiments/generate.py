@@ -13,7 +13,7 @@ from absl import app, flags
 from flax import nnx
 
 from lla import training
-from lla.experiment import command, workdir
+from lla.runs import command, workdir
 from lla.training.checkpoint import Checkpoints
 from lla.training.settings import Sharding
 from lla.training.sharding import make_mesh

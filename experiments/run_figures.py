@@ -32,8 +32,8 @@ import importlib
 
 from absl import app, flags
 
-from lla.experiment import WorkdirError, command, environment, tables
-from lla.experiment.workdir import directory, write_whole
+from lla.runs import WorkdirError, command, environment, tables
+from lla.runs.workdir import directory, write_whole
 from lla.training import RefusedError, sweep
 from lla.training.program import Runs
 from lla.training.queue import Queue

@@ -18,8 +18,8 @@ import re
 from absl import app, flags
 from ml_collections import config_flags
 
-from lla.experiment import WorkdirError, command
-from lla.experiment.workdir import directory
+from lla.runs import WorkdirError, command
+from lla.runs.workdir import directory
 from lla.training import RefusedError, sweep
 from lla.training.unused import check_used
 

@@ -11,8 +11,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lla import training
-from lla.experiment import WorkdirError, command
-from lla.experiment.workdir import directory
+from lla.runs import WorkdirError, command
+from lla.runs.workdir import directory
 from lla.training.unused import check_used
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")

@@ -17,7 +17,13 @@ import pytest
 import lla
 
 ROOT = Path(__file__).parents[1]
-INSTALLED = {"lla": "lla", "kernels": "lla/kernels"}  # folder here: folder in the wheel
+# folder here: folder in the wheel
+INSTALLED = {
+    "lla": "lla",
+    "kernels": "lla/kernels",
+    "configs": "lla/configs",
+    "experiments": "lla/experiments",
+}
 MAX_LINES = 500
 
 
@@ -62,8 +68,8 @@ def test_wheel_holds_the_library_and_nothing_else(wheel):
         for source in sources(folder)
     }
     metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
-    # Equality both ways: a folder without __init__.py would be left out, and configs, experiments,
-    # tests or a top-level kernels would be in excess.
+    # Equality both ways: a folder without __init__.py would be missing, and tests or a top-level
+    # kernels, configs or experiments would be in excess.
     assert names - metadata == expected
     assert {name.split("/")[0] for name in names - metadata} == {"lla"}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)

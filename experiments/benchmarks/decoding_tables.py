@@ -101,7 +101,7 @@ def panels(records: Sequence[Mapping]) -> list[list[tuple[int, int]]]:
 
 def draw(records: Sequence[Mapping]):
     """Time of a step against the length of the cache: a figure with the panels of `panels`."""
-    from lla.experiment import figures, styles
+    from lla.runs import figures, styles
 
     cells, rows = _drawn(records), panels(records)
     columns = max(map(len, rows), default=1)
@@ -172,7 +172,7 @@ def traffic_markdown(document: Mapping) -> str:
 
 def draw_traffic(records: Sequence[Mapping]):
     """Bytes moved over those of the cache: a figure with a panel for each head dimension."""
-    from lla.experiment import figures, styles
+    from lla.runs import figures, styles
 
     cells = [r for r in records if "moved_bytes" in r and r["group"] == 1]
     batch = max((r["batch"] for r in cells), default=0)

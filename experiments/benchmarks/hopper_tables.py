@@ -144,7 +144,7 @@ def _growth(records, speed) -> str:
 
 def draw(records):
     """Time against length, and against the ridge relative to cuDNN's softmax attention."""
-    from lla.experiment import figures, styles
+    from lla.runs import figures, styles
 
     figure, axes = figures.new(1, 2, height=2.9)
     growth = [r for r in records if r["group"] == "growth" and r["heads"] > 1]
@@ -197,7 +197,7 @@ def draw(records):
 
 def _marks(axis, style, median, least, unit):
     """Medians with bars down to the least."""
-    from lla.experiment import figures
+    from lla.runs import figures
 
     if median:
         bars = [unit * (median[x] - least[x]) for x in median]

@@ -403,7 +403,7 @@ def add(path: pathlib.Path, results: pathlib.Path, text: str) -> str:
 
 def _draw_scaling(records):
     """Time and memory against length."""
-    from lla.experiment import figures, styles
+    from lla.runs import figures, styles
 
     head_dims = sorted({record["head_dim"] for record in records})
     panels = [(which, field) for field in ("time_median_s", "temp_bytes") for which in PASSES]
@@ -456,7 +456,7 @@ def make(document: dict):
 
 def draw(path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
     """The figure of a result file as PNG and SVG; returns the paths."""
-    from lla.experiment import figures
+    from lla.runs import figures
 
     figure = make(measure.load(path))
     return figures.save(figure, folder, path.stem, name=path.stem, png_metadata={"Software": None})

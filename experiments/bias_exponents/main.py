@@ -4,12 +4,11 @@
         --workdir=runs/bias_exponents
 """
 
-import plot
-import study
 from absl import flags
 from ml_collections import config_flags
 
-from lla.experiment import command, run_study
+from lla.experiments.bias_exponents import plot, study
+from lla.runs import command, run_study
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")

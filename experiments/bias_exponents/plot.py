@@ -9,11 +9,10 @@ import re
 import sys
 
 import numpy as np
-import population
-import summary
 
-from lla.experiment import command, figures, styles, tables
-from lla.experiment.workdir import read_config
+from lla.experiments.bias_exponents import population, summary
+from lla.runs import command, figures, styles, tables
+from lla.runs.workdir import read_config
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # Softmax attention is the local constant fit, LLA the local linear one.

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import population
 
 import lla
+from lla.experiments.bias_exponents import population
 from lla.typed import LARGEST_SEED, check_range
 
 # (factor, power): the ridge is factor * bandwidth^power.

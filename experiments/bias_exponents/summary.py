@@ -10,11 +10,10 @@ import sys
 from typing import Any
 
 import numpy as np
-import population
-import study
 
-from lla.experiment import command, tables
-from lla.experiment.workdir import read_config, read_records
+from lla.experiments.bias_exponents import population, study
+from lla.runs import command, tables
+from lla.runs.workdir import read_config, read_records
 
 Row = dict[str, Any]
 

@@ -8,12 +8,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
-from experiments import trained_figures as shared
-from experiments import trained_plots as plots
-from experiments.in_context_regression import baselines, summary
-from lla.experiment import figures
+from lla.experiments.in_context_regression import baselines, summary
+from lla.experiments.trained import plots
+from lla.experiments.trained import tables as shared
+from lla.runs import figures
 
 
 def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | None = None) -> dict:

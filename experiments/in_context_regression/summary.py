@@ -10,9 +10,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
-from experiments import trained_figures as shared
+from lla.experiments.trained import tables as shared
 
 LENGTH = "task.segment_length"
 BASELINES = "baselines.json"  # written by baselines.py

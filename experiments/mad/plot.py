@@ -10,11 +10,9 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
-from experiments.mad import summary
 from lla import tasks
-from lla.experiment import figures, styles
+from lla.experiments.mad import summary
+from lla.runs import figures, styles
 
 _SEEDS = {
     "linestyle": "none",

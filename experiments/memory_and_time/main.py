@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 # Several processes may share one device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import cells
 import jax
 import numpy as np
 from benches import hopper, measure, report, subjects
 from cells import KEY_FIELDS, Cell
+
+from lla.experiments.memory_and_time import cells
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 NOT_RUN = "not run"

@@ -10,11 +10,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import summary
 from benches import measure, report
 from matplotlib.lines import Line2D
 
-from lla.experiment import figures, styles
+from lla.experiments.memory_and_time import summary
+from lla.runs import figures, styles
 
 HEADS = 8  # of the figure, if they were measured
 PANELS = [(field, which) for field in ("memory", "time") for which in report.PASSES]

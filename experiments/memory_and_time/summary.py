@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from benches import measure, report
 
-from lla.experiment import styles
+from lla.runs import styles
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 README = FOLDER / "README.md"

@@ -7,11 +7,11 @@ python experiments/solver_iterations/plot.py runs/solver_iterations
 import pathlib
 import sys
 
-import summary
 from matplotlib.lines import Line2D
 
-from lla.experiment import command, figures, tables
-from lla.experiment.workdir import read_config
+from lla.experiments.solver_iterations import summary
+from lla.runs import command, figures, tables
+from lla.runs.workdir import read_config
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # From dark to light with the ridge: matplotlib's cividis, made for the common colour-vision

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lla.experiment import command, tables
-from lla.experiment.workdir import read_records
+from lla.runs import command, tables
+from lla.runs.workdir import read_records
 
 Row = dict[str, Any]
 

@@ -9,10 +9,10 @@ import pathlib
 import sys
 
 import numpy as np
-import summary
 
-from lla.experiment import command, figures, styles, tables
-from lla.experiment.workdir import read_config, read_records
+from lla.experiments.test_time_regression import summary
+from lla.runs import command, figures, styles, tables
+from lla.runs.workdir import read_config, read_records
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lla.experiment.workdir import read_config, read_records
+from lla.runs.workdir import read_config, read_records
 
 Record = dict[str, Any]
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from lla.experiment import figures, styles
+from lla.runs import figures, styles
 from tests.experiments import printable
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
@@ -159,7 +159,7 @@ def test_one_that_cannot(change):
 
 @pytest.mark.parametrize("name", ["in_context_regression", "mqar", "state_tracking"])
 def test_committed_figures_of_trained_models(name):
-    plot = importlib.import_module(f"experiments.{name}.plot")
+    plot = importlib.import_module(f"lla.experiments.{name}.plot")
     experiment = plot.summary.EXPERIMENT
     results = experiment.folder / "results"
     if not any(results.glob("*.csv")):
@@ -227,7 +227,7 @@ def test_committed_figures_of_benchmarks(script):
 
 def test_marks_of_trained_figures_are_on_their_ticks():
     for name in ("in_context_regression", "state_tracking"):
-        plot = importlib.import_module(f"experiments.{name}.plot")
+        plot = importlib.import_module(f"lla.experiments.{name}.plot")
         results = plot.summary.EXPERIMENT.folder / "results"
         figure = plot.draw(plot.summary.EXPERIMENT.points(results), results)["figure"]
         for axis in figure.axes:

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from configs.mad import LEVELS, get_config
-from experiments.mad import plot, summary
 from lla import tasks
+from lla.configs.mad import LEVELS, get_config
+from lla.experiments.mad import plot, summary
 from lla.tasks.mad import KINDS
 from lla.training import sweep
 from tests.experiments import printable

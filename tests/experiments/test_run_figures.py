@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from experiments import run_figures
+from lla.experiments import run_figures
 from lla.training import sweep
 from lla.training.program import Runs
 

@@ -12,7 +12,7 @@ SCRIPT = """
 import importlib.util, json, sys
 sys.path.insert(0, "experiments/" + sys.argv[1])
 import study
-from lla.experiment import from_config
+from lla.runs import from_config
 
 def config(file, variant):
     spec = importlib.util.spec_from_file_location("config", f"configs/{file}.py")

@@ -2,9 +2,9 @@
 
 import csv
 
-from experiments import trained_figures as shared
-from experiments.in_context_regression import summary as regression
-from experiments.state_tracking import summary as tracking
+from lla.experiments.in_context_regression import summary as regression
+from lla.experiments.state_tracking import summary as tracking
+from lla.experiments.trained import tables as shared
 
 LONG = shared.FURTHER + tracking.LONG
 

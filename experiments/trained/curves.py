@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from experiments.trained_results import PHASE, Experiment, Point
+from lla.experiments.trained.results import PHASE, Experiment, Point
 from lla.training import sweep
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, and values [seeds, steps]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from lla.experiment.boundary import check_keys
-from lla.experiment.workdir import WorkdirError, read_config
+from lla.runs.config import check_keys
+from lla.runs.workdir import WorkdirError, read_config
 
 # What reading a config file, or the overrides of one, may raise.
 _ERRORS = (AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError)

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 from absl import app
 from ml_collections import ConfigDict
 
-from lla.experiment import environment
-from lla.experiment.boundary import from_config
-from lla.experiment.lock import exclusive
-from lla.experiment.progress import Progress
-from lla.experiment.workdir import Workdir, WorkdirError, check_config, directory, write_whole
+from lla.runs import environment
+from lla.runs.config import from_config
+from lla.runs.lock import exclusive
+from lla.runs.progress import Progress
+from lla.runs.workdir import Workdir, WorkdirError, check_config, directory, write_whole
 
 
 class Piece(Protocol):

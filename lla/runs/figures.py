@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lla.experiment.styles import Style, rank_of_name
+from lla.runs.styles import Style, rank_of_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,7 +163,7 @@ def _power(value):
 def legend(figure: Figure, axes: Sequence[Axes], beside: bool = False) -> None:
     """One legend for all `axes`, every name once, below them or `beside` them.
 
-    Series come first, in the order of `lla.experiment.styles`, what is no series after them.
+    Series come first, in the order of `lla.runs.styles`, what is no series after them.
     """
     entries: dict[str, Any] = {}
     for axis in axes:

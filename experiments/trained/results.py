@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lla.experiment import styles
+from lla.runs import styles
 from lla.training import sweep
 
 Row = dict[str, Any]
@@ -57,7 +57,7 @@ class Experiment:
     @property
     def folder(self) -> pathlib.Path:
         """Where its scripts and its README are."""
-        return pathlib.Path(__file__).resolve().parent / self.name
+        return pathlib.Path(__file__).resolve().parents[1] / self.name
 
     @property
     def validation(self) -> str:
@@ -185,7 +185,7 @@ def _row(experiment, file, row):
 
 
 def points(rows: Sequence[Row], experiment: Experiment) -> list[Point]:
-    """The points of `rows`, mechanisms in the order of `lla.experiment.styles`, then by columns.
+    """The points of `rows`, mechanisms in the order of `lla.runs.styles`, then by columns.
 
     With and without short convolutions or QK-norm, a mechanism is two; one with trials alone is no
     point yet.

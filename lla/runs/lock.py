@@ -7,7 +7,7 @@ import platform
 import warnings
 from collections.abc import Iterator
 
-from lla.experiment.workdir import WorkdirError
+from lla.runs.workdir import WorkdirError
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments import trained_curves
-from experiments.trained_results import (
+from lla import tasks
+from lla.experiments.trained import curves
+from lla.experiments.trained.results import (
     FURTHER,
     MECHANISM,
     PHASE,
@@ -24,9 +25,8 @@ from experiments.trained_results import (
     Row,
     mean_std,
 )
-from lla import tasks
-from lla.experiment import styles, tables
-from lla.experiment.boundary import plain
+from lla.runs import styles, tables
+from lla.runs.config import plain
 from lla.training.settings import override
 
 __all__ = ["FURTHER", "PHASE"]  # for the scripts, beside what is defined here
@@ -46,7 +46,7 @@ _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)",
 
 def config(experiment: Experiment, variant: str | None = None) -> tuple[str, dict[str, Any]]:
     """How a command names the config, and the config: that of the results unless one is given."""
-    get_config = importlib.import_module(f"configs.{experiment.name}").get_config
+    get_config = importlib.import_module(f"lla.configs.{experiment.name}").get_config
     variant = experiment.variant if variant is None else variant
     path = f"configs/{experiment.name}.py" + (f":{variant}" if variant else "")
     return path, plain(get_config(variant))
@@ -254,8 +254,8 @@ def renewed(experiment: Experiment, text: str) -> str:
         images = [f"![{experiment.headline} of the mechanisms](results/figure.png)"]
         if experiment.goal and any(point.updates for point in found):
             images.append(f"![updates to {experiment.goal}](results/updates.png)")
-        metric, curves = trained_curves.read(experiment, found, results)
-        if curves:
+        metric, known = curves.read(experiment, found, results)
+        if known:
             images.append(f"![{metric} of the mechanisms during training](results/curves.png)")
         made["results"] = [*images, *experiment.tables(found, results, None)]
 

@@ -9,8 +9,8 @@ import pytest
 from absl import app
 from ml_collections import ConfigDict
 
-from lla.experiment import Workdir, figures, run_pieces, run_study, tables
-from lla.experiment.lock import exclusive
+from lla.runs import Workdir, figures, run_pieces, run_study, tables
+from lla.runs.lock import exclusive
 
 
 @dataclasses.dataclass(frozen=True)

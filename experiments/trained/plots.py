@@ -9,9 +9,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
-from experiments import trained_curves
-from experiments import trained_figures as shared
-from lla.experiment import figures
+from lla.experiments.trained import curves
+from lla.experiments.trained import tables as shared
+from lla.runs import figures
 
 SALT = "trained figures"
 SEEDS = {"linestyle": "none", "marker": "o", "markersize": 2.2, "markeredgewidth": 0, "alpha": 0.45}
@@ -55,14 +55,14 @@ def curves_figure(
     marker, so that what is published stays legible.
 
     Args:
-      experiment, found, folder: as in `trained_curves.read`.
+      experiment, found, folder: as in `curves.read`.
       panel: which of the panels a point belongs to.
       titles: panel -> its title, in order; those without curves are left out.
       columns: panels in a row; None for up to four.
       log: whether the vertical axes are logarithmic.
     """
-    metric, curves = trained_curves.read(experiment, found, folder)
-    titles = {key: text for key, text in titles.items() if any(panel(p) == key for p, _ in curves)}
+    metric, known = curves.read(experiment, found, folder)
+    titles = {key: text for key, text in titles.items() if any(panel(p) == key for p, _ in known)}
     if not titles:
         return None
     if columns is None:
@@ -71,7 +71,7 @@ def curves_figure(
     figure, axes = figures.new(rows, columns, height=0.9 + 1.45 * rows, sharey=True)
     flat = list(axes.flat)
     for axis, (key, title) in zip(flat, titles.items(), strict=False):
-        here = [(point, curve) for point, curve in curves if panel(point) == key]
+        here = [(point, curve) for point, curve in known if panel(point) == key]
         if log:
             axis.set_yscale("log")
         for point, (steps, values) in here:
