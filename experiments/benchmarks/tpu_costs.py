@@ -24,10 +24,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lla.runs import blocks, tables
+
 FOLDER = pathlib.Path(__file__).resolve().parent
 RESULT = FOLDER / "compiled" / "tpu_costs.json"
 DOCUMENT = FOLDER.parents[1] / "kernels" / "TPU.md"
-_BLOCK = re.compile(r"(<!-- generated: tpu_costs -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 CHIPS = {
     # topology to compile for; bfloat16 operations and bytes of HBM a second, by the data sheets
@@ -287,11 +288,6 @@ def make_document(commit: str | None) -> dict[str, Any]:
     }
 
 
-def table(head, rows) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
-
-
 def _label(case: Mapping) -> str:
     ridge = {None: ", ridge an array", 10.0: ", ridge 10"}[case["ridge"]]
     return case["member"] + (ridge if case["member"] == "lla" else "")
@@ -320,7 +316,7 @@ def markdown(document: Mapping) -> str:
     text.append(
         "Products of a pair of query and key with vectors of length d, and in brackets the count "
         "of the derivation. Two parts of a number, and d = 64 in registers of 128 lanes, make "
-        "more.\n\n" + table(["kernel", "pass", *heads], rows)
+        "more.\n\n" + tables.markdown(["kernel", "pass", *heads], rows)
     )
     text.append(_memory(document))
     text.append(_times(document))
@@ -344,9 +340,10 @@ def _memory(document: Mapping) -> str:
     ]
     return (
         "Vector memory that a kernel takes, MiB, as the compiler reports it.\n\n"
-        + table(["member", "d", "kernel", *chips], rows)
+        + tables.markdown(["member", "d", "kernel", *chips], rows)
         + f"\n\nTemporary HBM of n = {long['length']}, batch {long['batch']}, {long['heads']} "
-        "heads, d = 128, forward and backward pass, MiB.\n\n" + table(["member", *CHIPS], temporary)
+        "heads, d = 128, forward and backward pass, MiB.\n\n"
+        + tables.markdown(["member", *CHIPS], temporary)
     )
 
 
@@ -384,15 +381,13 @@ def _times(document: Mapping) -> str:
         "be longer. Iterations are those of a tile on standard normal inputs at n = "
         f"{ITERATION_LENGTH}, taken from the implementation in XLA, which stops by the same rule; "
         "the adjoint solve is given as many.\n\n"
-        + table(["member", "ridge", "d", "parts", "iterations", *CHIPS], rows)
+        + tables.markdown(["member", "ridge", "d", "parts", "iterations", *CHIPS], rows)
     )
 
 
 def render(text: str, document: Mapping) -> str:
-    """`text` with the tables of `document` between its markers."""
-    if not _BLOCK.search(text):
-        raise ValueError("there is no block <!-- generated: tpu_costs --> to fill.")
-    return _BLOCK.sub(lambda m: f"{m[1]}\n{markdown(document)}\n\n{m[2]}", text)
+    """`text` with the tables of `document` in its generated block."""
+    return blocks.renew(text, lambda _: f"\n{markdown(document)}\n\n", ["tpu_costs"])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,8 +20,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
+
+from lla.experiments.benchmarks.results import make_header, write_json
+from lla.experiments.benchmarks.timing import device_lock, time_interleaved
 
 ITERATIONS = 3
 CLOSE = 2e-2  # relative difference of two configurations, whose roundings differ
@@ -240,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         compiled = list(pool.map(build, jobs))
     print(f"compiled {len(jobs)} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    with measure.exclusive(options.lock):
+    with device_lock(options.lock):
         measure_all(options, jobs, compiled, start)
     return 0
 
@@ -262,15 +264,15 @@ def measure_all(options, jobs, compiled, start: float) -> None:
         if not difference <= CLOSE:
             records.append({**record, "reason": f"differs by {difference:.1e}"})
             continue
-        timing = measure.time_interleaved(
+        timing = time_interleaved(
             {name: lambda call=call, operands=operands: call(*operands)}, options.repeats, 1.0
         )[name]
         records.append({**record, "milliseconds": 1e3 * timing.time_median_s})
-    header = measure.make_header(
+    header = make_header(
         "tune_hopper",
         {name: getattr(options, name) for name in ("batch", "heads", "length", "repeats")},
     )
-    measure.write_json(options.output, {"header": header, "records": records})
+    write_json(options.output, {"header": header, "records": records})
     for head_dim, name in expected:
         group = [r for r in records if (r["head_dim"], r["kernel"]) == (head_dim, name)]
         timed = sorted((r for r in group if "milliseconds" in r), key=lambda r: r["milliseconds"])

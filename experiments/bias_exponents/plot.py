@@ -1,4 +1,4 @@
-"""Figure of a work directory, from its files alone.
+"""Draws the figure of a work directory from its files alone.
 
 python experiments/bias_exponents/plot.py                  # the committed results
 python experiments/bias_exponents/plot.py runs/bias_exponents
@@ -7,6 +7,7 @@ python experiments/bias_exponents/plot.py runs/bias_exponents
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -147,11 +148,10 @@ def _random(axis, config, rows):
     axis.set_title(title)
 
 
-def redraw(path: pathlib.Path) -> None:
-    """Draws a work directory and prints what was written."""
-    for written in draw(path):
-        print(written)
+def main(argv: Sequence[str]) -> int:
+    """`plot.py [WORKDIR ...]`; returns the exit status."""
+    return command.for_each_result(draw, RESULTS, argv, "Draws figures and writes summary.csv.")
 
 
 if __name__ == "__main__":
-    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

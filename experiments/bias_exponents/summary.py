@@ -7,6 +7,7 @@ python experiments/bias_exponents/summary.py runs/bias_exponents
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -154,10 +155,15 @@ def _random(rows):
     return tables.markdown(head, lines)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """`summary.py [WORKDIR ...]`; returns the exit status."""
     results = pathlib.Path(__file__).parent / "results"
 
     def show(path):
-        print(markdown(path), end="")
+        return [markdown(path).rstrip()]
 
-    sys.exit(command.for_each_result(show, results, sys.argv[1:]))
+    return command.for_each_result(show, results, argv, "Prints the tables of the README.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         found = summary.EXPERIMENT.points(options.folder)
         return [measure(found, options.folder, options.variant)]
 
-    return shared.told(work)
+    return shared.report(work)
 
 
 if __name__ == "__main__":

@@ -133,5 +133,10 @@ def _line(axis, point, at, values, error):
     figures.marks(axis, point.style, [mean], [at], **look)
 
 
+def main(argv: Sequence[str]) -> int:
+    """`plot.py [FOLDER] [--variant V]`; returns the exit status."""
+    return plots.plot_command(summary.EXPERIMENT, draw, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(plots.plot_command(summary.EXPERIMENT, draw, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ python experiments/solver_iterations/summary.py runs/solver_iterations
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -115,10 +116,15 @@ def _short(error):
     return f"{error:.2g}" if error >= 0.01 else f"{error:.1e}".replace("e-0", "e-")
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """`summary.py [WORKDIR ...]`; returns the exit status."""
     results = pathlib.Path(__file__).parent / "results"
 
     def show(path):
-        print(markdown(table(path)), end="")
+        return [markdown(table(path)).rstrip()]
 
-    sys.exit(command.for_each_result(show, results, sys.argv[1:]))
+    return command.for_each_result(show, results, argv, "Prints the tables of the README.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -44,5 +44,10 @@ def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | Non
     return {"figure": figure, "curves": curves}
 
 
+def main(argv: Sequence[str]) -> int:
+    """`plot.py [FOLDER] [--variant V]`; returns the exit status."""
+    return plots.plot_command(summary.EXPERIMENT, draw, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(plots.plot_command(summary.EXPERIMENT, draw, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Figures of a work directory, from its files alone.
+"""Draws the figure of a work directory from its files alone.
 
 python experiments/test_time_regression/plot.py                  # the committed results
 python experiments/test_time_regression/plot.py runs/test_time_regression
@@ -7,6 +7,7 @@ python experiments/test_time_regression/plot.py runs/test_time_regression
 import itertools
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -191,11 +192,10 @@ def _errors(axis, rows):
     axis.grid(True, axis="x")
 
 
-def redraw(path: pathlib.Path) -> None:
-    """Draws a work directory and prints what was written."""
-    for written in draw(path):
-        print(written)
+def main(argv: Sequence[str]) -> int:
+    """`plot.py [WORKDIR ...]`; returns the exit status."""
+    return command.for_each_result(draw, RESULTS, argv, "Draws figures and writes summary.csv.")
 
 
 if __name__ == "__main__":
-    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

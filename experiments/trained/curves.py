@@ -1,9 +1,9 @@
-"""Learning curves of the points of a figure, from the result files and from those beside them.
+"""Learning curves of the points of a figure.
 
-Result files have a column "curve": the headline metric of the sweep at every evaluation of a run,
-"eval_every" steps apart. Older ones NAME.csv have curves/NAME.csv instead: its columns that make a
-run, the column "step", and metrics of the evaluations. What has no result file of the same name is
-in no figure.
+A result file has them in its column "curve": the metric of the sweep at every evaluation of a run,
+"eval_every" steps apart. Beside an older file NAME.csv there is curves/NAME.csv instead, with a row
+for each evaluation: the columns that identify the run, "step", and metrics. A file in curves/
+without a result file of the same name is ignored.
 """
 
 import math
@@ -21,11 +21,11 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, and values [seeds, steps]
 def read(
     experiment: Experiment, found: Sequence[Point], folder: pathlib.Path
 ) -> tuple[str, list[tuple[Point, Curve]]]:
-    """The metric of the curves, and the curve of each of the points `found` that has one.
+    """The metric of the curves, and the points `found` that have a curve, with it.
 
-    The metric is that of the validation split where the files have it. A run that stopped keeps
-    its last value. Of a point with final runs these are shown, of any other the runs at the rate
-    selected.
+    The metric is that of the validation split if the files have it. After its last evaluation, a
+    run that stopped keeps its value. The curve of a point is that of its final runs if it has any,
+    else of the runs at the selected learning rate.
     """
     metric = experiment.validation
     curves = [(point, _curve(_in_rows(point))) for point in found]
@@ -39,13 +39,13 @@ def read(
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of curves that belong to result files in `folder`."""
+    """The files in curves/ that belong to result files in `folder`."""
     beside = sorted((folder / "curves").glob("*.csv"))
     return [file for file in beside if (folder / file.name).exists()]
 
 
 def _in_rows(point) -> Iterable[tuple[int, int, float]]:
-    """Seed, step and value of every evaluation of the runs shown."""
+    """Seed, step and value of every evaluation of the runs of a point."""
     for row in point.rows:
         values = row.get("curve")
         if values is None:

@@ -1,6 +1,6 @@
-"""How the figures of trained models are drawn: lines, learning curves, files.
+"""Drawing the figures of trained models: lines, learning curves, files.
 
-The scripts plot.py in in_context_regression/, mqar/ and state_tracking/ use it.
+The plot.py of in_context_regression/, mqar/ and state_tracking/ use this module.
 """
 
 import math
@@ -23,12 +23,12 @@ def draw_lines(
     x: Callable[[shared.Point], float],
     values: Callable[[shared.Point], Sequence[float]] = lambda point: point.values,
 ) -> None:
-    """Mean and standard deviation of every point at its `x`, and a line for each mechanism.
+    """Mean and standard deviation of every point, with a line for each mechanism.
 
-    Points that diverged are left out, and of fewer than three points there is no line.
+    Points that diverged are left out. Fewer than three points are not joined by a line.
 
     Args:
-      axis: of Matplotlib; if its vertical scale is to be logarithmic, it has to be that already.
+      axis: of Matplotlib. If its vertical scale is to be logarithmic, set that before.
       found: at most one point for each label and value of `x`.
       x, values: of a point; the values are those of its seeds.
     """
@@ -51,14 +51,14 @@ def curves_figure(
 ):
     """The learning curves of the points `found`, or None if the folder has none.
 
-    Means of the seeds, with bands from the least to the largest but for mechanisms with an open
-    marker, so that what is published stays legible.
+    A curve is the mean of the seeds. Mechanisms with a filled marker have a band from the smallest
+    to the largest value; the others have none, to keep the figure legible.
 
     Args:
       experiment, found, folder: as in `curves.read`.
-      panel: which of the panels a point belongs to.
-      titles: panel -> its title, in order; those without curves are left out.
-      columns: panels in a row; None for up to four.
+      panel: the panel that a point belongs to.
+      titles: panel -> its title, in order. Panels without curves are left out.
+      columns: panels in a row; by default up to four.
       log: whether the vertical axes are logarithmic.
     """
     metric, known = curves.read(experiment, found, folder)
@@ -75,7 +75,7 @@ def curves_figure(
         if log:
             axis.set_yscale("log")
         for point, (steps, values) in here:
-            trained = steps > 0  # a logarithmic axis has no room for the start
+            trained = steps > 0  # zero has no place on a logarithmic axis
             steps, values = steps[trained], values[:, trained]
             style = point.style
             last = {"markevery": [len(steps) - 1], "zorder": 4 if point.mechanism == "lla" else 3}
@@ -102,7 +102,7 @@ def curves_figure(
 
 
 def save(drawn: Mapping[str, object], folder: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the figures, name of the files -> figure or None, into `folder`; returns paths."""
+    """Writes figures into `folder`; `drawn` has them, or None, by the name of their files."""
     paths = []
     for name, figure in drawn.items():
         if figure is not None:
@@ -117,14 +117,14 @@ def plot_command(
 
     `draw` takes points, folder and variant, and returns the figures by the names of their files.
     """
-    command = shared.parser(experiment, "Draws figure and, of curves/, curves as PNG and SVG.")
+    command = shared.parser(experiment, "Draws the figures as PNG and SVG.")
     options = command.parse_args(argv)
 
     def work():
         found = experiment.points(options.folder)
         return save(draw(found, options.folder, options.variant), options.folder)
 
-    return shared.told(work)
+    return shared.report(work)
 
 
 def seed_marks(axis, at: float, values: Sequence[float], colour: str) -> None:

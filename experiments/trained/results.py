@@ -1,9 +1,9 @@
 """Result files of trained models, and the points of a figure that they make.
 
-The files are the `results.csv` that `experiments/sweep.py` writes, all of those in one folder
-together. Rows of the phase "select" choose the learning rate, by the validation split; those of the
-phase "final" are what is shown, by the test split. Files without a column "phase" are older: there
-the same rows do both.
+The files are the `results.csv` of `experiments/sweep.py`; all CSV files of a folder count together.
+Rows of the phase "select" decide the learning rate, by the validation split. Rows of the phase
+"final" are shown, by the test split. In older files, without a column "phase", the same rows do
+both.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from lla.training import sweep
 Row = dict[str, Any]
 
 MECHANISM = "model.mixer.name"
-FURTHER = "final:"  # columns of metrics beside the headline begin with this
+FURTHER = "final:"  # prefix of the columns of further metrics
 PHASE = "phase"  # column: "select" or "final"
 _RUN = ("seed", "learning_rate", "status", "steps", "headline", "mode", "final", "best")
-# Columns that choose nothing.
+# Columns that are not settings.
 _ABOUT = (*_RUN, PHASE, "split", "settings", "seconds", "eval_every", "curve")
-# Options of mechanisms that make others of them, with a row or a line of their own.
+# Options that turn a mechanism into another one, with a row or line of its own.
 _OPTIONS = ("short_conv", "qk_norm")
 _TRUTH = {"True": True, "False": False}
 
@@ -35,14 +35,14 @@ class Experiment:
 
     Attributes:
       name: of its folder here and of its config.
-      columns: of the result files that make a point of the figure, the mechanism first.
-      headline: the metric.
-      published: dotted path of a setting: (values, source), for the table of settings. A setting
+      columns: the columns of result files that identify a point, the mechanism first.
+      headline: the metric that is shown, as in the column "headline" of result files.
+      published: dotted path of a setting -> (values, source), for the table of settings. A setting
         with another value, or that is not listed, is ours.
-      tables: the results as Markdown, from the points and their folder.
+      tables: makes the tables of the results, as Markdown, from points and their folder.
       optional: those of `columns` that a file may lack; they are None then.
       variant: of the config that the committed results were made with.
-      goal: the goal in words, if plot.py draws the updates to it as results/updates.png.
+      goal: in words, if plot.py draws the updates to it as results/updates.png.
     """
 
     name: str
@@ -56,16 +56,16 @@ class Experiment:
 
     @property
     def folder(self) -> pathlib.Path:
-        """Where its scripts and its README are."""
+        """The folder of its scripts and its README."""
         return pathlib.Path(__file__).resolve().parents[1] / self.name
 
     @property
     def validation(self) -> str:
-        """The headline metric on the validation split."""
+        """The metric on the validation split."""
         return f"validation/{self.headline.partition('/')[2]}"
 
     def points(self, folder: pathlib.Path) -> list["Point"]:
-        """The points that the result files in `folder` make; see `read` and `points`."""
+        """The points of the result files in `folder`; see `read` and `points`."""
         return points(read(self, folder), self)
 
 
@@ -75,15 +75,13 @@ class Point:
 
     Attributes:
       choices: column -> value.
-      options: of the mechanism, by name: those that make it another; None where the files do not
-        say.
-      learning_rate: the one selected.
+      options: of the mechanism, those that turn it into another one; None if the files do not say.
+      learning_rate: the selected one.
       edge: whether it is the lowest or highest of several that were tried.
-      values: of the headline metric after the last step, by seed; empty if runs diverged at every
-        rate.
-      further: metric -> its values, of those that the file has a column for.
-      rows: that `values` are from; those of the runs that diverged if there are no others.
-      diverged, runs: how many there are at all rates.
+      values: of the metric after the last step, by seed; empty if runs diverged at every rate.
+      further: values of the other metrics that the file has a column for.
+      rows: the rows that `values` come from; those of diverged runs if there are no others.
+      diverged, runs: the number of diverged runs and of all runs, at all rates.
     """
 
     choices: Row
@@ -103,15 +101,15 @@ class Point:
 
     @property
     def phase(self) -> str | None:
-        """Of the rows that `values` are from; None where the files do not say."""
+        """The phase of the rows that `values` come from; None if the files do not say."""
         return self.rows[0].get(PHASE)
 
     @property
     def updates(self) -> tuple[int, ...]:
-        """Of those of the runs shown that reached their goal and stopped there, each by itself.
+        """The updates that each of the shown runs took to its goal, where it stopped.
 
-        Runs of older files stopped only together, with those at other learning rates; they tell no
-        phase, and there are no updates of them.
+        Empty for older files, which have no phase: there runs at all learning rates stopped
+        together.
         """
         if self.phase is None:
             return ()
@@ -124,20 +122,20 @@ class Point:
 
     @property
     def label(self) -> str:
-        """Mechanism and options as printed: what makes a row of a table, or a line."""
+        """The mechanism and its options as printed in tables and legends."""
         return self.style.name
 
 
 def read(experiment: Experiment, folder: pathlib.Path) -> list[Row]:
     """The rows of all CSV files in `folder`; every row has the columns of all files.
 
-    The headline metric of every row is that of `experiment`: where a file has the one of the
-    validation split as its headline, the two have changed places. If any file has final runs, those
-    rows that tell no phase are left out.
+    The column "headline" of every row is the metric of `experiment`: if a file has that of the
+    validation split there, the two are exchanged. If any file has final runs, rows without a phase
+    are left out.
 
     Raises:
-      ValueError: there are no results, a file lacks a column or has another headline metric, or two
-        rows are the same run.
+      ValueError: there are no results, a file lacks a column or has another metric, or two rows
+        are the same run.
     """
     files = {file: sweep.read_results(file) for file in sorted(folder.glob("*.csv"))}
     if any(row.get(PHASE) == "final" for rows in files.values() for row in rows):
@@ -164,7 +162,7 @@ def read(experiment: Experiment, folder: pathlib.Path) -> list[Row]:
 
 
 def _row(experiment, file, row):
-    """The row with the headline metric of `experiment`, and with truth values as such."""
+    """The row with the metric of `experiment`, and with truth values as such."""
     if lacking := sorted({*_RUN, *experiment.columns} - {*experiment.optional} - row.keys()):
         raise ValueError(
             f"{file} is no result file of {experiment.name}: it lacks {', '.join(lacking)}."
@@ -185,14 +183,13 @@ def _row(experiment, file, row):
 
 
 def points(rows: Sequence[Row], experiment: Experiment) -> list[Point]:
-    """The points of `rows`, mechanisms in the order of `lla.runs.styles`, then by columns.
+    """The points of `rows`, in the order of `lla.runs.styles`, then by columns.
 
-    With and without short convolutions or QK-norm, a mechanism is two; one with trials alone is no
-    point yet.
+    A mechanism with and without short convolutions or QK-norm counts as two. Rows of the phase
+    "select" alone make no point.
 
     Raises:
-      ValueError: of a point there are final runs at several learning rates or options, or there is
-        no point.
+      ValueError: a point has final runs at several learning rates or options, or there is no point.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -255,17 +252,17 @@ def _point(members, experiment):
 
 
 def _most_seeds(rows):
-    """The rows of those rates and options that have as many seeds as any."""
+    """The rows of the rates and options with the largest number of seeds."""
     kinds = [(row["learning_rate"], *_choices(row).items()) for row in rows]
     most = max(map(kinds.count, kinds), default=0)
     return [row for row, kind in zip(rows, kinds, strict=True) if kinds.count(kind) == most]
 
 
 def _select(rows, experiment):
-    """What `lla.training.sweep.select` takes, by the validation split where all rows have it."""
+    """What `lla.training.sweep.select` selects, by the validation split if all rows have it."""
     column = FURTHER + experiment.validation
     judged = all(row.get(column) is not None or row["final"] is None for row in rows)
-    # `select` takes every column that it does not know for a choice.
+    # `select` treats every column that it does not know as a setting.
     known = [{name: row[name] for name in (*_choices(row), *_RUN)} for row in rows]
     if judged:
         known = [run | {"final": row.get(column)} for run, row in zip(known, rows, strict=True)]
@@ -278,7 +275,7 @@ def _options(row):
 
 
 def _choices(row):
-    """What a row chose, without the options of other mechanisms."""
+    """The settings of a row, without the options of other mechanisms."""
     others = [k for k in row if k.startswith("mixers.") and row[MECHANISM] != k.split(".")[1]]
     return {
         k: v for k, v in row.items() if k not in (*_ABOUT, *others) and not k.startswith(FURTHER)

@@ -1,14 +1,12 @@
-"""What the figures of trained models share: tables, settings, READMEs, commands.
+"""Tables, settings and READMEs of the figures of trained models, and their command lines.
 
-Used by the scripts in in_context_regression/, mqar/ and state_tracking/, through which they have
-the points of trained_results.py, too. trained_plots.py draws them.
+The scripts in in_context_regression/, mqar/ and state_tracking/ use this module.
 """
 
 import argparse
 import importlib
 import json
 import pathlib
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +23,11 @@ from lla.experiments.trained.results import (
     Row,
     mean_std,
 )
-from lla.runs import styles, tables
+from lla.runs import blocks, styles, tables
 from lla.runs.config import plain
 from lla.training.settings import override
 
-__all__ = ["FURTHER", "PHASE"]  # for the scripts, beside what is defined here
+__all__ = ["FURTHER", "PHASE"]  # for the scripts
 
 # Settings that change no result, or that the sweep replaces.
 NOT_SHOWN = {
@@ -37,7 +35,6 @@ NOT_SHOWN = {
     "training.log_every", "training.checkpoint_every", "training.keep_checkpoints",
     "training.steps_per_call",
 }  # fmt: skip
-_BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -45,7 +42,7 @@ _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)",
 
 
 def config(experiment: Experiment, variant: str | None = None) -> tuple[str, dict[str, Any]]:
-    """How a command names the config, and the config: that of the results unless one is given."""
+    """The config as a command line names it, and the config; by default that of the results."""
     get_config = importlib.import_module(f"lla.configs.{experiment.name}").get_config
     variant = experiment.variant if variant is None else variant
     path = f"configs/{experiment.name}.py" + (f":{variant}" if variant else "")
@@ -55,9 +52,9 @@ def config(experiment: Experiment, variant: str | None = None) -> tuple[str, dic
 def task_settings(
     experiment: Experiment, folder: pathlib.Path, variant: str | None = None
 ) -> dict[str | None, dict[str, Any]]:
-    """Case -> settings of the task; None is the case of rows that have none.
+    """Case -> settings of the task. The key None is for rows without a case.
 
-    A folder that `sweep.py` wrote tells them itself; those of any other are the config's.
+    They come from the files of the folder if `sweep.py` wrote it, else from the config.
     """
     records = [
         json.loads(file.read_text(encoding="utf-8"))
@@ -88,7 +85,7 @@ def task(settings: Mapping[str | None, Mapping[str, Any]], choices: Row) -> task
 
 
 def settings_tables(experiment: Experiment, variant: str | None = None) -> list[str]:
-    """Every setting of the config that a result depends on, as Markdown."""
+    """Every setting of the config that affects results, as Markdown."""
     path, full = config(experiment, variant)
     grid = _flat(full["sweep"]["grid"])
     cases = {name: _flat(changes) for name, changes in full["sweep"]["cases"].items()}
@@ -154,14 +151,14 @@ def grid_table(
     cell: Callable[[Point], str],
     more: Sequence[Sequence[str]] = (),
 ) -> str:
-    """A Markdown table: mechanisms down, the values of `across` to the right, "–" if not run.
+    """A Markdown table with a row for each mechanism; "–" stands for points that were not run.
 
     Args:
       found: points, at most one for each label and value of `across`.
-      across: the column that a point belongs to.
+      across: the value that decides the column of a point.
       heads: value -> head of its column, in order.
-      cell: text of a point.
-      more: further rows below, their first cell included.
+      cell: the text of a point.
+      more: further rows, with their first cells.
     """
     cells = {(point.label, across(point)): cell(point) for point in found}
     lines = [
@@ -186,7 +183,7 @@ def rate_cell(point: Point) -> str:
 
 
 def updates_cell(point: Point) -> str:
-    """Mean ± standard deviation of the updates to the goal, and how many of the seeds got there."""
+    """Mean ± standard deviation of the updates to the goal, and how many seeds reached it."""
     if not point.updates:
         return f"none of {len(point.rows)}"
     mean, std = mean_std(point.updates)
@@ -194,7 +191,7 @@ def updates_cell(point: Point) -> str:
 
 
 def protocol(found: Sequence[Point]) -> str:
-    """How the values came to be selected, in words; the files tell by their phases."""
+    """How learning rates were selected, in words, from the phases in the files."""
     if any(point.phase == "final" for point in found):
         return "at learning rates that other seeds selected, by the validation split"
     return "at the learning rate with the best mean over the same seeds"
@@ -207,7 +204,7 @@ RATES_CAPTION = (
 
 
 def seeds(found: Sequence[Point]) -> str:
-    """ "3 seeds", or "1 to 3 seeds" if it is not the same number everywhere."""
+    """ "3 seeds", or "1 to 3 seeds" if points differ."""
     counts = sorted({len(point.values) for point in found if point.values}) or [0]
     if len(counts) > 1:
         return f"{counts[0]} to {counts[-1]} seeds"
@@ -222,13 +219,15 @@ def summary_command(experiment: Experiment, argv: Sequence[str]) -> int:
     """`summary.py [FOLDER] [--variant V]`, `summary.py --check` and `summary.py --write`."""
     command = parser(experiment, "Prints the tables of a folder of results.")
     action = command.add_mutually_exclusive_group()
-    action.add_argument("--check", action="store_true", help="1 if the README is out of date")
+    action.add_argument(
+        "--check", action="store_true", help="exit status 1 if the README is out of date"
+    )
     action.add_argument("--write", action="store_true", help="renew the README's tables")
     options = command.parse_args(argv)
     if not (options.check or options.write):
-        return told(lambda: _parts(experiment, options.folder, options.variant))
+        return report(lambda: _parts(experiment, options.folder, options.variant))
     if options.folder != experiment.folder / "results" or options.variant is not None:
-        command.error("the README has the tables of the committed results: give no other.")
+        command.error("the README shows the committed results; name no other folder or variant.")
     file = experiment.folder / "README.md"
     new = renewed(experiment, text := file.read_text(encoding="utf-8"))
     if options.write:
@@ -239,14 +238,11 @@ def summary_command(experiment: Experiment, argv: Sequence[str]) -> int:
 
 
 def renewed(experiment: Experiment, text: str) -> str:
-    """The README `text` with its blocks "settings" and "results" made anew.
+    """The README `text` with its blocks "settings" and "results" renewed.
 
     Raises:
       ValueError: a block is missing or there are others.
     """
-    names = [match[2] for match in _BLOCK.finditer(text)]
-    if sorted(names) != ["results", "settings"]:
-        raise ValueError(f"the README must have the blocks settings and results; it has {names}.")
     results = experiment.folder / "results"
     made = {"settings": settings_tables(experiment), "results": []}
     if any(results.glob("*.csv")):
@@ -259,11 +255,11 @@ def renewed(experiment: Experiment, text: str) -> str:
             images.append(f"![{metric} of the mechanisms during training](results/curves.png)")
         made["results"] = [*images, *experiment.tables(found, results, None)]
 
-    def block(match):
-        parts = "".join(f"\n{_wrapped(part)}\n" for part in made[match[2]])
-        return match[1] + parts + ("\n" if parts else "") + match[3]
+    def block(name):
+        parts = "".join(f"\n{_wrapped(part)}\n" for part in made[name])
+        return parts + "\n" if parts else ""
 
-    return _BLOCK.sub(block, text)
+    return blocks.renew(text, block, made)
 
 
 def _wrapped(part):
@@ -275,18 +271,18 @@ def _parts(experiment, folder, variant):
 
 
 def parser(experiment: Experiment, description: str) -> argparse.ArgumentParser:
-    """Of a command with a folder of results and a variant of the config."""
+    """The parser of a command that takes a folder of results and a variant of the config."""
     command = argparse.ArgumentParser(description=description)
     command.add_argument(
         "folder", nargs="?", type=pathlib.Path, default=experiment.folder / "results",
-        help="with results.csv or several such files, such as the work directory of a sweep",
+        help="with result files (CSV), such as the work directory of a sweep",
     )  # fmt: skip
     command.add_argument("--variant", help=f"of the config, if it is not {experiment.variant!r}")
     return command
 
 
-def told(work: Callable[[], Sequence[Any]]) -> int:
-    """Prints what `work` returns, or what is wrong with the files; returns the exit status."""
+def report(work: Callable[[], Sequence[Any]]) -> int:
+    """Prints what `work` returns, or the message of its ValueError; returns the exit status."""
     try:
         print(*work(), sep="\n")
     except ValueError as error:

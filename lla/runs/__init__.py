@@ -5,7 +5,7 @@ Tables and figures are in `lla.runs.tables` and `lla.runs.figures`.
 
 from lla.runs.config import from_config, to_config
 from lla.runs.progress import Progress
-from lla.runs.study import run_pieces, run_study
+from lla.runs.study import run_study, run_trials
 from lla.runs.workdir import Workdir, WorkdirError
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "Workdir",
     "WorkdirError",
     "from_config",
-    "run_pieces",
     "run_study",
+    "run_trials",
     "to_config",
 ]

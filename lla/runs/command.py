@@ -1,10 +1,12 @@
-"""A main whose mistakes on the command line are one line of text, not a traceback."""
+"""Command lines: a mistake of the user is one line of text, not a traceback."""
 
+import argparse
 import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -18,12 +20,11 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """`absl.app.run` for a program with a config flag "config".
+    """`absl.app.run` for a program with a config flag named "config".
 
-    An override of a key that the config does not have ends with exit status 1 and the nearest key
-    that it has; so do a config file that does not exist and one that raises ValueError. `main`
-    itself may raise `absl.app.UsageError` for what it finds wrong later, which is shown without the
-    list of flags. Warnings are a line each.
+    The program ends with exit status 1 and one line of text if an override names a key that the
+    config does not have (the line names the nearest key), if the config file does not exist or
+    raises ValueError, or if `main` raises `absl.app.UsageError`. Each warning is one line.
     """
 
     def checked(argv):
@@ -37,28 +38,38 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def overrides() -> list[str]:
-    """Dotted keys of the config that the command line sets, such as "model.width"."""
+    """The dotted keys that the command line overrides, such as "model.width"."""
     return list(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def for_each_result(
-    work: Callable[[pathlib.Path], None], results: pathlib.Path, arguments: Sequence[str]
+    work: Callable[[pathlib.Path], Iterable[Any]],
+    results: pathlib.Path,
+    argv: Sequence[str],
+    description: str,
 ) -> int:
-    """Calls `work` for the work directories that a command line names.
+    """The main function of a script that reads or draws work directories.
 
     Args:
-      work: reads or draws one work directory.
-      results: the folder of the committed work directories, which are meant without arguments.
-      arguments: of the command line, without the program's name.
+      work: what to do with a work directory; what it returns is printed, an item a line.
+      results: the folder of the committed work directories, for a command line without arguments.
+      argv: the command line, without the name of the program: work directories or `--help`.
+      description: of the script, for `--help`.
 
     Returns:
-      An exit status: 1 if a directory cannot be read, which is told in a line, else 0.
+      The exit status: 1, after a line on standard error, if a directory cannot be read; else 0.
     """
-    paths = [pathlib.Path(argument).expanduser() for argument in arguments]
+    parser = argparse.ArgumentParser(description=description)
+    what = "a work directory; default: all committed results"
+    parser.add_argument("workdir", nargs="*", type=pathlib.Path, help=what)
+    paths = [path.expanduser() for path in parser.parse_args(argv).workdir]
+    paths = paths or sorted(file.parent for file in results.glob("*/config.json"))
     try:
-        for path in paths or sorted(file.parent for file in results.glob("*/config.json")):
-            read_config(path)  # of a directory that has none, nothing is read or drawn
-            work(path)
+        if not paths:
+            raise WorkdirError(f"{results} has no results; name a work directory.")
+        for path in paths:
+            read_config(path)  # raises for anything else than a work directory
+            print(*work(path), sep="\n")
     except WorkdirError as error:
         sys.stderr.write(f"FATAL {error}\n")
         return 1
@@ -73,15 +84,15 @@ def _parse(argv):
     except flags.Error as error:
         _exit(error)
     except _ERRORS as error:
-        # The config library names a key only where it is similar, and with its own traceback.
+        # The config library names the nearest key only if it is similar, and adds a traceback.
         _exit(_unknown_key(argv) or error)
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # the checkpoint library tells every rename
+        logging.set_verbosity(logging.WARNING)  # the checkpoint library logs every rename
     return positional
 
 
 def _check_file():
-    """Raises ValueError if the config is none, which the config library leaves for later."""
+    """Raises ValueError if the config is not a ConfigDict; the config library does not check."""
     if "config" not in flags.FLAGS or flags.FLAGS["config"].value is None:
         return
     flag = flags.FLAGS["config"]

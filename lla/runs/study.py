@@ -1,4 +1,4 @@
-"""Experiments that are a list of independent pieces, each giving one record."""
+"""Experiments that are a list of independent trials, each of which gives one record."""
 
 import json
 import os
@@ -15,13 +15,15 @@ from lla.runs.lock import exclusive
 from lla.runs.progress import Progress
 from lla.runs.workdir import Workdir, WorkdirError, check_config, directory, write_whole
 
+_NAME = "piece"  # of the field with the name of a trial; committed records have it
 
-class Piece(Protocol):
-    """A part of the work.
+
+class Trial(Protocol):
+    """What one record is computed from.
 
     Attributes:
-      id: its name, equal for equal work and for nothing else.
-      cost: its share of the work in any unit, for the time left alone.
+      id: a name that no other trial of the study has.
+      cost: its share of the work in any unit, to estimate the time left.
     """
 
     @property
@@ -31,78 +33,77 @@ class Piece(Protocol):
     def cost(self) -> float: ...
 
 
-class Job(Protocol):
-    """What there is to compute."""
+class Study(Protocol):
+    """A list of trials and how to run one of them."""
 
-    def pieces(self) -> Sequence[Piece]:
-        """All pieces in the order in which they are computed."""
+    def trials(self) -> Sequence[Trial]:
+        """All trials, in the order in which they are run."""
 
-    def run(self, piece: Any) -> Mapping[str, Any]:
-        """The record of one of them, without the key "piece"."""
+    def run(self, trial: Any) -> Mapping[str, Any]:
+        """The record of a trial, without its name."""
 
 
-def run_pieces(job: Job, workdir: Workdir) -> None:
-    """Computes the pieces whose records `workdir` lacks and appends these, one after the other.
+def run_trials(study: Study, workdir: Workdir) -> None:
+    """Runs the trials that have no record in `workdir`, one after the other.
 
-    A record is `{"piece": id, **job.run(piece)}`. Prints how many pieces there are and how many of
-    them were finished; progress goes to standard error. `environment.json` is that of the last call
-    that had something to compute.
+    Prints how many trials there are and how many were finished. Progress goes to standard error.
+    `environment.json` describes the last call that had a trial to run.
 
     Args:
-      job: says what the pieces are and computes them.
-      workdir: of this job's config.
+      study: the trials.
+      workdir: opened with the config of this study.
 
     Raises:
-      ValueError: a record holds NaN.
+      ValueError: a record contains NaN.
       WorkdirError: the records cannot be read.
     """
-    finished = {record["piece"] for record in workdir.read()}
-    pieces = job.pieces()
-    left = [piece for piece in pieces if piece.id not in finished]
-    print(f"{len(pieces)} pieces, {len(pieces) - len(left)} already finished, in {workdir.path}")
+    finished = {record[_NAME] for record in workdir.read()}
+    trials = study.trials()
+    left = [trial for trial in trials if trial.id not in finished]
+    print(f"{len(trials)} trials, {len(trials) - len(left)} already finished, in {workdir.path}")
     if left:
         origin = json.dumps(environment.describe(), indent=2) + "\n"
         write_whole(workdir.path / "environment.json", origin)
-    costs = [sum(piece.cost for piece in part) for part in (pieces, left)]
-    progress = Progress(costs[0], done=costs[0] - costs[1])
-    for piece in left:
-        workdir.write({"piece": piece.id, **job.run(piece)})
-        progress.advance(piece.cost, piece.id)
+    total, todo = (sum(trial.cost for trial in part) for part in (trials, left))
+    progress = Progress(total, done=total - todo)
+    for trial in left:
+        workdir.write({_NAME: trial.id, **study.run(trial)})
+        progress.advance(trial.cost, trial.id)
 
 
 def run_study(
     argv: Sequence[str],
-    study: type[Job],
+    study: type[Study],
     config: ConfigDict,
     path: str | os.PathLike,
     draw: Callable[[pathlib.Path], Sequence[pathlib.Path]],
 ) -> None:
-    """The main of an experiment: from the flags' values to records and figures.
+    """The main function of an experiment: from the values of its flags to records and figures.
 
     Args:
-      argv: what is left of the command line, the program's name first.
-      study: a dataclass with the fields of the config and the methods of `Job`.
-      config: as the flag has it.
-      path: of the work directory; if it exists, what it lacks is computed.
-      draw: writes the figures of a work directory and returns the paths, which are printed.
+      argv: what is left of the command line, beginning with the name of the program.
+      study: a dataclass with the fields of the config and the methods of `Study`.
+      config: the value of the flag.
+      path: the work directory. If it exists, the missing trials are run.
+      draw: writes the figures of a work directory and returns their paths, which are printed.
 
     Raises:
-      absl.app.UsageError: arguments beside the flags, a config that `study` refuses, or a work
-        directory of another config or that another process is at. Nothing was written then.
-        Or records that cannot be read.
+      absl.app.UsageError: there are arguments besides the flags, `study` refuses the config, or the
+        work directory has another config or is in use by another process; nothing was written. Or
+        the records cannot be read.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
-        job = from_config(study, config)
-        job.pieces()  # may refuse the config, which is to happen before anything is written
+        chosen = from_config(study, config)
+        chosen.trials()  # may refuse the config, before anything is written
         path = directory(path)
         check_config(path, config.to_dict())
     except ValueError as error:  # a WorkdirError is one
         raise app.UsageError(str(error)) from error
     try:
         with exclusive(path):
-            run_pieces(job, Workdir(path, config.to_dict()))
+            run_trials(chosen, Workdir(path, config.to_dict()))
             for file in draw(path):
                 print(file)
     except WorkdirError as error:

@@ -83,6 +83,13 @@ def test_points_are_chosen_by_name(tmp_path):
         run_figures.grids(["mqra:full"], "", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["mqar", "mad"])
+def test_committed_results_are_found_by_the_digest_of_their_settings(name, tmp_path):
+    (grid,) = run_figures.grids([f"{name}:full"], "", tmp_path)
+    committed = {row["settings"] for row in grid.known}
+    assert committed and committed <= {cell.digest for cell in grid.points}
+
+
 @pytest.mark.slow
 def test_the_command_trains_and_tells_where_from(tmp_path):
     import subprocess

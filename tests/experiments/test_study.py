@@ -1,4 +1,4 @@
-"""Experiments made of pieces: what is computed, resumed and refused; their tables and figures."""
+"""Studies: what is computed, resumed and refused; tables, figures."""
 
 import dataclasses
 import json
@@ -9,12 +9,12 @@ import pytest
 from absl import app
 from ml_collections import ConfigDict
 
-from lla.runs import Workdir, figures, run_pieces, run_study, tables
+from lla.runs import Workdir, figures, run_study, run_trials, tables
 from lla.runs.lock import exclusive
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Trial:
     id: str
     cost: float = 1.0
 
@@ -22,17 +22,17 @@ class Piece:
 @dataclasses.dataclass(frozen=True)
 class Study:
     names: tuple[str, ...]
-    stop: str = ""  # computing this piece fails
+    stop: str = ""  # this trial fails
 
-    def pieces(self):
+    def trials(self):
         if "forbidden" in self.names:
             raise ValueError("names may not hold 'forbidden'.")
-        return [Piece(name) for name in self.names]
+        return [Trial(name) for name in self.names]
 
-    def run(self, piece):
-        if piece.id == self.stop:
+    def run(self, trial):
+        if trial.id == self.stop:
             raise ValueError("computation failed.")
-        return {"length": len(piece.id)}
+        return {"length": len(trial.id)}
 
 
 def names(path):
@@ -42,9 +42,9 @@ def names(path):
 def test_only_what_is_missing_is_computed(tmp_path, capsys):
     workdir = Workdir(tmp_path, {})
     workdir.write({"piece": "b", "length": 7})
-    run_pieces(Study(("a", "b", "ccc")), workdir)
+    run_trials(Study(("a", "b", "ccc")), workdir)
     done = capsys.readouterr()
-    assert done.out == f"3 pieces, 1 already finished, in {tmp_path}\n"
+    assert done.out == f"3 trials, 1 already finished, in {tmp_path}\n"
     assert "67%" in done.err and "100%" in done.err and done.err.endswith("  ccc\n")
     lines = workdir.metrics.read_text()
     assert lines == "".join(
@@ -55,15 +55,15 @@ def test_only_what_is_missing_is_computed(tmp_path, capsys):
 
     # Nothing is left: nothing is written.
     (tmp_path / "environment.json").unlink()
-    run_pieces(Study(("a", "b", "ccc")), workdir)
-    assert capsys.readouterr().out == f"3 pieces, 3 already finished, in {tmp_path}\n"
+    run_trials(Study(("a", "b", "ccc")), workdir)
+    assert capsys.readouterr().out == f"3 trials, 3 already finished, in {tmp_path}\n"
     assert workdir.metrics.read_text() == lines and not (tmp_path / "environment.json").exists()
 
 
-def test_finished_pieces_survive_a_failure(tmp_path):
+def test_finished_trials_survive_a_failure(tmp_path):
     workdir = Workdir(tmp_path, {})
     with pytest.raises(ValueError, match="computation failed"):
-        run_pieces(Study(("a", "b", "c"), stop="b"), workdir)
+        run_trials(Study(("a", "b", "c"), stop="b"), workdir)
     assert workdir.read() == [{"piece": "a", "length": 1}]
 
 

@@ -156,5 +156,5 @@ def test_readme_is_up_to_date(experiment):
 
 
 def test_a_block_that_is_missing_is_an_error():
-    with pytest.raises(ValueError, match="settings and results"):
+    with pytest.raises(ValueError, match="generated blocks must be"):
         shared.renewed(mqar.EXPERIMENT, "<!-- generated: results -->\n<!-- end generated -->")

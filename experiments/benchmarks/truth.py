@@ -1,4 +1,4 @@
-"""What the benchmarks measure: implementations, their exact results, and when one is wrong."""
+"""Implementations, their exact results in float64, and the largest errors that are accepted."""
 
 from __future__ import annotations
 
@@ -10,23 +10,31 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
 
 import lla
+from lla.experiments.benchmarks.compilation import memory_fields
+from lla.experiments.benchmarks.timing import time_interleaved
 
 PASSES = ("forward", "forward_backward")
 _TRUTH_TOL = 1e-12
 _DENSE_TRUTH_LENGTH = 512
 
 
-class Subject(NamedTuple):
-    """An implementation: ``function(query, key, value, ridge) -> output`` of one member."""
+class Implementation(NamedTuple):
+    """One way to compute a kind of attention.
 
-    member: str  # "lla" or "softmax", which takes no notice of the ridge
+    Attributes:
+      member: the kind: "lla", or "softmax", which ignores the ridge.
+      function: ``(query, key, value, ridge) -> output``.
+      ours: whether it is part of this library.
+      roundings: the largest error in 16 bits, as a multiple of one rounding of the exact output.
+    """
+
+    member: str
     function: Callable[..., jax.Array]
     ours: bool = True
-    roundings: float = 2  # 16-bit error that still counts as right, as a multiple of one rounding
+    roundings: float = 2
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -64,16 +72,16 @@ def _jax_softmax(implementation: str):
     return attend
 
 
-SUBJECTS = {
-    "reference": Subject("lla", _lla("reference")),
-    "xla_cg": Subject("lla", _lla("xla", "cg")),
-    "xla_direct": Subject("lla", _lla("xla", "direct")),
-    "mosaic_gpu": Subject("lla", _lla("mosaic_gpu", "cg"), roundings=4),
-    "xla_softmax": Subject("softmax", _softmax("xla")),
-    "jax_softmax": Subject("softmax", _jax_softmax("xla"), ours=False, roundings=5),
-    "jax_softmax_cudnn": Subject("softmax", _jax_softmax("cudnn"), ours=False, roundings=5),
+IMPLEMENTATIONS = {
+    "reference": Implementation("lla", _lla("reference")),
+    "xla_cg": Implementation("lla", _lla("xla", "cg")),
+    "xla_direct": Implementation("lla", _lla("xla", "direct")),
+    "mosaic_gpu": Implementation("lla", _lla("mosaic_gpu", "cg"), roundings=4),
+    "xla_softmax": Implementation("softmax", _softmax("xla")),
+    "jax_softmax": Implementation("softmax", _jax_softmax("xla"), ours=False, roundings=5),
+    "jax_softmax_cudnn": Implementation("softmax", _jax_softmax("cudnn"), ours=False, roundings=5),
 }
-_DENSE_TRUTH = {"lla": SUBJECTS["reference"].function, "softmax": _softmax("reference")}
+_DENSE_TRUTH = {"lla": IMPLEMENTATIONS["reference"].function, "softmax": _softmax("reference")}
 _BLOCKWISE_TRUTH = {
     "lla": _lla("xla", "direct", tol=_TRUTH_TOL, backward_tol=_TRUTH_TOL),
     "softmax": _softmax("xla"),
@@ -104,20 +112,22 @@ def normal_inputs(batch: int, length: int, heads: int, head_dim: int, dtype, see
 
 
 def with_ridge(inputs: Mapping[str, jax.Array], ridge: float) -> dict[str, jax.Array]:
-    """Adds the ridge, one number per query so that its gradient is as well."""
+    """Adds the ridge as an array with one number per query, so that it has a gradient per query."""
     rows = jnp.full(inputs["query"].shape[:-1], ridge, jnp.float32)
     return {**inputs, "ridge": rows}
 
 
-def make_call(subject: Subject, which: str) -> Callable[[Mapping[str, jax.Array]], dict]:
-    """A function of the inputs that returns ``{"output": ...}``, with all gradients if asked."""
+def make_call(
+    implementation: Implementation, which: str
+) -> Callable[[Mapping[str, jax.Array]], dict]:
+    """A function of the inputs that returns ``{"output": ...}``, with gradients if asked."""
 
     def forward(inputs):
         arrays = (inputs[name] for name in ("query", "key", "value", "ridge"))
-        return {"output": subject.function(*arrays)}
+        return {"output": implementation.function(*arrays)}
 
     def forward_backward(inputs):
-        given = {name: inputs[name] for name in subject.differentiable}
+        given = {name: inputs[name] for name in implementation.differentiable}
         rest = {name: inputs[name] for name in inputs if name not in given}
         out, pullback = jax.vjp(lambda given: forward({**rest, **given})["output"], given)
         return {"output": out, **pullback(inputs["cotangent"])[0]}
@@ -125,17 +135,14 @@ def make_call(subject: Subject, which: str) -> Callable[[Mapping[str, jax.Array]
     return {"forward": forward, "forward_backward": forward_backward}[which]
 
 
-def compile_call(subject: Subject, which: str, inputs: Mapping[str, jax.Array]):
-    """The compiled call and its memory as fields of a record."""
-    # The cotangent is no argument of a forward pass.
+def compile_call(implementation: Implementation, which: str, inputs: Mapping[str, jax.Array]):
+    """The compiled call, and its memory as fields of a record."""
+    # A forward pass takes no cotangent.
     used = tuple(name for name in inputs if which != "forward" or name != "cotangent")
-    compiled = jax.jit(make_call(subject, which)).lower({n: inputs[n] for n in used}).compile()
-    memory = compiled.memory_analysis()
-    fields = {
-        "temp_bytes": int(memory.temp_size_in_bytes),
-        "output_bytes": int(memory.output_size_in_bytes),
-    }
-    return (lambda inputs: compiled({n: inputs[n] for n in used})), fields
+    compiled = (
+        jax.jit(make_call(implementation, which)).lower({n: inputs[n] for n in used}).compile()
+    )
+    return (lambda inputs: compiled({n: inputs[n] for n in used})), memory_fields(compiled)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,26 +150,32 @@ def compile_call(subject: Subject, which: str, inputs: Mapping[str, jax.Array]):
 
 
 class Truth(NamedTuple):
-    """Exact results as float64 NumPy arrays, and what they were computed by."""
+    """Exact results.
+
+    Attributes:
+      results: float64 arrays by name.
+      source: what computed them.
+      cross_check: the largest difference from a second exact computation, if there was one.
+    """
 
     results: dict[str, np.ndarray]
     source: str
-    cross_check: float | None  # largest difference to a second exact computation
+    cross_check: float | None
 
 
 @functools.cache
 def _exact_call(function, member: str):
-    return jax.jit(make_call(Subject(member, function), "forward_backward"))
+    return jax.jit(make_call(Implementation(member, function), "forward_backward"))
 
 
 def exact(member: str, inputs: Mapping[str, jax.Array]) -> Truth:
-    """Output and gradients in float64 for the inputs as they are, 16-bit ones included.
+    """Output and gradients in float64, for the inputs as they are (16-bit inputs are not redrawn).
 
-    Up to 512 keys from the dense reference, compared with the blockwise direct solver; beyond,
-    where the reference does not fit, from the latter alone.
+    Up to 512 keys they come from the dense reference, and the blockwise direct solver has to agree.
+    For more keys the reference needs too much memory, and they come from the direct solver.
 
     Raises:
-      RuntimeError: if the two disagree.
+      RuntimeError: the two disagree.
     """
     blockwise = _in_float64(_BLOCKWISE_TRUTH[member], member, inputs)
     if inputs["query"].shape[1] > _DENSE_TRUTH_LENGTH:
@@ -192,45 +205,73 @@ def errors(got: Mapping[str, Any], want: Mapping[str, np.ndarray]) -> dict[str, 
     return out
 
 
-def bounds(subject: Subject, ridge: float, dtype, want: Mapping[str, np.ndarray]) -> dict:
-    """Largest relative errors with which an implementation still counts as right.
+def bounds(
+    implementation: Implementation, ridge: float, dtype, want: Mapping[str, np.ndarray]
+) -> dict:
+    """The largest relative errors that are accepted.
 
-    float32: 1e-5 for a ridge of 1 or more, ten times as much per factor of ten below. 16 bits:
-    twice what rounding the exact output costs, four times for the kernels, which round weights and
-    probe besides, five times for softmax attention that is not ours. Gradients: ten times the
-    output's bound.
+    In float32, 1e-5 for a ridge of 1 or more, and ten times more for each factor of ten below. In
+    16 bits, a multiple of the error of rounding the exact output: 2; 4 for the kernels, which also
+    round weights and probe; 5 for softmax attention that is not ours. Gradients may have ten times
+    the error of the output.
     """
     if jnp.dtype(dtype) == jnp.float32:
-        steps = max(0, math.ceil(-math.log10(ridge) - 1e-9)) if subject.member == "lla" else 0
+        steps = (
+            max(0, math.ceil(-math.log10(ridge) - 1e-9)) if implementation.member == "lla" else 0
+        )
         output = 1e-5 * 10.0**steps
     else:
         rounded = np.asarray(jnp.asarray(want["output"], dtype)).astype(np.float64)
         rounding = errors({"output": rounded}, want)["output"]
-        output = subject.roundings * rounding
+        output = implementation.roundings * rounding
     return {name: output if name == "output" else 10 * output for name in want}
 
 
-def judge(subject: Subject, got, truth: Truth, ridge: float, dtype) -> dict[str, Any]:
-    """Fields of a record that say how exact `got` is; "reason" only if it is too far off."""
-    found = errors(got, truth.results)
-    allowed = bounds(subject, ridge, dtype, truth.results)
+def verdict(
+    got: Mapping[str, Any], want: Mapping[str, np.ndarray], limits: Mapping[str, float]
+) -> dict[str, Any]:
+    """Fields of a record: errors, bounds, and the status "timed" or, with a reason, "refused".
+
+    Args:
+      got: results by name.
+      want: exact results.
+      limits: the largest relative error of each result.
+    """
+    found = errors(got, want)
     fields = {
         # JSON has no infinity.
         "errors": {name: e if math.isfinite(e) else None for name, e in found.items()},
-        "bounds": {name: allowed[name] for name in found},
-        "truth": truth.source,
-        "truth_cross_check": truth.cross_check,
+        "bounds": {name: limits[name] for name in found},
+        "status": "timed",
     }
-    bad = [f"{name} {found[name]:.1e} > {allowed[name]:.1e}" for name in found
-           if not found[name] <= allowed[name]]  # fmt: skip
+    bad = [f"{n} {e:.1e} > {limits[n]:.1e}" for n, e in found.items() if not e <= limits[n]]
     if bad:
-        fields["reason"] = f"error too large: {', '.join(bad)}"
+        fields |= {"status": "refused", "reason": f"error too large: {', '.join(bad)}"}
     return fields
+
+
+def limits_for(names, output: float, gradients: float) -> dict[str, float]:
+    """One bound for the output and one for every other result."""
+    return {name: output if name == "output" else gradients for name in names}
+
+
+def worst_row(got, want: np.ndarray) -> float | None:
+    """The largest relative error of a row of the output; None if it is not finite."""
+    difference = np.linalg.norm(np.asarray(got).astype(np.float64) - want, axis=-1)
+    worst = float((difference / np.linalg.norm(want, axis=-1)).max())
+    return worst if math.isfinite(worst) else None
+
+
+def judge(implementation: Implementation, got, truth: Truth, ridge: float, dtype) -> dict[str, Any]:
+    """`verdict` with the bounds of an implementation, and the source of the exact results."""
+    limits = bounds(implementation, ridge, dtype, truth.results)
+    fields = verdict(got, truth.results, limits)
+    return {**fields, "truth": truth.source, "truth_cross_check": truth.cross_check}
 
 
 def measure_group(
     cells: Mapping[str, dict],
-    subjects: Mapping[str, Subject],
+    implementations: Mapping[str, Implementation],
     inputs: Mapping[str, jax.Array],
     truths: Mapping[str, Truth],
     compiled: Mapping[str, tuple],
@@ -239,23 +280,26 @@ def measure_group(
     repeats: int,
     budget: float,
 ) -> list[dict]:
-    """Checks and then times the compiled implementations of one group of cells in turns.
+    """Records of compiled implementations on the same inputs: those that are right are timed.
 
     Args:
-      cells: per name the fields that identify the cell; what is refused gets no time.
-      compiled: per name what `compile_call` returned.
+      cells: by name, the fields that identify a record.
+      implementations: by name.
+      inputs: of all calls.
+      truths: by member.
+      compiled: by name, what `compile_call` returned.
+      ridge: in `inputs`.
+      repeats, budget: as for `time_interleaved`.
     """
     records, calls = {}, {}
     for name, cell in cells.items():
         call, memory = compiled[name]
-        subject = subjects[name]
-        verdict = judge(subject, call(inputs), truths[subject.member], ridge, inputs["query"].dtype)
-        records[name] = {**cell, **memory, **verdict}
-        if "reason" in verdict:
-            records[name]["status"] = "refused"
-        else:
-            records[name]["status"] = "timed"
+        implementation = implementations[name]
+        truth = truths[implementation.member]
+        judged = judge(implementation, call(inputs), truth, ridge, inputs["query"].dtype)
+        records[name] = {**cell, **memory, **judged}
+        if judged["status"] == "timed":
             calls[name] = lambda call=call: call(inputs)
-    for name, timing in measure.time_interleaved(calls, repeats, budget).items():
+    for name, timing in time_interleaved(calls, repeats, budget).items():
         records[name] |= dataclasses.asdict(timing)
     return list(records.values())

@@ -1,4 +1,4 @@
-"""The cells of `hopper.py`: which calls it compiles, on which inputs."""
+"""The programs that `hopper.py` compiles, and the cases that it measures with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PROBE = 1 / 8
 
 
 class Program(NamedTuple):
-    """What is compiled; cells that differ in their inputs alone share one."""
+    """What is compiled. Cases that differ only in their inputs share a program."""
 
     implementation: str
     member: str
@@ -44,11 +44,11 @@ class Program(NamedTuple):
         return ("query", "key", "value", *extra.get(self.member, ()))
 
     def compiled_as(self) -> Program:
-        """The program to compile: a ridge that is an argument may have any value."""
+        """The program to compile: if the ridge is an argument, one program serves all ridges."""
         return self._replace(ridge=1.0) if self.ridge_kind == "array" else self
 
     def truth(self) -> Program:
-        """The same problem for the exact reference, with one program for all ridges."""
+        """The same problem for the dense reference in float64, with the ridge as an argument."""
         kind = "array" if self.member == "lla" else None
         return self._replace(
             implementation="reference", which="forward_backward", ridge=None, ridge_kind=kind,
@@ -56,7 +56,15 @@ class Program(NamedTuple):
         )  # fmt: skip
 
 
-class Cell(NamedTuple):
+class Case(NamedTuple):
+    """A program on one kind of inputs.
+
+    Attributes:
+      group: "accuracy", "speed" or "growth".
+      inputs: "normal" or one of `HOSTILE`.
+      program: what is called.
+    """
+
     group: str
     inputs: str
     program: Program
@@ -68,8 +76,8 @@ class Cell(NamedTuple):
         return {"group": self.group, "pass": which, **fields, "inputs": self.inputs}
 
 
-def make_cells(options: argparse.Namespace) -> list[Cell]:
-    """All cells, those that decide about others first."""
+def make_cases(options: argparse.Namespace) -> list[Case]:
+    """All cases. Those of the group "accuracy", which decide what may be timed, come first."""
     ours = options.implementation
 
     def programs(passes, batch, heads, kv_heads, n, head_dim, ridges, others, kind="static"):
@@ -84,40 +92,40 @@ def make_cells(options: argparse.Namespace) -> list[Cell]:
     others = ((ours, "softmax"), (ours, "parallax"), ("cudnn", "softmax"))
     others = [(name, member) for name, member in others if member in options.members]
     small = (1, 2, 1, options.accuracy_length)
-    cells = []
+    cases = []
     for d in options.head_dims:
         found = list(programs(both[:1], *small, d, options.ridges, others))
-        cells += [Cell("accuracy", "normal", program) for program in found]
+        cases += [Case("accuracy", "normal", program) for program in found]
         if d == _HOSTILE_DIM or len(options.head_dims) == 1:
             for kind in HOSTILE:
-                case = programs(both[:1], *small, d, options.ridges, ())
-                cells += [Cell("accuracy", kind, program) for program in case]
-        case = programs(both[:1], *small, d, options.ridges, (), "array")
-        cells += [Cell("accuracy", "normal", program) for program in case]
+                found = programs(both[:1], *small, d, options.ridges, ())
+                cases += [Case("accuracy", kind, program) for program in found]
+        found = programs(both[:1], *small, d, options.ridges, (), "array")
+        cases += [Case("accuracy", "normal", program) for program in found]
     for d in options.head_dims:
         sizes = (options.batch, options.heads, options.heads, options.length, d)
-        cells += [
-            Cell("speed", "normal", p) for p in programs(both, *sizes, options.ridges, others)
+        cases += [
+            Case("speed", "normal", p) for p in programs(both, *sizes, options.ridges, others)
         ]
         traced = programs(both, *sizes, options.ridges, (), "array")
-        cells += [Cell("speed", "normal", p) for p in traced]
+        cases += [Case("speed", "normal", p) for p in traced]
     size = options.matmul_size
     matmul = Program("xla", "matmul", "forward", 1, 1, 1, size, size, None, None, options.dtype)
-    cells.append(Cell("speed", "normal", matmul))
+    cases.append(Case("speed", "normal", matmul))
     d, ridge = _GROWTH_CASE
     if d not in options.head_dims:
         d = options.head_dims[0]
     for n in options.growth_lengths:
         found = programs(both, 1, options.heads, options.heads, n, d, [ridge], ())
-        cells += [Cell("growth", "normal", program) for program in found]
+        cases += [Case("growth", "normal", program) for program in found]
     if options.long_length:
         found = programs(both[:1], 1, 1, 1, options.long_length, d, [ridge], ())
-        cells += [Cell("growth", "normal", program) for program in found]
-    return cells
+        cases += [Case("growth", "normal", program) for program in found]
+    return cases
 
 
 def attend(program: Program, inputs: Mapping[str, jax.Array], solver: lla.Solver | None = None):
-    """Output and solver iterations (None without a solve) of one member."""
+    """The output, and the iterations of the solver, None if nothing is solved."""
     query, key, value = (inputs[name] for name in ("query", "key", "value"))
     if program.implementation == "cudnn":
         out = jax.nn.dot_product_attention(
@@ -129,7 +137,7 @@ def attend(program: Program, inputs: Mapping[str, jax.Array], solver: lla.Solver
         return lla.softmax_attention(query, key, value, **options), None
     if program.member == "parallax":
         return lla.parallax_attention(query, inputs["probe"], key, value, **options), None
-    # The kernels choose their tolerance by a ridge that is known when they are compiled.
+    # If the ridge is known at compile time, the kernels choose their tolerance by it.
     ridge = inputs["ridge"] if program.ridge_kind == "array" else program.ridge
     out, stats = lla.local_linear_attention(
         query, key, value, ridge=ridge, solver=solver, return_stats=True, **options
@@ -140,7 +148,7 @@ def attend(program: Program, inputs: Mapping[str, jax.Array], solver: lla.Solver
 def make_function(
     program: Program, solver: lla.Solver | None = None
 ) -> Callable[[Mapping[str, jax.Array]], dict]:
-    """A function of the inputs; both passes also return the mean iterations of the forward one."""
+    """A function of the inputs. With gradients, it also returns the mean forward iterations."""
 
     def matmul(inputs):
         return {"output": inputs["query"] @ inputs["key"]}
@@ -180,7 +188,7 @@ def input_shapes(program: Program) -> dict[str, tuple[int, ...]]:
 
 
 def make_inputs(program: Program, kind: str, seed: int) -> dict[str, np.ndarray]:
-    """float32 arrays; those of one size and kind are the same for every member and pass."""
+    """float32 arrays, which for the same sizes and kind are the same for every member and pass."""
     sizes = (program.batch, program.heads, program.kv_heads, program.n, program.head_dim)
     rng = np.random.default_rng([seed, *sizes])
     full = input_shapes(program._replace(member="parallax", which="forward_backward"))

@@ -1,4 +1,4 @@
-"""What is measured: series, cells and their order, inputs, exact results."""
+"""What is measured: series, cases and their order, inputs, exact results."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benches import peers, subjects
 
 import lla
+from lla.experiments.benchmarks import truth
 from lla.mixers.mesa import mesa
 from lla.mixers.parts import l2_normalize
 from lla.ops.problem import compute_dtype
@@ -34,7 +34,7 @@ MESANET_CHECKED = 512
 MESANET_BOUNDS = {"float32": (1e-3, 1e-2), "bfloat16": (5e-2, 1e-1)}
 
 
-class Cell(NamedTuple):
+class Case(NamedTuple):
     """One call with one set of sizes."""
 
     series: str
@@ -56,7 +56,7 @@ def make_units(
     head_dims: Sequence[int],
     lengths: Sequence[int],
     part: tuple[int, int] = (1, 1),
-) -> list[list[Cell]]:
+) -> list[list[Case]]:
     """Cells that differ in their length alone are a unit; the most important units come first.
 
     Args:
@@ -65,7 +65,7 @@ def make_units(
     """  # fmt: skip
     index, parts = part
     units = [
-        [Cell(name, dtype, which, count, head_dim, n) for n in sorted(lengths)]
+        [Case(name, dtype, which, count, head_dim, n) for n in sorted(lengths)]
         for count in heads
         for name in series
         for which in PASSES
@@ -130,13 +130,13 @@ def _kernel_softmax(query, key, value, ridge):
     return lla.softmax_attention(query, key, value, implementation="mosaic_gpu")
 
 
-def make_subject(series: str, dtype: str, backend: str) -> tuple[str, subjects.Subject]:
+def make_implementation(series: str, dtype: str, backend: str) -> tuple[str, truth.Implementation]:
     """What runs as `series` on `backend`, and its name."""
     kernels = backend == "gpu" and dtype != "float32"
     own = {
-        "dense_matrices": subjects.Subject("lla", _dense_matrices),
-        "mesanet": subjects.Subject("mesanet", _mesanet("parallel", "cg")),
-        "mosaic_gpu_softmax": subjects.Subject("softmax", _kernel_softmax, roundings=4),
+        "dense_matrices": truth.Implementation("lla", _dense_matrices),
+        "mesanet": truth.Implementation("mesanet", _mesanet("parallel", "cg")),
+        "mosaic_gpu_softmax": truth.Implementation("softmax", _kernel_softmax, roundings=4),
     }
     name = {
         "lla_cg": "mosaic_gpu" if kernels else "xla_cg",
@@ -145,17 +145,17 @@ def make_subject(series: str, dtype: str, backend: str) -> tuple[str, subjects.S
         "jax_softmax": "jax_softmax_cudnn" if kernels else "jax_softmax",
         "dense": "reference",
     }.get(series, series)
-    return name, own.get(name) or subjects.SUBJECTS[name]
+    return name, own.get(name) or truth.IMPLEMENTATIONS[name]
 
 
 # ---------------------------------------------------------------------------------------------
 # Inputs
 
 
-def shapes(cell: Cell) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the inputs of a call."""
-    size = (1, cell.n, cell.heads, cell.head_dim)
-    out = {name: jax.ShapeDtypeStruct(size, cell.dtype) for name in ARRAYS}
+    size = (1, case.n, case.heads, case.head_dim)
+    out = {name: jax.ShapeDtypeStruct(size, case.dtype) for name in ARRAYS}
     return {**out, "ridge": jax.ShapeDtypeStruct(size[:-1], jnp.float32)}
 
 
@@ -163,7 +163,7 @@ def one_head(head: int, n: int, head_dim: int, seed: int) -> dict[str, np.ndarra
     """Standard normal ``[n, head_dim]``, rounded to bfloat16 and kept as float32.
 
     Shorter inputs are the beginning of longer ones, and a head is the same among any number of
-    heads, so that one exact result serves many cells.
+    heads, so that one exact result serves many cases.
     """
     arrays = {}
     for index, name in enumerate(ARRAYS):
@@ -182,10 +182,10 @@ def _longest(heads: int, n: int, head_dim: int, dtype: str, seed: int) -> dict[s
     }
 
 
-def make_inputs(cell: Cell, longest: int, ridge: float, seed: int) -> dict[str, np.ndarray]:
+def make_inputs(case: Case, longest: int, ridge: float, seed: int) -> dict[str, np.ndarray]:
     """Inputs of a call, cut from those of the length `longest`."""
-    arrays = _longest(cell.heads, longest, cell.head_dim, cell.dtype, seed)
-    inputs = {name: array[:, : cell.n] for name, array in arrays.items()}
+    arrays = _longest(case.heads, longest, case.head_dim, case.dtype, seed)
+    inputs = {name: array[:, : case.n] for name, array in arrays.items()}
     return {**inputs, "ridge": np.full(inputs["query"].shape[:-1], ridge, np.float32)}
 
 
@@ -193,15 +193,15 @@ def make_inputs(cell: Cell, longest: int, ridge: float, seed: int) -> dict[str, 
 # Exact results
 
 
-def checked_length(cell: Cell, member: str, longest: int) -> int:
-    """How many first tokens have an exact result; all of them where it is the cell's length."""
-    return min(cell.n, longest, MESANET_CHECKED if member == "mesanet" else longest)
+def checked_length(case: Case, member: str, longest: int) -> int:
+    """How many first tokens have an exact result; all of them where it is the case's length."""
+    return min(case.n, longest, MESANET_CHECKED if member == "mesanet" else longest)
 
 
 @functools.lru_cache(maxsize=8)
-def truth(
+def exact_results(
     member: str, n: int, head_dim: int, ridge: float, seed: int, folder: str | None = None
-) -> subjects.Truth:
+) -> truth.Truth:
     """Output and gradients of the first head in float64.
 
     Args:
@@ -218,8 +218,8 @@ def truth(
             with np.load(path) as stored:
                 results = {name: stored[name] for name in stored.files}
             source, check = str(results.pop("source")), float(results.pop("cross_check"))
-            return subjects.Truth(results, source, None if math.isnan(check) else check)
-    found = _mesanet_truth(inputs) if member == "mesanet" else subjects.exact(member, inputs)
+            return truth.Truth(results, source, None if math.isnan(check) else check)
+    found = _mesanet_truth(inputs) if member == "mesanet" else truth.exact(member, inputs)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         check = math.nan if found.cross_check is None else found.cross_check
@@ -227,28 +227,28 @@ def truth(
     return found
 
 
-def _mesanet_truth(inputs: Mapping[str, np.ndarray]) -> subjects.Truth:
-    call = subjects.make_call(
-        subjects.Subject("mesanet", _mesanet("recurrent", "exact")), "forward_backward"
+def _mesanet_truth(inputs: Mapping[str, np.ndarray]) -> truth.Truth:
+    call = truth.make_call(
+        truth.Implementation("mesanet", _mesanet("recurrent", "exact")), "forward_backward"
     )
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(array, jnp.float64) for name, array in inputs.items()}
         results = jax.tree.map(np.asarray, jax.jit(call)(wide))
-    return subjects.Truth(results, "recurrence, float64, exact solver", None)
+    return truth.Truth(results, "recurrence, float64, exact solver", None)
 
 
-def compile_check(cell: Cell, subject: subjects.Subject, length: int):
+def compile_check(case: Case, implementation: truth.Implementation, length: int):
     """Compiled function of the results: those of the first head to compare, and if all are finite.
 
     Beyond `length`, that of the exact results, the first tokens of the output are compared, which
     no later token may change.
     """
-    given = shapes(cell)
-    names = ("output", *subject.differentiable) if cell.which != "forward" else ("output",)
+    given = shapes(case)
+    names = ("output", *implementation.differentiable) if case.which != "forward" else ("output",)
     results = {name: given["query" if name == "output" else name] for name in names}
 
     def check(got):
-        compared = names if length == cell.n else ("output",)
+        compared = names if length == case.n else ("output",)
         finite = jnp.stack([jnp.isfinite(array).all() for array in got.values()]).all()
         return {name: got[name][:, :length, :1] for name in compared}, finite
 
@@ -256,25 +256,27 @@ def compile_check(cell: Cell, subject: subjects.Subject, length: int):
 
 
 def judge(
-    cell: Cell,
-    subject: subjects.Subject,
+    case: Case,
+    implementation: truth.Implementation,
     compared: Mapping[str, jax.Array],
     finite: bool,
-    exact: subjects.Truth,
+    exact: truth.Truth,
     ridge: float,
 ) -> dict[str, Any]:
-    """Fields of a record that say how exact the first head is; "reason" only if it is too far off.
+    """Errors, bounds and status of the first head.
 
     Args:
       compared, finite: what the function of `compile_check` returns.
     """  # fmt: skip
     first = {name: np.asarray(array).astype(np.float64) for name, array in compared.items()}
-    if subject.member == "mesanet":
-        verdict = peers.verdict(first, exact.results, MESANET_BOUNDS[cell.dtype])
-        del verdict["status"], verdict["worst_row"]
+    if implementation.member == "mesanet":
+        verdict = truth.verdict(
+            first, exact.results, truth.limits_for(first, *MESANET_BOUNDS[case.dtype])
+        )
         verdict |= {"truth": exact.source, "truth_cross_check": exact.cross_check}
     else:
-        verdict = subjects.judge(subject, first, exact, ridge, cell.dtype)
+        verdict = truth.judge(implementation, first, exact, ridge, case.dtype)
     if not finite:
+        verdict["status"] = "refused"
         verdict.setdefault("reason", "a result is not finite")
     return {**verdict, "checked_tokens": first["output"].shape[1]}

@@ -1,29 +1,25 @@
-"""Times, machine description and result files, shared by the benchmarks of this folder.
+"""Result files, with a description of the machine and the run.
 
-A result file is one JSON object ``{"header": ..., "records": [...]}``: one record per cell, a cell
-being one implementation with one set of sizes. It is rewritten after every group of cells, so an
-interrupted run keeps what it has measured and goes on where it stopped.
+A result file is one JSON object ``{"header": ..., "records": [...]}``. A record is one
+implementation with one set of sizes. The file is rewritten after every group of records, so that an
+interrupted run keeps what it has measured and continues where it stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import argparse
 import datetime
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
 import re
 import shlex
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,98 +37,50 @@ _HEADER = (
 
 
 # ---------------------------------------------------------------------------------------------
-# Time
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of one call over `repeats` measurements.
-
-    Attributes:
-      time_min_s, time_median_s: the least and the median.
-      repeats: measurements, of several calls each where they are short.
-      calls_in_queue: how many calls' time passed between the last launch of a measurement and its
-        end, the median. About 1 or less means that the device waited for the host, whose launches
-        were measured then.
-    """
-
-    time_min_s: float
-    time_median_s: float
-    repeats: int
-    calls_in_queue: float
-
-
-def time_interleaved(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, budget: float
-) -> dict[str, Timing]:
-    """Times compiled and warmed-up `calls` in turns, so that a slow phase hits all of them.
-
-    Args:
-      calls: name to a function without arguments that returns JAX arrays.
-      repeats: measurements of each.
-      budget: seconds after which a call gets no more turns, once it has had two.
-    """
-    spent = dict.fromkeys(calls, 0.0)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    queues: dict[str, list[float]] = {name: [] for name in calls}
-    inner = {name: _calls_per_sample(call) for name, call in calls.items()}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            if len(samples[name]) >= 2 and spent[name] > budget:
-                continue
-            start = time.perf_counter()
-            for _ in range(inner[name]):
-                out = call()
-            launched = time.perf_counter()
-            jax.block_until_ready(out)
-            end = time.perf_counter()
-            spent[name] += end - start
-            samples[name].append((end - start) / inner[name])
-            queues[name].append((end - launched) / samples[name][-1])
-    return {
-        name: Timing(
-            min(times), statistics.median(times), len(times), statistics.median(queues[name])
-        )
-        for name, times in samples.items()
-    }
-
-
-@contextlib.contextmanager
-def exclusive(path: str | os.PathLike | None):
-    """Waits until no other process is inside with the same `path`; does nothing for None.
-
-    Several processes can compile at once, each on cores of its own, and measure in turns.
-    """
-    if path is None:
-        yield
-        return
-    import fcntl
-
-    with open(path, "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _calls_per_sample(call) -> int:
-    """An accelerator's queue hides the launch of a short call, as it does in a real program.
-
-    So many calls follow one another that they take 50 ms: a queue is filled after some tens of
-    them, and what the first launches take no longer counts.
-    """
-    if jax.default_backend() == "cpu":
-        return 1
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return max(1, min(1000, math.ceil(0.05 / (time.perf_counter() - start))))
-
-
-# ---------------------------------------------------------------------------------------------
 # Description of the run
 
 
-def make_header(benchmark: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What is needed to repeat a run; `settings` are the options that change a cell's result."""
-    commit = _git("rev-parse", "HEAD")
+# Options that several benchmarks have.
+_OPTIONS = {
+    "repeats": {"type": int},
+    "budget": {"type": float, "help": "seconds for the repeats of one call"},
+    "seed": {"type": int},
+    "workers": {"type": int, "help": "threads that compile"},
+    "limit": {"type": float, "help": "seconds after which it stops with what it has"},
+    "lock": {"help": "file shared by processes that take turns on one device"},
+    "commit": {"help": "recorded in the result where there is no git history"},
+    "output": {"type": pathlib.Path, "help": "result file; default: in results/"},
+    "resume": {"action": "store_true", "help": "keep earlier records, whatever code they measured"},
+}
+
+
+def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Adds the options in `defaults`, which are among those that several benchmarks have."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default, **_OPTIONS[name])
+
+
+def make_header(
+    benchmark: str,
+    settings: Mapping[str, Any],
+    commit: str | None = None,
+    packages: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What is needed to repeat a run.
+
+    Args:
+      benchmark: its name.
+      settings: the options that change the result of a call.
+      commit: recorded if it is given, else the commit of the repository.
+      packages: whose versions are recorded besides those of JAX and Flax, where installed.
+    """
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     changes = _git("status", "--porcelain", "--", "lla", "kernels", "experiments/benchmarks/*.py")
     script = pathlib.Path(sys.argv[0])
     if script.is_absolute() and script.is_relative_to(ROOT):
@@ -145,12 +93,9 @@ def make_header(benchmark: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-        },
+        "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit,
+        "commit": commit or _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "source_digest": source_digest(),
         "command": shlex.join(["python", str(script), *sys.argv[1:]]),
@@ -159,7 +104,7 @@ def make_header(benchmark: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """`cpu`, `h200`, ..."""
+    """The device as part of a file name: "cpu", "h200" and so on."""
     if jax.default_backend() == "cpu":
         return "cpu"
     kind = jax.devices()[0].device_kind.lower().replace("nvidia", "")
@@ -167,7 +112,7 @@ def device_name() -> str:
 
 
 def source_digest() -> str:
-    """Digest of the code that is measured; commits that leave it alone keep results valid."""
+    """A digest of the code that is measured. Results stay valid as long as it is the same."""
     digest = hashlib.sha256()
     for folder in ("lla/ops", "kernels"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -203,13 +148,13 @@ def _cpu_model() -> str:
 class Results:
     """The result file at `path`, with the records that are still valid for `header`.
 
-    Records of an earlier run are kept when it measured the same code with the same settings,
-    versions and device, or whenever `resume` is true. A record carries its own commit and date.
+    Records of an earlier run are kept if it measured the same code with the same settings,
+    versions and device, or if `resume` is true. Each record carries its own commit and date.
 
     Args:
       path: JSON file, created on the first `add`.
       header: of this run, from `make_header`.
-      key_fields: fields of a record that tell cells apart.
+      key_fields: fields of a record that identify it.
       resume: keep earlier records without comparing headers.
     """
 
@@ -225,30 +170,33 @@ class Results:
             same = ("benchmark", "settings", "source_digest", "versions", "device", "platform")
             if resume or all(earlier["header"].get(name) == header[name] for name in same):
                 self.records = earlier["records"]
-        self._finished = {self._key(record) for record in self.records}
 
-    def _key(self, record: Mapping) -> tuple:
+    def key(self, record: Mapping) -> tuple:
+        """What identifies a record."""
         return tuple(record[name] for name in self.key_fields)
 
-    def finished(self, **cell) -> bool:
-        return self._key(cell) in self._finished
+    def has(self, fields: Mapping, statuses: Sequence[str] = STATUSES) -> bool:
+        """Whether there is a record with the key of `fields` and one of `statuses`."""
+        key = self.key(fields)
+        return any(self.key(r) == key and r["status"] in statuses for r in self.records)
 
     def add(self, records: Sequence[dict]) -> None:
-        """Appends records and rewrites the file in one step."""
-        for record in records:
-            stamp = {"commit": self.header["commit"], "date": self.header["date"]}
-            record = {**record, **stamp}
+        """Adds records, in place of earlier ones with the same keys, and rewrites the file."""
+        stamp = {"commit": self.header["commit"], "date": self.header["date"]}
+        new = {self.key(record): record | stamp for record in records}
+        for record in new.values():
             check_record(record)
-            self.records.append(record)
-            self._finished.add(self._key(record))
+        kept = [record for record in self.records if self.key(record) not in new]
+        self.records = [*kept, *new.values()]
         write_json(self.path, self.document())
 
     def document(self) -> dict:
+        """What is in the file."""
         return {"header": self.header, "records": self.records}
 
 
 def write_json(path: pathlib.Path, document: dict) -> None:
-    """Replaces the file as a whole, so that no reader and no interruption sees a part of it."""
+    """Replaces the file in one step, so that nobody ever reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     lines = ",\n  ".join(json.dumps(record, allow_nan=False) for record in document["records"])
@@ -261,7 +209,7 @@ def load(path: str | os.PathLike) -> dict:
     """Reads and checks a result file.
 
     Raises:
-      ValueError: if it does not have the form described in README.md.
+      ValueError: it is not a result file.
     """
     path = pathlib.Path(path)
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -274,7 +222,7 @@ def load(path: str | os.PathLike) -> dict:
 
 
 def check_record(record: Mapping) -> None:
-    """Raises ValueError for a record without the fields that its status promises."""
+    """Raises ValueError if a record lacks fields that its status requires."""
     status = record.get("status")
     if status not in STATUSES:
         raise ValueError(f"status must be one of {STATUSES}, got {status!r} in {record}.")
