@@ -54,7 +54,7 @@ def tables(
 EXPERIMENT = shared.Experiment(
     name="in_context_regression",
     columns=(shared.MECHANISM, LENGTH),
-    headline="test/mse",
+    metric="test/mse",
     published={
         "task.dim": ((32,), "[paper]"),
         "model.depth": ((2,), "[paper]"),

@@ -90,7 +90,7 @@ EXPERIMENT = shared.Experiment(
     name="mqar",
     columns=(shared.MECHANISM, "case", WIDTH),
     optional=("case",),
-    headline="test/accuracy",
+    metric="test/accuracy",
     published={
         "task.vocab_size": ((8192,), "[paper], Zoology"),
         **{key: (values, "Zoology") for key, values in _ZOOLOGY.items()},

@@ -64,7 +64,7 @@ def tables(
 EXPERIMENT = shared.Experiment(
     name="state_tracking",
     columns=(shared.MECHANISM, ITEMS),
-    headline="test/accuracy",
+    metric="test/accuracy",
     published={},
     tables=tables,
     variant="figure",  # scaled down

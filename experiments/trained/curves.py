@@ -32,7 +32,7 @@ def read(
     if all(curve is None for _, curve in curves):
         rows = [row for file in files(folder) for row in sweep.read_results(file)]
         if not any(row.get(metric) is not None for row in rows):
-            metric = experiment.headline
+            metric = experiment.metric
         rows = [row for row in rows if row.get(metric) is not None]
         curves = [(point, _curve(_in_files(rows, point, metric))) for point in found]
     return metric, [(point, curve) for point, curve in curves if curve is not None]

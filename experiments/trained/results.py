@@ -36,7 +36,7 @@ class Experiment:
     Attributes:
       name: of its folder here and of its config.
       columns: the columns of result files that identify a point, the mechanism first.
-      headline: the metric that is shown, as in the column "headline" of result files.
+      metric: shown in the figure; it is in the column "headline" of result files.
       published: dotted path of a setting -> (values, source), for the table of settings. A setting
         with another value, or that is not listed, is ours.
       tables: makes the tables of the results, as Markdown, from points and their folder.
@@ -47,7 +47,7 @@ class Experiment:
 
     name: str
     columns: tuple[str, ...]
-    headline: str
+    metric: str
     published: Mapping[str, tuple[tuple, str]]
     tables: Callable[[list["Point"], pathlib.Path, str | None], list[str]]
     optional: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Experiment:
     @property
     def validation(self) -> str:
         """The metric on the validation split."""
-        return f"validation/{self.headline.partition('/')[2]}"
+        return f"validation/{self.metric.partition('/')[2]}"
 
     def points(self, folder: pathlib.Path) -> list["Point"]:
         """The points of the result files in `folder`; see `read` and `points`."""
@@ -170,14 +170,14 @@ def _row(experiment, file, row):
     if row.get(PHASE) not in (None, "select", "final"):
         raise ValueError(f"{file} has the phase {row[PHASE]!r}; known: select, final.")
     row = {k: _TRUTH.get(v, v) if isinstance(v, str) else v for k, v in row.items()}
-    test, validation = FURTHER + experiment.headline, FURTHER + experiment.validation
+    test, validation = FURTHER + experiment.metric, FURTHER + experiment.validation
     if row["headline"] == experiment.validation and test in row:
         value = row.pop(test)
-        row |= {validation: row["final"], "final": value, "headline": experiment.headline}
-    if row["headline"] != experiment.headline:
+        row |= {validation: row["final"], "final": value, "headline": experiment.metric}
+    if row["headline"] != experiment.metric:
         raise ValueError(
             f"{file} has the metric {row['headline']}, {experiment.name} shows "
-            f"{experiment.headline}."
+            f"{experiment.metric}."
         )
     return row
 

@@ -247,7 +247,7 @@ def renewed(experiment: Experiment, text: str) -> str:
     made = {"settings": settings_tables(experiment), "results": []}
     if any(results.glob("*.csv")):
         found = experiment.points(results)
-        images = [f"![{experiment.headline} of the mechanisms](results/figure.png)"]
+        images = [f"![{experiment.metric} of the mechanisms](results/figure.png)"]
         if experiment.goal and any(point.updates for point in found):
             images.append(f"![updates to {experiment.goal}](results/updates.png)")
         metric, known = curves.read(experiment, found, results)

@@ -1,6 +1,6 @@
-"""What every experiment needs around its computation: a work directory, records, progress, files.
+"""What every run needs besides its computation: settings, a work directory, records, progress.
 
-Tables and figures are in `lla.runs.tables` and `lla.runs.figures`.
+`lla.runs.tables` and `lla.runs.figures` write its tables and figures.
 """
 
 from lla.runs.config import from_config, to_config

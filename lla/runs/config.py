@@ -1,4 +1,4 @@
-"""From a command line's config to the frozen dataclass that the library works with, and back."""
+"""Conversion between the config of a command line and the frozen dataclasses of the library."""
 
 import dataclasses
 import difflib
@@ -14,25 +14,29 @@ T = TypeVar("T")
 
 
 def from_config(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
-    """Builds the dataclass `cls` from a mapping, an `ml_collections.ConfigDict` for one.
+    """Builds the dataclass `cls` from a mapping, such as an `ml_collections.ConfigDict`.
 
-    Fields that are dataclasses themselves are built from nested mappings; other mappings become
-    plain dicts and lists become tuples, so that nothing of the config library travels further.
-    `path` is how messages call `config`.
+    A field that is a dataclass is built from a nested mapping. Other mappings become plain dicts,
+    and lists become tuples, so that no object of the config library remains.
+
+    Args:
+      cls: a dataclass.
+      config: its fields.
+      path: the name of `config` in error messages.
 
     Raises:
-      ValueError: a key that `cls` does not have (the nearest valid one is named), a field without a
-        default that is missing, or a value of another type than its field is declared with.
+      ValueError: a key that `cls` does not have (the message names the nearest valid one), a
+        missing field without a default, or a value that does not have the declared type.
     """
     return _build(cls, config, path)
 
 
 def to_config(settings: Mapping[str, Any]) -> ConfigDict:
-    """A config with the same nested keys, every one of which a command line can override.
+    """A config with the same nested keys, each of which a command line can override.
 
-    Any literal is accepted for a number or None, so that `--config.option=3` and
-    `--config.option=None` reach an option whose default is of another type. Whether the value fits
-    is for `from_config` and `check_types` to say.
+    Where the default is a number or None, any literal is accepted, so that `--config.option=3` and
+    `--config.option=None` work whatever the default is. `from_config` and `check_types` check the
+    type of the value.
     """
     config = ConfigDict()
     for key, entry in settings.items():
@@ -46,7 +50,7 @@ def to_config(settings: Mapping[str, Any]) -> ConfigDict:
 
 
 def plain(entry: Any) -> Any:
-    """Nested mappings as dicts and sequences as tuples: nothing of the config library is left."""
+    """The same with nested mappings as dicts and sequences as tuples."""
     if isinstance(entry, Mapping) or hasattr(entry, "items"):
         return {key: plain(inner) for key, inner in entry.items()}
     if isinstance(entry, (list, tuple)):
@@ -55,9 +59,9 @@ def plain(entry: Any) -> Any:
 
 
 def check_keys(path: str, given: Iterable[str], valid: Iterable[str]) -> None:
-    """Raises ValueError for the first of `given` that is not valid; names the nearest one that is.
+    """Raises ValueError for the first key that is not valid; the message names the nearest one.
 
-    `path` is the section of the config that they belong to.
+    `path` is the section of the config that the keys belong to.
     """
     valid = list(valid)
     for key in given:
@@ -68,10 +72,10 @@ def check_keys(path: str, given: Iterable[str], valid: Iterable[str]) -> None:
 
 
 def check_types(path: str, given: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `given` as plain Python of the types that are declared under their names.
+    """The values of `given`, converted to the types that `declared` has for their keys.
 
     Raises:
-      ValueError: a value of another type; named with `path` before its key.
+      ValueError: a value of another type. The message names it by `path` and its key.
     """
     return {
         key: conform(plain(entry), declared.get(key, Any), f"{path}.{key}")

@@ -1,4 +1,4 @@
-"""What besides the config is needed to repeat a run: machine, versions, commit, command."""
+"""What is needed to repeat a run, besides its config: machine, versions, commit, command."""
 
 import datetime
 import importlib.metadata
@@ -31,7 +31,7 @@ def describe() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
-            "lla-jax": __version__,  # also where the package is on the path, but not installed
+            "lla-jax": __version__,  # known even if the package is not installed
         },
     }
 

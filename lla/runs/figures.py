@@ -1,7 +1,7 @@
-"""Figures at the size in which they are printed, and as files.
+"""Figures at the size of print, and as files.
 
-A figure is as wide as a column (`COLUMN`) or as a page (`PAGE`) of a paper, in inches, with text
-of 7 to 8 points. Matplotlib, which the library does not need, is imported where it is used.
+A figure is between a column (`COLUMN`) and a page (`PAGE`) of a paper wide, in inches, and its text
+has 7 to 8 points. The library does not need Matplotlib, which is imported where it is used.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _SETTINGS = {
 def new(
     rows: int = 1, columns: int = 1, *, width: float = PAGE, height: float, **options: Any
 ) -> tuple[Figure, Any]:
-    """A figure of `width` x `height` inches and its axes `[rows, columns]`, laid out by itself.
+    """A figure with constrained layout, and its axes `[rows, columns]`.
 
     Args:
-      rows, columns: of axes.
+      rows, columns: number of axes.
       width, height: in inches.
-      **options: of `matplotlib.figure.Figure.subplots`.
+      **options: for `matplotlib.figure.Figure.subplots`.
     """
     import matplotlib
-    from matplotlib.figure import Figure  # without a window, and of nobody's list of figures
+    from matplotlib.figure import Figure  # not Pyplot's, which keeps figures and opens windows
 
     matplotlib.rcParams.update(_SETTINGS)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -60,15 +60,15 @@ def marks(
     high: Sequence[float] | None = None,
     **options: Any,
 ) -> None:
-    """A mark for every point at its own place, with error bars; a line if there are three or more.
+    """Draws points with error bars, joined by a line if there are three or more.
 
     Args:
-      axis: where.
+      axis: to draw on.
       style: of the series.
       x, y: of the points, in the order of the line.
-      low, high: how far the error bars reach down and up; None for none. On a logarithmic axis one
-        that would reach zero is cut at a tenth of the value.
-      **options: of `Axes.errorbar`, over those of `style`.
+      low, high: how far the error bars reach down and up; None for no bars. On a logarithmic axis,
+        a bar that would reach zero ends at a tenth of the value.
+      **options: for `Axes.errorbar`; they override those of `style`.
     """
     options = {"label": style.name, "capsize": 1.6, "elinewidth": 0.7, "capthick": 0.7} | options
     options = style.options() | {"zorder": 5 if style.name.startswith("LLA") else 3} | options
@@ -83,10 +83,10 @@ def marks(
 
 
 def length_axis(axis: Axes, values: Sequence[float], most: int = 6) -> None:
-    """A horizontal axis of sizes, logarithmic, with a tick for each of `values`.
+    """Makes the horizontal axis logarithmic, with a tick for each of `values`.
 
-    All of them are labelled, or every second and so on if they are more than `most`, in multiples
-    of k = 1024 from there on.
+    If there are more than `most`, only every second, third and so on has a label. From 1024 on,
+    labels are in multiples of k = 1024.
     """
     values = sorted(set(values))
     axis.set_xscale("log", base=2)
@@ -101,11 +101,11 @@ def _size(value):
 
 
 def log_axis(axis: Axes, which: Literal["x", "y"] = "y", most: int = 7) -> None:
-    """A logarithmic axis with three or more labelled ticks, once everything is drawn.
+    """Makes an axis logarithmic, with at least three labelled ticks. To be called last.
 
-    They are at 1, 2 and 5 times powers of ten, or fewer or more multiples, so that there are
-    between 3 and `most`. Where some are far from 1, powers of ten are preferred and written as
-    such.
+    Ticks are at 1, 2 and 5 times powers of ten, or at fewer or more multiples, so that there are
+    between 3 and `most`. If the axis reaches far from 1, ticks are powers of ten, if possible, and
+    written as powers.
     """
     from matplotlib.ticker import FixedLocator, NullFormatter
 
@@ -126,9 +126,9 @@ def log_axis(axis: Axes, which: Literal["x", "y"] = "y", most: int = 7) -> None:
 
 
 def log_ticks(low: float, high: float, most: int = 7, powers: bool = False) -> list[float]:
-    """Round numbers between `low` and `high`, at least 3 and, where possible, at most `most`.
+    """Round numbers between `low` and `high`: at least 3 and, if possible, at most `most`.
 
-    With `powers`, powers of ten if they are enough.
+    With `powers`, powers of ten, if there are enough of them.
 
     Raises:
       ValueError: `low` is not positive or not below `high`.
@@ -161,9 +161,9 @@ def _power(value):
 
 
 def legend(figure: Figure, axes: Sequence[Axes], beside: bool = False) -> None:
-    """One legend for all `axes`, every name once, below them or `beside` them.
+    """Adds one legend for all `axes`, below them or `beside` them, with every name once.
 
-    Series come first, in the order of `lla.runs.styles`, what is no series after them.
+    Series come first, in the order of `lla.runs.styles`, and other entries after them.
     """
     entries: dict[str, Any] = {}
     for axis in axes:
@@ -174,7 +174,7 @@ def legend(figure: Figure, axes: Sequence[Axes], beside: bool = False) -> None:
 
 
 def add_legend(figure: Figure, handles: Sequence[Any], beside: bool = False) -> None:
-    """A legend of `handles` with labels, in as many columns as the figure has room for."""
+    """Adds a legend of labelled `handles`, in as many columns as fit."""
     names = [handle.get_label() for handle in handles]
     if beside:
         figure.legend(handles, names, loc="outside right center")
@@ -195,17 +195,18 @@ def save(
     dpi: float = 220,
     png_metadata: Mapping[str, str | None] | None = None,
 ) -> list[pathlib.Path]:
-    """Writes a figure as PNG and SVG and, if it is Pyplot's, closes it; returns the two paths.
+    """Writes a figure as PNG and SVG, and closes it if it is Pyplot's; returns the two paths.
 
-    Equal figures give equal bytes with one version of Matplotlib: no date, no random ids.
+    With one version of Matplotlib, equal figures give equal bytes: there are no dates and no random
+    ids in the files.
 
     Args:
       figure: of Matplotlib.
       folder: created if it does not exist.
-      salt: what the ids of the SVG are made from, beside the figure.
+      salt: the ids in the SVG depend on it.
       name: of the files, without an ending.
       dpi: resolution of the PNG.
-      png_metadata: changes to Matplotlib's own; `{"Software": None}` leaves out its version.
+      png_metadata: changes to Matplotlib's metadata; `{"Software": None}` omits its version.
 
     Raises:
       ImportError: Matplotlib is not installed.

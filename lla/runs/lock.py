@@ -1,4 +1,4 @@
-"""Locks between processes, so that no two of them write into one work directory."""
+"""Locks that keep two processes from writing into the same work directory."""
 
 import contextlib
 import os
@@ -12,17 +12,17 @@ from lla.runs.workdir import WorkdirError
 
 @contextlib.contextmanager
 def claimed(file: str | os.PathLike) -> Iterator[str | None]:
-    """Holds the lock `file` inside the `with` block, if no other process does.
+    """Takes the lock `file` for the `with` block, unless another process holds it.
 
-    The file is removed at the end. A process that dies lets its lock go; the file that it leaves
-    behind means nothing. Where the file system or the platform has no locks there is a warning and
-    no protection.
+    The file is removed at the end. The lock of a process that dies is released, even though its
+    file remains. If the file system or the platform has no locks, there is a warning and no
+    protection.
 
     Args:
-      file: made if it does not exist, and its folder with it.
+      file: created with its folder if it does not exist.
 
     Yields:
-      None if the lock is held, or else who holds it, such as "process 17 on host-a".
+      None if this process has the lock, else the holder, such as "process 17 on host-a".
 
     Raises:
       WorkdirError: the file cannot be written.
@@ -40,16 +40,16 @@ def claimed(file: str | os.PathLike) -> Iterator[str | None]:
         yield None
     finally:
         if handle is not None:
-            file.unlink(missing_ok=True)  # before another process can take it
+            file.unlink(missing_ok=True)  # while no other process can take the lock
             os.close(handle)
 
 
 @contextlib.contextmanager
 def exclusive(path: str | os.PathLike) -> Iterator[None]:
-    """Keeps the work directory `path` to this process inside the `with` block.
+    """Locks the work directory `path` for the `with` block.
 
     Raises:
-      WorkdirError: another process is at it; names that process.
+      WorkdirError: another process, which the message names, is using it.
     """
     path = pathlib.Path(path)
     with claimed(path / "lock") as holder:
@@ -62,9 +62,9 @@ def exclusive(path: str | os.PathLike) -> Iterator[None]:
 
 
 def _lock(file):
-    """The descriptor that holds the lock, None where there are no locks, or who holds it."""
+    """The descriptor with the lock, None if there are no locks, or the holder as text."""
     try:
-        import fcntl  # here, because Windows lacks it
+        import fcntl  # not available on Windows
     except ImportError:
         _warn(file, "this platform has no fcntl")
         return None
@@ -80,7 +80,7 @@ def _lock(file):
             os.close(handle)
             _warn(file, error)
             return None
-        # The process that held it may have removed the file after it was opened here.
+        # The process that held the lock may have removed the file after it was opened here.
         try:
             current = os.stat(file).st_ino == os.fstat(handle).st_ino
         except FileNotFoundError:

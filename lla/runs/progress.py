@@ -1,4 +1,4 @@
-"""One line of progress with the time that is left."""
+"""A line of progress, with an estimate of the time left."""
 
 import sys
 import time
@@ -6,12 +6,12 @@ from typing import TextIO
 
 
 class Progress:
-    """Reports finished work; on a terminal in place, elsewhere one line a report.
+    """Reports finished work: on a terminal in one line, elsewhere in a new line each time.
 
     Args:
-      total: all of the work, in any unit.
-      stream: where to write; standard error if None.
-      done: what of it was finished before. It counts as work, not for the time that is left.
+      total: the whole work, in any unit.
+      stream: where to write; by default standard error.
+      done: work that was finished before. It counts as work, but not for the estimate.
     """
 
     def __init__(self, total: float, stream: TextIO | None = None, *, done: float = 0.0):

@@ -1,28 +1,28 @@
-"""How every series looks in every figure: its name, colour, marker and line, and the order.
+"""The style of every series in all figures: name, colour, marker, line, and the order.
 
-A colour belongs to one mechanism. Other implementations of a mechanism, and others of its options,
-have its colour with a marker of their own, open or on a dashed line. The colours extend Okabe and
-Ito's palette; `tests/experiments/test_styles.py` checks that those of mechanisms stay apart under
-protanopia, deuteranopia and tritanopia.
+A colour belongs to one mechanism. Other implementations of a mechanism, and variants with other
+options, have the same colour and a marker of their own, open or on a dashed line. The colours
+extend Okabe and Ito's palette; `tests/experiments/test_styles.py` checks that those of mechanisms
+stay apart under protanopia, deuteranopia and tritanopia.
 """
 
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-# Points, of markers that look smaller than others.
+# Sizes in points of markers that would look too small or too large at the default of 4.5.
 _SIZES = {"*": 7.2, "P": 6.0, "X": 6.0, "<": 5.2, ">": 5.2, "^": 5.2, "v": 5.2, "d": 5.5, "_": 7.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How a series looks.
+    """The style of a series.
 
     Attributes:
       name: as printed in legends and tables.
       colour: hexadecimal.
       marker, line: as Matplotlib calls them.
-      filled: whether the marker is, with `colour`; an open one is white inside.
+      filled: whether the marker is filled with `colour` or white inside.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Style:
     filled: bool = True
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `Axes.plot` and `Axes.errorbar`."""
+        """Keyword arguments for `Axes.plot` and `Axes.errorbar`."""
         edged = self.filled and self.marker not in "_+x"
         return {
             "color": self.colour,
@@ -48,7 +48,7 @@ class Style:
 _LLA, _SOFTMAX, _MESANET = "#D55E00", "#0072B2", "#009E73"
 _LINEAR, _GLA, _GATED_DELTANET = "#BBBBBB", "#7A4B1E", "#882255"
 
-# By the name in configs and result files, in the order of legends and tables.
+# By their names in configs and result files, in the order of legends and tables.
 STYLES = {
     "lla": Style("LLA", _LLA, "o"),
     "lla_cg": Style("LLA, CG", _LLA, "o"),
@@ -75,7 +75,7 @@ STYLES = {
     "hyena": Style("Hyena", "#000000", "*"),
     "persistence": Style("Persistence", "#000000", "X"),
     "autoregression": Style("Autoregression", "#56B4E9", "*"),
-    # Estimates with local weights and without: LLA and softmax attention have them.
+    # Fits of the bias experiment: with local weights (as LLA and softmax attention) and without.
     "local linear (LLA)": Style("Local linear (LLA)", _LLA, "o"),
     "local constant (softmax)": Style("Local constant (softmax)", _SOFTMAX, "s"),
     "global linear": Style("Global linear", _LLA, "o", "--", False),
@@ -83,20 +83,20 @@ STYLES = {
     "oracle": Style("Oracle (segments known)", "#000000", "_", "--"),
 }
 
-# Mechanisms that were published with short convolutions, and with normalised queries and keys.
+# Mechanisms published with short convolutions, and with normalised queries and keys.
 CONVOLUTIONAL = ("mesanet", "deltanet", "gated_deltanet", "mamba", "mamba2", "hyena")
 NORMALISED = ("lla", "parallax")
 
 
 def style(name: str, short_conv: int | None = None, qk_norm: bool | None = None) -> Style:
-    """The style of a series; one that is not in `STYLES` is grey and called by its `name`.
+    """The style of a series; a series that is not in `STYLES` is grey and keeps its `name`.
 
-    A mechanism with an option that it was published without, or without one that it was published
-    with, is said to be so, and has an open marker and another line.
+    If an option differs from the published mechanism, the name says so, the marker is open, and the
+    line is another one.
 
     Args:
       name: in configs and result files.
-      short_conv, qk_norm: its options, where they are known.
+      short_conv, qk_norm: options of the mechanism, None if unknown.
     """
     found = STYLES.get(name, Style(name, "#555555", "8", "-."))
     if short_conv is not None and bool(short_conv) != (name in CONVOLUTIONAL):
@@ -107,17 +107,17 @@ def style(name: str, short_conv: int | None = None, qk_norm: bool | None = None)
 
 
 def _other(found, what, line):
-    line = line if found.filled else "-."  # of two others
+    line = line if found.filled else "-."  # two options differ
     return dataclasses.replace(found, name=f"{found.name}, {what}", line=line, filled=False)
 
 
 def rank(name: str) -> int:
-    """The place of a series in legends and tables; those that are not in `STYLES` come last."""
+    """The place of a series in legends and tables; series that are not in `STYLES` come last."""
     return list(STYLES).index(name) if name in STYLES else len(STYLES)
 
 
 def rank_of_name(name: str) -> int:
-    """The place of a series that is printed as `name`, with or without remarks behind commas."""
+    """The place of a series by its printed name, with or without additions after a comma."""
     printed = [style.name for style in STYLES.values()]
     while name not in printed and ", " in name:
         name = name.rpartition(", ")[0]
@@ -125,5 +125,5 @@ def rank_of_name(name: str) -> int:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """`names` in the order of legends and tables, each once."""
+    """`names` without duplicates, in the order of legends and tables."""
     return sorted(dict.fromkeys(names), key=rank)

@@ -10,12 +10,12 @@ from typing import Any
 def write_csv(
     file: str | os.PathLike, rows: Sequence[Mapping[str, Any]], digits: int = 5
 ) -> pathlib.Path:
-    """Writes `rows` with one line of column names above; returns the path.
+    """Writes `rows` below a line with the names of the columns; returns the path.
 
     Args:
       file: replaced if it exists.
-      rows: column -> value. There is a column for every key, in the order of first appearance; it
-        is empty in rows that lack the key.
+      rows: column -> value. There is a column for every key, in order of first appearance. Where a
+        row lacks a key, the cell is empty.
       digits: significant digits of floats.
     """
     file = pathlib.Path(file)
@@ -31,7 +31,7 @@ def write_csv(
 
 
 def markdown(head: Sequence[Any], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table without a newline at its end; cells are shown as `str` does.
+    """A Markdown table, without a newline at its end. Cells are converted by `str`.
 
     Args:
       head: names of the columns.

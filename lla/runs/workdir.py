@@ -1,7 +1,7 @@
-"""A directory that holds one experiment: its resolved config and its records.
+"""Work directories: the resolved config and the records of one experiment.
 
-`config.json` is written once and never changed; `metrics.jsonl` grows, one JSON object a line. A
-run that is started again with the same directory and config finds what is finished; one with
+`config.json` is written once and never changed. `metrics.jsonl` grows by one JSON object a line. A
+run that is started again with the same directory and config finds what is finished. A run with
 another config is refused before anything is written.
 """
 
@@ -17,9 +17,9 @@ class WorkdirError(ValueError):
 
 
 def directory(path: str | os.PathLike) -> pathlib.Path:
-    """`path` as a directory that exists or can be made; `~` is the home directory.
+    """`path` as a directory that exists or can be created, with `~` expanded.
 
-    Nothing is made here.
+    Creates nothing.
 
     Raises:
       WorkdirError: an empty path, a file, or a path below a file.
@@ -39,11 +39,11 @@ def directory(path: str | os.PathLike) -> pathlib.Path:
 
 
 def check_config(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
-    """Compares `config` with that of the work directory `path`; writes nothing.
+    """Compares `config` with the config of the work directory `path`; writes nothing.
 
     Raises:
-      WorkdirError: the directory holds results of a different config, whose differences are
-        listed, or its config cannot be read.
+      WorkdirError: the directory has results of another config (the message lists the
+        differences), or its config cannot be read.
     """
     path = pathlib.Path(path)
     file, metrics = path / "config.json", path / "metrics.jsonl"
@@ -54,15 +54,14 @@ def check_config(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
 
 
 class Workdir:
-    """Opens or creates the directory `path` for the experiment described by `config`.
+    """Opens or creates the directory `path` for an experiment with this config.
 
     Args:
       path: created if it does not exist; see `directory`.
-      config: the resolved config; anything JSON can hold.
+      config: the resolved config; anything that JSON can represent.
 
     Raises:
-      WorkdirError: the directory holds results of a different config; it lists the differences
-        and leaves everything as it was. Or `path` cannot be a directory.
+      WorkdirError: as for `check_config`, or `path` cannot be a directory. Nothing was changed.
     """
 
     def __init__(self, path: str | os.PathLike, config: Mapping[str, Any]):
@@ -76,11 +75,11 @@ class Workdir:
 
     @property
     def metrics(self) -> pathlib.Path:
-        """The file of records."""
+        """The file with the records."""
         return self.path / "metrics.jsonl"
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record and makes sure that it is on disk. NaN is refused (ValueError)."""
+        """Appends one record and flushes it to disk. Raises ValueError for NaN."""
         line = json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -92,9 +91,9 @@ class Workdir:
         return read_records(self.path)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drops the records that are not `wanted`: a resumed run will compute them again.
+        """Drops the records that are not `wanted`. A resumed run computes them again.
 
-        Lines that stay are not rewritten, and the file is replaced as a whole.
+        Lines that stay keep their bytes, and the file is replaced in one step.
         """
         if not self.metrics.exists():
             return
@@ -104,7 +103,7 @@ class Workdir:
             write_whole(self.metrics, b"".join(kept).decode("utf-8"))
 
     def _drop_torn_line(self) -> None:
-        # A run that was killed while it wrote leaves half a line: that piece is not finished.
+        # A run that was killed while writing leaves half a line, which is not a record.
         if not self.metrics.exists():
             return
         text = self.metrics.read_bytes()
@@ -113,9 +112,9 @@ class Workdir:
 
 
 def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Records of the work directory `path`, oldest first; [] if there are none.
+    """The records of the work directory `path`, oldest first; [] if there are none.
 
-    A line that is being written, without its end, is not read.
+    A last line without its end, which is being written, is not read.
 
     Raises:
       WorkdirError: a line is not a JSON object.
@@ -145,11 +144,11 @@ def read_json(file: pathlib.Path, remedy: str) -> dict[str, Any]:
     """The JSON object in `file`.
 
     Args:
-      file: which exists.
-      remedy: a sentence that says what to do if it is damaged.
+      file: an existing file.
+      remedy: a sentence on what to do if the file is damaged; the error message ends with it.
 
     Raises:
-      WorkdirError: the file is damaged; ends with `remedy`.
+      WorkdirError: the file is damaged.
     """
     return _parsed(file.read_bytes(), str(file), remedy)
 
@@ -193,8 +192,8 @@ def _flat(entry, prefix=""):
 
 
 def write_whole(file: pathlib.Path, text: str) -> None:
-    """Writes `file` so that at any instant it holds all of the old or all of the new text."""
-    # Processes that share a directory must not write into each other's temporary files.
+    """Replaces `file` in one step: a reader sees either the old text or the new one."""
+    # Each process has a temporary file of its own.
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)

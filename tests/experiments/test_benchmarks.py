@@ -3,7 +3,6 @@
 import json
 import math
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -281,13 +280,6 @@ def test_pages_have_the_tables_of_the_results():
         assert report.render(text, found) == text, benchmark
         for name in found:
             assert f"figures/{name}.png" not in text or (report.FIGURES / f"{name}.png").is_file()
-
-
-def test_links_of_the_pages_lead_to_files():
-    for page in (FOLDER / "README.md", *FOLDER.glob("pages/*.md"), *FOLDER.glob("archive/*.md")):
-        text = page.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https://)([^)#]+)", text):
-            assert (page.parent / target).exists(), (page, target)
 
 
 def test_every_benchmark_runs_by_path_and_as_a_module(tmp_path):
