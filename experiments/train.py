@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=configs/mqar.py --workdir=runs/mqar
 
-The same command goes on where a killed run was. Any field of the config can be overridden:
+The same command resumes a run that was killed. Any field of the config can be overridden:
 `--config.model.mixer.name=gla --config.mixers.gla.expand_k=1.0`.
 """
 
@@ -60,7 +60,7 @@ def main(argv):
 
 
 def _shown(value):
-    """A metric of a result file, where None stands for what is not finite."""
+    """A metric of a result; None stands for a value that is not finite."""
     return "not finite" if value is None else f"{value:.6g}"
 
 

@@ -70,13 +70,13 @@ class Case(NamedTuple):
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values that one step reads at least."""
+        """Bytes of the keys and values, which one step has to read."""
         numbers = 2 * self.batch * self.n * self.kv_heads * self.head_dim
         return numbers * jnp.dtype(self.dtype).itemsize
 
 
 def attend(case: Case, query, probe, key, value, cache):
-    """One step: the output ``[batch, 1, heads, head_dim]`` and the cache with one token more."""
+    """One step: the output ``[batch, 1, heads, head_dim]``, and the cache with one more token."""
     if case.implementation == "softmax":
         return lla.softmax_decode_step(query, key, value, cache)
     if case.implementation == "parallax":
@@ -105,7 +105,7 @@ def exact(case: Case, query, probe, cache):
 
 
 def make_loop(case: Case, steps: int):
-    """``loop(cache, tokens) -> (cache, last query, last output)``, the cache one length again."""
+    """``loop(cache, tokens) -> (cache, last query, last output)``; the cache is full at the end."""
 
     def loop(cache, tokens):
         cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, case.n - steps))
@@ -234,7 +234,7 @@ def run_header(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_cases(options: argparse.Namespace) -> list[list[Case]]:
-    """Cells with equal sizes, which are timed in turns, are together."""
+    """All cases; those of equal sizes, which are timed in turns, are in one list."""
     return [
         [
             Case(name, options.dtype, batch, options.kv_heads, group, head_dim, n)
@@ -260,7 +260,7 @@ def run_group(cases: Sequence[Case], compiled: Mapping[Case, Any], options) -> l
         try:
             run = Run(found.call, *make_inputs(case, options.steps, options.seed))
             records[case] = record | check(case, run)
-        except Exception as error:  # one that does not run must not stop the others
+        except Exception as error:  # one failure must not stop the others
             records[case] = record | {"status": "unavailable", "reason": error_line(error)}
             continue
         if records[case]["status"] == "timed":
@@ -306,7 +306,7 @@ def markdown(document: Mapping) -> str:
 
 
 def copy_speed(records: Sequence[Mapping]) -> float | None:
-    """Bytes read and written in a second by a copy, where it was measured."""
+    """Bytes that a copy reads and writes in a second; None if it was not measured."""
     found = [record["bytes_per_s"] for record in records if record["pass"] == "copy"]
     return max(found) if found else None
 
@@ -379,7 +379,7 @@ def panels(records: Sequence[Mapping]) -> list[list[tuple[int, int]]]:
 
 
 def draw(records: Sequence[Mapping]):
-    """Time of a step against the length of the cache: a figure with the panels of `panels`."""
+    """The figure: time of a step against the length of the cache."""
     steps, rows = _drawn(records), panels(records)
     columns = max(map(len, rows), default=1)
     figure, axes = figures.new(max(1, len(rows)), columns, height=0.8 + 1.9 * max(1, len(rows)))

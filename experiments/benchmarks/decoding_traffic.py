@@ -38,7 +38,7 @@ _BEFORE = 0.4  # seconds of calls before the first reading, see `busy_seconds`
 
 
 class MemoryCounter:
-    """The counter of one device.
+    """The counter of a device.
 
     Raises:
       RuntimeError: if there is none, or its package is not installed.
@@ -143,7 +143,7 @@ def run_header(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def count(options, counter, cases, results: Results) -> None:
-    """Compiles and counts `cases`, and adds their records."""
+    """Compiles the cases, counts their bytes and adds their records."""
     speed = bytes_per_second(counter, options.copied, options.seconds)
     log(f"a busy second moves {speed / 1e12:.3f} TB")
     compiled = compile_all(
@@ -203,7 +203,7 @@ def markdown(document: Mapping) -> str:
 
 
 def draw(records: Sequence[Mapping]):
-    """Bytes moved over those of the cache: a figure with a panel for each head dimension."""
+    """The figure: bytes moved divided by bytes of the cache, for each head dimension."""
     counted = [r for r in records if "moved_bytes" in r and r["group"] == 1]
     batch = max((r["batch"] for r in counted), default=0)
     head_dims = sorted({r["head_dim"] for r in counted})

@@ -198,7 +198,7 @@ def finish(options, records: Mapping[Case, dict], calls: Mapping, results) -> No
 
 
 def flops(program: Program) -> float | None:
-    """Floating-point operations where they do not depend on a number of iterations."""
+    """Floating-point operations; None if they depend on the number of iterations."""
     if program.member == "matmul":
         return 2.0 * program.n**3
     if program.member != "softmax":

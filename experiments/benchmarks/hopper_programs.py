@@ -188,7 +188,7 @@ def input_shapes(program: Program) -> dict[str, tuple[int, ...]]:
 
 
 def make_inputs(program: Program, kind: str, seed: int) -> dict[str, np.ndarray]:
-    """float32 arrays, which for the same sizes and kind are the same for every member and pass."""
+    """float32 arrays; they depend on sizes and kind, not on the member or the pass."""
     sizes = (program.batch, program.heads, program.kv_heads, program.n, program.head_dim)
     rng = np.random.default_rng([seed, *sizes])
     full = input_shapes(program._replace(member="parallax", which="forward_backward"))

@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/hopper_solvers.py [--limit SECONDS] [--output FILE]
 
-Conjugate gradients against the direct solver, which exists up to 32 dimensions: error against the
-exact result in float64, iterations and time, for all kinds of inputs and ridges. Only what is right
-is timed. ``Solver(method="auto")`` takes its thresholds from the committed results.
+Conjugate gradients against the direct solver, which exists for up to 32 dimensions: error against
+the exact result in float64, iterations and time, for all kinds of inputs and ridges. What is wrong
+is not timed. ``Solver(method="auto")`` takes its thresholds from the committed results.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def program(options, which: str, head_dim: int, ridge: float, *, small: bool) -> Program:
-    """What is compiled for one pass, either to be compared or to be timed."""
+    """The program of a pass: a small one to be compared with exact results, or one to be timed."""
     sizes = (options.batch, options.heads, options.heads, options.length)
     if small:
         sizes = (1, 2, 1, options.accuracy_length)
@@ -94,7 +94,7 @@ def program(options, which: str, head_dim: int, ridge: float, *, small: bool) ->
 
 
 def compile_methods(options, head_dim: int, deadline: float) -> dict:
-    """By method, program; both methods at the same time, so that neither takes it all."""
+    """Compiled programs by method and program. The methods compile at the same time."""
 
     def compile_method(method):
         wanted = []
@@ -114,7 +114,7 @@ def compile_methods(options, head_dim: int, deadline: float) -> dict:
 
 
 def compare(options, compiled: Mapping, head_dim: int, ridge: float, kind: str) -> dict:
-    """Method to the fields that say how right it is."""
+    """Method -> errors, bounds and status."""
     small = program(options, BOTH, head_dim, ridge, small=True)
     accuracy = Case("accuracy", kind, small)
     arrays = make_inputs(small, kind, options.seed)
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def crossing(
     records, head_dim: int, which: str = "forward_backward", kind: str | None = None
 ) -> dict[str, Any]:
-    """`break_even` of the kernels' solvers, and the "ridges" that it rests on.
+    """`break_even` of the kernels' solvers, and the "ridges" that it is based on.
 
     Without a `kind` of inputs the geometric means over all kinds are compared, at the ridges at
     which both solvers were timed on every kind.

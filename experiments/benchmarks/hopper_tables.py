@@ -22,7 +22,7 @@ _MEMBERS = ("softmax", "parallax", "lla")
 
 
 def _rows(records) -> list[tuple]:
-    """Keys of the table rows: implementation, member, ridge, how it is given, inputs."""
+    """The rows of a table: implementation, member, ridge, kind of ridge, inputs."""
     fields = ("implementation", "member", "ridge", "ridge_kind", "inputs")
     keys = {tuple(record[name] for name in fields) for record in records}
     order = ("normal", "anisotropic", "clustered", "offset", "sharp")
@@ -36,7 +36,7 @@ def _rows(records) -> list[tuple]:
 
 
 def _cells(records, key: tuple) -> dict[str, dict]:
-    """Records of one row by pass."""
+    """The records of a row, by pass."""
     fields = ("implementation", "member", "ridge", "ridge_kind", "inputs")
     return {r["pass"]: r for r in records if tuple(r[name] for name in fields) == key}
 
@@ -144,7 +144,7 @@ def _growth(records, speed) -> str:
 
 
 def draw(records):
-    """Time against length, and against the ridge relative to cuDNN's softmax attention."""
+    """The figure: time against length, and time relative to cuDNN's softmax against the ridge."""
     figure, axes = figures.new(1, 2, height=2.9)
     growth = [r for r in records if r["group"] == "growth" and r["heads"] > 1]
     look = styles.style("lla")
@@ -153,7 +153,7 @@ def draw(records):
         for r in records
         if r["group"] == "speed" and r["member"] == "lla" and r["ridge_kind"] == "static"
     }
-    # Passes by the marker's filling, head dimensions by its form.
+    # The fill of a marker tells the pass, its shape the head dimension.
     forms = dict(zip(sorted(dims | {r["head_dim"] for r in growth}), "o^Ds", strict=False))
     for axis in axes[0]:
         axis.set_yscale("log")

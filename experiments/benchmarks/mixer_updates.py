@@ -6,8 +6,8 @@ For one mechanism after another: the layer in float32 and in 16 bits, outputs an
 its recurrent form in float32 on fresh inputs; then the time of the layer, of an update of a model
 of 29 million parameters, and of an update of eight small models at once, as the grid of multi-query
 associative recall trains them. Everything is compiled ahead, in threads. The file is rewritten
-after every job, and a job that fails or takes too long does not stop the others. With
-``--profile`` the kernels of the layer and of the updates are listed with their times.
+after every job, and a job that fails or takes too long does not stop the others. ``--profile``
+lists the kernels of the layer and of the updates with their times.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ MEASURED = ("forward", "forward_backward", "update", "runs")
 # Forms of the layer that are compared: dtype, and whether it is the reference.
 TRUTH = ("float32", True)
 FORMS = (TRUTH, ("float32", False), ("bfloat16", True), ("bfloat16", False))
-# Largest relative errors of the output and of gradients. Behind 16-bit projections, which both
-# forms share; the column of the recurrent form in 16 bits tells what of the error is theirs.
+# Largest relative errors of the output and of gradients. In 16 bits they include the error of the
+# projections, which the recurrent form in 16 bits shows alone.
 BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (3e-2, 6e-2)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is compiled: a layer, a training program, or a form of the layer to compare."""
+    """A program to compile: a pass of a layer, a training program, or a form to compare."""
 
     mixer: str
     which: str  # one of MEASURED, or "check"
@@ -120,7 +120,7 @@ def config(options: argparse.Namespace, job: Job) -> tuple[dict, training.Runs |
 
 
 class Update:
-    """``call(steps)`` trains; the state stays on the device."""
+    """A training program; a call runs some steps, and the state stays on the device."""
 
     def __init__(self, options: argparse.Namespace, job: Job):
         settings, runs = config(options, job)
@@ -150,7 +150,7 @@ def compile_job(options: argparse.Namespace, job: Job) -> tuple[Any, Any, float]
         sizes = (2 if check else options.batch, options.width, options.heads)
         n = options.checked if check else options.length
         function, arguments = layer(job, sizes, n)
-        # Projections in float32 are exact where forms are compared, in TF32 nowhere.
+        # In float32, projections are exact, not in TF32.
         exact = "highest" if job.form[0] == "float32" else None
         with jax.default_matmul_precision(exact):
             call = compiled = function.lower(*arguments).compile()
@@ -174,7 +174,7 @@ def errors(results: dict, truth: dict) -> dict[str, float]:
 
 
 def worst_leaf(results: dict, truth: dict) -> tuple[str, float]:
-    """The parameter whose gradient is furthest off, relative to its own size."""
+    """The parameter whose gradient has the largest relative error, and that error."""
     found = ("", 0.0)
     got = jax.tree.leaves(results["parameters"])
     for (path, want), leaf in zip(
@@ -188,10 +188,10 @@ def worst_leaf(results: dict, truth: dict) -> tuple[str, float]:
 
 
 def check(options: argparse.Namespace, name: str, wait) -> dict[str, Any]:
-    """Errors of the forms of one layer; inputs are drawn anew in every run."""
+    """Errors of the forms of a layer, on inputs that are new in every run."""
     rng = np.random.default_rng(options.check_seed)
     shape = (2, options.checked, options.width)
-    # Both dtypes start from the same numbers, which 16 bits hold.
+    # The same numbers for both dtypes: 16 bits can represent them.
     x, cotangent = (
         np.asarray(jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16), np.float32)
         for _ in range(2)
@@ -217,7 +217,7 @@ def judge(found: dict[str, Any]) -> str | None:
         for name, error in found[dtype].items():
             if name == "worst":
                 continue
-            # Where the recurrent form has the same error, the projections make it.
+            # An error that the recurrent form has, too, is that of the projections.
             shared = 1.5 * found["bfloat16_recurrent"][name] if dtype == "bfloat16" else 0.0
             if not error <= max(shared, out if name == "output" else gradients):
                 return f"{dtype}: error {error:.1e} of {name}"
@@ -225,14 +225,14 @@ def judge(found: dict[str, Any]) -> str | None:
 
 
 def count_kernels(compiled) -> dict[str, int]:
-    """Instructions of the compiled program that are kernels, of every computation once."""
+    """How many instructions of the compiled program are kernels, by kind."""
     text = compiled.as_text()
     names = re.findall(r"^\s*(?:ROOT )?%\S+ = \S+.*? (fusion|custom-call|while)\(", text, re.M)
     return dict(collections.Counter(names))
 
 
 def profile(call, times: int) -> list[tuple[str, float, float]]:
-    """(kernel, launches, microseconds) of one call, longest first."""
+    """(kernel, launches, microseconds) of one call, the longest first."""
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder, create_perfetto_trace=True)
         out = None
@@ -261,7 +261,7 @@ def profile(call, times: int) -> list[tuple[str, float, float]]:
 
 
 def measure_job(options, job: Job, wait, deadline: float) -> dict[str, Any]:
-    """Times of one job; raises what goes wrong."""
+    """Times one job; raises any exception in it."""
     call, compiled, seconds = wait(job)
     update = job.which in ("update", "runs")
     steps = {"update": 4, "runs": 20}.get(job.which, 1)
@@ -299,7 +299,7 @@ def measure_job(options, job: Job, wait, deadline: float) -> dict[str, Any]:
     if options.profile and jax.default_backend() != "cpu":
         try:
             kernels = profile(short, 2)
-        except Exception as error:  # a profile is an extra
+        except Exception as error:  # the times matter more than the profile
             log(f"no profile: {type(error).__name__} {error_line(error)}")
             kernels = []
         record["kernel_us"] = round(sum(row[2] for row in kernels), 1)
@@ -364,10 +364,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {name: value for name, value in vars(options).items() if name not in unsaid}
     header = make_header("mixer_updates", settings, options.commit)
     results = Results(output, header, KEY_FIELDS)
-    results.records = []  # every run measures all that it is asked for
+    results.records = []  # a run measures everything again
     log(f"{jax.devices()[0].device_kind}, results in {output}")
 
-    # Kernels that no GPU has run yet are measured here, too.
+    # Also measures kernels that are off by default because no GPU has run them yet.
     contextlib.ExitStack().enter_context(hopper_kernels.unmeasured_kernels())
     executor = concurrent.futures.ThreadPoolExecutor(options.workers)
     chosen = mixer_operators.operators(1, 4, 4) if options.operators is None else options.operators
@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for form, numbers in found.items():
             log(f"    {form:14s} {numbers}")
 
-    # Compilers that try kernels would disturb what is measured, and show in profiles.
+    # Autotuning during compilation would disturb the times and show up in profiles.
     concurrent.futures.wait(futures.values(), 0.7 * options.limit - (time.monotonic() - begin))
     failures = 0
     softmax: dict[str, float] = {}
@@ -507,4 +507,4 @@ if __name__ == "__main__":
     exit_after(parse(None).limit)
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # compilations that nobody waits for must not hold the process
+    os._exit(code)  # without waiting for compilations that are not needed any more

@@ -57,17 +57,17 @@ from lla.runs import tables
 
 KEY_FIELDS = ("implementation", "dtype", "pass", "batch", "n", "width", "heads")
 REFERENCE = "reference"
-CHECKED = 256  # tokens compared with the reference, some of which take memory of n^2 d
+CHECKED = 256  # tokens compared with the reference form, which may need memory of n^2 d
 # Largest relative errors of the output and of gradients. Both forms run in the same dtype and
-# differ in the order of sums and in what they round: up to about 1e-5 in float32 and 1e-2 in 16
-# bits. On a GPU float32 projections are in TF32, which now and then rounds almost equal numbers to
-# different ones, 1e-3 apart. What is wrong in a decay, a mask or the state between two chunks is
-# far above the bounds.
+# differ in the order of sums and in rounding: by about 1e-5 in float32 and 1e-2 in 16 bits. On a
+# GPU float32 projections are in TF32, which sometimes rounds almost equal numbers to different
+# ones, 1e-3 apart. A mistake in a decay, a mask or the state between chunks is far above the
+# bounds.
 BOUNDS = {"float32": (1e-3, 1e-2), "bfloat16": (5e-2, 1e-1)}
 
 
 class Program(NamedTuple):
-    """What is compiled: a pass of a mixer, or output and gradients of its reference form."""
+    """A pass of a mixer, or its reference form with gradients, to be compiled."""
 
     mixer: str
     dtype: str
@@ -112,7 +112,7 @@ def parameters(program: Program) -> nnx.State:
 
 
 def abstract(program: Program) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
-    """Graph, shapes of the parameters, and the input ``[batch, n, width]``, without computing."""
+    """The graph, and the shapes of the parameters and of the input ``[batch, n, width]``."""
     options = reference_options(program.mixer) if program.which == REFERENCE else {}
     mixer = nnx.eval_shape(functools.partial(build, program, **options))
     shape = (program.batch, program.n, program.width)
@@ -160,7 +160,7 @@ def compile_program(program: Program) -> Compiled:
 
 
 def collect(results: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
-    """float64: the first `n` tokens of the first sequence, and all gradients of parameters."""
+    """The first `n` tokens of the first sequence and all gradients of parameters, in float64."""
     out = {}
     for name, tree in results.items():
         arrays = [np.asarray(leaf).astype(np.float64) for leaf in jax.tree.leaves(tree)]
@@ -170,10 +170,10 @@ def collect(results: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
 
 
 def check(programs: Mapping[str, Program], compiled: Mapping, x, cotangent) -> dict[str, tuple]:
-    """For every pass of one mixer its record, and the call to time or None.
+    """For each pass of a mixer its record, and the call to be timed, or None.
 
-    As mixers are causal, the reference of some first tokens checks the programs that are timed:
-    their output there, and their gradients under a cotangent that is zero elsewhere.
+    Mixers are causal. So the reference form on the first tokens checks the programs that are timed:
+    their output there, and their gradients for a cotangent that is zero elsewhere.
     """
     reference, program = programs[REFERENCE], programs["forward"]
     n, outcome = reference.n, {}

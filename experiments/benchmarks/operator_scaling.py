@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_length(options, results: Results, head_dim: int, length: int) -> None:
-    """Both passes of all implementations at one length."""
+    """Measures both passes of all implementations at one length."""
     cells = {}
     for which in truth.PASSES:
         for name in options.implementations:
@@ -180,7 +180,7 @@ def _growth(records, names: Sequence[str], head_dim: int) -> str:
 
 
 def draw(records):
-    """Time and memory against length."""
+    """The figure: time and memory against length."""
     head_dims = sorted({record["head_dim"] for record in records})
     panels = [(which, field) for field in ("time_median_s", "temp_bytes") for which in PASSES]
     figure, axes = figures.new(

@@ -1,4 +1,4 @@
-"""The implementations that `peers.py` compares: how each is called, and in which layout."""
+"""Adapters of the implementations that `peers.py` compares: how to call them, in which layout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
 
 
 def pick(array: np.ndarray, heads: Sequence[tuple[int, int]]) -> np.ndarray:
-    """float64 ``[len(heads), T, H]`` of ``[B, T, N, H]``; numbers without axes stay as they are."""
+    """float64 ``[len(heads), T, H]`` of ``[B, T, N, H]``; scalars are unchanged."""
     if array.ndim < 4:
         return array.astype(np.float64)
     return np.stack([array[b, :, n].astype(np.float64) for b, n in heads])
@@ -56,7 +56,7 @@ class Adapter:
         raise NotImplementedError
 
     def prepare(self, sizes: Sizes, ridge: float | None, arrays: Mapping[str, jax.Array]) -> Any:
-        """Inputs as the implementation wants them, from arrays ``[B, T, N, H]``; not timed."""
+        """Converts arrays ``[B, T, N, H]`` to inputs of the implementation; not timed."""
         raise NotImplementedError
 
     def forward(self, given: Any) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Adapter:
         raise NotImplementedError
 
     def wait(self, results: Mapping[str, Any]) -> None:
-        """Returns when `results` are computed."""
+        """Waits until `results` are computed."""
         raise NotImplementedError
 
     def collect(self, results, sizes: Sizes, heads: Sequence[tuple[int, int]]) -> dict:
@@ -81,7 +81,7 @@ class Adapter:
         return self.bounds
 
     def memory(self, sizes: Sizes, ridge: float | None, which: str) -> dict[str, int]:
-        """Memory of one pass as fields of a record, where it is known."""
+        """The memory of a pass as fields of a record, if it is known."""
         del sizes, ridge, which
         return {}
 
@@ -141,7 +141,7 @@ class JaxAdapter(Adapter):
 
 
 class TorchAdapter(Adapter):
-    """What PyTorch can call; a subclass says by which function and in which layout."""
+    """An implementation in PyTorch; a subclass has its function and layout."""
 
     modules: tuple[str, ...] = ()
     device = "cuda"
@@ -175,7 +175,7 @@ class TorchAdapter(Adapter):
 
         given = {"case": sizes, "ridge": ridge}
         for name, array in arrays.items():
-            # The same bits, whatever either framework knows about 16-bit numbers.
+            # As bits, because NumPy has no bfloat16 that both frameworks know.
             bits = torch.from_numpy(np.array(array).view(np.int16))
             tensor = bits.view(getattr(torch, sizes.dtype)).to(self.device)
             given[name] = self.to_layout(tensor).contiguous()
@@ -324,7 +324,7 @@ class FlashLLA(TorchAdapter):
 
 
 def make_adapters(options: argparse.Namespace, compiled: Mapping) -> list[Adapter]:
-    """Those that can be relied on first: an error of the device itself ends everything after it."""
+    """All adapters, the most reliable first: after an error of the device nothing else runs."""
     adapters = [JaxAdapter(options.implementation, m, compiled) for m in MEMBERS[:3]]
     adapters += [
         JaxAdapter("cudnn", "softmax", compiled),

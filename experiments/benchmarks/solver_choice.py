@@ -34,7 +34,7 @@ from lla.runs import tables
 
 SOLVERS = {"xla_cg": "cg", "xla_direct": "direct"}
 TITLES = {**SOLVERS, "mosaic_gpu": "kernel (cg)"}
-KERNEL = "mosaic_gpu"  # conjugate gradients, too; measured where it can serve
+KERNEL = "mosaic_gpu"  # by conjugate gradients; measured if it can serve
 KEY_FIELDS = ("implementation", "pass", "head_dim", "dtype", "ridge")
 
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_solvers(options, results: Results, inputs) -> None:
-    """Both solvers and passes for every ridge, which is an argument of the compiled calls."""
+    """Measures both solvers and passes; the ridge is an argument of the compiled calls."""
     names = [*SOLVERS, KERNEL] if _kernel_serves(inputs) else list(SOLVERS)
     todo = {ridge: _cells(results, inputs, names, ridge) for ridge in options.ridges}
     if not any(todo.values()):
@@ -135,7 +135,7 @@ def _count(query, key, value, ridge, name: str) -> jax.Array:
 
 
 def run_softmax(options, results: Results, inputs) -> None:
-    """Softmax attention on the same tensors, the floor; on a GPU also by cuDNN in 16 bits."""
+    """Measures softmax attention on the same tensors; on a GPU in 16 bits also cuDNN's."""
     names = ["xla_softmax", "jax_softmax"]
     if jax.default_backend() == "gpu" and inputs["query"].dtype == jnp.bfloat16:
         names.append("jax_softmax_cudnn")
@@ -166,7 +166,7 @@ def run_softmax(options, results: Results, inputs) -> None:
 
 
 def _cells(results, inputs, names, ridge: float | None) -> dict[tuple[str, str], dict]:
-    """Unfinished cells by pass and implementation."""
+    """The fields of the missing records, by pass and implementation."""
     cells = {}
     for which in truth.PASSES:
         for name in names:
@@ -270,7 +270,7 @@ def _break_even_table(records) -> str:
 
 
 def times_by_ridge(records, name: str, which: str, head_dim: int, dtype: str) -> dict[float, float]:
-    """Median seconds by ridge; a refused cell counts as infinitely slow."""
+    """Median seconds by ridge; infinite where the record was refused."""
     wanted = (name, which, head_dim, dtype)
     return {
         record["ridge"]: record.get("time_median_s", math.inf)

@@ -1,4 +1,4 @@
-"""What the TPU kernels cost, read from programs that are compiled here and never run.
+"""The cost of the TPU kernels, from programs that are compiled and never run.
 
     pip install "jax[tpu]"
     python experiments/benchmarks/tpu_costs.py --commit HASH   # compiled/tpu_costs.json
@@ -139,7 +139,7 @@ def kernels_of(jaxpr) -> Iterator[Any]:
 
 
 def pipelines_of(jaxpr, depth: int = 0) -> Iterator[tuple[int, int]]:
-    """Floating-point operations in products of one step of every loop that has any, and its depth.
+    """For each loop with products, the floating-point operations of a step, and the loop's depth.
 
     The pipelines over tiles are loops of depth 1, those inside of the solver's loop of depth 2.
     """
@@ -152,7 +152,7 @@ def pipelines_of(jaxpr, depth: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def _product_flops(jaxpr) -> int:
-    """Of the products in it that no inner loop repeats."""
+    """Operations of the products that no inner loop repeats."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -173,12 +173,12 @@ def _jaxprs(equation) -> Iterator[Any]:
 
 
 def visited_tiles(length: int, rows: int, keys: int) -> int:
-    """Tiles of a causal head that hold a visible pair."""
+    """The number of tiles of a causal head with a visible pair."""
     return sum(-(-min(length, first + rows) // keys) for first in range(0, length, rows))
 
 
 def count(member: str, head_dim: int, ridge, *, batch: int, heads: int, length: int) -> list[dict]:
-    """One record a pass: products of a pair of query and key, and what moves through HBM.
+    """A record for each pass: products per pair of query and key, and bytes through HBM.
 
     `products` are in units of the derivation: products with vectors of length `head_dim`. Parts and
     the padding of the head dimension to 128 make them more than there.
@@ -245,7 +245,7 @@ def iterations(head_dim: int, ridge: float) -> float:
 
 
 def seconds(records, chip: str, kernels, iterated: float) -> float:
-    """Estimate: every pass at the peak rate of products or of HBM, whichever takes longer."""
+    """An estimate: each pass at the peak rate of products or of HBM, whichever takes longer."""
     _, flops, bandwidth = CHIPS[chip]
     return sum(
         max(r["flops"] / flops, r["bytes"] / bandwidth) * (iterated if r["iterated"] else 1)
@@ -397,7 +397,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
     options = parser.parse_args(argv)
     if not options.tables:
-        # Read when libtpu starts, which would otherwise look for a machine of Google's cloud.
+        # libtpu reads these when it starts; without them it looks for a cloud machine.
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
         os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"

@@ -1,4 +1,4 @@
-"""Times launch configurations of the Hopper kernels; the table in the package is its outcome.
+"""Times launch configurations of the Hopper kernels.
 
     python experiments/benchmarks/tune_hopper.py [--limit SECONDS] [--output FILE]
 
@@ -84,7 +84,7 @@ def candidates(kernel: str, head_dim: int, base) -> list:
             {**THREE_WARPGROUPS, "block": block, "stages": count}
             for block, count in ((32, 6), (32, 8), (64, 4))
         ]
-    if kernel == "solve" and head_dim == 64:  # what warpgroups gain beside each other
+    if kernel == "solve" and head_dim == 64:  # shows the gain from several warpgroups
         choices.append({"warpgroups": 1, "registers": (240, 24), "stages": 6})
     more = [{}]
     if solve or kernel in ("softmax", "attend", "attend_precise"):
@@ -102,14 +102,14 @@ def candidates(kernel: str, head_dim: int, base) -> list:
 
 
 def table_config(kernel: str, head_dim: int):
-    """What the table has for a kernel."""
+    """The configuration that the table has for a kernel."""
     from lla.kernels.mosaic_gpu import configs
 
     return getattr(configs.choose(head_dim), _SHARED.get(kernel, kernel))
 
 
 def make_kernels(options, head_dim: int) -> dict:
-    """Kernel name to a function of its configuration and operands, and the operands."""
+    """Kernel -> a function of its configuration and operands, and the operands."""
     from lla.kernels.mosaic_gpu import attend, configs, gradients, inverse, launch, solve, tile
 
     b, t, n = options.batch, options.length, options.heads
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _, _, config, function, operands = job
         try:
             return jax.jit(lambda *a: function(config, *a)).lower(*operands).compile()
-        except Exception as error:  # more shared memory than there is, most of the time
+        except Exception as error:  # most often, too little shared memory
             return str(error).splitlines()[0][:120]
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_all(options, jobs, compiled, start: float) -> None:
-    """Times what has been compiled, writes the result and prints the fastest."""
+    """Times the compiled calls, writes the result and prints the fastest."""
     records, expected = [], {}
     for (head_dim, name, config, _, operands), call in zip(jobs, compiled, strict=True):
         record = {"head_dim": head_dim, "kernel": name, "config": dataclasses.asdict(config)}

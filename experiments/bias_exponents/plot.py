@@ -84,7 +84,7 @@ def _bias(axis, rows, quantity):
 
 
 def _slopes(axis, rows):
-    """Exponent between neighbouring bandwidths: by dimension, and with a ridge that stays."""
+    """Exponents between neighbouring bandwidths, by dimension and for other ridges."""
     chosen = summary.settings(rows, "integrals")
     first = chosen[0]
     dashes = {1: "-", 2: (0, (5, 2)), 3: (0, (1, 1.5))}

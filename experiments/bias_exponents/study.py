@@ -1,4 +1,4 @@
-"""What is computed: exact integrals, the operators of `lla` on a grid of keys, and on random keys.
+"""The trials: exact integrals, and the operators of `lla` on a grid of keys and on random keys.
 
 A trial is one target, dimension and ridge for the integrals, one radius for the grid of keys, one
 seed for the random keys. Its record holds every bandwidth.
@@ -152,7 +152,7 @@ def _record(kind, target, dim, ridge, radius, results):
 
 
 def within(bandwidths, low: float, high: float) -> np.ndarray:
-    """Which of the bandwidths lie in the closed range, rounding aside."""
+    """Which of the bandwidths lie in the closed range, up to rounding."""
     bandwidths = np.asarray(bandwidths)
     return (bandwidths >= low * (1 - 1e-9)) & (bandwidths <= high * (1 + 1e-9))
 

@@ -1,4 +1,4 @@
-"""What is measured: series, cases and their order, inputs, exact results."""
+"""Series, cases and their order, inputs, and exact results."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_units(
     lengths: Sequence[int],
     part: tuple[int, int] = (1, 1),
 ) -> list[list[Case]]:
-    """Cells that differ in their length alone are a unit; the most important units come first.
+    """Units, the most important ones first: the cases of a unit differ only in their length.
 
     Args:
       part: ``(i, parts)`` takes the i-th share, i = 1 .. parts. The last has the dense forms, all
@@ -131,7 +131,7 @@ def _kernel_softmax(query, key, value, ridge):
 
 
 def make_implementation(series: str, dtype: str, backend: str) -> tuple[str, truth.Implementation]:
-    """What runs as `series` on `backend`, and its name."""
+    """The implementation that runs as `series` on `backend`, and its name."""
     kernels = backend == "gpu" and dtype != "float32"
     own = {
         "dense_matrices": truth.Implementation("lla", _dense_matrices),
@@ -194,7 +194,7 @@ def make_inputs(case: Case, longest: int, ridge: float, seed: int) -> dict[str, 
 
 
 def checked_length(case: Case, member: str, longest: int) -> int:
-    """How many first tokens have an exact result; all of them where it is the case's length."""
+    """How many first tokens are compared with exact results."""
     return min(case.n, longest, MESANET_CHECKED if member == "mesanet" else longest)
 
 
@@ -238,7 +238,7 @@ def _mesanet_truth(inputs: Mapping[str, np.ndarray]) -> truth.Truth:
 
 
 def compile_check(case: Case, implementation: truth.Implementation, length: int):
-    """Compiled function of the results: those of the first head to compare, and if all are finite.
+    """Compiles a function of the results: those of the first head, and whether all are finite.
 
     Beyond `length`, that of the exact results, the first tokens of the output are compared, which
     no later token may change.

@@ -2,8 +2,8 @@
 
     python experiments/memory_and_time/main.py [--memory_only] [--out results.json]
 
-Cells that are in the result file are skipped, so that a run can be continued. Nothing wrong is
-timed; the exit status is 1 if something was refused.
+What is in the result file is skipped, so that the same command continues a run. What is wrong is
+not timed, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -65,23 +65,28 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     add("--ridge", type=float, default=1.0)
     add("--memory_only", action="store_true", help="compile, and run nothing")
-    add("--compile_all", action="store_true", help="also what surely does not fit")
+    add("--compile_all", action="store_true", help="compile what cannot fit, too")
     add("--memory_limit_gib", type=float, default=60.0, help="beyond it a call is not run")
-    add("--run_limit_gib", type=float, default=1e9, help="beyond it a call waits")
+    add("--run_limit_gib", type=float, default=1e9, help="beyond it a call is left for a later run")
     add("--call_limit", type=float, default=3.0, help="seconds; slower calls end their series")
-    add("--checked", type=int, default=2048, help="most tokens that are compared with exact ones")
+    add(
+        "--checked",
+        type=int,
+        default=2048,
+        help="tokens compared with exact results",
+    )
     add("--truths", help="folder that keeps exact results between runs")
     add("--truths_only", action="store_true", help="only fill that folder")
     add("--repeats", type=int, default=7)
     add("--seconds_per_cell", type=float, default=0.3, help="for the repeats")
-    add("--compile_seconds", type=float, default=10.0, help="then it runs what it has compiled")
+    add("--compile_seconds", type=float, default=10.0, help="then what has been compiled is run")
     add("--seed", type=int, default=0)
-    add("--budget_seconds", type=float, default=1e9, help="then it stops with what it has")
+    add("--budget_seconds", type=float, default=1e9, help="seconds; then it stops with what it has")
     add("--part", type=_part, default=(1, 1), help="i/n: this process does every n-th series")
-    add("--lock", help="file that processes which measure on one device have in common")
-    add("--commit", help="recorded where the repository's history is absent")
+    add("--lock", help="file shared by processes that take turns on one device")
+    add("--commit", help="recorded where there is no git history")
     add("--out", type=pathlib.Path, help="default: results/<device>.json")
-    add("--resume", action="store_true", help="keep finished cases, whatever code they measured")
+    add("--resume", action="store_true", help="keep earlier records, whatever code they measured")
     return out
 
 
@@ -103,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_header(options: argparse.Namespace) -> dict[str, Any]:
-    """The header of the result file; the command leaves out what says where and when it ran."""
+    """The header of the result file. Its command omits flags that do not affect results."""
     settings = {name: getattr(options, name) for name in _SETTINGS}
     header = make_header("memory_and_time", settings, options.commit)
     default, words = parser().parse_args([]), []
@@ -156,7 +161,7 @@ def compile_case(options, case: Case) -> CompiledCase:
         seconds = time.monotonic() - start
         if not options.memory_only and memory["temp_bytes"] <= limit_bytes(options):
             check = cases.compile_check(case, implementation, checked_length(options, case))
-    except Exception as error:  # one that does not compile must not stop the others
+    except Exception as error:  # one failure must not stop the others
         return CompiledCase(None, None, {}, time.monotonic() - start, error_line(error))
     return CompiledCase(call, check, memory, seconds)
 
@@ -167,7 +172,7 @@ def limit_bytes(options) -> float:
 
 
 def extrapolate(memory: Mapping[int, int], n: int) -> float | None:
-    """Bytes at `n` if memory goes on growing as between the two longest lengths below it."""
+    """Bytes at `n`, extrapolated from the two longest lengths below it; None for fewer."""
     known = sorted(length for length in memory if length < n and memory[length] > 0)[-2:]
     if len(known) < 2:
         return None
@@ -177,10 +182,10 @@ def extrapolate(memory: Mapping[int, int], n: int) -> float | None:
 
 
 def compile_some(options, unit: Sequence[Case], known: dict[int, int], end: float) -> dict:
-    """Compiled calls of the first cases, as many as are begun within some seconds and before `end`.
+    """Compiles the first cases: those whose turn comes within some seconds and before `end`.
 
-    What would need more than twice the memory limit, by extrapolation, is not compiled on a GPU:
-    the compiler would search for long for a way to fit it in.
+    On a GPU, a case that would need more than twice the memory limit by extrapolation is not
+    compiled: the compiler would spend a long time looking for a way to make it fit.
 
     Args:
       known: temporary bytes by length, of cases that are finished; extended in place.
@@ -208,7 +213,7 @@ def compile_some(options, unit: Sequence[Case], known: dict[int, int], end: floa
 
 
 def is_slow(record: Mapping, call_limit: float) -> bool:
-    """Whether the series of this record ends with it."""
+    """Whether longer calls of this series are too slow to be timed."""
     timed = record["status"] == "timed" and record["time_min_s"] > call_limit
     return timed or record.get("reason", "").startswith(TOO_SLOW)
 
@@ -237,7 +242,7 @@ def measure_case(options, case: Case, found: CompiledCase, slow: bool) -> dict[s
         return record | {"status": "memory only", "reason": NOT_RUN}
     try:
         return record | run(options, case, implementation, found)
-    except Exception as error:  # one that does not run must not stop the others
+    except Exception as error:  # one failure must not stop the others
         reason = error_line(error)
         if "RESOURCE_EXHAUSTED" in reason:
             reason = f"{OUT_OF_MEMORY} when run (predicted {gib:.4g} GiB)"
@@ -248,7 +253,7 @@ def measure_case(options, case: Case, found: CompiledCase, slow: bool) -> dict[s
 def run(
     options, case: Case, implementation: truth.Implementation, found: CompiledCase
 ) -> dict[str, Any]:
-    """Checks a call and times it if it is right; a call beyond the limit is timed once."""
+    """Checks a call and, if it is right, times it; a call beyond the limit is timed once."""
     exact = cases.exact_results(
         implementation.member, checked_length(options, case), case.head_dim, options.ridge,
         options.seed, options.truths,
@@ -280,17 +285,17 @@ def key(record: Mapping) -> tuple:
 
 
 def is_finished(options, record: Mapping) -> bool:
-    """Whether a case with this record is left alone."""
+    """Whether a case with this record is not measured again."""
     return options.memory_only or record.get("reason") != NOT_RUN
 
 
 def same_series(record: Mapping, case: Case) -> bool:
-    """Whether a record differs from a case in the length at most."""
+    """Whether a record differs from a case at most in the length."""
     return key({**record, "n": case.n}) == tuple(case)
 
 
 def run_unit(options, unit: Sequence[Case], path: pathlib.Path, header: dict, end: float) -> int:
-    """Compiles and measures cases of one series; returns how many are left when the time is up."""
+    """Compiles and measures the cases of a series; returns how many are left at the end."""
 
     def load():
         return Results(path, header, KEY_FIELDS, options.resume)
@@ -331,7 +336,7 @@ def run_unit(options, unit: Sequence[Case], path: pathlib.Path, header: dict, en
 
 
 def prepare(options, unit: Sequence[Case]) -> None:
-    """Computes exact results, on the CPU, and inputs, so that both are at hand later."""
+    """Computes exact results on the CPU, and inputs, both of which are cached."""
     member = cases.make_implementation(unit[0].series, unit[0].dtype, jax.default_backend())[
         1
     ].member

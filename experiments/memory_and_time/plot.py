@@ -88,7 +88,7 @@ def _lost(found):
 
 
 def _memory(axis, records, which, limit):
-    """Temporary memory as compiled; crosses where it was too much to run."""
+    """Temporary memory as compiled, with crosses where a call was not run."""
     axis.set_yscale("log")
     for name in summary.NAMES:
         found = summary.series(records, implementation=name, which=which)
@@ -102,7 +102,7 @@ def _memory(axis, records, which, limit):
 
 
 def _time(axis, records, which, limit):
-    """Median times, with bars down to the least; crosses above where it was not run."""
+    """Median times, with bars down to the fastest; crosses for calls that were not run."""
     del limit
     axis.set_yscale("log")
     place = 0.96

@@ -47,7 +47,7 @@ def memory(record: Mapping) -> float | None:
 
 
 def series(records: Sequence[Mapping], **fields) -> dict[int, Mapping]:
-    """Records by length, of those whose fields are the given ones; `which` is the pass."""
+    """The records with the given fields, by length; `which` is the pass."""
     if "which" in fields:
         fields["pass"] = fields.pop("which")
     chosen = [r for r in records if all(r[name] == value for name, value in fields.items())]

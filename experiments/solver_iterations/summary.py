@@ -1,4 +1,4 @@
-"""From records to a table: means and ranges over seeds. Reads the files of a work directory.
+"""Tables from the records alone: means and ranges over seeds.
 
 python experiments/solver_iterations/summary.py               # the committed results
 python experiments/solver_iterations/summary.py runs/solver_iterations
@@ -59,12 +59,12 @@ def _row(inputs, dim, dtype, ridge, solver, iterations, entries):
 
 
 def bound(dtype: str, ridge: float, rounding: float) -> float:
-    """The error that the top-level README allows an output: it says what is enough."""
+    """The error of an output that the top-level README allows, which defines "enough"."""
     return max(1e-5, 1e-5 / ridge) if dtype == "float32" else 2 * rounding
 
 
 def sufficient(rows: list[Row]) -> dict[tuple, int | None]:
-    """Least count tried whose error is within the bound in all seeds, for each point; else None."""
+    """For each point the smallest count that is enough for all seeds, or None."""
     points = _points(rows)
     found = {}
     for point, solvers in points.items():

@@ -105,7 +105,7 @@ def _scan(axis, rows, by, column, band=None):
 
 
 def _kinds(axis, rows, kinds, dim, segment_length):
-    """Estimators side by side, those of one law of the data together."""
+    """All estimators side by side, grouped by the law of the data."""
     titles = {
         "piecewise": "piecewise\nlinear",
         "iid_keys": "same keys in\nevery segment",

@@ -49,7 +49,7 @@ class Trial:
 
 
 def _expand(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, tuple, frozenset]]:
-    """(label, estimator, options, traced) of a config's estimators, each `grid` multiplied out.
+    """(label, estimator, options, traced) for every point of the grid of every estimator.
 
     Numbers that a grid varies are traced, so that one compilation serves the whole grid.
     """
@@ -294,6 +294,6 @@ def _oracle_errors(batch: Batch, task: Task) -> jax.Array:
 
 
 def _short(numbers):
-    """Floats with six significant digits: what a record needs, and no more bytes."""
+    """Floats rounded to six significant digits, to keep the records small."""
     rounded = [float(f"{x:.6g}") for x in np.atleast_1d(numbers)]
     return rounded if np.ndim(numbers) else rounded[0]

@@ -176,8 +176,7 @@ def _row(experiment, file, row):
         row |= {validation: row["final"], "final": value, "headline": experiment.metric}
     if row["headline"] != experiment.metric:
         raise ValueError(
-            f"{file} has the metric {row['headline']}, {experiment.name} shows "
-            f"{experiment.metric}."
+            f"{file} has the metric {row['headline']}, {experiment.name} shows {experiment.metric}."
         )
     return row
 
