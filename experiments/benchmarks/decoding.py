@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,13 +24,7 @@ from jax import lax
 import lla
 from lla.experiments.benchmarks.compilation import Compiled, compile_all, try_compile
 from lla.experiments.benchmarks.formatting import progress_line, provenance
-from lla.experiments.benchmarks.results import (
-    RESULTS,
-    Results,
-    add_options,
-    device_name,
-    make_header,
-)
+from lla.experiments.benchmarks.results import add_options, open_results
 from lla.experiments.benchmarks.timing import (
     device_lock,
     error_line,
@@ -42,6 +35,7 @@ from lla.experiments.benchmarks.timing import (
 from lla.runs import figures, styles, tables
 
 KEY_FIELDS = ("implementation", "dtype", "batch", "kv_heads", "group", "head_dim", "n")
+SETTINGS = ("dtype", "steps", "copied", "repeats", "budget", "seed")
 BOUND = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4}  # relative error of the last output
 CAPTION = "Time of a decoding step against the length of the cache"
 # Implementations in figures, which have styles of these names.
@@ -212,25 +206,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--groups", type=int, nargs="+", default=[1], help="query heads that share a key head")
     add("--steps", type=int, default=16, help="tokens that one call decodes")
     add("--copied", type=int, default=1 << 31, help="bytes of the array that is copied")
-    add_options(
-        parser,
-        repeats=9,
-        budget=0.5,
-        seed=0,
-        workers=min(16, os.cpu_count() or 1),
-        limit=1e9,
-        lock=None,
-        commit=None,
-        output=None,
-    )
+    add_options(parser, "seed workers limit lock commit output", repeats=9, budget=0.5)
     return parser.parse_args(argv)
-
-
-def run_header(options: argparse.Namespace) -> dict[str, Any]:
-    """The header of the result file."""
-    said = ("dtype", "steps", "copied", "repeats", "budget", "seed")
-    settings = {name: getattr(options, name) for name in said}
-    return make_header("decoding", settings, options.commit)
 
 
 def make_cases(options: argparse.Namespace) -> list[list[Case]]:
@@ -276,9 +253,7 @@ def run_group(cases: Sequence[Case], compiled: Mapping[Case, Any], options) -> l
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or RESULTS / f"decoding_{device_name()}.json"
-    results = Results(output, run_header(options), KEY_FIELDS)
-    log(f"{jax.devices()[0].device_kind}, results in {output}")
+    results = open_results("decoding", options, SETTINGS, KEY_FIELDS)
     groups = make_cases(options)
     cases = [c for group in groups for c in group if not results.has(c.fields())]
     compiled = compile_all(cases, lambda case: compile_case(case, options.steps), options.workers)

@@ -11,7 +11,6 @@ device. See pages/decoding_traffic.md.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +22,7 @@ import jax.numpy as jnp
 from lla.experiments.benchmarks import decoding
 from lla.experiments.benchmarks.compilation import compile_all
 from lla.experiments.benchmarks.formatting import provenance
-from lla.experiments.benchmarks.results import (
-    RESULTS,
-    Results,
-    add_options,
-    device_name,
-    make_header,
-)
+from lla.experiments.benchmarks.results import Results, add_options, open_results
 from lla.experiments.benchmarks.timing import log
 from lla.runs import figures, styles, tables
 
@@ -131,15 +124,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=16, help="tokens that one call decodes")
     add("--seconds", type=float, default=1.0, help="between two readings")
     add("--copied", type=int, default=1 << 31, help="bytes of the array that is copied")
-    add_options(parser, seed=0, workers=min(16, os.cpu_count() or 1), commit=None, output=None)
+    add_options(parser, "seed workers commit output")
     add("--index", type=int, default=0, help="of the device, as nvidia-smi counts")
     return parser.parse_args(argv)
-
-
-def run_header(options: argparse.Namespace) -> dict[str, Any]:
-    """The header of the result file."""
-    settings = {name: getattr(options, name) for name in ("steps", "seconds", "copied", "seed")}
-    return make_header("decoding_traffic", settings, options.commit)
 
 
 def count(options, counter, cases, results: Results) -> None:
@@ -165,8 +152,8 @@ def count(options, counter, cases, results: Results) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or RESULTS / f"decoding_traffic_{device_name()}.json"
-    results = Results(output, run_header(options), decoding.KEY_FIELDS)
+    settings = ("steps", "seconds", "copied", "seed")
+    results = open_results("decoding_traffic", options, settings, decoding.KEY_FIELDS)
     cases = [case for case in make_cases(options) if not results.has(case.fields())]
     try:
         counter = MemoryCounter(options.index)

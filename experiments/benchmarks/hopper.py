@@ -34,13 +34,7 @@ from lla.experiments.benchmarks.hopper_programs import (
     make_inputs,
     on_device,
 )
-from lla.experiments.benchmarks.results import (
-    RESULTS,
-    Results,
-    add_options,
-    device_name,
-    make_header,
-)
+from lla.experiments.benchmarks.results import add_options, open_results
 from lla.experiments.benchmarks.timing import (
     GRACE,
     START,
@@ -70,17 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tol", type=float, help="of the solve; the kernels' own choice if not given")
     add("--backward_tol", type=float, help="of the adjoint solve")
     add("--matmul_size", type=int, default=8192)
-    add_options(
-        parser,
-        repeats=7,
-        budget=1.0,
-        seed=0,
-        workers=8,
-        limit=1e9,
-        lock=None,
-        commit=None,
-        output=None,
-    )
+    add_options(parser, "seed limit lock commit output", repeats=7, budget=1.0, workers=8)
     add("--compile_share", type=float, default=0.7, help="part of the limit compiling may take")
     return parser.parse_args(argv)
 
@@ -295,19 +279,12 @@ def run_speed(options, cases: Sequence[Case], compiled: Mapping, results) -> Non
 # The run
 
 
-def run_header(options: argparse.Namespace) -> dict[str, Any]:
-    """The header of the result file."""
-    unsaid = ("members", "output", "commit", "limit", "compile_share", "workers", "lock")
-    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
-    packages = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "torch")
-    return make_header("hopper", settings, options.commit, packages)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or RESULTS / f"hopper_{device_name()}.json"
-    results = Results(output, run_header(options), KEY_FIELDS)
-    log(f"{jax.devices()[0].device_kind}, results in {output}")
+    unsaid = {"members", "output", "commit", "limit", "compile_share", "workers", "lock"}
+    settings = [name for name in vars(options) if name not in unsaid]
+    packages = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "torch")
+    results = open_results("hopper", options, settings, KEY_FIELDS, packages=packages)
     cases = [case for case in make_cases(options) if not results.has(case.fields())]
     needed = [case.program.truth() for case in cases if case.group == "accuracy"]
     needed += [case.program for case in cases]

@@ -41,13 +41,7 @@ from lla.experiments.benchmarks.hopper_programs import (
     make_inputs,
     on_device,
 )
-from lla.experiments.benchmarks.results import (
-    RESULTS,
-    Results,
-    add_options,
-    device_name,
-    make_header,
-)
+from lla.experiments.benchmarks.results import add_options, open_results
 from lla.experiments.benchmarks.timing import GRACE, device_lock, exit_after, log, time_interleaved
 from lla.runs import tables
 
@@ -69,17 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--heads", type=int, default=16)
     add("--length", type=int, default=4096, help="of what is timed")
     add("--accuracy_length", type=int, default=1024)
-    add_options(
-        parser,
-        repeats=5,
-        budget=0.5,
-        seed=0,
-        workers=8,
-        limit=1e9,
-        lock=None,
-        commit=None,
-        output=None,
-    )
+    add_options(parser, "seed limit lock commit output", repeats=5, budget=0.5, workers=8)
     return parser.parse_args(argv)
 
 
@@ -176,17 +160,11 @@ def run(options, compiled: Mapping, results, head_dim: int, ridge: float, kind: 
         log(f"{' '.join(where)}{progress_line(record)}")
 
 
-def run_header(options: argparse.Namespace) -> dict[str, Any]:
-    """The header of the result file."""
-    unsaid = ("head_dims", "ridges", "inputs", "output", "commit", "limit", "workers", "lock")
-    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
-    return make_header("hopper_solvers", settings, options.commit)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or RESULTS / f"hopper_solvers_{device_name()}.json"
-    results = Results(output, run_header(options), KEY_FIELDS)
+    unsaid = {"head_dims", "ridges", "inputs", "output", "commit", "limit", "workers", "lock"}
+    settings = [name for name in vars(options) if name not in unsaid]
+    results = open_results("hopper_solvers", options, settings, KEY_FIELDS)
     start = time.monotonic()
     compiled = {}
     for head_dim in options.head_dims:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,13 +26,7 @@ from lla.experiments.benchmarks import hopper
 from lla.experiments.benchmarks.compilation import Compiled, compile_all, try_compile
 from lla.experiments.benchmarks.formatting import provenance
 from lla.experiments.benchmarks.hopper_programs import Program, make_inputs, on_device
-from lla.experiments.benchmarks.results import (
-    RESULTS,
-    Results,
-    add_options,
-    device_name,
-    make_header,
-)
+from lla.experiments.benchmarks.results import add_options, open_results
 from lla.experiments.benchmarks.timing import (
     device_lock,
     error_line,
@@ -46,6 +39,7 @@ from lla.runs import tables
 KEY_FIELDS = (
     "implementation", "stage", "variant", "iterations", "batch", "heads", "n", "head_dim",
 )  # fmt: skip
+SETTINGS = ("batch", "heads", "length", "ridge", "matmul_size", "repeats", "budget", "seed")
 # Work of a call without iterations, and of one iteration. The unit is a product of all visible
 # pairs with the head dimension; see kernels/README.md.
 FIRST = {
@@ -367,28 +361,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--length", type=int, default=4096, help="a multiple of 128")
     add("--ridge", type=float, default=10.0)
     add("--matmul_size", type=int, default=8192)
-    add_options(
-        parser,
-        repeats=9,
-        budget=1.0,
-        seed=0,
-        workers=min(16, os.cpu_count() or 1),
-        limit=1e9,
-        lock=None,
-        commit=None,
-        output=None,
-    )
+    add_options(parser, "seed workers limit lock commit output", repeats=9, budget=1.0)
     options = parser.parse_args(argv)
     if options.length % 128:
         parser.error("--length must be a multiple of 128")
     return options
-
-
-def run_header(options: argparse.Namespace) -> dict[str, Any]:
-    """The header of the result file."""
-    said = ("batch", "heads", "length", "ridge", "matmul_size", "repeats", "budget", "seed")
-    settings = {name: getattr(options, name) for name in said}
-    return make_header("hopper_stages", settings, options.commit)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,9 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (reason := refusal()) is not None:
         print(reason, file=sys.stderr)
         return 1
-    output = options.output or RESULTS / f"hopper_stages_{device_name()}.json"
-    results = Results(output, run_header(options), KEY_FIELDS)
-    log(f"{jax.devices()[0].device_kind}, results in {output}")
+    results = open_results("hopper_stages", options, SETTINGS, KEY_FIELDS)
     stages = [call for call in make_calls(options) if not results.has(call.fields())]
     end = time.monotonic() + 0.7 * options.limit
     compiled = compile_all(stages, compile_call, options.workers, end)

@@ -39,13 +39,7 @@ import lla
 from lla import training
 from lla.experiments.benchmarks import mixer_operators, mixers
 from lla.experiments.benchmarks.formatting import provenance
-from lla.experiments.benchmarks.results import (
-    RESULTS,
-    Results,
-    add_options,
-    device_name,
-    make_header,
-)
+from lla.experiments.benchmarks.results import add_options, open_results
 from lla.experiments.benchmarks.timing import error_line, exit_after, log, time_interleaved
 from lla.mixers import hopper as hopper_kernels
 from lla.runs import tables
@@ -335,15 +329,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=int, default=size)
     add("--runs-batch", type=int, default=512, help="sequences of a batch of the small models")
     add("--checked", type=int, default=512, help="tokens of the sequences that are compared")
-    add_options(
-        parser,
-        repeats=5,
-        budget=1.5,
-        workers=min(16, os.cpu_count() or 1),
-        limit=200.0,
-        commit=None,
-        output=None,
-    )
+    add_options(parser, "workers commit output", repeats=5, budget=1.5, limit=200.0)
     add("--only", nargs="+", choices=lla.mixers.names(), default=NAMES)
     add("--cells", nargs="+", choices=MEASURED, default=MEASURED)
     add("--cell-limit", type=float, default=60.0, help="seconds that a job may take at most")
@@ -359,13 +345,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     if options.check_seed is None:
         options.check_seed = secrets.randbits(31)
-    output = options.output or RESULTS / f"mixer_updates_{device_name()}.json"
     unsaid = ("only", "cells", "workers", "limit", "cell_limit", "commit", "output", "profile")
-    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
-    header = make_header("mixer_updates", settings, options.commit)
-    results = Results(output, header, KEY_FIELDS)
+    settings = [name for name in vars(options) if name not in unsaid]
+    results = open_results("mixer_updates", options, settings, KEY_FIELDS)
     results.records = []  # a run measures everything again
-    log(f"{jax.devices()[0].device_kind}, results in {output}")
 
     # Also measures kernels that are off by default because no GPU has run them yet.
     contextlib.ExitStack().enter_context(hopper_kernels.unmeasured_kernels())

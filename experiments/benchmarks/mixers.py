@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import hashlib
 import os
 import sys
 import time
@@ -36,14 +35,7 @@ from lla.experiments.benchmarks.formatting import (
     provenance,
     ratio,
 )
-from lla.experiments.benchmarks.results import (
-    RESULTS,
-    ROOT,
-    Results,
-    add_options,
-    device_name,
-    make_header,
-)
+from lla.experiments.benchmarks.results import add_options, open_results
 from lla.experiments.benchmarks.timing import (
     GuardedCall,
     device_lock,
@@ -224,8 +216,8 @@ def time_records(options, records: Mapping[str, dict], calls: Mapping[str, Any],
             records[name] |= dataclasses.asdict(timing)
         else:
             records[name] |= {"status": "unavailable", "reason": calls[name].reason}
-    load = round(os.getloadavg()[0], 2)
-    results.add([{**record, "load_average": load} for record in records.values()])
+    busy = round(os.getloadavg()[0], 2)
+    results.add([{**record, "load_average": busy} for record in records.values()])
     for record in records.values():
         log(progress_line(record, KEY_FIELDS))
 
@@ -237,39 +229,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtypes", nargs="+", choices=tuple(BOUNDS), default=["float32"], help="of computations")
     for name, size in {"batch": 1, "length": 1024, "width": 256, "heads": 4}.items():
         add(f"--{name}", type=int, default=size)
-    add_options(
-        parser,
-        repeats=15,
-        budget=5.0,
-        seed=0,
-        workers=min(8, os.cpu_count() or 1),
-        limit=1e9,
-        lock=None,
-        commit=None,
-        output=None,
-        resume=False,
-    )
+    add_options(parser, "seed limit lock commit output resume", repeats=15, budget=5.0, workers=8)
     add("--only", nargs="+", choices=names, default=names, help="the others are left out")
     return parser.parse_args(argv)
 
 
-def run_header(options: argparse.Namespace) -> dict[str, Any]:
-    """The header of the result file, with a digest that covers the mixers, too."""
-    unsaid = ("dtypes", "only", "workers", "limit", "lock", "commit", "output", "resume")
-    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
-    header = make_header("mixers", settings, options.commit)
-    digest = hashlib.sha256(header["source_digest"].encode())
-    for folder in ("lla/mixers", "lla/nn"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return {**header, "source_digest": digest.hexdigest()[:16]}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or RESULTS / f"mixers_{device_name()}.json"
-    results = Results(output, run_header(options), KEY_FIELDS, options.resume)
-    log(f"{jax.devices()[0].device_kind}, results in {output}")
+    unsaid = {"dtypes", "only", "workers", "limit", "lock", "commit", "output", "resume"}
+    settings = [name for name in vars(options) if name not in unsaid]
+    folders = ("lla/mixers", "lla/nn")
+    results = open_results("mixers", options, settings, KEY_FIELDS, folders=folders)
     sizes = (options.batch, options.length, options.width, options.heads, options.seed)
     checked = (1, min(CHECKED, options.length), *sizes[2:])
     jobs = []

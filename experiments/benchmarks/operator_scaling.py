@@ -28,11 +28,14 @@ from lla.experiments.benchmarks.formatting import (
     provenance,
     series,
 )
-from lla.experiments.benchmarks.results import GIB, RESULTS, Results, add_options, make_header
+from lla.experiments.benchmarks.results import GIB, Results, add_options, open_results
 from lla.runs import figures, styles, tables
 
 CAPTION = "Time and memory against length"
 NAMES = ("reference", "xla_cg", "xla_direct", "xla_softmax", "jax_softmax")
+SETTINGS = (
+    "batch", "heads", "ridge", "repeats", "budget", "memory_limit_gib", "seed", "dtype",
+)  # fmt: skip
 KEY_FIELDS = ("implementation", "pass", "n", "head_dim")
 
 
@@ -46,20 +49,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--heads", type=int, default=4)
     add("--ridge", type=float, default=1.0)
     add("--implementations", nargs="+", choices=NAMES, default=list(NAMES))
-    add_options(parser, repeats=9, budget=20.0, seed=0, output=None, resume=False)
+    add_options(parser, "seed output resume", repeats=9, budget=20.0)
     add("--memory_limit_gib", type=float, default=6.0, help="compiled only beyond this, not run")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.dtype = "float32"
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or RESULTS / f"operator_scaling_{jax.default_backend()}.json"
-    settings = {
-        name: getattr(options, name)
-        for name in ("batch", "heads", "ridge", "repeats", "budget", "memory_limit_gib", "seed")
-    }
-    header = make_header("operator_scaling", {**settings, "dtype": "float32"})
-    results = Results(output, header, KEY_FIELDS, options.resume)
+    name = f"operator_scaling_{jax.default_backend()}"
+    results = open_results("operator_scaling", options, SETTINGS, KEY_FIELDS, name=name)
     for head_dim in options.head_dims:
         length = options.min_length
         while length <= options.max_length:
@@ -107,8 +107,8 @@ def run_length(options, results: Results, head_dim: int, length: int) -> None:
             {name: compiled[which, name] for name in chosen},
             ridge=options.ridge, repeats=options.repeats, budget=options.budget,
         )  # fmt: skip
-        load = os.getloadavg()[0]
-        results.add([{**record, "load_average": round(load, 2)} for record in records])
+        busy = round(os.getloadavg()[0], 2)
+        results.add([{**record, "load_average": busy} for record in records])
         for record in records:
             print(progress_line(record, KEY_FIELDS), file=sys.stderr, flush=True)
         records = []

@@ -55,13 +55,7 @@ from lla.experiments.benchmarks.peers_adapters import (
     make_adapters,
     pick,
 )
-from lla.experiments.benchmarks.results import (
-    RESULTS,
-    Results,
-    add_options,
-    device_name,
-    make_header,
-)
+from lla.experiments.benchmarks.results import add_options, open_results
 from lla.experiments.benchmarks.timing import (
     GuardedCall,
     device_lock,
@@ -242,32 +236,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--head_dims", type=int, nargs="+", default=[64, 128])
     add("--ridges", type=float, nargs="+", default=[10.0, 1.0, 0.1, 0.01])
     add("--checked_heads", type=int, default=2, help="of all sequences, compared with float64")
-    add_options(parser, repeats=7, budget=1.0, seed=0, workers=8, limit=1e9, lock=None, commit=None)
+    add_options(parser, "seed limit lock commit output", repeats=7, budget=1.0, workers=8)
     add("--quick", action="store_true", help="one small problem")
     add("--flash_lla", type=pathlib.Path, help="folder that holds the package flashlla")
     add("--only", nargs="+", help="names of implementations; the others are left to another run")
     add("--members", nargs="+", choices=MEMBERS, default=list(MEMBERS))
-    add("--out", "--output", type=pathlib.Path, help="default: results/peers_<device>.json")
     options = parser.parse_args(argv)
     if options.quick:
         vars(options).update(_QUICK)
     return options
 
 
-def run_header(options: argparse.Namespace) -> dict[str, Any]:
-    """The header of the result file."""
-    unsaid = ("flash_lla", "only", "members", "workers", "limit", "lock", "commit", "out", "quick")
-    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
-    return make_header("peers", settings, options.commit, PACKAGES)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     # JAX must leave memory of the device to the other framework.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = parse(argv)
-    out = options.out or RESULTS / f"peers_{device_name()}.json"
-    results = Results(out, run_header(options), KEY_FIELDS)
-    log(f"{jax.devices()[0].device_kind}, results in {out}")
+    unsaid = {"flash_lla", "only", "members", "workers", "limit", "lock", "commit"}
+    unsaid |= {"output", "quick"}
+    settings = [name for name in vars(options) if name not in unsaid]
+    results = open_results("peers", options, settings, KEY_FIELDS, packages=PACKAGES)
     compiled: dict[Program, Compiled] = {}
     groups: dict[tuple[Sizes, str], list] = {}
     adapters = make_adapters(options, compiled)

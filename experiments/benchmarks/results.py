@@ -19,10 +19,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+
+from lla.experiments.benchmarks.timing import log
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
@@ -40,13 +42,13 @@ _HEADER = (
 # Description of the run
 
 
-# Options that several benchmarks have.
+# Options that several benchmarks have, and their usual defaults.
 _OPTIONS = {
     "repeats": {"type": int},
     "budget": {"type": float, "help": "seconds for the repeats of one call"},
-    "seed": {"type": int},
-    "workers": {"type": int, "help": "threads that compile"},
-    "limit": {"type": float, "help": "seconds after which it stops with what it has"},
+    "seed": {"type": int, "default": 0},
+    "workers": {"type": int, "default": min(16, os.cpu_count() or 1), "help": "compiling threads"},
+    "limit": {"type": float, "default": 1e9, "help": "seconds; then it stops with what it has"},
     "lock": {"help": "file shared by processes that take turns on one device"},
     "commit": {"help": "recorded in the result where there is no git history"},
     "output": {"type": pathlib.Path, "help": "result file; default: in results/"},
@@ -54,10 +56,11 @@ _OPTIONS = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Adds the options in `defaults`, which are among those that several benchmarks have."""
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", default=default, **_OPTIONS[name])
+def add_options(parser: argparse.ArgumentParser, names: str, **defaults: Any) -> None:
+    """Adds the options in `names`, and those in `defaults` with another default."""
+    for name in (*names.split(), *defaults):
+        options = _OPTIONS[name] | ({"default": defaults[name]} if name in defaults else {})
+        parser.add_argument(f"--{name}", **options)
 
 
 def make_header(
@@ -65,14 +68,16 @@ def make_header(
     settings: Mapping[str, Any],
     commit: str | None = None,
     packages: Sequence[str] = (),
+    folders: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What is needed to repeat a run.
 
     Args:
       benchmark: its name.
-      settings: the options that change the result of a call.
+      settings: the options that affect the result of a call.
       commit: recorded if it is given, else the commit of the repository.
-      packages: whose versions are recorded besides those of JAX and Flax, where installed.
+      packages: whose versions are recorded besides those of JAX and Flax, if installed.
+      folders: with measured code, besides those that every benchmark measures.
     """
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
@@ -97,7 +102,7 @@ def make_header(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit or _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
-        "source_digest": source_digest(),
+        "source_digest": source_digest(folders),
         "command": shlex.join(["python", str(script), *sys.argv[1:]]),
         "settings": json.loads(json.dumps(settings)),
     }
@@ -111,10 +116,10 @@ def device_name() -> str:
     return re.sub(r"\W+", "_", kind).strip("_")
 
 
-def source_digest() -> str:
+def source_digest(folders: Sequence[str] = ()) -> str:
     """A digest of the code that is measured. Results stay valid as long as it is the same."""
     digest = hashlib.sha256()
-    for folder in ("lla/ops", "kernels"):
+    for folder in ("lla/ops", "kernels", *folders):
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(str(path.relative_to(ROOT)).encode())
             digest.update(path.read_bytes())
@@ -193,6 +198,32 @@ class Results:
     def document(self) -> dict:
         """What is in the file."""
         return {"header": self.header, "records": self.records}
+
+
+def open_results(
+    benchmark: str,
+    options: argparse.Namespace,
+    settings: Iterable[str],
+    key_fields: Sequence[str],
+    *,
+    name: str | None = None,
+    **header: Any,
+) -> Results:
+    """The result file of a run with these options, which are logged.
+
+    Args:
+      benchmark: its name.
+      options: of the command line; output, commit and resume are optional.
+      settings: names of the options that affect the result of a call.
+      key_fields: as for `Results`.
+      name: of the file in results/; by default that of the benchmark and the device.
+      **header: further arguments of `make_header`.
+    """
+    path = options.output or RESULTS / f"{name or f'{benchmark}_{device_name()}'}.json"
+    chosen = {setting: getattr(options, setting) for setting in settings}
+    made = make_header(benchmark, chosen, getattr(options, "commit", None), **header)
+    log(f"{jax.devices()[0].device_kind}, results in {path}")
+    return Results(path, made, key_fields, getattr(options, "resume", False))
 
 
 def write_json(path: pathlib.Path, document: dict) -> None:

@@ -28,7 +28,7 @@ from lla.experiments.benchmarks.formatting import (
     progress_line,
     provenance,
 )
-from lla.experiments.benchmarks.results import RESULTS, Results, add_options, make_header
+from lla.experiments.benchmarks.results import Results, add_options, open_results
 from lla.experiments.benchmarks.timing import device_lock
 from lla.runs import tables
 
@@ -47,22 +47,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--head_dims", type=int, nargs="+", default=[16, 32, 64, 128])
     add("--ridges", type=float, nargs="+", default=[10.0, 1.0, 0.1, 0.01, 0.001])
     add("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    add_options(
-        parser, repeats=7, budget=10.0, seed=0, output=None, lock=None, commit=None, resume=False
-    )
-    add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads that compile")
+    add_options(parser, "seed output lock commit resume", repeats=7, budget=10.0, workers=4)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or RESULTS / f"solver_choice_{jax.default_backend()}.json"
-    settings = {
-        name: getattr(options, name)
-        for name in ("length", "batch", "heads", "repeats", "budget", "seed")
-    }
-    header = make_header("solver_choice", settings, options.commit)
-    results = Results(output, header, KEY_FIELDS, options.resume)
+    name = f"solver_choice_{jax.default_backend()}"
+    settings = ("length", "batch", "heads", "repeats", "budget", "seed")
+    results = open_results("solver_choice", options, settings, KEY_FIELDS, name=name)
     for head_dim in options.head_dims:
         for dtype in options.dtypes:
             inputs = truth.normal_inputs(
@@ -184,8 +177,8 @@ def _cells(results, inputs, names, ridge: float | None) -> dict[tuple[str, str],
 
 
 def _add(results: Results, records: list[dict]) -> None:
-    load = round(os.getloadavg()[0], 2)
-    results.add([{**record, "load_average": load} for record in records])
+    busy = round(os.getloadavg()[0], 2)
+    results.add([{**record, "load_average": busy} for record in records])
     for record in records:
         print(progress_line(record, KEY_FIELDS), file=sys.stderr, flush=True)
 

@@ -1,6 +1,8 @@
 """Command lines: a mistake of the user is one line of text, not a traceback."""
 
 import argparse
+import difflib
+import importlib
 import pathlib
 import re
 import sys
@@ -16,11 +18,14 @@ from lla.runs.workdir import WorkdirError, read_config
 
 # What reading a config file, or the overrides of one, may raise.
 _ERRORS = (AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError)
+_NAME = re.compile(r"(--?config=)(\w+)(:.*)?")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """`absl.app.run` for a program with a config flag named "config".
+
+    `--config=NAME` stands for the file of that name in `lla.configs`.
 
     The program ends with exit status 1 and one line of text if an override names a key that the
     config does not have (the line names the nearest key), if the config file does not exist or
@@ -78,6 +83,7 @@ def for_each_result(
 
 def _parse(argv):
     warnings.formatwarning = _one_line
+    argv = [_with_path(argument) for argument in argv]
     try:
         positional = flags.FLAGS(argv)
         _check_file()
@@ -91,6 +97,21 @@ def _parse(argv):
     return positional
 
 
+def _with_path(argument):
+    """`--config=mqar:smoke` names a config of the package, unless there is a file "mqar"."""
+    match = _NAME.fullmatch(argument)
+    if match is None or pathlib.Path(match[2]).exists() or match[2] not in (known := _configs()):
+        return argument
+    return f"{match[1]}{known[match[2]]}{match[3] or ''}"
+
+
+def _configs():
+    """Name -> file of the configs of the package."""
+    folders = importlib.import_module("lla.configs").__path__
+    files = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.py"))]
+    return {file.stem: file for file in files if file.stem != "__init__"}
+
+
 def _check_file():
     """Raises ValueError if the config is not a ConfigDict; the config library does not check."""
     if "config" not in flags.FLAGS or flags.FLAGS["config"].value is None:
@@ -98,7 +119,9 @@ def _check_file():
     flag = flags.FLAGS["config"]
     file = config_flags.get_config_filename(flag).partition(":")[0]
     if not pathlib.Path(file).is_file():
-        raise ValueError(f"--config must be a config file, and there is no file {file!r}.")
+        near = difflib.get_close_matches(pathlib.Path(file).stem, _configs(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"--config must be a config file, and there is no file {file!r}.{hint}")
     if not isinstance(flag.value, ConfigDict):
         raise ValueError(f"get_config() of {file!r} must return a ConfigDict, got {flag.value!r}.")
 

@@ -20,7 +20,11 @@ SMALL = [
 def made_up(**changes):
     """A document with every default cell timed, as a run on a GPU would write it."""
     options = hopper.parse([])
-    header = {**hopper.run_header(options), "platform": "gpu", "date": "2000-01-01"}
+    header = {
+        **results.make_header("hopper", {"dtype": options.dtype}),
+        "platform": "gpu",
+        "date": "2000-01-01",
+    }
     header["device"] = {**header["device"], "kind": "Some GPU"}
     records = []
     for cell in hopper_programs.make_cases(options):

@@ -115,7 +115,7 @@ def test_table():
                 "commit": "abc", "date": "2000-01-01",
             })  # fmt: skip
     times = "6 (3); 1e-06 | 3.00 | 1 | 12 (6); 1e-06 | 3.00 | 1 | 1.2; 1.2 |"
-    header = mixers.run_header(mixers.parse([]))
+    header = results.make_header("mixers", {})
     for text in (
         mixers.result_tables(records),
         mixers.markdown({"header": header, "records": records}),

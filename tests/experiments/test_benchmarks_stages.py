@@ -21,7 +21,8 @@ def needs_kernels(function):
 def made_up(batch=2, heads=2):
     """A document in which a unit takes 3 ms, and one failure."""
     options = hopper_stages.parse([f"--batch={batch}", f"--heads={heads}", "--length=1024"])
-    header = hopper_stages.run_header(options)
+    settings = {name: getattr(options, name) for name in hopper_stages.SETTINGS}
+    header = results.make_header("hopper_stages", settings)
     stamp = {"commit": "abc", "date": "2000-01-01"}
     records = []
     for call in hopper_stages.make_calls(options):
