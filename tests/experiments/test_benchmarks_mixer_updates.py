@@ -1,9 +1,12 @@
 """Errors and times of training updates: records, what is wrong, and failures of one mechanism."""
 
+import gc
+
 import numpy as np
 import pytest
 
 from lla.experiments.benchmarks import mixer_updates, results
+from lla.mixers import hopper
 
 SMALL = [
     "--batch=2", "--length=256", "--width=16", "--heads=2", "--depth=1", "--runs-batch=2",
@@ -50,3 +53,18 @@ def test_a_wrong_form_and_a_failure_are_named(monkeypatch, tmp_path):
     assert mixer_updates.main(argv) == 1
     (record,) = results.load(path)["records"]
     assert record["status"] == "unavailable" and "does not compile" in record["reason"]
+
+
+def test_kernels_that_are_not_measured_yet_serve_here(monkeypatch, tmp_path):
+    allowed = []
+
+    def compile_job(options, job):
+        gc.collect()
+        allowed.append(hopper.allowed("a kernel that no GPU has run", 64))
+        raise RuntimeError("not needed")
+
+    monkeypatch.setattr(mixer_updates, "compile_job", compile_job)
+    output = f"--output={tmp_path / 'updates.json'}"
+    mixer_updates.main([*SMALL, "--only", "gla", "--operators", "--cells", "update", output])
+    assert allowed and all(allowed)
+    assert not hopper.allowed("a kernel that no GPU has run", 64)
