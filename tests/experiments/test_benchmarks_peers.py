@@ -50,7 +50,7 @@ def test_adapters_say_why_they_cannot_run(without_torch, tmp_path):
     for (name, _, given), reason in found.items():
         wanted = "torch" if given and name == "flash_lla" else expected[name]
         assert wanted in reason
-    assert len(found) == 2 * 9
+    assert {name for name, _, _ in found} == set(expected)
     with pytest.raises(SystemExit, match="flash"):
         peers.make_adapters(peers.parse(["--only", "flash"]), {})
 

@@ -42,8 +42,8 @@ def test_a_run(tmp_path, capsys):
     direct = [r["accuracy_iterations"] for r in records if r["method"] == "direct"]
     cg = [r["accuracy_iterations"] for r in records if r["method"] == "cg"]
     assert max(direct) < min(cg)
-    backward = [r["mean_iterations"] for r in records if r["pass"] == "forward_backward"]
-    assert len(backward) == 8 and all(np.isfinite(backward))
+    backward = [r for r in records if r["pass"] == "forward_backward"]
+    assert backward and all(np.isfinite(r["mean_iterations"]) for r in backward)
     assert "**sharp**" in capsys.readouterr().out
 
 
