@@ -1,18 +1,13 @@
 """The exact biases against theory and brute force, the job end to end, and its README."""
 
-import csv
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from lla.experiments.bias_exponents import population, summary
+from tests.experiments.scripts import ROOT, run, table
 
-ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "experiments" / "bias_exponents"
 RESULTS = FOLDER / "results" / "full"
 DRAWN = ("summary.csv", "figure.png", "figure.svg")
@@ -95,20 +90,10 @@ def test_product_formula_against_a_plane_of_keys():
         assert found[name]["integrated"] == pytest.approx(total, rel=1e-6)
 
 
-def run(cwd, *arguments):
-    # One device, as a user has it.
-    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = os.environ | {"XLA_FLAGS": " ".join(kept)}
-    return subprocess.run(
-        [sys.executable, "-m", "lla.experiments.run_study", *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def test_smoke_and_resume(tmp_path):
     """From a folder without the repository: the config is named, the script is a module."""
     flags = ("--config=bias_exponents:smoke", f"--workdir={tmp_path}")
-    done = run(tmp_path, *flags)
+    done = run("-m", "lla.experiments.run_study", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr and str(tmp_path / "figure.png") in done.stdout
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -123,7 +108,7 @@ def test_smoke_and_resume(tmp_path):
     first = {name: (tmp_path / name).read_bytes() for name in (*DRAWN, "metrics.jsonl")}
     torn, *whole = first["metrics.jsonl"].splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(whole) + torn[:-99])
-    again = run(tmp_path, *flags)
+    again = run("-m", "lla.experiments.run_study", *flags, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "3 trials, 2 already finished" in again.stdout
     for name in ("metrics.jsonl", "summary.csv"):
@@ -131,11 +116,6 @@ def test_smoke_and_resume(tmp_path):
             first[name].splitlines()
         )
     assert (tmp_path / "figure.svg").read_bytes() == first["figure.svg"]
-
-
-def table(path):
-    with (path / "summary.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_readme_has_the_tables_of_the_committed_results():

@@ -1,33 +1,17 @@
 """Error against solver iterations: the job end to end, and what its README says of the results."""
 
-import csv
-import os
-import pathlib
-import subprocess
-import sys
-
 from lla.experiments.solver_iterations import summary
+from tests.experiments.scripts import ROOT, run, table
 
-ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "experiments" / "solver_iterations"
 CONFIG = ROOT / "configs" / "solver_iterations.py"
 RESULTS = FOLDER / "results" / "full"
 DRAWN = ("summary.csv", "figure.png", "figure.svg")
 
 
-def run(*arguments):
-    # One device, as a user has it.
-    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = os.environ | {"XLA_FLAGS": " ".join(kept)}
-    return subprocess.run(
-        [sys.executable, "experiments/run_study.py", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def test_smoke_and_resume(tmp_path):
     flags = (f"--config={CONFIG}:smoke", f"--workdir={tmp_path}", "--config.iterations=(2,)")
-    done = run(*flags)
+    done = run("experiments/run_study.py", *flags)
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr and str(tmp_path / "figure.png") in done.stdout
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -39,15 +23,10 @@ def test_smoke_and_resume(tmp_path):
 
     # A killed run: half of the last record is missing. Rerunning computes it again.
     (tmp_path / "metrics.jsonl").write_bytes(first["metrics.jsonl"][:-99])
-    again = run(*flags)
+    again = run("experiments/run_study.py", *flags)
     assert again.returncode == 0, again.stderr
     assert "2 trials, 1 already finished" in again.stdout
     assert {name: (tmp_path / name).read_bytes() for name in first} == first
-
-
-def table(path):
-    with (path / "summary.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_readme_has_the_tables_of_the_committed_results():

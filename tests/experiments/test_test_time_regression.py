@@ -1,35 +1,20 @@
 """The main job end to end, and the statistics behind its tables."""
 
-import csv
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from lla.experiments.test_time_regression import summary
+from tests.experiments.scripts import ROOT, run, table
 
-ROOT = pathlib.Path(__file__).parents[2]
 MAIN = ROOT / "experiments" / "test_time_regression" / "main.py"
 CONFIG = ROOT / "configs" / "test_time_regression.py"
 
 
-def run(config, workdir, *flags):
-    # One device, as a user has it.
-    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = os.environ | {"XLA_FLAGS": " ".join(kept)}
-    return subprocess.run(
-        [sys.executable, MAIN, f"--config={config}", f"--workdir={workdir}", *flags],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def test_smoke_resume_and_refusal(tmp_path):
     flags = ("--config.segment_lengths=(32,)",)  # one setting: every estimator, once
-    done = run(f"{CONFIG}:smoke", tmp_path, *flags)
+    done = run(MAIN, f"--config={CONFIG}:smoke", f"--workdir={tmp_path}", *flags)
     assert done.returncode == 0, done.stderr
     assert "left" in done.stderr and "100%" in done.stderr
     assert str(tmp_path / "figure.png") in done.stdout
@@ -40,24 +25,25 @@ def test_smoke_resume_and_refusal(tmp_path):
     records = (tmp_path / "metrics.jsonl").read_text().splitlines()
     labels = {json.loads(line)["label"] for line in records}
     assert labels == {*config["estimators"], "oracle"}
-    with (tmp_path / "summary.csv").open() as file:
-        assert {row["label"] for row in csv.DictReader(file)} == labels
+    assert {row["label"] for row in table(tmp_path)} == labels
 
     # A killed run: two trials are missing. Rerunning computes these and gives the same records.
     (tmp_path / "metrics.jsonl").write_text("\n".join(records[:-2]) + "\n")
-    again = run(f"{CONFIG}:smoke", tmp_path, *flags)
+    again = run(MAIN, f"--config={CONFIG}:smoke", f"--workdir={tmp_path}", *flags)
     assert again.returncode == 0, again.stderr
     assert f"{len(records) - 2} already finished" in again.stdout
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == records
 
-    other = run(f"{CONFIG}:smoke", tmp_path, "--config.dim=4")
+    other = run(MAIN, f"--config={CONFIG}:smoke", f"--workdir={tmp_path}", "--config.dim=4")
     assert other.returncode != 0
     assert "another config" in other.stderr and "dim: 8 there, 4 now" in other.stderr
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == records
 
 
 def test_a_typo_in_an_override_names_the_key(tmp_path):
-    wrong = run(f"{CONFIG}:smoke", tmp_path / "new", "--config.dimm=4")
+    wrong = run(
+        MAIN, f"--config={CONFIG}:smoke", f"--workdir={tmp_path / 'new'}", "--config.dimm=4"
+    )
     assert wrong.returncode != 0
     assert "did you mean config.dim?" in wrong.stderr
     assert not (tmp_path / "new").exists()
