@@ -41,7 +41,7 @@ KEY_FIELDS = (
 )  # fmt: skip
 SETTINGS = ("batch", "heads", "length", "ridge", "matmul_size", "repeats", "budget", "seed")
 # Work of a call without iterations, and of one iteration. The unit is a product of all visible
-# pairs with the head dimension; see kernels/README.md.
+# pairs with the head dimension; see kernels/HOPPER.md.
 FIRST = {
     "solve": 2, "solve_precise": 3, "adjoint": 3,
     "one_part": 3, "two_parts": 4, "precise": 6, "softmax": 2,
@@ -174,8 +174,8 @@ def run_stage(stage_call: StageCall, given: Operands):
                 given.value, given.cotangent, given.log_sum_exp, given.delta, given.key_mean
             )
         return solve.solve(
-            shape, mask, chosen.solve_precise if precise else chosen.solve,
-            solve.Iteration(None, stage_call.iterations, precise),
+            shape, mask, chosen.solve_bf16x2 if precise else chosen.solve,
+            solve.CGOptions(None, stage_call.iterations, precise),
             given.query, given.key, given.scale, given.ridge, masking, adjoint,
         )  # fmt: skip
     probe = solved = None
@@ -188,8 +188,8 @@ def run_stage(stage_call: StageCall, given: Operands):
             given.low if split else None,
         )
     return attend.attend(
-        shape, mask, chosen.attend_precise if precise else chosen.attend,
-        given.query, given.key, given.value, given.scale, masking, probe, solved, precise=precise,
+        shape, mask, chosen.attend_bf16x2 if precise else chosen.attend,
+        given.query, given.key, given.value, given.scale, masking, probe, solved, bf16x2=precise,
     )  # fmt: skip
 
 
