@@ -26,10 +26,10 @@ MEASURED = {
 }
 """Kernels that were checked and timed on a GPU, with the widest keys that were.
 
-The number of `selective_scan` is the size of a state. The source is
-experiments/benchmarks/results/mixer_updates_h200.json. It has no errors for `retention_shared`
-(keys that all heads share), only times of Mamba-2 with states of 128. A kernel that is not listed
-has to be asked for with `unmeasured_kernels`.
+The number of `selective_scan` is the size of a state. Read from
+experiments/benchmarks/results/mixer_updates_h200.json, which has no errors for `retention_shared`,
+where all heads share their keys, only times of Mamba-2 with states of 128. A kernel that is not
+listed has to be asked for with `unmeasured_kernels`.
 """
 
 _asked = 0  # how many `unmeasured_kernels` are open; of all threads, since programs trace in some
