@@ -35,7 +35,7 @@ from absl import app, flags
 from lla.experiment import WorkdirError, command, environment, tables
 from lla.experiment.workdir import directory, write_whole
 from lla.training import RefusedError, sweep
-from lla.training.program import Runs
+from lla.training.trainer import Runs
 from lla.training.queue import Queue
 from lla.training.results import is_choice
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.nn.layer import HeadNorm
-from lla.nn.piece import Piece, apply_projection, convolution_states
+from lla.nn.new_tokens import Piece, apply_projection, convolution_states
 from lla.nn.ridge import NoDecay
 from lla.ops import segments
 from lla.ops.problem import compute_dtype

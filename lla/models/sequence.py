@@ -10,7 +10,7 @@ from flax import nnx
 
 from lla import mixers
 from lla.nn.layer import HeadNorm
-from lla.nn.piece import Piece
+from lla.nn.new_tokens import Piece
 from lla.ops import segments
 from lla.ops.cache import check_room
 from lla.ops.shield import nan_where

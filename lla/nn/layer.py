@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lla.nn.piece import Piece, apply_projection, convolution_states
+from lla.nn.new_tokens import Piece, apply_projection, convolution_states
 from lla.nn.ridge import Ridge, RidgeType
 from lla.nn.rope import rotate
 from lla.ops import segments

@@ -1,7 +1,7 @@
 """Training of sequence models on tasks: settings, compiled steps, the loop, sweeps."""
 
 from lla.training.loop import NonFiniteError, fit, train
-from lla.training.program import Program, RefusedError, Runs, TrainState
+from lla.training.trainer import Program, RefusedError, Runs, TrainState
 from lla.training.settings import Settings, Sweep, defaults, resolve
 
 __all__ = [

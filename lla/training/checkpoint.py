@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from lla.experiment.workdir import WorkdirError
-from lla.training.program import TrainState
+from lla.training.trainer import TrainState
 
 
 class Checkpoints:

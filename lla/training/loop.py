@@ -17,7 +17,7 @@ from lla.experiment import Progress, Workdir, WorkdirError, environment
 from lla.experiment.lock import exclusive
 from lla.experiment.workdir import check_config, directory, read_json, read_records, write_whole
 from lla.training.checkpoint import Checkpoints
-from lla.training.program import Program, Sums, means
+from lla.training.trainer import Program, Sums, means
 from lla.training.records import NoRecords, Records, plain_numbers
 
 

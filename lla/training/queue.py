@@ -16,7 +16,7 @@ import jax
 
 from lla.experiment.lock import claimed
 from lla.training.loop import fit
-from lla.training.program import Program, Runs
+from lla.training.trainer import Program, Runs
 from lla.training.settings import Sharding
 from lla.training.sharding import make_mesh
 from lla.training.sweep import Cell, Grid

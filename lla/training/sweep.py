@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from lla.experiment.boundary import from_config, plain
 from lla.experiment.workdir import check_config
 from lla.training import results
-from lla.training.program import Runs, abstract_model
+from lla.training.trainer import Runs, abstract_model
 from lla.training.results import FINAL, SELECT, read_results, select, summary, write_results
 from lla.training.settings import Settings, Sharding, Sweep, defaults, override, resolve
 from lla.training.unused import check_used

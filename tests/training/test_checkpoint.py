@@ -10,7 +10,7 @@ import pytest
 
 from lla.experiment import WorkdirError
 from lla.training.checkpoint import Checkpoints
-from lla.training.program import TrainState
+from lla.training.trainer import TrainState
 
 
 def state(step):

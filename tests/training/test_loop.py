@@ -21,7 +21,7 @@ from lla.experiment import WorkdirError
 from lla.experiment.lock import exclusive
 from lla.experiment.workdir import read_config, read_records
 from lla.training.checkpoint import Checkpoints
-from tests.training.test_program import resolve
+from tests.training.test_trainer import resolve
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ import pytest
 from lla import mixers
 from lla.models import ModelConfig
 from lla.training.optimizer import direction, schedule
-from lla.training.program import abstract_model
+from lla.training.trainer import abstract_model
 from lla.training.settings import Optimizer
 
 PARAMS = {

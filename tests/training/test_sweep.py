@@ -14,7 +14,7 @@ from lla import training
 from lla.experiment import WorkdirError
 from lla.experiment.workdir import read_config, read_records
 from lla.training import sweep
-from tests.training.test_program import SMALL, resolve
+from tests.training.test_trainer import SMALL, resolve
 
 TOO_LARGE = 1e38
 RUNS = training.Runs(seeds=(0, 3), learning_rates=(1e-3, 1e-2, TOO_LARGE))

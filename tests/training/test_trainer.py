@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lla import mixers, tasks, training
-from lla.training.program import means
+from lla.training.trainer import means
 from lla.training.settings import override
 
 SMALL = {
