@@ -52,8 +52,8 @@ class InContextRegression:
 
     vocab_size: ClassVar[None] = None
     splits: ClassVar[tuple[str, ...]] = ("train", "test", "validation")
-    headline: ClassVar[str] = "mse"
-    headline_mode: ClassVar[str] = "min"
+    primary_metric: ClassVar[str] = "mse"
+    metric_mode: ClassVar[str] = "min"
 
     def __post_init__(self):
         check_integers(1, dim=self.dim, length=self.length, segment_length=self.segment_length)

@@ -99,8 +99,8 @@ class MAD:
 
     input_dim: ClassVar[None] = None
     splits: ClassVar[tuple[str, ...]] = ("train", "test", "validation")
-    headline: ClassVar[str] = "macro_accuracy"
-    headline_mode: ClassVar[str] = "max"
+    primary_metric: ClassVar[str] = "macro_accuracy"
+    metric_mode: ClassVar[str] = "max"
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -225,11 +225,11 @@ class MAD:
         answers = jnp.argmax(counted_logits(outputs, batch, self.vocab_size), axis=-1)
         answers = answers.astype(jnp.int32)
         scores, shares = self._by_class(answers, batch["labels"], weights > 0)
-        sums[self.headline] = (jnp.sum(scores), jnp.sum(shares))
+        sums[self.primary_metric] = (jnp.sum(scores), jnp.sum(shares))
         for low in range(0, self.vocab_size, self._slice):
             high = min(low + self._slice, self.vocab_size)
             part = (jnp.sum(scores[:, low:high]), jnp.sum(shares[:, low:high]))
-            sums[f"{self.headline}/token_{span(low, high - 1)}"] = part
+            sums[f"{self.primary_metric}/token_{span(low, high - 1)}"] = part
         return sums
 
     @property

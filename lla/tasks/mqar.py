@@ -70,8 +70,8 @@ class MQAR:
 
     input_dim: ClassVar[None] = None
     splits: ClassVar[tuple[str, ...]] = ("train", "test", "validation")
-    headline: ClassVar[str] = "accuracy"
-    headline_mode: ClassVar[str] = "max"
+    primary_metric: ClassVar[str] = "accuracy"
+    metric_mode: ClassVar[str] = "max"
 
     def __post_init__(self):
         for name in ("length", "pairs"):

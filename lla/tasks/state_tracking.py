@@ -59,8 +59,8 @@ class StateTracking:
 
     input_dim: ClassVar[None] = None
     splits: ClassVar[tuple[str, ...]] = ("train", "test", "test_long", "validation")
-    headline: ClassVar[str] = "accuracy"
-    headline_mode: ClassVar[str] = "max"
+    primary_metric: ClassVar[str] = "accuracy"
+    metric_mode: ClassVar[str] = "max"
 
     def __post_init__(self):
         check_integers(2, num_items=self.num_items)

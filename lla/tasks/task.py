@@ -25,8 +25,8 @@ class Task(Protocol):
         to stop, and which learning rate. A stream depends on its place: new ones go to the end.
       readout: where a model takes its outputs from, as `lla.models.ModelConfig` has it; a task
         without this attribute has "each".
-      headline: name of the metric that models are compared by.
-      headline_mode: "max" or "min", whichever is better.
+      primary_metric: name of the metric that models are compared by.
+      metric_mode: "max" or "min", whichever is better.
     """
 
     vocab_size: int | None
@@ -34,8 +34,8 @@ class Task(Protocol):
     output_dim: int
     max_length: int
     splits: tuple[str, ...]
-    headline: str
-    headline_mode: Literal["max", "min"]
+    primary_metric: str
+    metric_mode: Literal["max", "min"]
 
     def batch(
         self, seed: int | jax.Array, step: int | jax.Array, size: int, split: str = "train"

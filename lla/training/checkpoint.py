@@ -1,5 +1,6 @@
 """Checkpoints of the training state, by Orbax."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -11,6 +12,9 @@ import tensorstore as ts
 
 from lla.experiment.workdir import WorkdirError
 from lla.training.trainer import TrainState
+
+# Fields whose names in checkpoints are others, so that earlier checkpoints can be read.
+_SAVED_NAMES = {"opt_state": "moments"}
 
 
 class Checkpoints:
@@ -48,7 +52,7 @@ class Checkpoints:
         """Writes the checkpoint of `state.step`, unless it exists; returns when it is on disk."""
         step = int(state.step)
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(step, args=ocp.args.StandardSave(_as_saved(state)))
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
         """The latest checkpoint that can be read, or that of `step`; None if there is none.
@@ -57,7 +61,7 @@ class Checkpoints:
         read only, renamed to "damaged_STEP", so that the run can write them again.
 
         Args:
-          like: shapes, dtypes and shardings, `Program.abstract_state`.
+          like: shapes, dtypes and shardings, `Trainer.abstract_state`.
 
         Raises:
           WorkdirError: there are checkpoints, and none can be read, or not that of `step`.
@@ -67,7 +71,8 @@ class Checkpoints:
         for candidate in reversed(steps):
             try:
                 _verify(self.path / str(candidate))
-                state = self._manager.restore(candidate, args=ocp.args.StandardRestore(like))
+                saved = ocp.args.StandardRestore(_as_saved(like))
+                state = _from_saved(self._manager.restore(candidate, args=saved))
             except Exception as error:  # of a damaged checkpoint, Orbax raises almost anything
                 failures[candidate] = error
                 continue
@@ -114,6 +119,17 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _as_saved(state):
+    """The tree that a checkpoint holds; the optimiser's state is called "moments" in it."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {_SAVED_NAMES.get(name, name): leaf for name, leaf in fields.items()}
+
+
+def _from_saved(tree):
+    names = {saved: name for name, saved in _SAVED_NAMES.items()}
+    return TrainState(**{names.get(name, name): leaf for name, leaf in tree.items()})
 
 
 def _verify(checkpoint):

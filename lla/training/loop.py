@@ -17,8 +17,8 @@ from lla.experiment import Progress, Workdir, WorkdirError, environment
 from lla.experiment.lock import exclusive
 from lla.experiment.workdir import check_config, directory, read_json, read_records, write_whole
 from lla.training.checkpoint import Checkpoints
-from lla.training.trainer import Program, Sums, means
 from lla.training.records import NoRecords, Records, plain_numbers
+from lla.training.trainer import Sums, Trainer, means
 
 
 class NonFiniteError(RuntimeError):
@@ -26,7 +26,7 @@ class NonFiniteError(RuntimeError):
 
 
 def train(
-    program: Program,
+    trainer: Trainer,
     path: str | os.PathLike,
     *,
     profile: int = 0,
@@ -35,7 +35,7 @@ def train(
     """Trains one run in the work directory `path`, or goes on with what it holds.
 
     Args:
-      program: what to train.
+      trainer: what to train.
       path: for `config.json`, `metrics.jsonl`, `timing.jsonl`, `environment.json`, `checkpoints/`
         and, at the end, `result.json`.
       profile: calls of the compiled step to trace into `profile/`, from the second one on.
@@ -51,8 +51,8 @@ def train(
     """
     path = directory(path)
     if not (path / "result.json").exists():
-        program.check()
-    result = fit(program, path, program.settings.record(), profile=profile, stream=stream)
+        trainer.check()
+    result = fit(trainer, path, trainer.settings.record(), profile=profile, stream=stream)
     if result["status"] == "non_finite":
         raise NonFiniteError(
             f"the loss or its gradient was not finite at step {result['failed_at']}: the state "
@@ -63,7 +63,7 @@ def train(
 
 
 def fit(
-    program: Program,
+    trainer: Trainer,
     path: str | os.PathLike,
     record: Mapping[str, Any],
     *,
@@ -71,7 +71,7 @@ def fit(
     stream: TextIO | None = None,
     pause_at: float = math.inf,
 ) -> dict[str, Any]:
-    """Runs `program` to its end: one run, or several at once.
+    """Runs `trainer` to its end: one run, or several at once.
 
     `metrics.jsonl` gets a record of kind "train" every `log_every` steps, averaged over them, one
     of kind "eval" on the validation split before the first step, every `eval_every` and after the
@@ -83,7 +83,7 @@ def fit(
     same kernels again, and kernels that repeat.
 
     Args:
-      program: what to run.
+      trainer: what to run.
       path: the work directory.
       record: the resolved config that belongs to it.
       profile, stream: as in `train`.
@@ -108,10 +108,10 @@ def fit(
         return _finished(path, record)
     alone = exclusive(path) if jax.process_index() == 0 else contextlib.nullcontext()
     with alone:
-        return _fit(program, path, record, profile, stream, pause_at)
+        return _fit(trainer, path, record, profile, stream, pause_at)
 
 
-def _fit(program, path, record, profile, stream, pause_at):
+def _fit(trainer, path, record, profile, stream, pause_at):
     if jax.process_index() == 0:
         workdir = Workdir(path, record)
     if jax.process_count() > 1:
@@ -120,9 +120,9 @@ def _fit(program, path, record, profile, stream, pause_at):
     if finished.exists():  # since then
         return _finished(path, record)
     with Checkpoints(
-        path / "checkpoints", program.settings.training.keep_checkpoints
+        path / "checkpoints", trainer.settings.training.keep_checkpoints
     ) as checkpoints:
-        state = checkpoints.restore(program.abstract_state)
+        state = checkpoints.restore(trainer.abstract_state)
         start = -1 if state is None else int(state.step)
         known = _records_until(path, start)
         if jax.process_count() > 1:
@@ -132,8 +132,8 @@ def _fit(program, path, record, profile, stream, pause_at):
             write_whole(path / "environment.json", _pretty(environment.describe()))
         else:
             records = NoRecords()
-        state = program.init() if state is None else state
-        job = _Fit(program, path, records, checkpoints, known, profile, stream, pause_at)
+        state = trainer.init() if state is None else state
+        job = _Fit(trainer, path, records, checkpoints, known, profile, stream, pause_at)
         try:
             result = job.run(state, start)
         finally:
@@ -173,14 +173,14 @@ def _records_until(path, start):
 class _Fit:
     """One pass from a state to the end; the fields are what changes on the way."""
 
-    def __init__(self, program, path, records, checkpoints, known, profile, stream, pause_at):
-        self.program, self.options = program, program.settings.training
+    def __init__(self, trainer, path, records, checkpoints, known, profile, stream, pause_at):
+        self.trainer, self.options = trainer, trainer.settings.training
         self.path, self.records, self.checkpoints = path, records, checkpoints
         self.evaluations = [entry for entry in known if entry["kind"] == "eval"]
         self.profile, self.stream, self.pause_at = profile, stream, pause_at
         self.window: list[Sums] = []  # of the steps since the last training record
         self.pending = None  # (step, metrics) of a call that may still be running
-        self.failed_at = self.stopped_at = np.full(program.shape, -1)
+        self.failed_at = self.stopped_at = np.full(trainer.shape, -1)
         self.clock = (0, time.monotonic())
         self.tracing = False
 
@@ -200,7 +200,7 @@ class _Fit:
                 self._fetch()
             end = min(steps, step + self.options.log_every - step % self.options.log_every)
             count = min(self.options.steps_per_call, end - step)
-            state, metrics = self.program.advance(state, np.int32(count))
+            state, metrics = self.trainer.advance(state, np.int32(count))
             step, calls = step + count, calls + 1
             self._fetch()  # of the call before: the device is busy with this one meanwhile
             self.pending = (step, metrics)
@@ -252,23 +252,23 @@ class _Fit:
         (before, then), now = self.clock, time.monotonic()
         self.clock = (step, now)
         speed = (step - before) / max(now - then, 1e-9)
-        runs = math.prod(self.program.shape)
+        runs = math.prod(self.trainer.shape)
         timing = {
             "seconds": now - then,
             "steps_per_second": speed,
-            "sequences_per_second": speed * runs * self.program.batch_size,
+            "sequences_per_second": speed * runs * self.trainer.batch_size,
         }
         self.records.time(step, timing)
         loss = values["loss"]
         shown = f"loss {float(loss):.4g}" if loss.ndim == 0 else f"loss >= {_lowest(loss):.4g}"
         if self.evaluations:
-            value = self.evaluations[-1].get(self.program.headline)
-            shown += f"  {self.program.headline} {_short(value)}"
+            value = self.evaluations[-1].get(self.trainer.primary_metric)
+            shown += f"  {self.trainer.primary_metric} {_short(value)}"
         self.progress.advance(step - before, f"step {step}  {shown}  {speed:.3g} steps/s")
 
     def _evaluate(self, step, state):
         """Writes the record; the state, in which the runs that are where they were to get stop."""
-        found = means(jax.device_get(self.program.evaluate(state.params)))
+        found = means(jax.device_get(self.trainer.evaluate(state.params)))
         self.records.write("eval", step, found)
         values = {name: plain_numbers(value) for name, value in found.items()}
         self.evaluations.append({"kind": "eval", "step": step, **values})
@@ -288,7 +288,7 @@ class _Fit:
 
     def _over(self) -> bool:
         """Whether every run has failed or stopped; of one learning rate, if that is enough."""
-        stopped, runs = self.stopped_at >= 0, self.program.runs
+        stopped, runs = self.stopped_at >= 0, self.trainer.runs
         if runs is not None and runs.one_rate and stopped.all(axis=0).any():
             return True
         return bool(np.all((self.failed_at >= 0) | stopped))
@@ -296,12 +296,12 @@ class _Fit:
     def _reached(self):
         goal = self.options.stop_at
         if goal is None:
-            return np.zeros(self.program.shape, bool)
-        value = _array(self.evaluations[-1][self.program.headline])
+            return np.zeros(self.trainer.shape, bool)
+        value = _array(self.evaluations[-1][self.trainer.primary_metric])
         return value >= goal if self._mode() == "max" else value <= goal
 
     def _mode(self):
-        return self.program.task.headline_mode
+        return self.trainer.task.metric_mode
 
     def _trace(self, calls):
         # The first call compiles; what is traced is the steady state.
@@ -316,20 +316,22 @@ class _Fit:
         status = "stopped" if step < self.options.steps else "finished"
         if self._all_failed():
             status = "non_finite"
-            if not self.program.shape:
+            if not self.trainer.shape:
                 step = int(self.failed_at)
                 self._save_failure(state, step)
                 self.records.write("non_finite", step, {})
-        test = {} if self._all_failed() else means(jax.device_get(self.program.test(state.params)))
+        test = {} if self._all_failed() else means(jax.device_get(self.trainer.test(state.params)))
         if test:
             self.records.write("test", step, test)
-        metric = self.program.task.headline
-        history = np.stack([_array(entry[self.program.headline]) for entry in self.evaluations])
+        metric = self.trainer.task.primary_metric
+        history = np.stack(
+            [_array(entry[self.trainer.primary_metric]) for entry in self.evaluations]
+        )
         best = np.fmax if self._mode() == "max" else np.fmin
         return {
             "status": status,
             "steps": step,
-            "headline": self.program.headline,
+            "headline": self.trainer.primary_metric,
             "mode": self._mode(),
             "final": plain_numbers(history[-1]),
             "best": plain_numbers(best.reduce(history)),

@@ -14,15 +14,15 @@ from typing import Any, TextIO
 from lla.experiment.boundary import from_config, plain
 from lla.experiment.workdir import check_config
 from lla.training import results
-from lla.training.trainer import Runs, abstract_model
 from lla.training.results import FINAL, SELECT, read_results, select, summary, write_results
 from lla.training.settings import Settings, Sharding, Sweep, defaults, override, resolve
+from lla.training.trainer import Runs, abstract_model
 from lla.training.unused import check_used
 
 __all__ = [
-    "Cell",
     "Grid",
-    "cells",
+    "GridPoint",
+    "grid_points",
     "read_results",
     "run",
     "select",
@@ -32,7 +32,7 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class GridPoint:
     """A point of the grid.
 
     Attributes:
@@ -68,7 +68,7 @@ class Cell:
         return {**shared, "runs": dataclasses.asdict(runs)}
 
 
-def cells(config: Mapping[str, Any]) -> tuple[Sweep, list[Cell]]:
+def grid_points(config: Mapping[str, Any]) -> tuple[Sweep, list[GridPoint]]:
     """The sweep that `config` describes, and its points.
 
     Points that differ only in what does not apply to them, such as an option of another mechanism,
@@ -87,7 +87,7 @@ def cells(config: Mapping[str, Any]) -> tuple[Sweep, list[Cell]]:
         if not isinstance(values, tuple) or not values:
             raise ValueError(f"config.sweep.grid.{path} must be a tuple of values, got {values!r}.")
         override(config, _nested(path, values[0]))  # its check of the path
-    found: list[Cell] = []
+    found: list[GridPoint] = []
     seen, labelled = [], set()
     for case in sweep.cases or {"": {}}:
         base = override(config, sweep.cases[case]) if case else config
@@ -113,9 +113,9 @@ def cells(config: Mapping[str, Any]) -> tuple[Sweep, list[Cell]]:
                 continue
             seen.append(record)
             abstract_model(settings.model_config(settings.create_task()))  # its checks
-            found.append(Cell(_folder(labels), labels, settings))
+            found.append(GridPoint(_folder(labels), labels, settings))
     paths = [*axes, *(path for case in sweep.cases.values() for path, _ in _axes(case))]
-    check_used(paths, {cell.settings.model.mixer.name: None for cell in found}, sweeps=True)
+    check_used(paths, {point.settings.model.mixer.name: None for point in found}, sweeps=True)
     return sweep, found
 
 
@@ -124,14 +124,14 @@ class Grid:
     """A sweep with the place of its results.
 
     Attributes:
-      sweep, points: of `cells`.
+      sweep, points: of `grid_points`.
       path: the work directory.
       known: rows of results that were made elsewhere and need not be made again.
       copies: files that get a copy of `results.csv`.
     """
 
     sweep: Sweep
-    points: list[Cell]
+    points: list[GridPoint]
     path: pathlib.Path
     known: Sequence[Mapping[str, Any]] = ()
     copies: tuple[pathlib.Path, ...] = ()
@@ -149,11 +149,11 @@ class Grid:
             FINAL: Runs(sweep.seeds, sweep.learning_rates[:1]),
         }
 
-    def folder(self, cell: Cell, phase: str) -> pathlib.Path:
+    def folder(self, point: GridPoint, phase: str) -> pathlib.Path:
         """The work directory of a phase."""
-        return self.path / "cells" / cell.name / phase
+        return self.path / "cells" / point.name / phase
 
-    def open_phases(self, cell: Cell) -> list[str]:
+    def open_phases(self, point: GridPoint) -> list[str]:
         """Those that are neither finished below `path` nor known.
 
         Raises:
@@ -161,18 +161,18 @@ class Grid:
         """
         found = []
         for phase, runs in self.phases().items():
-            folder = self.folder(cell, phase)
+            folder = self.folder(point, phase)
             if (folder / "result.json").exists():
-                check_config(folder, cell.record(self.runs(cell, phase)))
-            elif len(self._known(cell, phase)) < len(runs.seeds) * len(runs.learning_rates):
+                check_config(folder, point.record(self.runs(point, phase)))
+            elif len(self._known(point, phase)) < len(runs.seeds) * len(runs.learning_rates):
                 found.append(phase)
         return found
 
-    def runs(self, cell: Cell, phase: str) -> Runs:
+    def runs(self, point: GridPoint, phase: str) -> Runs:
         """The runs of a phase, once those before it are finished."""
         runs = self.phases()[phase]
         if phase == FINAL and self.sweep.selection_seeds:
-            rows = list(results.rows(self.folder(cell, SELECT))) or self._known(cell, SELECT)
+            rows = list(results.rows(self.folder(point, SELECT))) or self._known(point, SELECT)
             (best,) = select(rows, ())
             runs = dataclasses.replace(runs, learning_rates=(best["learning_rate"],))
         return runs
@@ -181,13 +181,13 @@ class Grid:
         """Writes `results.csv`; returns its path."""
         return write_results(self.path, *self.copies)
 
-    def _known(self, cell, phase):
+    def _known(self, point, phase):
         return [
             row
             for row in self.known
-            if row["settings"] == cell.digest
+            if row["settings"] == point.digest
             and row["phase"] == phase
-            and all(row.get(column) == value for column, value in cell.choices.items())
+            and all(row.get(column) == value for column, value in point.choices.items())
         ]
 
 
@@ -232,15 +232,15 @@ def run(
     index, parts = part
     if not 0 <= index < parts:
         raise ValueError(f"part must be (i, n) with 0 <= i < n, got {part}.")
-    sweep, points = cells(config)
+    sweep, points = grid_points(config)
     grid = Grid(sweep, points[index::parts], pathlib.Path(path))
     Queue([grid], begin_before=limit, stream=stream, report=report).run()
     return grid.write()
 
 
-def _shared_settings(cell: Cell) -> dict[str, Any]:
+def _shared_settings(point: GridPoint) -> dict[str, Any]:
     """What all runs of a point share."""
-    record = cell.settings.record()
+    record = point.settings.record()
     del record["training"]["seed"], record["optimizer"]["learning_rate"], record["sharding"]
     return record
 

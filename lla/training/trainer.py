@@ -32,7 +32,7 @@ class RefusedError(ValueError):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "failed_at", "stopped_at", "params", "moments"],
+    data_fields=["step", "failed_at", "stopped_at", "params", "opt_state"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +42,18 @@ class TrainState:
     Attributes:
       step: int32, updates so far; one number for all runs.
       failed_at: int32, for each run the update whose loss or gradient was not finite, -1 if none:
-        from there on the run keeps the parameters and moments that it had before that update.
+        from there on the run keeps the parameters and opt_state that it had before that update.
       stopped_at: int32, for each run the number of updates after which it was where it was to get,
-        -1 if it is not there yet: it keeps its parameters and moments from there on, too.
+        -1 if it is not there yet: it keeps its parameters and opt_state from there on, too.
       params: by path, such as "blocks.0.mixer.query.kernel".
-      moments: the optimiser's state.
+      opt_state: the optimiser's state.
     """
 
     step: jax.Array
     failed_at: jax.Array
     stopped_at: jax.Array
     params: dict[str, jax.Array]
-    moments: Any
+    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Runs:
     one_rate: bool = False
 
 
-class Program:
+class Trainer:
     """Functions of one setting, compiled at the first call.
 
     Args:
@@ -131,9 +131,9 @@ class Program:
         )
 
     @property
-    def headline(self) -> str:
+    def primary_metric(self) -> str:
         """Name of the metric that runs are stopped and chosen by: "validation/accuracy"."""
-        return f"{VALIDATION}/{self.task.headline}"
+        return f"{VALIDATION}/{self.task.primary_metric}"
 
     @property
     def rates(self) -> np.ndarray:
@@ -243,15 +243,15 @@ class Program:
             return params, self._direction.init(params)
 
         if self.runs is None:
-            params, moments = init(jnp.uint32(self.settings.training.seed))
+            params, opt_state = init(jnp.uint32(self.settings.training.seed))
         else:
             rates = len(self.runs.learning_rates)
             each = jax.vmap(init)(jnp.asarray(self.runs.seeds, jnp.uint32))
-            params, moments = jax.tree.map(
+            params, opt_state = jax.tree.map(
                 lambda leaf: jnp.repeat(leaf[:, None], rates, axis=1), each
             )
         never = jnp.full(self.shape, -1, jnp.int32)
-        return TrainState(jnp.int32(0), never, never, params, moments)
+        return TrainState(jnp.int32(0), never, never, params, opt_state)
 
     def _advance(self, state: TrainState, count: jax.Array, rates: jax.Array):
         sums = jax.eval_shape(self._step, state, rates)[1]
@@ -310,7 +310,7 @@ class Program:
 
     def _step(self, state: TrainState, rates: jax.Array) -> tuple[TrainState, Sums]:
         factor = self._schedule(state.step)
-        body = (state.params, state.moments, state.failed_at, state.stopped_at)
+        body = (state.params, state.opt_state, state.failed_at, state.stopped_at)
         update = functools.partial(self._update, state.step)
         if self.runs is None:
             seed = jnp.uint32(self.settings.training.seed)
@@ -325,11 +325,11 @@ class Program:
                 return jax.vmap(update, in_axes=(0, 0, None))(body, rates, batch)
 
             new, sums = jax.vmap(for_seed)(body, jnp.asarray(self.runs.seeds, jnp.uint32))
-        params, moments, failed_at, stopped_at = new
-        return TrainState(state.step + 1, failed_at, stopped_at, params, moments), sums
+        params, opt_state, failed_at, stopped_at = new
+        return TrainState(state.step + 1, failed_at, stopped_at, params, opt_state), sums
 
     def _update(self, step, body, rate, batch):
-        params, moments, failed_at, stopped_at = body
+        params, opt_state, failed_at, stopped_at = body
 
         def loss_of(params):
             outputs = self._outputs(params, batch)
@@ -337,7 +337,7 @@ class Program:
 
         (loss, outputs), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         norm = _global_norm(gradients)
-        direction, new_moments = self._direction.update(gradients, moments, params)
+        direction, new_opt_state = self._direction.update(gradients, opt_state, params)
         new_params = jax.tree.map(
             lambda leaf, change: leaf - (rate * change.astype(jnp.float32)).astype(leaf.dtype),
             params,
@@ -349,16 +349,16 @@ class Program:
         new_failed_at = jnp.where(finite | waits, failed_at, step)
         # A failed update is not made: the state stays the one that reproduces the failure. Nor is
         # one of a run that has stopped.
-        new_params, new_moments = jax.tree.map(
+        new_params, new_opt_state = jax.tree.map(
             lambda new, old: jnp.where(going, new, old),
-            (new_params, new_moments),
-            (params, moments),
+            (new_params, new_opt_state),
+            (params, opt_state),
         )
         one = jnp.float32(1)
         sums = dict(self.task.metrics(outputs, batch))
         sums |= {"gradient_norm": (norm, one), "learning_rate": (rate, one)}
         sums = jax.tree.map(lambda leaf: jnp.where(going, leaf, jnp.zeros_like(leaf)), sums)
-        return (new_params, new_moments, new_failed_at, stopped_at), sums
+        return (new_params, new_opt_state, new_failed_at, stopped_at), sums
 
     def _batch(self, seed, index, size, split):
         batch = self.task.batch(seed, index, size, split)

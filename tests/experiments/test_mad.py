@@ -135,7 +135,7 @@ def test_published_averages_are_those_of_the_tasks():
 
 
 def test_sweeps_have_the_settings_of_the_benchmark():
-    _, points = sweep.cells(get_config("").to_dict())
+    _, points = sweep.grid_points(get_config("").to_dict())
     assert len(points) == 36 and {point.settings.training.steps for point in points} == {
         400,
         20_000,
@@ -153,5 +153,5 @@ def test_sweeps_have_the_settings_of_the_benchmark():
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "count"), [("two_heads", 120), ("protocol", 396)])
 def test_every_point_of_the_larger_sweeps_is_possible(variant, count):
-    _, points = sweep.cells(get_config(variant).to_dict())
+    _, points = sweep.grid_points(get_config(variant).to_dict())
     assert len(points) == len({point.name for point in points}) == count

@@ -130,7 +130,7 @@ def test_metrics_add_up_over_batches(name):
         jnp.concatenate(outputs), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
     )
     parts = [metrics(*pair) for pair in zip(outputs, batches, strict=True)]
-    assert {"loss", task.headline} <= both.keys()
+    assert {"loss", task.primary_metric} <= both.keys()
     for key, (total, weight) in both.items():
         assert total.shape == weight.shape == () and total.dtype == weight.dtype == np.float32
         np.testing.assert_allclose(total, sum(part[key][0] for part in parts), rtol=1e-5)
@@ -143,7 +143,7 @@ def test_slices_are_parts_of_the_headline(name):
     for split in task.splits:
         batch = BATCHES[name, split](5, 0)
         sums = task.metrics(outputs_for(task, batch), batch)
-        total, weight = sums.pop(task.headline)
+        total, weight = sums.pop(task.primary_metric)
         kinds = {key.rsplit("_", 1)[0] for key in sums if "/" in key}
         assert kinds
         for kind in kinds:

@@ -16,7 +16,7 @@ from lla.training.trainer import TrainState
 def state(step):
     params = {"a": jnp.full((3, 2), step, jnp.float32), "b": jnp.arange(5, dtype=jnp.float32)}
     numbers = {field.name: jnp.int32(-1) for field in dataclasses.fields(TrainState)}
-    given = {"step": jnp.int32(step), "params": params, "moments": (jnp.zeros((3, 2)),)}
+    given = {"step": jnp.int32(step), "params": params, "opt_state": (jnp.zeros((3, 2)),)}
     return TrainState(**numbers | given)
 
 
