@@ -9,6 +9,6 @@ regression of the pairs `(keys[j], values[j])`, `j <= t` (the pair at `t` includ
 >>> predictions = predict(queries, keys, values)
 """
 
-from lla.estimators.registry import Estimator, create, names, options
+from lla.estimators.registry import Estimator, create, names, options, register
 
-__all__ = ["Estimator", "create", "names", "options"]
+__all__ = ["Estimator", "create", "names", "options", "register"]

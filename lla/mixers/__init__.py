@@ -22,7 +22,7 @@ from lla.mixers.linear_recurrence import linear_recurrence, linear_recurrence_st
 from lla.mixers.long_convolution import long_convolution, long_convolution_step
 from lla.mixers.mesa import MesaState, make_solver, mesa, mesa_step
 from lla.mixers.protocol import Mixer
-from lla.mixers.registry import create, length_option, names, options, uses_positions
+from lla.mixers.registry import create, length_option, names, options, register, uses_positions
 from lla.mixers.selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "mesa_step",
     "names",
     "options",
+    "register",
     "selective_scan",
     "selective_scan_step",
     "uses_positions",

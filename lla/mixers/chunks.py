@@ -78,11 +78,6 @@ def check_form(form: str, chunk: int) -> None:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
 
 
-def form_of_piece(form: str, length: int) -> str:
-    """How to compute the next `length` tokens: one alone is a step, whatever the form."""
-    return "recurrent" if length == 1 else form
-
-
 def start_state(state: jax.Array | None, shape: tuple[int, ...], dtype) -> jax.Array:
     """`state` in `dtype`, or zeros for None; ValueError unless it has `shape`."""
     if state is None:
@@ -140,16 +135,21 @@ class Sums(NamedTuple):
         return Sums(self.upper[..., index], self.lower[..., index])
 
 
+def log_of_zero(dtype) -> float:
+    """A finite number, minus a power of two, whose exponential is zero in `dtype`."""
+    return -(2.0 ** math.ceil(math.log2(-math.log(jnp.finfo(dtype).smallest_subnormal))))
+
+
 @jax.custom_jvp
 def running_sums(log_decay: jax.Array) -> Sums:
     """The sums over positions of `log_decay`, ``[..., C]``, finite and <= 0.
 
     What is below the logarithm of the smallest number is as good as that.
     """
-    chunk, limits = log_decay.shape[-1], jnp.finfo(log_decay.dtype)
-    floor = 2.0 ** math.ceil(math.log2(-math.log(limits.smallest_subnormal)))
-    unit = 2.0 ** (math.ceil(math.log2(floor * chunk)) - limits.nmant - 1)
-    log_decay = jnp.maximum(log_decay, -floor)
+    chunk, floor = log_decay.shape[-1], log_of_zero(log_decay.dtype)
+    digits = jnp.finfo(log_decay.dtype).nmant + 1
+    unit = 2.0 ** (math.ceil(math.log2(-floor * chunk)) - digits)
+    log_decay = jnp.maximum(log_decay, floor)
     upper = jnp.round(log_decay / unit) * unit
     return Sums(_sum_up(upper), _sum_up(log_decay - upper))
 
@@ -188,7 +188,8 @@ def pair_decays(sums: Sums) -> jax.Array:
     """`Decays.pair`, which nothing has to store: a function of two positions."""
     rows, columns = (Sums(*(jnp.expand_dims(part, axis) for part in sums)) for axis in (-1, -2))
     exponent = columns.between(rows)
-    return jnp.exp(jnp.where(lower_triangle(exponent), exponent, -jnp.inf))
+    hidden = jnp.full_like(exponent, log_of_zero(exponent.dtype))
+    return jnp.exp(jnp.where(lower_triangle(exponent), exponent, hidden))
 
 
 def start_decays(sums: Sums) -> jax.Array:

@@ -11,7 +11,8 @@ from flax import nnx
 
 from lla.mixers.chunks import check_form
 from lla.mixers.long_convolution import long_convolution
-from lla.mixers.parts import NoDecay, State, init_state, project, whole
+from lla.mixers.parts import NoDecay, project
+from lla.mixers.recurrent import State, WholeSequences, init_state
 from lla.ops import segments
 from lla.ops.cache import check_room, exists, write_tokens
 from lla.ops.problem import compute_dtype
@@ -100,7 +101,7 @@ class Hyena(nnx.Module):
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
         """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
-        u, gate, dtype = self._gated(whole(self, segment_ids)("inputs", x))
+        u, gate, dtype = self._gated(WholeSequences(self, x, segment_ids).project("inputs"))
         filter = self.filter(x.shape[1])
         convolved = long_convolution(u, filter, segment_ids=segment_ids, form=self.form)
         return self._finish(u, gate, convolved, dtype)
@@ -109,7 +110,7 @@ class Hyena(nnx.Module):
         """The state of `decode` before the first token, room for all u; see `lla.mixers.Mixer`."""
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}.")
-        return init_state(self, batch, (max_length, self.width), dtype=dtype)
+        return init_state(self, batch, (max_length, self.width), dtype)
 
     def decode(
         self,
@@ -125,17 +126,17 @@ class Hyena(nnx.Module):
         packed sequences the state holds the last segment alone behind a call, but there has to be
         room for all tokens of the call behind those that it held before.
         """
-        state, piece = state.begin(self, x, new_lengths, segment_ids)
-        u, gate, dtype = self._gated(piece.project("inputs", piece.x))
+        state, tokens = state.begin(self, x, new_lengths, segment_ids)
+        u, gate, dtype = self._gated(tokens.project("inputs"))
         room, length = state.memory.shape[1], x.shape[1]
-        check_room(state.lengths, piece.counts, room)
+        check_room(state.lengths, tokens.counts, room)
         memory = write_tokens(
-            state.memory, u.astype(state.memory.dtype), state.lengths, piece.counts
+            state.memory, u.astype(state.memory.dtype), state.lengths, tokens.counts
         )
-        total, after = state.lengths + piece.counts, state.advance(memory, piece)
+        total, after = state.lengths + tokens.counts, state.advance(memory, tokens)
         filter, slots = self.filter(room).astype(memory.dtype), None
         if segment_ids is not None:
-            slots = segments.slots(piece.runs, state.lengths, room)
+            slots = segments.slots(tokens.segment_ids, state.lengths, room)
             first = total - after.lengths
             after = after._replace(
                 memory=segments.moved_to_front(memory, first, after.lengths),
@@ -156,7 +157,7 @@ class Hyena(nnx.Module):
             convolved = long_convolution(memory, filter, segment_ids=slots, form=self.form)
             rows = jnp.clip(positions, 0, room - 1)[..., None]
             convolved = jnp.take_along_axis(convolved, rows, axis=1)
-        lost = (total > room)[:, None] & exists(piece.counts, length)
+        lost = (total > room)[:, None] & exists(tokens.counts, length)
         convolved = nan_where(lost, convolved)
         return self._finish(u, gate, convolved.astype(u.dtype), dtype), after
 

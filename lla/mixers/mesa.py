@@ -35,6 +35,7 @@ from lla.mixers.chunks import check_form
 from lla.mixers.delta_rule import check_sequences
 from lla.ops import mosaic_gpu
 from lla.ops.problem import compute_dtype
+from lla.ops.shield import nan_where
 
 _einsum = partial(jnp.einsum, precision="highest")
 
@@ -207,7 +208,7 @@ class _Exact(NamedTuple):
             inverse, positive = spd.inverse(moment + ridge[..., None] * eye, "highest")
             solution = _einsum("...hg,...g->...h", inverse, right)
             # A system that is not positive definite has no answer, rather than a wrong one.
-            return jnp.where(positive[..., None], solution, jnp.nan)
+            return nan_where(~positive, solution)
 
         return jax.lax.custom_linear_solve(apply, right, factorise, symmetric=True)
 

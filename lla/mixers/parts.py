@@ -1,18 +1,16 @@
-"""Pieces that several mixers share: projections, short convolutions, norms, initialisers."""
+"""What mixers are built from: projections, short convolutions, norms, initialisers."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lla.nn.layer import HeadNorm
-from lla.nn.new_tokens import Piece, apply_projection, convolution_states
 from lla.nn.ridge import NoDecay
 from lla.ops import segments
 from lla.ops.problem import compute_dtype
@@ -22,112 +20,16 @@ __all__ = [
     "HeadNorm",
     "LowRank",
     "NoDecay",
-    "Piece",
     "Projected",
-    "Recurrence",
     "ShortConvolution",
-    "State",
     "expanded_head_size",
     "head_size",
-    "init_state",
     "l2_normalize",
     "merge_heads",
-    "positions",
     "project",
     "step_bias",
     "symmetric_uniform",
-    "whole",
 ]
-
-Project = Callable[[str, jax.Array], jax.Array]
-
-
-class State(NamedTuple):
-    """What decoding with a recurrence keeps of the tokens so far; all arrays lead with the batch.
-
-    Attributes:
-      memory: the state of the recurrence, float32 or better.
-      convolutions: by the name of the projection, the last inputs of a short convolution behind it.
-      lengths: int32 ``[B]``, tokens so far; of packed sequences, those of the last segment.
-      segment: int32 ``[B]``, the segment id of the last token; 0 where none was given.
-    """
-
-    memory: Any
-    convolutions: dict[str, jax.Array]
-    lengths: jax.Array
-    segment: jax.Array
-
-    def begin(
-        self,
-        mixer: nnx.Module,
-        x: jax.Array,
-        new_lengths: jax.Array | None,
-        segment_ids: jax.Array | None,
-    ) -> tuple[State, Piece]:
-        """The tokens ``x [B, T, width]`` as a `Piece`, and the state in front of them.
-
-        That is this one, or zeros where the first token is that of a new segment.
-        """
-        piece = Piece(mixer, x, self.convolutions, new_lengths, segment_ids, self.segment)
-        state = self
-        if piece.starts is not None:
-            memory, lengths = piece.restarted((self.memory, self.lengths))
-            state = self._replace(memory=memory, lengths=lengths)
-        return state, piece
-
-    def advance(self, memory: Any, piece: Piece) -> State:
-        """The state behind the tokens of `piece`, which left `memory`."""
-        return State(memory, piece.convolutions, piece.lengths_behind(self.lengths), piece.segment)
-
-
-def init_state(mixer: nnx.Module, batch: int, *shapes: tuple[int, ...], dtype: Any) -> State:
-    """The state of `mixer` before the first token: zeros.
-
-    Args:
-      mixer: has an output projection `out`.
-      batch: number of sequences.
-      *shapes: of the state of its recurrence, without the batch; of several a tuple is made.
-      dtype: float32 states for anything narrower; None means the dtype of the mixer.
-    """
-    if dtype is None:
-        dtype = mixer.out.param_dtype if mixer.out.dtype is None else mixer.out.dtype
-    dtype = compute_dtype(jnp.dtype(dtype))
-    memory = tuple(jnp.zeros((batch, *shape), dtype) for shape in shapes)
-    return State(
-        memory[0] if len(shapes) == 1 else memory,
-        convolution_states(mixer, batch, dtype),
-        jnp.zeros((batch,), jnp.int32),
-        jnp.zeros((batch,), jnp.int32),
-    )
-
-
-class Recurrence(nnx.Module):
-    """A mixer whose state does not grow.
-
-    It sets `memory`, the shape of the state of one sequence, and has an output projection `out`.
-    """
-
-    memory: tuple[int, ...]
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> State:
-        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
-        del max_length
-        return init_state(self, batch, self.memory, dtype=dtype)
-
-
-def whole(mixer: nnx.Module, segment_ids: jax.Array | None = None) -> Project:
-    """Projections of whole sequences by name; `Piece.project` is that of pieces.
-
-    With `segment_ids`, int ``[B, T]``, short convolutions do not look across segments.
-    """
-    return lambda name, x: apply_projection(getattr(mixer, name), x, segment_ids)
-
-
-def positions(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """Int32 ``[T]``, the positions of tokens ``x [B, T, width]``; ``[B, T]`` within segments."""
-    if segment_ids is None:
-        return jnp.arange(x.shape[1], dtype=jnp.int32)
-    return segments.positions(segments.starts(segment_ids, x.shape[:2]))
 
 
 def head_size(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
+from lla.mixers.chunks import log_of_zero
 from lla.ops import segments
 from lla.ops.problem import compute_dtype
 
@@ -36,8 +35,3 @@ def gates(
     starts = starts.reshape(*starts.shape, *(1,) * (log_decay.ndim - 2))
     starts = jnp.broadcast_to(starts, log_decay.shape)
     return jnp.where(starts, jnp.full_like(log_decay, log_of_zero(dtype)), log_decay)
-
-
-def log_of_zero(dtype) -> float:
-    """A number of small magnitude, a power of two, whose exponential is zero in `dtype`."""
-    return -(2.0 ** math.ceil(math.log2(-math.log(jnp.finfo(dtype).smallest_subnormal))))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lla import mixers
 from lla.nn.layer import HeadNorm
-from lla.nn.new_tokens import Piece
+from lla.nn.new_tokens import NewTokens
 from lla.ops import segments
 from lla.ops.cache import check_room
 from lla.ops.shield import nan_where
@@ -415,20 +415,23 @@ class SequenceModel(nnx.Module):
           ValueError: inputs of another kind, or tokens that are known not to fit.
         """
         x = self._embed(inputs)
-        piece, lengths = Piece(self, x, {}, new_lengths, segment_ids, state.segment), state.lengths
-        x = piece.x
-        if piece.starts is not None:
-            lengths = piece.restarted(lengths)
-        if self.config.learned_positions and piece.starts is not None:
-            at = piece.keep(piece.positions(lengths))
-            x = x + piece.keep(self._positions_within(at))
+        tokens, lengths = (
+            NewTokens(self, x, {}, new_lengths, segment_ids, state.segment),
+            state.lengths,
+        )
+        x = tokens.x
+        if tokens.starts is not None:
+            lengths = tokens.reset(lengths)
+        if self.config.learned_positions and tokens.starts is not None:
+            at = tokens.mask(tokens.positions(lengths))
+            x = x + tokens.mask(self._positions_within(at))
         elif self.config.learned_positions:
-            x = x + piece.keep(self._positions_behind(lengths, piece.counts, x.shape))
+            x = x + tokens.mask(self._positions_behind(lengths, tokens.counts, x.shape))
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x, layer = block.decode(x, layer, new_lengths, segment_ids=segment_ids)
             layers.append(layer)
-        state = ModelState(tuple(layers), piece.lengths_behind(lengths), piece.segment)
+        state = ModelState(tuple(layers), tokens.lengths_after(lengths), tokens.segment)
         return self._read(x), state
 
     def _positions_behind(self, lengths, counts, shape):
@@ -438,8 +441,7 @@ class SequenceModel(nnx.Module):
         offsets = jnp.arange(shape[1], dtype=jnp.int32)[None]
         at = jnp.broadcast_to(lengths[:, None], shape[:2]) + jnp.broadcast_to(offsets, shape[:2])
         positions = self._position(jnp.clip(at, 0, room - 1))
-        lost = jnp.broadcast_to((lengths + counts > room)[:, None, None], positions.shape)
-        return jnp.where(lost, jnp.full_like(positions, jnp.nan), positions)
+        return nan_where(lengths + counts > room, positions)
 
     def _positions_within(self, at):
         """The vectors of positions ``[B, T]`` in segments, NaN for those that do not exist."""

@@ -1,4 +1,4 @@
-"""The next tokens of sequences that arrive in pieces, for modules that decode."""
+"""The new tokens of a call of `decode`, and projections that continue from a state."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from lla.ops import segments
 from lla.ops.cache import exists, token_counts
 
 
-class Piece:
-    """The next tokens of some sequences: which of them exist, and projections that go on with them.
+class NewTokens:
+    """The next tokens of a batch of sequences, some of which may be padding.
 
     Args:
-      mixer: the module whose projections are meant.
+      module: its projections are those that `project` applies.
       x: ``[*B, T, width]``.
       convolutions: the last inputs of its short convolutions, from `convolution_states`.
       new_lengths: int ``[*B]``, in 0 ... T: how many of the T tokens exist; None for all.
-      segment_ids: int ``[*B, T]``, of packed sequences; None for one.
-      segment: int32 ``[*B]``, the id of the last token in front of these.
+      segment_ids: int ``[*B, T]``, of packed sequences; None for one sequence.
+      segment: int32 ``[*B]``, the segment id of the last token before these.
 
     Raises:
-      ValueError: arguments whose shapes do not fit.
+      ValueError: shapes that do not fit.
 
     Attributes:
-      x: the tokens, zeros where they only pad.
+      x: the tokens, with zeros for padding.
       counts: int32 ``[*B]``, the number of tokens that exist.
-      convolutions: after each `project`, the new last inputs.
-      starts: bool ``[*B, T]``, which of the tokens that exist are the first of a segment, and None
-        without segment ids.
-      runs: int32 ``[*B, T]``, segment ids that never come back; tokens that only pad are of the
-        last segment. None without segment ids.
-      segment: int32 ``[*B]``, the id of the last token of these.
+      convolutions: the last inputs after these tokens, once `project` has been called.
+      starts: bool ``[*B, T]``, whether a token exists and is the first of its segment; None without
+        segment ids.
+      segment_ids: int32 ``[*B, T]``, ids that no two segments share; padding belongs to the last
+        segment. None without segment ids.
+      segment: int32 ``[*B]``, the segment id of the last of these tokens.
     """
 
     def __init__(
         self,
-        mixer: nnx.Module,
+        module: nnx.Module,
         x: jax.Array,
-        convolutions,
-        new_lengths,
-        segment_ids=None,
-        segment=None,
+        convolutions: dict[str, jax.Array],
+        new_lengths: jax.Array | None,
+        segment_ids: jax.Array | None = None,
+        segment: jax.Array | None = None,
     ):
         *leading, length, _ = x.shape
         if segment is not None and segment.shape != tuple(leading):
@@ -53,68 +53,69 @@ class Piece:
             )
         self.counts = token_counts(new_lengths, tuple(leading), length)
         self.convolutions = dict(convolutions)
-        self._mixer = mixer
-        self._ragged = new_lengths is not None
-        self._real = exists(self.counts, length)
-        self.x = self.keep(x)
-        self.segment, self.starts, self.runs = segment, None, None
+        self._module = module
+        self._padded = new_lengths is not None
+        self._exists = exists(self.counts, length)
+        self.x = self.mask(x)
+        self.segment, self.starts, self.segment_ids = segment, None, None
         if segment_ids is not None:
             starts = segments.starts(segment_ids, x.shape[:-1], segment)
-            self.starts = starts & self._real
-            self.runs = segments.runs(self.starts)
-            self.convolutions = self.restarted(self.convolutions)
+            self.starts = starts & self._exists
+            self.segment_ids = segments.runs(self.starts)
+            self.convolutions = self.reset(self.convolutions)
             last = jnp.clip(self.counts - 1, 0)[..., None]
             last = jnp.take_along_axis(segments.narrowed(segment_ids), last, axis=-1)[..., 0]
             self.segment = jnp.where(self.counts > 0, last, segment)
 
-    def restarted(self, tree: Any) -> Any:
-        """Arrays ``[*B, ...]`` with zeros where the first token is that of a new segment."""
+    def reset(self, tree: Any) -> Any:
+        """Arrays ``[*B, ...]``, zeroed where the first token starts a segment."""
         return segments.cleared(tree, self.starts[..., 0])
 
     def positions(self, lengths: jax.Array) -> jax.Array:
-        """Int32 ``[*B, T]``, those of the tokens in their segments.
+        """Int32 ``[*B, T]``, the positions of the tokens in their segments.
 
-        `lengths`, int32 ``[*B]``, are the tokens in front of the first one, in its segment.
+        `lengths`, int32 ``[*B]``, counts the tokens of the current segment before these.
         """
-        starts = jnp.zeros_like(self._real) if self.starts is None else self.starts
+        starts = jnp.zeros_like(self._exists) if self.starts is None else self.starts
         return segments.positions(starts, lengths)
 
-    def lengths_behind(self, lengths: jax.Array) -> jax.Array:
-        """Int32 ``[*B]``: the tokens of the last segment behind these, of `lengths` before them."""
+    def lengths_after(self, lengths: jax.Array) -> jax.Array:
+        """Int32 ``[*B]``: the length of the last segment, which was `lengths` before these."""
         if self.starts is None:
             return lengths + self.counts
-        # Tokens that only pad count as the last segment's.
+        # Padding counts towards the last segment and is subtracted again.
         last = self.positions(lengths)[..., -1]
-        return last + 1 - (self._real.shape[-1] - self.counts)
+        return last + 1 - (self._exists.shape[-1] - self.counts)
 
-    def keep(self, array: jax.Array) -> jax.Array:
-        """`array` ``[*B, T, ...]`` with zeros for the tokens that only pad."""
-        if not self._ragged:
+    def mask(self, array: jax.Array) -> jax.Array:
+        """`array` ``[*B, T, ...]`` with zeros for padding."""
+        if not self._padded:
             return array
-        real = self._real.reshape(*self._real.shape, *(1,) * (array.ndim - self._real.ndim))
-        return jnp.where(jnp.broadcast_to(real, array.shape), array, jnp.zeros_like(array))
+        mask = self._exists.reshape(*self._exists.shape, *(1,) * (array.ndim - self._exists.ndim))
+        return jnp.where(jnp.broadcast_to(mask, array.shape), array, jnp.zeros_like(array))
 
-    def project(self, name: str, x: jax.Array) -> jax.Array:
-        """What the projection `name` of the mixer makes of ``x [*B, T, width]``."""
-        module = getattr(self._mixer, name)
+    def project(self, name: str) -> jax.Array:
+        """The projection `name` of the module, applied to `x`."""
+        module = getattr(self._module, name)
         if name not in self.convolutions:
-            return module(x)
-        counts = self.counts if self._ragged else None
-        y, self.convolutions[name] = module.decode(x, self.convolutions[name], counts, self.starts)
+            return module(self.x)
+        counts = self.counts if self._padded else None
+        state = self.convolutions[name]
+        y, self.convolutions[name] = module.decode(self.x, state, counts, self.starts)
         return y
 
 
 def apply_projection(module: nnx.Module, x: jax.Array, segment_ids=None) -> jax.Array:
-    """``module(x)``, which does not look across segments if it has a short convolution."""
+    """``module(x)``; a short convolution in it stays within segments."""
     if segment_ids is None or not hasattr(module, "convolution"):
         return module(x)
     return module(x, segment_ids)
 
 
-def convolution_states(mixer: nnx.Module, batch: int, dtype) -> dict[str, jax.Array]:
-    """The inputs before the first token, zeros, of every short convolution of `mixer`, by name."""
+def convolution_states(module: nnx.Module, batch: int, dtype) -> dict[str, jax.Array]:
+    """By name, the initial states, zeros, of the short convolutions of `module`."""
     return {
         name: child.init_state(batch, dtype)
-        for name, child in vars(mixer).items()
+        for name, child in vars(module).items()
         if isinstance(child, nnx.Module) and hasattr(child, "init_state")
     }

@@ -12,7 +12,7 @@ Tasks that models are trained on are chosen by name:
 parameters; they have functions of their own.
 """
 
-from lla.tasks.registry import create, names, options
+from lla.tasks.registry import create, names, options, register
 from lla.tasks.task import Task
 
-__all__ = ["Task", "create", "names", "options"]
+__all__ = ["Task", "create", "names", "options", "register"]

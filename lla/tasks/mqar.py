@@ -207,7 +207,8 @@ class MQAR:
         log_p = (self.power_a - 1.0) * jnp.log1p(slot.astype(jnp.float32))
         noisy = log_p + jax.random.gumbel(for_gaps, (rooms,), jnp.float32)
         room = length // 2 - pairs
-        _, gaps = jax.lax.top_k(jnp.where(slot < room, noisy, -jnp.inf), most)
+        nowhere = jnp.full_like(noisy, jnp.finfo(jnp.float32).min)
+        _, gaps = jax.lax.top_k(jnp.where(slot < room, noisy, nowhere), most)
 
         # Pairs that do not exist read token 0, with weight 0, and write nowhere.
         positions = jnp.where(exists, 2 * (pairs + gaps), 0)

@@ -11,7 +11,7 @@ from lla.mixers import hopper, parts, scan_kernel
 from lla.ops import mosaic_gpu, segments
 from tests.mixers.measure import relative_error
 from tests.mixers.test_all import close, reference_options
-from tests.mixers.test_decode import VARIANTS
+from tests.mixers.test_decode import taps, variant
 
 WIDTH, HEADS, BATCH = 16, 2, 2
 # Two rows; ids are not sorted, one of them comes back, and one segment is a single token.
@@ -95,14 +95,14 @@ def test_packed_equals_apart(name):
 
 @every
 def test_packed_equals_apart_with_other_options_and_short_convolutions(name):
-    check(build(name, **(VARIANTS[name] | dict(short_conv=4))))
+    check(build(name, **(variant(name) | taps(name))))
 
 
 @every
 @pytest.mark.slow
 def test_packed_reference_equals_apart(name):
     check(build(name, **reference_options(name)))
-    check(build(name, **(VARIANTS[name] | reference_options(name))))
+    check(build(name, **(variant(name) | reference_options(name))))
 
 
 @nnx.jit
@@ -135,7 +135,7 @@ def with_more(x, more):
 @some
 @pytest.mark.parametrize("options", [{}, None], ids=["default", "variant"])
 def test_decode_goes_on_with_the_last_segment(name, options):
-    mixer = build(name, **(VARIANTS[name] | dict(short_conv=4) if options is None else options))
+    mixer = build(name, **((variant(name) | taps(name)) if options is None else options))
     x, more = tokens(), tokens(4, seed=3)
     rows, whole = with_more(x, more)
     expected = apart(mixer, whole, whole, rows)[0]
@@ -148,7 +148,7 @@ def test_decode_goes_on_with_the_last_segment(name, options):
 
 @some
 def test_ragged_packed_pieces_leave_no_trace_of_padding(name):
-    mixer, x, known = build(name, short_conv=3), tokens(), ids()
+    mixer, x, known = build(name, **taps(name, 3)), tokens(), ids()
     expected = apart(mixer, x, x)[0]
     out, done = np.full_like(x, np.nan), np.zeros(BATCH, int)
     state = mixer.init_state(BATCH, LENGTH + 9)

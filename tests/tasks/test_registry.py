@@ -15,8 +15,8 @@ SMALL = {
     "mqar": dict(vocab_size=40, length=24, pairs=(2, 5), train_examples=37, test_examples=11),
     "state_tracking": dict(num_items=4, min_swaps=3, max_swaps=9, queries=2),
 }
-TASKS = {name: tasks.create(name, **options) for name, options in SMALL.items()}
-each = pytest.mark.parametrize("name", SMALL)
+TASKS = {name: tasks.create(name, **SMALL.get(name, {})) for name in tasks.names()}
+each = pytest.mark.parametrize("name", TASKS)
 SIZE = 6
 BATCHES = {
     (name, split): jax.jit(
@@ -44,7 +44,6 @@ def same(a, b):
 
 
 def test_names_and_options():
-    assert tasks.names() == tuple(SMALL)
     for name in tasks.names():
         task = tasks.create(name)
         assert tasks.create(name, **tasks.options(name)) == task
