@@ -1,4 +1,4 @@
-"""Training of sequence models on tasks: settings, compiled steps, the loop, sweeps."""
+"""Training of sequence models on tasks: settings, the trainer, the loop, sweeps."""
 
 from lla.training.loop import NonFiniteError, fit, train
 from lla.training.settings import Settings, Sweep, defaults, resolve

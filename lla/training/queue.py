@@ -1,7 +1,7 @@
-"""Works off the points of sweeps, one after another, on one device that never waits.
+"""Trains the points of sweeps one after another, without letting the device wait.
 
-While a program trains, a thread compiles the next one. Processes that share work directories take
-different points, so that one process for each device works off a grid together.
+While one program trains, a thread compiles the next. Processes that share work directories take
+different points, so that one process per device can share a grid.
 """
 
 import concurrent.futures
@@ -26,7 +26,7 @@ Estimate = Callable[[GridPoint, Runs], float]
 
 @dataclasses.dataclass
 class _Stage:
-    """A phase of a point; if it is the last one, `last` lets other processes have the point."""
+    """A phase of a point; `last`, of the last phase, releases the lock of the point."""
 
     grid: Grid
     point: GridPoint
@@ -36,16 +36,16 @@ class _Stage:
 
 
 class Queue:
-    """The open phases of all points of `grids`, in the order of the grids and of their points.
+    """The open phases of all points of `grids`, in the order of the grids and their points.
 
     Args:
-      grids: what to do.
-      order: key by which all points are sorted, called with a grid and a point; None leaves them.
-      begin_before: seconds from now after which no phase is begun.
-      end_before: seconds from now at which training pauses, with a checkpoint from which the next
-        call goes on.
-      estimate: seconds that a phase of a point takes at most; what would not be over at
-        `end_before` is not begun. None begins everything.
+      grids: the sweeps.
+      order: sort key of the points, called with a grid and a point; None keeps their order.
+      begin_before: seconds from now after which no phase begins.
+      end_before: seconds from now at which training pauses, with a checkpoint that the next call
+        resumes from.
+      estimate: upper bound of the seconds that a phase of a point takes; a phase that would not
+        end before `end_before` does not begin. None begins all.
       stream: for progress; standard error if None.
       report: called with a line of text for each point.
     """
@@ -70,12 +70,12 @@ class Queue:
         self._stream, self._report = stream, report
 
     def run(self) -> None:
-        """Trains until nothing is left that may be begun.
+        """Trains until no phase is left that may begin.
 
         Raises:
-          RefusedError: a model cannot compute with its settings; its point is not begun.
-          WorkdirError: a point's directory has another config, or damaged files.
-          RuntimeError: the device failed at some of the phases; all others were trained.
+          RefusedError: a model does not support its settings; its point does not begin.
+          WorkdirError: the directory of a point has another config, or damaged files.
+          RuntimeError: the device failed in some phases; all others were trained.
         """
         with contextlib.ExitStack() as cleanup:
             pool = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(1))
@@ -83,11 +83,11 @@ class Queue:
             stage = next(stages, None)
             while stage is not None:
                 trainer = stage.trainer.result()
-                following = next(stages, None)  # it is compiled from here on
+                following = next(stages, None)  # starts to compile
                 try:
                     self._train(stage, trainer)
                 except jax.errors.JaxRuntimeError as error:
-                    # Such as a program too large for the device: the others may go on.
+                    # Such as a program too large for the device; others may fit.
                     failed.append(f"{stage.point.name}, {stage.phase}: {error}")
                     self._report(f"{stage.point.name}  {stage.phase}  failed")
                 finally:
@@ -95,8 +95,8 @@ class Queue:
                         stage.last.close()
                 stage, trainer = following, None
                 if stage is not None:
-                    # Compiled programs are not dropped by themselves; that of the next stage is
-                    # held by it, and nothing may be traced meanwhile.
+                    # JAX keeps compiled programs until its caches are cleared, which must not
+                    # happen while the thread traces. The next stage holds its own program.
                     concurrent.futures.wait([stage.trainer])
                 jax.clear_caches()
         if failed:
@@ -104,9 +104,9 @@ class Queue:
 
     def _train(self, stage, trainer):
         grid, point, phase = stage.grid, stage.point, stage.phase
-        waits = grid.open_phases(point)[0] != phase  # for the phase before it
+        waits = grid.open_phases(point)[0] != phase  # an earlier phase is not finished
         if waits or not self._fits(grid, point, phase):
-            reason = "the phase before it is not finished" if waits else "the limit is reached"
+            reason = "the previous phase is not finished" if waits else "the limit is reached"
             self._report(f"{point.name}  {phase}  not begun: {reason}")
             return
         trainer.runs = grid.runs(point, phase)
@@ -127,7 +127,7 @@ class Queue:
             with contextlib.ExitStack() as held:
                 holder = held.enter_context(claimed(grid.path / "locks" / point.name))
                 if holder is not None:
-                    self._report(f"{name}  another process is at it")
+                    self._report(f"{name}  another process trains it")
                     continue
                 phases = grid.open_phases(point)
                 if not phases:
@@ -138,7 +138,7 @@ class Queue:
                     continue
                 self._report(f"{name}  training")
                 last = held.pop_all()
-                cleanup.callback(last.close)  # should an error end everything
+                cleanup.callback(last.close)  # in case of an error
             for phase in phases:
                 trainer = pool.submit(_compiled, point, grid.phases()[phase])
                 yield _Stage(grid, point, phase, trainer, last if phase == phases[-1] else None)

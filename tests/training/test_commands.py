@@ -9,12 +9,12 @@ import threading
 
 import pytest
 
-from lla import training
+from lla import tasks, training
 from lla.experiment.workdir import read_config, read_records
 from lla.training import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
-TASKS = ("in_context_regression", "mad", "mqar", "state_tracking")
+TASKS = tasks.names()
 
 
 def run(script, *arguments):

@@ -337,7 +337,7 @@ def test_selection_takes_the_best_mean_over_seeds():
     assert b["mean"] is None and b["diverged"] == 1
     larger = [{**entry, "mode": "max"} for entry in rows[:2] + rows[4:6]]
     assert sweep.select(larger, ["model.mixer.name"])[0]["learning_rate"] == 0.3
-    with pytest.raises(ValueError, match="one headline"):
+    with pytest.raises(ValueError, match="one primary metric"):
         sweep.select([rows[0], {**rows[1], "mode": "max"}], ["model.mixer.name"])
 
 

@@ -24,7 +24,7 @@ def resolve(task_name="mqar", mixer="linear", options=None, **sections):
     base = override(
         training.defaults(task_name),
         {
-            "task": SMALL[task_name],
+            "task": SMALL.get(task_name, {}),
             "model": {"mixer": {"name": mixer}, "width": 16, "num_heads": 2, "depth": 1},
             "mixers": {mixer: options or {}},
             "training": {
