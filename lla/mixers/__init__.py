@@ -9,12 +9,13 @@ Example::
     >>> mixer(jnp.ones((2, 10, 64))).shape
     (2, 10, 64)
 
-The recurrences behind them are functions without parameters, which start from a state, return the
-last one and reset it between packed sequences: `delta_rule` (DeltaNet, Gated DeltaNet),
+Their recurrences are public functions without parameters: `delta_rule` (DeltaNet, Gated DeltaNet),
 `linear_recurrence` (linear attention, RetNet, GLA, Mamba-2's SSD), `mesa` (MesaNet),
-`selective_scan` (Mamba) and `long_convolution` (Hyena), and one token of each: ``..._step``.
+`selective_scan` (Mamba) and `long_convolution` (Hyena). They take and return a state, and reset it
+between packed sequences. The functions ``..._step`` compute a single token.
 
-``lla/mixers/README.md`` lists mixers and recurrences with their formulas.
+`register` adds mixers of other packages. ``lla/mixers/README.md`` lists mixers and recurrences with
+their formulas.
 """
 
 from lla.mixers.delta_rule import delta_rule, delta_rule_step

@@ -1,4 +1,4 @@
-"""DeltaNet: a matrix state corrected by its error on the newest pair."""
+"""DeltaNet: a matrix state that is corrected by its error on the newest pair."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ class DeltaNet(RecurrentMixer):
 
         q, k = l2(silu(W x));  v = silu(W x);  beta = sigmoid(W x);  y = W rmsnorm(o)
 
-    Departures [ours]: no short convolution on q, k and v unless `short_conv` says so (published
-    with 4 taps); kernels start LeCun normal; no factor 1/sqrt(head_dim), which the norm of the
-    output would undo.
+    Departures [ours]: no short convolution on q, k and v by default (published with 4 taps); LeCun
+    normal kernels; no factor 1/sqrt(head_dim), which the norm of the output would cancel.
 
     Parameters: ``query``, ``key``, ``value``, ``beta``, ``norm`` and ``out``.
 
     Args:
       width: of the tokens.
-      num_heads: heads N.
+      num_heads: number of heads N.
       head_dim: width H of a query or key head; None means ``width // num_heads``.
       value_dim: width Hv of a value head; None means `head_dim`.
       short_conv: taps of a causal convolution on q, k and v; 0 for none.
-      allow_neg_eigval: beta in (0, 2) instead of (0, 1), which lets the state's transition have
-        negative eigenvalues (Grazzi et al., arXiv 2411.12537).
+      allow_neg_eigval: beta in (0, 2) rather than (0, 1), which allows negative eigenvalues of the
+        state transition (Grazzi et al., arXiv 2411.12537).
       form, chunk: how to compute the recurrence, see `lla.mixers.delta_rule`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.
 
@@ -73,7 +72,7 @@ class DeltaNet(RecurrentMixer):
         super().__init__((num_heads, dim, value_dim), form, chunk)
         self.largest_beta = 2.0 if allow_neg_eigval else 1.0
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        # SiLU follows with or without a convolution, so it is applied below.
+        # `prepare` applies SiLU, with or without a convolution.
         conv = dict(short_conv=short_conv, activation=False)
         self.query = project(width, (num_heads, dim), **conv, **options)
         self.key = project(width, (num_heads, dim), **conv, **options)

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: the delta rule on a state that forgets."""
+"""Gated DeltaNet: the delta rule on a decaying state."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class GatedDeltaNet(RecurrentMixer):
     The gate a starts as in Mamba-2: exp(A_log) uniform in (1, 16), softplus(dt_bias) log-uniform in
     (0.001, 0.1).
 
-    Departures [ours]: no short convolution on q, k and v unless `short_conv` says so (published
-    with 4 taps); value heads as wide as key heads (published twice as wide: ``value_dim``), so that
-    states have the size of the other mixers'; kernels start LeCun normal; no factor
-    1/sqrt(head_dim), which the norm of the output would undo.
+    Departures [ours]: no short convolution on q, k and v by default (published with 4 taps); value
+    heads as wide as key heads (published twice as wide: ``value_dim``), for states of the same size
+    as in other mixers; LeCun normal kernels; no factor 1/sqrt(head_dim), which the norm of the
+    output would cancel.
 
     Parameters: ``query``, ``key``, ``value``, ``beta``, ``decay``, ``gate``, ``norm`` and ``out``;
-    ``A_log`` and ``dt_bias``, float32 ``[num_heads]``, are kept out of weight decay.
+    ``A_log`` and ``dt_bias``, float32 ``[num_heads]``, have no weight decay.
 
     Args:
       width: of the tokens.
-      num_heads: heads N.
+      num_heads: number of heads N.
       head_dim: width H of a query or key head; None means ``width // num_heads``.
       value_dim: width Hv of a value head; None means `head_dim`.
       short_conv: taps of a causal convolution on q, k and v; 0 for none.
-      allow_neg_eigval: beta in (0, 2) instead of (0, 1), which lets the state's transition have
-        negative eigenvalues (Grazzi et al., arXiv 2411.12537).
+      allow_neg_eigval: beta in (0, 2) rather than (0, 1), which allows negative eigenvalues of the
+        state transition (Grazzi et al., arXiv 2411.12537).
       output_gate: whether the output has the gate ``silu(W x)``.
       form, chunk: how to compute the recurrence, see `lla.mixers.delta_rule`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.
@@ -86,7 +86,7 @@ class GatedDeltaNet(RecurrentMixer):
         self.largest_beta = 2.0 if allow_neg_eigval else 1.0
         self.output_gate = output_gate
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        # SiLU follows with or without a convolution, so it is applied below.
+        # `prepare` applies SiLU, with or without a convolution.
         conv = dict(short_conv=short_conv, activation=False)
         self.query = project(width, (num_heads, dim), **conv, **options)
         self.key = project(width, (num_heads, dim), **conv, **options)

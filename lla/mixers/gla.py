@@ -27,11 +27,12 @@ class GatedLinearAttention(RecurrentMixer):
     ``out``. The biases b and c start at zero, so that a starts at about ``2^(-1/16) = 0.96``.
 
     Args:
-      width, num_heads: of the input and output, and heads.
-      expand_k: width of all query heads together, as a multiple of `width`.
-      expand_v: the same for values.
+      width: of the tokens.
+      num_heads: number of heads.
+      expand_k: total width of the query heads, as a multiple of `width`.
+      expand_v: total width of the value heads, as a multiple of `width`.
       gate_rank: rank of the projection to the decays.
-      gate_temperature: the larger, the slower the decay.
+      gate_temperature: a larger one means slower decay.
       short_conv: taps of causal convolutions with SiLU on queries, keys and values; 0 for none.
       form, chunk: as in `lla.mixers.linear_recurrence`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.

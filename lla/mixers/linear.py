@@ -24,25 +24,26 @@ _FEATURE_MAPS = {
 class LinearAttention(RecurrentMixer):
     """Linear attention (arXiv 2006.16236): ``S += f(k) v^T; o = S^T f(q) / sqrt(head_dim)``.
 
-    Departures: by default f is the identity and the sum of the weights is not divided by, as in
-    later linear recurrent networks; instead, as in arXiv 2210.10340, every head of the output is
-    RMS-normalised, because its size would grow with the length. ``feature_map="elu",
+    Departures: by default f is the identity and there is no division by the sum of the weights, as
+    in later linear recurrent networks. Instead every head of the output is RMS-normalised, as in
+    arXiv 2210.10340, since its size would grow with the length. ``feature_map="elu",
     normalize=True, out_norm=False`` is the form of 2006.16236.
 
     Parameters: ``query``, ``key``, ``value``, ``out``; ``out_norm``, ``query_norm`` and
-    ``key_norm`` where they are asked for.
+    ``key_norm`` by option.
 
     Args:
-      width, num_heads: of the input and output, and heads.
+      width: of the tokens.
+      num_heads: number of heads.
       head_dim: width of a query or key head; None for ``width // num_heads``.
       value_dim: width of a value head; None for ``width // num_heads``.
       feature_map: ``"identity"``, ``"elu"`` (elu + 1) or ``"relu"``.
-      normalize: whether ``o`` is divided by ``sum_j f(k_j).f(q) / sqrt(head_dim)``, which needs a
-        feature map that is positive; 1e-6 is added to it.
+      normalize: whether ``o`` is divided by ``sum_j f(k_j).f(q) / sqrt(head_dim) + 1e-6``, which
+        needs a positive feature map.
       out_norm: whether heads are RMS-normalised with a learned scale before the output projection.
-      qk_norm: whether queries and keys are RMS-normalised, before the feature map.
-      rope_theta: base of rotary position embedding, after the feature map; None for none. Not
-        with `normalize`, as rotated features are not positive.
+      qk_norm: whether queries and keys are RMS-normalised before the feature map.
+      rope_theta: base of rotary position embeddings, after the feature map; None for none. Not with
+        `normalize`, as rotated features are not positive.
       short_conv: taps of causal convolutions with SiLU on queries, keys and values; 0 for none.
       form, chunk: as in `lla.mixers.linear_recurrence`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.

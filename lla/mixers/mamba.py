@@ -18,11 +18,11 @@ from lla.ops.problem import compute_dtype
 class Mamba(RecurrentMixer):
     """Mamba, S6 (arXiv 2312.00752): ``h = exp(Delta A) h + Delta B u; y = C.h + D u``.
 
-    ``u = silu(W x)`` has `expand` times the width of x, and every channel of it its own state h of
-    `state_size` numbers. ``Delta = softplus(W2 W1 u + dt_bias)`` per channel, B and C are
-    projections of u that all channels share, ``A = -exp(A_log)``. The output is
-    ``W_out (y * silu(z))`` with another projection z of x. Every channel is on its own: there are
-    no heads, and `num_heads` changes nothing.
+    ``u = silu(W x)`` has `expand` times the width of x, and each of its channels has a state h of
+    `state_size` numbers. ``Delta = softplus(W2 W1 u + dt_bias)`` is per channel, B and C are
+    projections of u shared by all channels, and ``A = -exp(A_log)``. The output is
+    ``W_out (y * silu(z))``, where z is another projection of x. Channels are independent: there
+    are no heads, and `num_heads` has no effect.
 
     Departure: without a short convolution (the default; the paper has four taps) SiLU follows the
     projection itself.
@@ -34,12 +34,12 @@ class Mamba(RecurrentMixer):
     ``A_log``, ``D``, ``out``; `NoDecay`: ``dt_bias``, ``A_log`` and ``D``, which are float32.
 
     Args:
-      width: of the input and output.
-      num_heads: not used, see above.
-      expand: channels, as a multiple of `width`.
-      state_size: numbers in the state of a channel.
+      width: of the tokens.
+      num_heads: has no effect.
+      expand: number of channels, as a multiple of `width`.
+      state_size: size of the state of a channel.
       step_rank: rank of the projection to Delta; None for ``ceil(width / 16)``.
-      short_conv: taps of the causal convolution with a bias between projection and SiLU; 0 for
+      short_conv: taps of a causal convolution, with a bias, between projection and SiLU; 0 for
         none.
       form, chunk: as in `lla.mixers.selective_scan`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.

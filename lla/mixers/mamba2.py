@@ -17,10 +17,11 @@ from lla.ops.problem import compute_dtype
 class Mamba2(RecurrentMixer):
     """Mamba-2, SSD (arXiv 2405.21060): ``S = a S + Delta B u^T; y = S^T C + D u`` per head.
 
-    ``u = silu(W x)`` has `expand` times the width of x, cut into heads; ``B = silu(W_B x)`` and
+    ``u = silu(W x)`` has `expand` times the width of x, split into heads; ``B = silu(W_B x)`` and
     ``C = silu(W_C x)`` have `state_size` coordinates and are shared by all heads;
-    ``Delta = softplus(W_D x + dt_bias)`` and ``a = exp(-Delta exp(A_log))`` per head. The output is
-    ``W_out norm(y * silu(z))`` with another projection z of x and RMS norm over all heads together.
+    ``Delta = softplus(W_D x + dt_bias)`` and ``a = exp(-Delta exp(A_log))`` are per head. The
+    output is ``W_out norm(y * silu(z))``, where z is another projection of x and the RMS norm is
+    over all heads together.
 
     Departures: `num_heads` sets the number of heads (the paper has heads of 64 channels); without
     short convolutions (the default; the paper has four taps on u, B and C) SiLU follows the
@@ -32,10 +33,12 @@ class Mamba2(RecurrentMixer):
     ``norm``, ``out``; `NoDecay`: ``dt_bias``, ``A_log`` and ``D``, which are float32.
 
     Args:
-      width, num_heads: of the input and output, and heads.
-      expand: channels of all heads together, as a multiple of `width`.
+      width: of the tokens.
+      num_heads: number of heads.
+      expand: total width of the heads, as a multiple of `width`.
       state_size: coordinates of B and C.
-      short_conv: taps of causal convolutions with a bias between projections and SiLU; 0 for none.
+      short_conv: taps of causal convolutions, with biases, between projections and SiLU; 0 for
+        none.
       form, chunk: as in `lla.mixers.linear_recurrence`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.
 

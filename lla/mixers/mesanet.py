@@ -1,4 +1,4 @@
-"""MesaNet: at every token the ridge regression of all values on all keys so far."""
+"""MesaNet: for every token, ridge regression of all values on all keys so far."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class MesaNet(RecurrentMixer):
 
         H = g H + beta k k^T;  G = g G + beta k v^T;  o = G^T (H + Lambda)^-1 q
         q, k = l2(silu(W x));  v = W x;  g, beta = sigmoid(W x + b);  y = W rmsnorm(o)
-        Lambda = softplus(r) + ridge_min, a number for each channel of a key, 1 at the start
+        Lambda = softplus(r) + ridge_min, for each channel of a key, initially 1
 
-    Departures [ours]: no short convolution on q and k unless `short_conv` says so (published with
-    4 taps); conjugate gradients are preconditioned and stop at a tolerance, and their gradients are
-    implicit (see `lla.mixers.mesa`); kernels start LeCun normal.
+    Departures [ours]: no short convolution on q and k by default (published with 4 taps); conjugate
+    gradients with a preconditioner and a tolerance, and implicit differentiation (see
+    `lla.mixers.mesa`); LeCun normal kernels.
 
     Parameters: ``query``, ``key``, ``value``, ``beta``, ``decay``, ``norm``, ``out`` and, with an
-    output gate, ``gate``; ``ridge`` (r above), float32 ``[num_heads, head_dim]``, is kept out of
-    weight decay.
+    output gate, ``gate``; ``ridge`` (r above), float32 ``[num_heads, head_dim]``, has no weight
+    decay.
 
     Args:
       width: of the tokens.
-      num_heads: heads N.
+      num_heads: number of heads N.
       head_dim: width H of a query or key head; None means ``width // num_heads``.
       value_dim: width Hv of a value head; None means `head_dim`.
       short_conv: taps of a causal convolution on q and k; 0 for none.
@@ -85,7 +85,7 @@ class MesaNet(RecurrentMixer):
         )
         shapes = MesaState((num_heads, dim, dim), (num_heads, dim, value_dim))
         super().__init__(shapes, form, chunk)
-        make_solver(solver, max_iters, tol)  # raises where `mesa` would, but at construction
+        make_solver(solver, max_iters, tol)  # checks the options
         if not 0 < ridge_min < 1:
             raise ValueError(f"ridge_min must be in (0, 1), got {ridge_min}.")
         self.solver = solver
@@ -94,7 +94,7 @@ class MesaNet(RecurrentMixer):
         self.ridge_min = ridge_min
         self.output_gate = output_gate
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        # SiLU follows with or without a convolution, so it is applied below.
+        # `prepare` applies SiLU, with or without a convolution.
         conv = dict(short_conv=short_conv, activation=False)
         self.query = project(width, (num_heads, dim), **conv, **options)
         self.key = project(width, (num_heads, dim), **conv, **options)

@@ -22,15 +22,15 @@ class RetNet(RecurrentMixer):
     of the output are normalised (group norm, without parameters as in the published code) and
     gated by ``silu(W x)``. Values are twice as wide as the input.
 
-    Departures: the frequencies of the rotation are those of RoFormer (arXiv 2104.09864), which
-    stop one step before 1 / rope_theta. The two factors by which the paper divides scores
-    for the sake of 16-bit numbers are left out: the group norm cancels them but for its epsilon,
-    and states are float32 here.
+    Departures: the frequencies of the rotation are those of RoFormer (arXiv 2104.09864), which stop
+    one step before 1 / rope_theta. The paper divides scores by two factors for 16-bit arithmetic;
+    they are left out, as the group norm cancels them up to its epsilon and states are float32 here.
 
     Parameters: ``query``, ``key``, ``value``, ``gate``, ``out``.
 
     Args:
-      width, num_heads: of the input and output, and heads.
+      width: of the tokens.
+      num_heads: number of heads.
       head_dim: width of a query or key head; None for ``width // num_heads``.
       value_dim: width of a value head; None for ``2 width / num_heads``.
       rope_theta: base of the rotation; None for none.

@@ -158,7 +158,7 @@ def test_dtypes_of_states(name):
     narrow = jax.eval_shape(lambda: build(name).init_state(BATCH, LENGTH, jnp.bfloat16))
     for kept in (state, narrow):
         dtypes = {leaf.dtype for leaf in jax.tree.leaves(kept)}
-        assert (jnp.bfloat16 in dtypes) == hasattr(kept, "cache")
+        assert (jnp.dtype(jnp.bfloat16) in dtypes) == hasattr(kept, "cache")
         assert dtypes <= {jnp.dtype(d) for d in (jnp.bfloat16, jnp.float32, jnp.int32)}
 
 
