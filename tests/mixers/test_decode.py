@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,9 +152,7 @@ def test_dtypes_of_states(name):
     state = jax.eval_shape(functools.partial(mixer.init_state, BATCH, LENGTH))
     y, after = jax.eval_shape(lambda x, state: mixer.decode(x, state), x, state)
     assert y.dtype == jnp.bfloat16 and y.shape == x.shape
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), state
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     # Keys and values in a cache alone have 16 bits, by the dtype of the mixer or as asked.
     narrow = jax.eval_shape(lambda: build(name).init_state(BATCH, LENGTH, jnp.bfloat16))
     for kept in (state, narrow):

@@ -11,18 +11,12 @@ from lla.mixers import hopper, parts, scan_kernel
 from lla.ops import mosaic_gpu, segments
 from tests.mixers.measure import relative_error
 from tests.mixers.test_all import close, reference_options
-from tests.mixers.test_decode import taps, variant
+from tests.mixers.test_decode import BATCH, WIDTH, build, some, taps, variant
 
-WIDTH, HEADS, BATCH = 16, 2, 2
 # Two rows; ids are not sorted, one of them comes back, and one segment is a single token.
 ROWS = (((7, 5), (-3, 1), (7, 12), (2**31 - 1, 4)), ((0, 12), (1, 3), (0, 7)))
 LENGTH = 22
 every = pytest.mark.parametrize("name", mixers.names())
-QUICK = ("lla", "gla", "mamba", "gated_deltanet", "hyena")
-some = pytest.mark.parametrize(
-    "name",
-    [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in mixers.names() if n not in QUICK)],
-)
 
 
 def ids(rows=ROWS, dtype=np.int32):
@@ -38,15 +32,6 @@ def spans(rows=ROWS):
 
 def tokens(length=LENGTH, seed=1):
     return np.random.default_rng(seed).standard_normal((BATCH, length, WIDTH), np.float32)
-
-
-def build(name, **options):
-    """A mixer none of whose parts is idle."""
-    mixer = mixers.create(name, WIDTH, HEADS, rngs=nnx.Rngs(0), **options)
-    if name == "parallax":  # its probe starts at zero
-        kernel = mixer.probe.kernel
-        kernel[...] = 0.3 * jax.random.normal(jax.random.key(1), kernel.shape)
-    return mixer
 
 
 @nnx.jit

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +108,7 @@ def test_the_number_of_steps_in_a_call_changes_nothing():
     state = trainer.init()
     for count in (1, 2, 3):
         state, _ = trainer.advance(state, np.int32(count))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(at_once), jax.device_get(state))
+    chex.assert_trees_all_equal(at_once, state)
 
 
 def test_a_step_is_the_rule_written_out():
@@ -204,8 +205,8 @@ def test_a_failed_update_is_not_made():
     failed = int(state.failed_at)
     assert 0 < failed < 5 and int(metrics["failed_at"]) == failed and int(state.step) == 5
     before, _ = trainer.advance(trainer.init(), np.int32(failed))
-    jax.tree.map(np.testing.assert_array_equal, before.params, state.params)
-    jax.tree.map(np.testing.assert_array_equal, before.opt_state, state.opt_state)
+    chex.assert_trees_all_equal(before.params, state.params)
+    chex.assert_trees_all_equal(before.opt_state, state.opt_state)
     # Sums are of the updates that were made.
     assert float(metrics["sums"]["learning_rate"][1]) == failed
     again = dataclasses.replace(before, failed_at=jnp.int32(-1))
@@ -220,12 +221,12 @@ def test_a_run_that_has_stopped_stays_as_it_is():
     before = jax.device_get((state.params, state.opt_state))
     state, metrics = trainer.advance(state, np.int32(2))
     after = jax.device_get((state.params, state.opt_state))
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        np.testing.assert_array_equal(old[1], new[1])
-    assert any(
-        (old[0] != new[0]).any()
-        for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True)
+    stopped, going = (
+        [jax.tree.map(lambda a, i=i: a[i], t) for t in (before, after)] for i in (1, 0)
     )
+    chex.assert_trees_all_equal(*stopped)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(*going)
     assert np.asarray(metrics["sums"]["learning_rate"][1]).tolist() == [[2.0], [0.0]]
 
 
@@ -235,12 +236,12 @@ def test_a_program_compiled_ahead_trains_at_other_rates():
     ahead.runs = dataclasses.replace(ahead.runs, learning_rates=(1e-2,))
     usual = training.Trainer(resolve(), runs=training.Runs((0, 1), (1e-2,)))
     states = [trainer.advance(trainer.init(), np.int32(3))[0] for trainer in (ahead, usual)]
-    jax.tree.map(np.testing.assert_array_equal, *jax.device_get(states))
+    chex.assert_trees_all_equal(*states)
     found, expected = (
         jax.device_get((trainer.evaluate(state.params), trainer.test(state.params)))
         for trainer, state in zip((ahead, usual), states, strict=True)
     )
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -254,7 +255,7 @@ def test_double_precision_is_traced_with_the_same_state(name, optimizer, float64
         trainer.check()
         new, _ = jax.eval_shape(trainer.advance, trainer.abstract_state, np.int32(1))
     for state in (trainer.abstract_state, new):
-        jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), state, expected)
+        chex.assert_trees_all_equal_dtypes(state, expected)
 
 
 def test_a_run_in_double_precision_is_the_run(float64):
