@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from lla import mixers
-from lla.mixers import hopper, parts, scan_kernel
+from lla.mixers import hopper, scan_kernel
+from lla.nn.new_tokens import apply_projection
 from lla.ops import mosaic_gpu, segments
 from tests.mixers.measure import relative_error
 from tests.mixers.test_all import close, reference_options
@@ -199,7 +200,7 @@ def test_positions_and_runs():
 
 def test_a_projection_without_a_convolution_takes_no_ids():
     layer = nnx.Linear(WIDTH, 3, rngs=nnx.Rngs(0))
-    out = parts.apply_projection(layer, jnp.asarray(tokens()), ids())
+    out = apply_projection(layer, jnp.asarray(tokens()), ids())
     np.testing.assert_array_equal(out, layer(jnp.asarray(tokens())))
 
 
