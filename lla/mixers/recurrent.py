@@ -105,7 +105,7 @@ class RecurrentMixer(nnx.Module):
     """A mixer around a recurrence; calls and decoding are made of three hooks.
 
     A subclass sets `recurrence`, gives its instances a `state_shape` and an output projection
-    `out`, and defines `prepare` and `finish`; `recurrence_options` if it has options of its own.
+    `out`, and defines `prepare` and `finish`, and `recurrence_options` for further options.
 
     Attributes:
       recurrence: a function with the keyword arguments ``state, segment_ids, form, chunk,
@@ -124,7 +124,7 @@ class RecurrentMixer(nnx.Module):
         self.state_shape, self.form, self.chunk = state_shape, form, chunk
 
     def prepare(self, tokens: Tokens, positions: jax.Array) -> tuple[dict[str, jax.Array], Any]:
-        """The arguments of the recurrence by name, and what `finish` needs besides."""
+        """The arguments of the recurrence by name, and anything else that `finish` needs."""
         raise NotImplementedError
 
     def finish(self, x: jax.Array, out: jax.Array, extra: Any) -> jax.Array:
@@ -167,7 +167,7 @@ class RecurrentMixer(nnx.Module):
             **arguments,
             state=state.memory,
             segment_ids=tokens.segment_ids,
-            form="recurrent" if x.shape[1] == 1 else self.form,
+            form="recurrent" if x.shape[1] == 1 else self.form,  # a single token is a step
             return_state=True,
             **self.recurrence_options(),
         )

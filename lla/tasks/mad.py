@@ -159,7 +159,7 @@ class MAD:
 
     @property
     def readout(self) -> str:
-        """ "last" for compression, whose outputs are computed from the last token alone."""
+        """ "last" for compression, whose outputs are computed from the last token."""
         return "last" if self.kind == _COMPRESSION else "each"
 
     def batch(
@@ -177,7 +177,7 @@ class MAD:
         train = split == "train"
         key = split_key(seed, self.splits, split)
         count = self.train_examples if train else self.test_examples
-        keys, exists = from_set(key, step, size, count, shuffled=train)
+        keys, exists, _ = from_set(key, step, size, count, shuffled=train)
         drawn = jax.vmap(self._law(seed, train))(keys)
         batch = {
             "inputs": drawn.inputs,

@@ -23,7 +23,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lla.tasks.sampling import as_uint32, distinct, fold_each, fresh_keys, permuted, split_key
+from lla.tasks.sampling import as_uint32, distinct, fresh_keys, from_set, split_key
 from lla.tasks.task import (
     Batch,
     Sums,
@@ -160,21 +160,14 @@ class MQAR:
         """
         check_batch(size, split, self.splits)
         key = split_key(seed, self.splits, split)
-        order, content = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        index = as_uint32(step) * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
-        counted = jnp.ones((size,), bool)
-        if split != "train":
-            counted = index < jnp.uint32(self.test_examples)
-            keys = fold_each(content, index)
-        elif self.train_examples is None:
-            keys = fresh_keys(content, step, size)
+        train = split == "train"
+        if train and self.train_examples is None:
+            keys = fresh_keys(jax.random.fold_in(key, 1), step, size)
+            index = as_uint32(step) * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
+            counted = jnp.ones((size,), bool)
         else:
-            count = jnp.uint32(self.train_examples)
-            epochs = fold_each(order, index // count)
-            index = jax.vmap(permuted, in_axes=(0, 0, None))(
-                epochs, index % count, self.train_examples
-            )
-            keys = fold_each(content, index)
+            count = self.train_examples if train else self.test_examples
+            keys, counted, index = from_set(key, step, size, count, shuffled=train)
         cases = jnp.asarray(self._cases, jnp.int32)
         lengths, pairs = jnp.moveaxis(cases[index % jnp.uint32(len(self._cases))], 1, 0)
         tokens, positions, labels, exists = jax.vmap(self._example)(keys, lengths, pairs)

@@ -97,7 +97,7 @@ def permuted(key: jax.Array, index: jax.Array, count: int) -> jax.Array:
 
 def from_set(
     key: jax.Array, step: int | jax.Array, size: int, count: int, *, shuffled: bool
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The keys of the examples of a batch from a finite set of examples.
 
     Args:
@@ -109,13 +109,13 @@ def from_set(
         once and in order.
 
     Returns:
-      Keys [size], one per example of the set, and bool [size], False beyond the end of a set that
-      is read once.
+      Keys [size], one per example of the set; bool [size], False beyond the end of a set that is
+      read once; and uint32 [size], the indices of the examples in the set.
     """
     order, content = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
     index = as_uint32(step) * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
     if not shuffled:
-        return fold_each(content, index), index < jnp.uint32(count)
+        return fold_each(content, index), index < jnp.uint32(count), index
     epochs = fold_each(order, index // jnp.uint32(count))
     index = jax.vmap(permuted, in_axes=(0, 0, None))(epochs, index % jnp.uint32(count), count)
-    return fold_each(content, index), jnp.ones((size,), bool)
+    return fold_each(content, index), jnp.ones((size,), bool), index

@@ -106,8 +106,8 @@ def fit(
     path = directory(path)
     if (path / "result.json").exists():
         return _finished(path, record)
-    alone = exclusive(path) if jax.process_index() == 0 else contextlib.nullcontext()
-    with alone:
+    lock = exclusive(path) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock:
         return _fit(trainer, path, record, profile, stream, pause_at)
 
 
@@ -148,7 +148,7 @@ def _finished(path, record):
     """The result of a finished run; writes nothing."""
     check_config(path, record)
     file = path / "result.json"
-    return read_json(file, f"Delete {file}, and the run goes on from its latest checkpoint.")
+    return read_json(file, f"Delete {file}, and the run resumes from its latest checkpoint.")
 
 
 def _records_until(path, start):
