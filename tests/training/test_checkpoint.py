@@ -3,9 +3,11 @@
 import dataclasses
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lla.experiment import WorkdirError
@@ -81,7 +83,9 @@ def contents(path):
 def test_a_damaged_checkpoint_is_passed_over_and_can_be_written_again(folder, damage):
     damage(folder / "6")
     with Checkpoints(folder, keep=2) as checkpoints:
-        with pytest.warns(RuntimeWarning, match=r"6 cannot be read .* step 4 is used.*damaged_6"):
+        with pytest.warns(
+            RuntimeWarning, match=r"6 cannot be read .*using that of step 4.*damaged_6"
+        ):
             found = checkpoints.restore(like())
         assert int(found.step) == 4
         np.testing.assert_array_equal(found.params["a"], state(4).params["a"])
@@ -142,3 +146,14 @@ def test_a_reader_follows_a_run_that_replaces_its_checkpoints(folder):
 def test_no_checkpoint_is_no_error(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.restore(like()) is None
+
+
+def test_the_layout_on_disk_stays(tmp_path):
+    """Checkpoints hold the optimiser's state under "moments", as the first ones did."""
+    expected = state(3)
+    tree = {field.name: getattr(expected, field.name) for field in dataclasses.fields(TrainState)}
+    tree["moments"] = tree.pop("opt_state")
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.StandardSave(tree))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        chex.assert_trees_all_equal(checkpoints.restore(like()), expected)
