@@ -35,7 +35,7 @@ for options in ({}, {k: v for k, v in references.items() if k in mixers.options(
     y, state = mixer.decode(x[:, 4:6], state, segment_ids=ids[:, 4:6])
 print("done")
 """
-QUICK = ("linear", "gated_deltanet")
+QUICK = ("gated_deltanet",)
 
 
 @pytest.mark.parametrize("mode", ["jax_debug_nans", "jax_debug_infs"])
