@@ -20,7 +20,7 @@ class Registry:
 
     Classes come from three places: this package, `register`, and the entry points of installed
     packages. An entry point of the group ``lla.mixers`` or ``lla.tasks`` names a class and needs
-    neither an import nor a call::
+    neither an import nor a call. It cannot replace a name of this package::
 
         [project.entry-points."lla.mixers"]
         toy = "my_package.toy:Toy"
@@ -75,15 +75,16 @@ class Registry:
         Raises:
           ValueError: an unknown name; the nearest valid one is named.
         """
-        found = self._classes.get(name) or self._installed.get(name)
-        if found is None:
+        if name not in self.names():
             raise ValueError(unknown(self.kind, name, self.names()))
-        if isinstance(found, str):
+        found = self._classes.get(name)
+        if found is None:
+            found = self._installed[name].load()
+            self._check(name, found)
+        elif isinstance(found, str):
             module, attribute = found.split(":")
             found = getattr(importlib.import_module(module), attribute)
-            if name not in self._classes:
-                self._check(name, found)
-            self._classes[name] = found
+        self._classes[name] = found
         return found
 
     def options(self, name: str) -> dict[str, Any]:
@@ -109,16 +110,19 @@ class Registry:
         return self.lookup(name)
 
     @functools.cached_property
-    def _installed(self) -> dict[str, str]:
+    def _installed(self) -> dict[str, importlib.metadata.EntryPoint]:
         if self._group is None:
             return {}
-        return {
-            entry.name: entry.value for entry in importlib.metadata.entry_points(group=self._group)
-        }
+        return {entry.name: entry for entry in importlib.metadata.entry_points(group=self._group)}
 
     def _parameters(self, cls):
         _, *parameters = inspect.signature(cls.__init__).parameters.items()  # without self
-        return [(name, entry) for name, entry in parameters if name not in self._reserved]
+        variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        return [
+            (name, entry)
+            for name, entry in parameters
+            if name not in self._reserved and entry.kind not in variadic
+        ]
 
     def _check(self, name, cls):
         missing = [method for method in self._methods if not hasattr(cls, method)]

@@ -1,5 +1,6 @@
 """A mixer and a task from outside the package, as the READMEs describe them."""
 
+import doctest
 import json
 import pathlib
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import lla
 from lla import mixers, tasks, training
 from lla.mixers.registry import _MIXERS
 from lla.tasks.registry import _TASKS
@@ -117,6 +119,12 @@ def test_an_entry_point_is_found_by_every_command(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "test/accuracy" in done.stdout
+
+
+def test_the_example_in_the_docstring(registered):
+    failed, attempted = doctest.testmod(lla.mixers.registry)
+    assert attempted > 3 and failed == 0
+    assert mixers.options("short") == {"taps": 4}
 
 
 def test_what_cannot_be_registered(registered):
