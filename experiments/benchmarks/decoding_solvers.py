@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 
-from lla.kernels.mosaic_gpu.decode import BLOCK, Cache
+from lla.kernels.mosaic_gpu.decode import BLOCK, CacheShape
 from lla.kernels.mosaic_gpu.decode_solve import fit
 
 KEY_FIELDS = decoding_tables.SYSTEM
@@ -32,7 +32,7 @@ BOUND = 4e-3  # one rounding of the output to bfloat16
 
 
 @jax.default_matmul_precision("highest")
-def make_sums(cache: Cache, seen: int, ridge: float, seed: int):
+def make_sums(cache: CacheShape, seen: int, ridge: float, seed: int):
     """Arguments of `fit` for standard normal keys, queries and values and softmax weights.
 
     Not to be compiled as a whole, or the sums may be those of keys that were not rounded.
@@ -99,7 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_group(cache: Cache, ridge: float, options) -> list[dict]:
+def run_group(cache: CacheShape, ridge: float, options) -> list[dict]:
     """Both solvers on systems of one kind."""
     sums = make_sums(cache, options.seen, ridge, options.seed)
     with jax.enable_x64(True):
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.head_dims, options.batches, options.ridges
     ):
         kind = jnp.dtype(jnp.bfloat16)
-        cache = Cache(batch, options.seen, options.kv_heads, 1, head_dim, kind, 1)
+        cache = CacheShape(batch, options.seen, options.kv_heads, 1, head_dim, kind, 1)
         cell = dict(batch=batch, kv_heads=options.kv_heads, head_dim=head_dim, ridge=ridge)
         if not results.finished(implementation="cg", **cell):
             results.add(run_group(cache, ridge, options))

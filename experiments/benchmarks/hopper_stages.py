@@ -75,7 +75,7 @@ def _patches(variant: str) -> list[tuple[type, str, Callable]]:
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     from lla.kernels.mosaic_gpu.launch import Ring
-    from lla.kernels.mosaic_gpu.rows import QueryRows
+    from lla.kernels.mosaic_gpu.query_rows import QueryRows
     from lla.kernels.mosaic_gpu.tile import ONES, Arithmetic, by_row
 
     true_weights, true_online_weights = QueryRows.weights, QueryRows.online_weights
@@ -137,19 +137,19 @@ def _patches(variant: str) -> list[tuple[type, str, Callable]]:
 
         return true_with_products(self, columns, use_second, sums[1])
 
-    def fill(self, t, sources):
+    def produce(self, t, sources):
         slot = jax.lax.rem(t, jnp.int32(self.stages))
 
         @pl.when(t < self.stages)
         def _():
             for source, tile in zip(sources, self.tiles, strict=True):
-                plgpu.copy_gmem_to_smem(source, tile.at[slot], self.filled.at[slot])
+                plgpu.copy_gmem_to_smem(source, tile.at[slot], self.produced.at[slot])
 
         @pl.when(t >= self.stages)
         def _():
-            plgpu.barrier_wait(self.released.at[slot])
+            plgpu.barrier_wait(self.consumed.at[slot])
             for _ in sources:
-                plgpu.barrier_arrive(self.filled.at[slot])
+                plgpu.barrier_arrive(self.produced.at[slot])
 
         return t + 1
 
@@ -165,7 +165,7 @@ def _patches(variant: str) -> list[tuple[type, str, Callable]]:
             (Arithmetic, "accumulate", accumulate),
         ],
         "no_scores_product": [(Arithmetic, "with_products", with_products)],
-        "no_reload": [(Ring, "fill", fill)],
+        "no_reload": [(Ring, "produce", produce)],
         "no_weights": [
             (QueryRows, "weights", weights),
             (QueryRows, "over_tiles", over_tiles),
@@ -225,8 +225,8 @@ def run_stage(cell: Cell, given: Operands):
                 given.value, given.cotangent, given.log_sum_exp, given.delta, given.key_mean
             )
         return solve.solve.__wrapped__(
-            shape, mask, chosen.solve_precise if precise else chosen.solve,
-            solve.Iteration(None, cell.iterations, precise),
+            shape, mask, chosen.solve_bf16x2 if precise else chosen.solve,
+            solve.CGOptions(None, cell.iterations, precise),
             given.query, given.key, given.scale, given.ridge, masking, adjoint,
         )  # fmt: skip
     probe = solved = None
@@ -239,8 +239,8 @@ def run_stage(cell: Cell, given: Operands):
             given.low if split else None,
         )
     return attend.attend.__wrapped__(
-        shape, mask, chosen.attend_precise if precise else chosen.attend,
-        given.query, given.key, given.value, given.scale, masking, probe, solved, precise=precise,
+        shape, mask, chosen.attend_bf16x2 if precise else chosen.attend,
+        given.query, given.key, given.value, given.scale, masking, probe, solved, bf16x2=precise,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import report
 
 # Units of a call without iterations and of one iteration, a unit being a product of all visible
-# pairs with the head dimension; see kernels/README.md, section 6.
+# pairs with the head dimension; see kernels/HOPPER.md.
 FIRST = {
     "solve": 2, "solve_precise": 3, "adjoint": 3,
     "one_part": 3, "two_parts": 4, "precise": 6, "softmax": 2,

@@ -48,7 +48,7 @@ THREE_WARPGROUPS = {"warpgroups": 3, "registers": (160, 24)}
 # Kernels that share the configuration of another.
 _SHARED = {
     "adjoint": "solve",
-    "adjoint_precise": "solve_precise",
+    "adjoint_bf16x2": "solve_bf16x2",
     "adjoint_mixed": "solve_mixed",
     "softmax": "attend",
     "parallax": "attend",
@@ -70,7 +70,7 @@ def candidates(kernel: str, head_dim: int, base) -> list:
         choices.append({**THREE_WARPGROUPS, "block": 64, "stages": 4})
     if head_dim == 32:
         choices.append({**TWO_WARPGROUPS, "block": 128, "stages": 4})
-    if head_dim == 128 and (solve or kernel == "attend_precise"):
+    if head_dim == 128 and (solve or kernel == "attend_bf16x2"):
         choices += [{"block": 32, "stages": count} for count in (4, 6)]
     if kernel == "key_gradients":
         choices += [{"stages": count} for count in stages]
@@ -85,10 +85,10 @@ def candidates(kernel: str, head_dim: int, base) -> list:
     if kernel == "solve" and head_dim == 64:  # what warpgroups gain beside each other
         choices.append({"warpgroups": 1, "registers": (240, 24), "stages": 6})
     more = [{}]
-    if solve or kernel in ("softmax", "attend", "attend_precise"):
+    if solve or kernel in ("softmax", "attend", "attend_bf16x2"):
         more.append({"sum_products": True})
     if solve:
-        more += [{"turns": True}, {"sum_products": True, "turns": True}]
+        more += [{"pingpong": True}, {"sum_products": True, "pingpong": True}]
     found = [base]
     for choice, hold, option in itertools.product(choices, (True, False), more):
         config = dataclasses.replace(base, **choice, hold_sums=hold, **option)
@@ -123,8 +123,8 @@ def make_kernels(options, head_dim: int) -> dict:
     scale = jnp.full((b, n, t), head_dim**-0.5, jnp.float32)
     ridge = jnp.full((b, n, t), 10.0, jnp.float32)
     masking = launch.Masking(jnp.asarray([[0, t]] * b, jnp.int32), None, None)
-    plain = solve.Iteration(None, ITERATIONS)
-    precise = dataclasses.replace(plain, precise=True)
+    plain = solve.CGOptions(None, ITERATIONS)
+    precise = dataclasses.replace(plain, bf16x2=True)
     unmarked = jnp.zeros((b, n, t // 64), jnp.int32)
     solution = jax.jit(
         lambda *a: solve.solve(shape, mask, configs.choose(head_dim).solve, plain, *a)
@@ -144,15 +144,15 @@ def make_kernels(options, head_dim: int) -> dict:
             choice = None
             if marked is not None:
                 *operands, mark = operands
-                choice = solve.Choice(precise, mark)
-            return solve.solve(shape, mask, config, iteration, *operands, choice=choice).high
+                choice = solve.TileOverride(precise, mark)
+            return solve.solve(shape, mask, config, iteration, *operands, override=choice).high
 
         operands = (query, key, scale, ridge, masking)
         operands += () if adjoint is None else (adjoint,)
         return run, operands + (() if marked is None else (marked,))
 
     def summing(dim):
-        parts = inverse.products(inverse.centred(key, masking.numbers[:, 1], dim))
+        parts = inverse.key_products(inverse.centred(key, masking.numbers[:, 1], dim))
         return (
             lambda config, *a: inverse.moments(shape, mask, config, *a),
             (query, key, parts, scale, solution.log_sum_exp, masking),
@@ -187,10 +187,10 @@ def make_kernels(options, head_dim: int) -> dict:
         }
     return direct | {
         "solve": solving(plain, None),
-        "solve_precise": solving(precise, None),
+        "solve_bf16x2": solving(precise, None),
         "solve_mixed": solving(plain, None, unmarked),
         "adjoint": solving(plain, adjoint),
-        "adjoint_precise": solving(precise, adjoint),
+        "adjoint_bf16x2": solving(precise, adjoint),
         "adjoint_mixed": solving(plain, adjoint, unmarked),
         "softmax": (
             lambda config, *a: attend.attend(shape, mask, config, *a).out,
@@ -204,8 +204,8 @@ def make_kernels(options, head_dim: int) -> dict:
             lambda config, *a: attend.attend(shape, mask, config, *a).out,
             (query, key, value, scale, masking, solution.high, solved),
         ),
-        "attend_precise": (
-            lambda config, *a: attend.attend(shape, mask, config, *a, precise=True).out,
+        "attend_bf16x2": (
+            lambda config, *a: attend.attend(shape, mask, config, *a, bf16x2=True).out,
             (query, key, value, scale, masking, solution.high, exactly_solved),
         ),
         "query_gradients": (

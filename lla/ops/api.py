@@ -82,7 +82,7 @@ def local_linear_attention(
       NotImplementedError: if no requested implementation can serve the call.
 
     Source: Zuo et al., "Local Linear Attention", arXiv 2510.01450, in the centred form derived in
-    ``kernels/README.md``.
+    ``kernels/MATHEMATICS.md``.
     """
     problem = make_problem(
         "lla", query, key, value, ridge=ridge, scale=scale, is_causal=is_causal,

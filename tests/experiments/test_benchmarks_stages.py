@@ -150,7 +150,7 @@ def test_what_variants_lack(bench):
 )
 def test_patches_are_undone(bench, variant):
     from lla.kernels.mosaic_gpu.launch import Ring
-    from lla.kernels.mosaic_gpu.rows import QueryRows
+    from lla.kernels.mosaic_gpu.query_rows import QueryRows
     from lla.kernels.mosaic_gpu.tile import Arithmetic
 
     def names():

@@ -1,8 +1,9 @@
-"""The sums of `lla.kernels.mosaic_gpu.decode` for wide heads, whose moments fill the registers.
+"""The sums of `lla.kernels.mosaic_gpu.decode` for wide heads, by specialised warpgroups.
 
-One warpgroup weighs the keys of every tile and leaves them in shared memory; two multiply them,
-each with half of the rows of the moments and with nothing else in its registers. Tiles come in
-pairs: the first warpgroup has no other to hide its latencies, but two chains of its own.
+The moments of wide heads fill the registers of two warpgroups. A third one computes the weights of
+every tile and writes the weighted keys to shared memory; those two multiply them, each for half of
+the rows of the moments. Tiles are processed in pairs, which gives the scoring warpgroup two
+independent chains of instructions to hide latencies.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from jax import lax
 
 from lla.kernels.mosaic_gpu.decode import (
     BLOCK,
-    COLUMNS,
+    MIN_COLUMNS,
     SHRINK,
     SQUARE,
-    Cache,
-    Reader,
-    Share,
+    CacheShape,
+    Consumer,
+    Split,
+    consumer_scratch,
     make_ring,
-    reader_scratch,
     ring_scratch,
     row_names,
     stream,
@@ -31,9 +32,9 @@ from lla.kernels.mosaic_gpu.decode import (
 from lla.kernels.mosaic_gpu.launch import Config
 from lla.kernels.mosaic_gpu.tile import (
     LOWEST,
-    MATRIX,
     ROW_BLOCK,
-    ROWS,
+    WGMMA,
+    WGMMA_ROW,
     by_row,
     full,
     in_parts,
@@ -41,32 +42,32 @@ from lla.kernels.mosaic_gpu.tile import (
 )
 
 _HALVES = 2
-READERS = 1 + _HALVES
-"""Warpgroups that read tiles: the one that weighs, and one for each half of the moments."""
+CONSUMERS = 1 + _HALVES
+"""Consumer warpgroups: one computes the weights, two multiply half of the moments each."""
 
-_PAIR = 2  # tiles that are weighed together, and weighted tiles in flight
-# Registers of a thread of the warpgroups that weigh, multiply and stream: 512 in all.
-_REGISTERS = {"weigh": 168, "multiply": 160, "stream": 24}
+_PAIR = 2  # tiles that are weighted together, and weighted tiles in flight
+# Registers per thread by role of the warpgroup; one score, two multiply and one load take 512.
+_REGISTERS = {"score": 168, "multiply": 160, "load": 24}
 
 
-def plan(cache: Cache, member: str, precise: bool) -> tuple[Config, dict]:
+def plan(cache: CacheShape, member: str, bf16x2: bool) -> tuple[Config, dict]:
     """How the kernel is launched, and its scratch types."""
-    config = Config(warpgroups=READERS, block=BLOCK, stages=2 * _PAIR)
+    config = Config(warpgroups=CONSUMERS, block=BLOCK, stages=2 * _PAIR)
     weighted = plgpu.SMEM((_HALVES, *SQUARE), cache.dtype, transforms=narrow_transforms())
     return config, {
-        "ring": ring_scratch(cache, config, READERS),
-        **reader_scratch(cache, member, 1),
-        "weighted": [[weighted] * (2 if precise else 1) for _ in range(_PAIR)],
+        "ring": ring_scratch(cache, config, CONSUMERS),
+        **consumer_scratch(cache, member, 1),
+        "weighted": [[weighted] * (2 if bf16x2 else 1) for _ in range(_PAIR)],
         "seen": plgpu.Barrier(num_arrivals=_HALVES),
-        # For each half of the moments.
+        # One barrier for each half of the moments.
         "ready": plgpu.Barrier(num_arrivals=1, num_barriers=_HALVES),
         "free": plgpu.Barrier(num_arrivals=1, num_barriers=_HALVES),
     }
 
 
-def body(cache, member, precise, config, arithmetic, given, out, scratch):
+def body(cache, member, bf16x2, config, arithmetic, given, out, scratch):
     """Body of the kernel, for `lla.kernels.mosaic_gpu.launch.launch`."""
-    share = Share.mine(cache, given)
+    split = Split.of_program(cache, given)
     ring = make_ring(config, scratch)
     warpgroup = lax.axis_index("warpgroup")
 
@@ -75,42 +76,44 @@ def body(cache, member, precise, config, arithmetic, given, out, scratch):
             plgpu.set_max_registers(_REGISTERS[role], action=action)
 
     def reader(kind, w):
-        return kind(cache, member, precise, arithmetic, given, out, scratch, share, ring, w)
+        return kind(cache, member, bf16x2, arithmetic, given, out, scratch, split, ring, w)
 
     @pl.when(warpgroup == 0)
     def _():
-        registers("weigh", "increase")
-        reader(_Weigher, 0).run()
+        registers("score", "increase")
+        reader(_ScoreWarpgroup, 0).run()
 
     for half in range(_HALVES):
 
         @pl.when(warpgroup == 1 + half)
         def _(half=half):
             registers("multiply", "increase")
-            reader(_Multiplier, half).run()
+            reader(_MomentWarpgroup, half).run()
 
-    @pl.when(warpgroup == READERS)
+    @pl.when(warpgroup == CONSUMERS)
     def _():
-        registers("stream", "decrease")
-        stream(cache, given, share, ring, even=True)
+        registers("load", "decrease")
+        stream(cache, given, split, ring, even=True)
 
 
 @dataclasses.dataclass
-class _PairReader(Reader):
+class _PairConsumer(Consumer):
     @property
     def pairs(self):
-        count = self.share.end - self.share.begin
+        count = self.split.end - self.split.begin
         return lax.div(count + 1, jnp.int32(_PAIR))
 
 
-class _Weigher(_PairReader):
+class _ScoreWarpgroup(_PairConsumer):
+    """Computes the weights, the sums of values, and the weighted keys for the other warpgroups."""
+
     def run(self) -> None:
         self.prepare()
         self.write_ones()
         start = {
-            "largest": full((ROW_BLOCK,), LOWEST, ROWS),
-            "total": full((ROW_BLOCK,), 0, ROWS),
-            "value": tuple(full(SQUARE, 0, MATRIX) for _ in self.blocks),
+            "largest": full((ROW_BLOCK,), LOWEST, WGMMA_ROW),
+            "total": full((ROW_BLOCK,), 0, WGMMA_ROW),
+            "value": tuple(full(SQUARE, 0, WGMMA) for _ in self.blocks),
         }
         sums = lax.fori_loop(0, self.pairs, self.add_pair, start)
 
@@ -126,9 +129,9 @@ class _Weigher(_PairReader):
 
     def add_pair(self, pair, sums):
         times = [_PAIR * pair + i for i in range(_PAIR)]
-        slots = [self.ring.wait(t) for t in times]
+        slots = [self.ring.consumer_wait(t) for t in times]
         for t, slot in zip(times, slots, strict=True):
-            self.clear_hidden(t, slot)
+            self.zero_hidden(t, slot)
         tiles = [self.score(t, slot) for t, slot in zip(times, slots, strict=True)]
         largest, shrink_rows, weights = self.weigh(sums["largest"], *tiles)
         shrink, spread = by_row(shrink_rows, SQUARE), [by_row(w, SQUARE) for w in weights]
@@ -146,7 +149,7 @@ class _Weigher(_PairReader):
 
             for place, slot in enumerate(slots):
                 weighted = self.keys(slot, c) * spread[place]
-                parts = in_parts(weighted, self.cache.dtype, self.precise)
+                parts = in_parts(weighted, self.cache.dtype, self.bf16x2)
                 for ref, part in zip(self.scratch["weighted"][place], parts, strict=True):
                     ref.at[c][...] = part
             plgpu.commit_smem()
@@ -159,31 +162,31 @@ class _Weigher(_PairReader):
             values.append(total)
         plgpu.commit_smem()
         for slot in slots:
-            self.ring.release(slot)
+            self.ring.consumer_release(slot)
         total = sums["total"] * shrink_rows + sum(weights)
         return {"largest": largest, "total": total, "value": tuple(values)}
 
 
-class _Multiplier(_PairReader):
-    """Rows ``[64 w, 64 w + 64)`` of the moments, and as many sums of weighted keys."""
+class _MomentWarpgroup(_PairConsumer):
+    """Rows ``[64 w, 64 w + 64)`` of the moments, and of the sum of the weighted keys."""
 
     def run(self) -> None:
         width, mine = self.cache.head_dim, pl.ds(self.w * BLOCK, BLOCK)
-        widths = [width] * len(self.ring.tiles) + [COLUMNS]
+        widths = [width] * len(self.ring.tiles) + [MIN_COLUMNS]
         plgpu.barrier_wait(self.scratch["ones_written"])
-        start = tuple(full((BLOCK, n), 0, MATRIX) for n in widths)
+        start = tuple(full((BLOCK, n), 0, WGMMA) for n in widths)
         *moments, keys = lax.fori_loop(0, self.pairs, self.add_pair, start)
         for i, matrix in enumerate(moments):
             self.part("moments").at[mine, pl.ds(i * width, width)][...] = matrix
         row = row_names(self.member).index("key")
-        self.part("rows").at[row, mine][...] = keys.sum(axis=1) / COLUMNS
+        self.part("rows").at[row, mine][...] = keys.sum(axis=1) / MIN_COLUMNS
 
     def add_pair(self, pair, moments):
-        # An index that is known would become a constant of the products, which do not lower.
+        # Not `self.w`: products with a constant index do not lower.
         half = lax.axis_index("warpgroup") - 1
-        slots = [self.ring.wait(_PAIR * pair + i) for i in range(_PAIR)]
+        slots = [self.ring.consumer_wait(_PAIR * pair + i) for i in range(_PAIR)]
         plgpu.barrier_wait(self.scratch["ready"].at[half])
-        shrink = self.arithmetic.load(self.scratch["vectors"].at[0, SHRINK], ROWS)
+        shrink = self.arithmetic.load(self.scratch["vectors"].at[0, SHRINK], WGMMA_ROW)
         moments = [matrix * by_row(shrink, matrix.shape) for matrix in moments]
         plgpu.barrier_arrive(self.scratch["seen"])
         factors = [[tile.at[slot] for slot in slots] for tile in self.ring.tiles]
@@ -200,5 +203,5 @@ class _Multiplier(_PairReader):
         )
         plgpu.barrier_arrive(self.scratch["free"].at[half])
         for slot in slots:
-            self.ring.release(slot)
+            self.ring.consumer_release(slot)
         return moments

@@ -1,4 +1,4 @@
-"""The sums of `lla.kernels.mosaic_gpu.decode` by two warpgroups that take turns with the tiles."""
+"""The sums of `lla.kernels.mosaic_gpu.decode`, by two consumers that alternate between tiles."""
 
 from __future__ import annotations
 
@@ -9,74 +9,74 @@ from jax import lax
 
 from lla.kernels.mosaic_gpu.decode import (
     BLOCK,
-    COLUMNS,
+    MIN_COLUMNS,
     SQUARE,
-    Cache,
-    Reader,
-    Share,
+    CacheShape,
+    Consumer,
+    Split,
+    consumer_scratch,
     make_ring,
-    reader_scratch,
     ring_scratch,
     row_names,
     stream,
 )
 from lla.kernels.mosaic_gpu.launch import Config, set_registers
 from lla.kernels.mosaic_gpu.tile import (
-    COLS,
     LOWEST,
-    MATRIX,
     ROW_BLOCK,
-    ROWS,
+    WGMMA,
+    WGMMA_COL,
+    WGMMA_ROW,
     by_row,
     full,
     in_parts,
     narrow_transforms,
 )
 
-TURNS = 2
-"""Warpgroups that take turns."""
+CONSUMERS = 2
+"""Consumer warpgroups, each of which takes every other tile."""
 
 
-def plan(cache: Cache, member: str, precise: bool) -> tuple[Config, dict]:
+def plan(cache: CacheShape, member: str, bf16x2: bool) -> tuple[Config, dict]:
     """How the kernel is launched, and its scratch types."""
-    # Even, so that the warpgroups always meet the same barriers: one that has missed a phase of a
-    # barrier waits forever.
-    config = Config(warpgroups=TURNS, block=BLOCK, stages=4 if cache.blocks == 2 else 6)
+    # An even number of stages gives each consumer its own slots. Otherwise it would miss every
+    # other phase of their barriers, and wait forever.
+    config = Config(warpgroups=CONSUMERS, block=BLOCK, stages=4 if cache.blocks == 2 else 6)
     types = {
         "ring": ring_scratch(cache, config, 1),
-        **reader_scratch(cache, member, TURNS),
+        **consumer_scratch(cache, member, CONSUMERS),
         "handed": plgpu.Barrier(num_arrivals=1),
         "numbers": plgpu.SMEM((3, ROW_BLOCK), jnp.float32),
         "rows": plgpu.SMEM((len(row_names(member)), cache.blocks, BLOCK), jnp.float32),
     }
     if member == "lla":
-        weighted = plgpu.SMEM((TURNS, *SQUARE), cache.dtype, transforms=narrow_transforms())
-        types["weighted"] = [weighted] * (2 if precise else 1)
+        weighted = plgpu.SMEM((CONSUMERS, *SQUARE), cache.dtype, transforms=narrow_transforms())
+        types["weighted"] = [weighted] * (2 if bf16x2 else 1)
         types["moments"] = plgpu.SMEM((2, *SQUARE), jnp.float32)
     return config, types
 
 
-def body(cache, member, precise, config, arithmetic, given, out, scratch):
+def body(cache, member, bf16x2, config, arithmetic, given, out, scratch):
     """Body of the kernel, for `lla.kernels.mosaic_gpu.launch.launch`."""
-    share = Share.mine(cache, given)
+    split = Split.of_program(cache, given)
     ring = make_ring(config, scratch)
     warpgroup = lax.axis_index("warpgroup")
 
-    for w in range(TURNS):
+    for w in range(CONSUMERS):
 
         @pl.when(warpgroup == w)
         def _(w=w):
             set_registers(config, arithmetic, compute=True)
-            _Turns(cache, member, precise, arithmetic, given, out, scratch, share, ring, w).run()
+            _Pingpong(cache, member, bf16x2, arithmetic, given, out, scratch, split, ring, w).run()
 
-    @pl.when(warpgroup == TURNS)
+    @pl.when(warpgroup == CONSUMERS)
     def _():
         set_registers(config, arithmetic, compute=False)
-        stream(cache, given, share, ring)
+        stream(cache, given, split, ring)
 
 
-class _Turns(Reader):
-    """One of the warpgroups that take every other tile each, with sums of its own."""
+class _Pingpong(Consumer):
+    """A consumer that sums over every other tile."""
 
     def run(self) -> None:
         self.prepare()
@@ -84,27 +84,27 @@ class _Turns(Reader):
             self.write_ones()
 
         def matrices(count):
-            return tuple(full(SQUARE, 0, MATRIX) for _ in range(count))
+            return tuple(full(SQUARE, 0, WGMMA) for _ in range(count))
 
-        zero = full((ROW_BLOCK,), 0, ROWS)
+        zero = full((ROW_BLOCK,), 0, WGMMA_ROW)
         start = {
-            "largest": full((ROW_BLOCK,), LOWEST, ROWS),
+            "largest": full((ROW_BLOCK,), LOWEST, WGMMA_ROW),
             "total": zero,
             "value": matrices(len(self.blocks)),
         }
         if self.member == "lla":
             plgpu.barrier_wait(self.scratch["ones_written"])
-            start |= {"moments": (*matrices(2), full((BLOCK, COLUMNS), 0, MATRIX))}
+            start |= {"moments": (*matrices(2), full((BLOCK, MIN_COLUMNS), 0, WGMMA))}
         if self.member == "parallax":
             start |= {"along": zero, "along_value": matrices(len(self.blocks))}
-        count = self.share.end - self.share.begin
-        turns = lax.div(count + (TURNS - 1 - self.w), jnp.int32(TURNS))
-        self.finish(lax.fori_loop(0, turns, self.add_tile, start))
+        count = self.split.end - self.split.begin
+        count_mine = lax.div(count + (CONSUMERS - 1 - self.w), jnp.int32(CONSUMERS))
+        self.finish(lax.fori_loop(0, count_mine, self.add_tile, start))
 
     def add_tile(self, i, sums):
-        t = TURNS * i + self.w
-        slot = self.ring.wait(t)
-        self.clear_hidden(t, slot)
+        t = CONSUMERS * i + self.w
+        slot = self.ring.consumer_wait(t)
+        self.zero_hidden(t, slot)
         tile = self.score(t, slot)
         largest, shrink_rows, (weights,) = self.weigh(sums["largest"], tile)
         shrink = by_row(shrink_rows, SQUARE)
@@ -122,8 +122,8 @@ class _Turns(Reader):
             weighted = by_row(weighted, SQUARE)
             new["along_value"] = add(sums["along_value"], [v * weighted for v in values])
         if self.member == "lla":
-            parts = in_parts(self.keys(slot, 0) * spread, self.cache.dtype, self.precise)
-            # An index that is known would become a constant of the products, which do not lower.
+            parts = in_parts(self.keys(slot, 0) * spread, self.cache.dtype, self.bf16x2)
+            # Not `self.w`: products with a constant index do not lower.
             refs = [ref.at[lax.axis_index("warpgroup")] for ref in self.scratch["weighted"]]
             for ref, part in zip(refs, parts, strict=True):
                 ref[...] = part
@@ -135,13 +135,13 @@ class _Turns(Reader):
             )
         else:
             plgpu.commit_smem()
-        self.ring.release(slot)
+        self.ring.consumer_release(slot)
         return new
 
     def finish(self, sums) -> None:
-        """Adds the sums of both warpgroups and writes them.
+        """Adds the sums of both consumers and writes them.
 
-        Reductions across warps share memory, so the warpgroups reduce one after the other.
+        Reductions across warps share one buffer, so the consumers reduce one after the other.
         """
         if self.w == 0:
             plgpu.barrier_wait(self.scratch["handed"])
@@ -154,7 +154,7 @@ class _Turns(Reader):
         moments = sums.get("moments", ())
         if moments:
             *moments, keys = moments
-            numbers["key"] = keys.sum(axis=1) / COLUMNS
+            numbers["key"] = keys.sum(axis=1) / MIN_COLUMNS
         places = {name: self.scratch["numbers"].at[i] for i, name in enumerate(numbers)}
         row_places = {
             (name, c): self.scratch["rows"].at[r, c]
@@ -173,13 +173,13 @@ class _Turns(Reader):
             return
 
         load = self.arithmetic.load
-        others = {name: load(place, ROWS) for name, place in places.items()}
+        others = {name: load(place, WGMMA_ROW) for name, place in places.items()}
         largest = jnp.maximum(numbers["largest"], others["largest"])
         own, other = (jnp.exp2(n["largest"] - largest) for n in (numbers, others))
-        columns = self.turned(own), self.turned(other)
+        columns = self.to_columns(own), self.to_columns(other)
         joined = {
             name: [
-                row * columns[0] + load(row_places[name, c], COLS) * columns[1]
+                row * columns[0] + load(row_places[name, c], WGMMA_COL) * columns[1]
                 for c, row in enumerate(blocks)
             ]
             for name, blocks in rows.items()
