@@ -15,7 +15,7 @@ smallest size, 5.5 minutes on an H200: one of three seeds at 0.995, two at 0.48)
 """
 
 from lla import training
-from lla.experiment import to_config
+from lla.runs import to_config
 
 
 def get_config(variant: str = ""):

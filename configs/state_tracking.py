@@ -15,7 +15,7 @@ DeltaNet). See experiments/trained_tasks.
 """
 
 from lla import training
-from lla.experiment import to_config
+from lla.runs import to_config
 
 
 def get_config(variant: str = ""):

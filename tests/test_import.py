@@ -39,5 +39,5 @@ for name in names:
 
 
 def test_other_names_are_attribute_errors():
-    with pytest.raises(AttributeError, match="module 'lla' has no attribute 'experiments'"):
-        lla.experiments  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'lla' has no attribute 'nothing'"):
+        lla.nothing  # noqa: B018

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from lla.experiment.workdir import WorkdirError
+from lla.runs.workdir import WorkdirError
 from lla.training.trainer import TrainState
 
 # Fields whose names in checkpoints are others, so that earlier checkpoints can be read.

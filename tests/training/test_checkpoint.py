@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lla.experiment import WorkdirError
+from lla.runs import WorkdirError
 from lla.training.checkpoint import Checkpoints
 from lla.training.trainer import TrainState
 
