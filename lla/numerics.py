@@ -26,6 +26,14 @@ def nan_where(flags: jax.Array, array: jax.Array) -> jax.Array:
     return jnp.where(jnp.broadcast_to(flags, array.shape), jnp.full_like(array, jnp.nan), array)
 
 
+def pad_to(array: jax.Array, *sizes: int, fill=0) -> jax.Array:
+    """`array` with `fill` behind every axis that is shorter than its one of `sizes`."""
+    widths = [(0, size - n) for size, n in zip(sizes, array.shape, strict=True)]
+    if not any(after for _, after in widths):
+        return array
+    return jnp.pad(array, widths, constant_values=fill)
+
+
 def spd_inverse(a: jax.Array, precision) -> tuple[jax.Array, jax.Array]:
     """Inverses of many small symmetric positive definite matrices, by matrix products alone.
 

@@ -95,7 +95,11 @@ register_backend(
 # The same for all NVIDIA GPUs since Ampere: by this name where they have not run, or in the place
 # of the kernels for Hopper, to test them.
 register_backend(
-    Backend(mosaic_gpu_portable.NAME, mosaic_gpu_portable.unsupported, mosaic_gpu_portable.attend)
+    Backend(
+        mosaic_gpu_portable.NAME,
+        mosaic_gpu_portable.unsupported_by_name,
+        mosaic_gpu_portable.attend,
+    )
 )
 # It has never run on hardware, so it has to be asked for by name.
 register_backend(Backend("mosaic_tpu", mosaic_tpu.unsupported, mosaic_tpu.attend))

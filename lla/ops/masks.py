@@ -41,6 +41,14 @@ class Mask:
     def arrays(self) -> list[jax.Array]:
         return jax.tree.leaves(self)
 
+    def numbers(self, batch: int, num_keys: int) -> jax.Array:
+        """The offset and the number of keys of every sequence, int32 ``[B, 2]``."""
+        offset = jnp.zeros(batch, jnp.int32) if self.offset is None else self.offset
+        length = jnp.full(batch, num_keys, jnp.int32)
+        if self.lengths is not None:
+            length = jnp.clip(self.lengths, 0, num_keys)
+        return jnp.stack([offset, length], axis=1)
+
 
 HIDING_BIAS = -1e36
 """A logit bias below hides an entry like a mask: -inf, and the lowest numbers of wide dtypes."""

@@ -1,9 +1,7 @@
 """Launch configurations: the table against the committed times, and what is refused."""
 
 import functools
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +13,6 @@ pytestmark = [
     pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11"),
 ]
 TIMES = Path(__file__).parents[2] / "experiments/benchmarks/tuning/hopper_configs.json"
-TUNING = TIMES.parents[1] / "tune_hopper.py"
 NOISE = 1.08  # ratio of the times of equal runs on different days
 
 
@@ -46,15 +43,11 @@ def test_table_is_among_the_fastest(kernel, head_dim):
 @pytest.mark.parametrize(
     "kernel", ["solve", "solve_bf16x2", "adjoint_mixed", "attend", "attend_bf16x2"]
 )
-def test_tuning_candidates_are_valid(kernel, head_dim, monkeypatch):
-    monkeypatch.syspath_prepend(TUNING.parent)
-    tune = importlib.import_module(TUNING.stem)
-    try:
-        base = tune.table_config(kernel, head_dim)
-        found = tune.candidates(kernel, head_dim, base)
-    finally:
-        for name in (TUNING.stem, "measure"):
-            del sys.modules[name]
+def test_tuning_candidates_are_valid(kernel, head_dim):
+    from lla.experiments.benchmarks import tune_hopper
+
+    base = tune_hopper.table_config(kernel, head_dim)
+    found = tune_hopper.candidates(kernel, head_dim, base)
     assert found[0] == base and len(set(found)) == len(found) > 2
     for config in found:
         config.check_registers()

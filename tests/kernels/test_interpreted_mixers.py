@@ -77,7 +77,7 @@ def lower(name, monkeypatch, *, width=64, heads=1, unmeasured=True, **options):
 
     monkeypatch.setattr(mosaic_gpu, "_refuse_device", lambda: None)
     if unmeasured:
-        monkeypatch.setattr(hopper, "_asked", 1)
+        monkeypatch.setattr(hopper, "_enabled", 1)
 
     def build():
         return mixers.create(name, width, heads, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, **options)

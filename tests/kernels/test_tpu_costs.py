@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.benchmarks import tpu_costs
+from lla.experiments.benchmarks import tpu_costs
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def test_tables_are_those_of_the_result(document):
     assert tpu_costs.render(text, document) == text
     for chip in (*tpu_costs.CHIPS, "Estimates, not measurements", "Nothing was run on a TPU"):
         assert chip in text
-    with pytest.raises(ValueError, match="no block"):
+    with pytest.raises(ValueError, match="generated blocks"):
         tpu_costs.render("no block", document)
 
 

@@ -7,6 +7,7 @@ and detects races. Neither has the rounding or the memory layout of hardware.
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
@@ -110,7 +111,7 @@ def test_two_runs_are_equal_and_rows_do_not_depend_on_later_ones():
     for name in ("query", "key", "value"):
         changed[name][:, 150] = 5 - 3 * changed[name][:, 150]
     first, second, other = (evaluate(a) for a in (arrays, arrays, changed))
-    jax.tree.map(np.testing.assert_array_equal, first, second)
+    chex.assert_trees_all_equal(first, second)
     np.testing.assert_array_equal(first.out[:, :150], other.out[:, :150])
     np.testing.assert_array_equal(first.stats.lse[:, :150], other.stats.lse[:, :150])
     assert (first.out[:, 150:] != other.out[:, 150:]).any()

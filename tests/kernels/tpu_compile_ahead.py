@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from experiments.benchmarks.tpu_costs import vector_memory
+from lla.experiments.benchmarks.tpu_costs import vector_memory
 from tests.kernels.tpu_cases import program
 
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from lla.mixers.linear_recurrence import linear_recurrence, linear_recurrence_step
-from tests.measure import relative_error
-from tests.mixers.measure import largest_array
+from tests.measure import largest_array, relative_error
 
 BATCH, HEADS, DIM, VALUE_DIM = 2, 2, 8, 6
 slow = partial(pytest.param, marks=pytest.mark.slow)

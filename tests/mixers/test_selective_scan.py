@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from lla.mixers.selective_scan import selective_scan, selective_scan_step
-from tests.measure import relative_error
-from tests.mixers.measure import largest_array
+from tests.measure import largest_array, relative_error
 
 BATCH, CHANNELS, STATE = 2, 5, 4
 forms = pytest.mark.parametrize("form", ["parallel", "recurrent"])

@@ -1,5 +1,7 @@
 """A back end that is added from outside of the package is served, listed and refused like ours."""
 
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import pytest
 
 import lla
 from lla.ops import BACKENDS, Backend, Decoder, register_backend
+from lla.ops.mosaic_gpu import backend as gpu
 from lla.ops.shield import shield
 
 pytestmark = pytest.mark.compat
@@ -138,3 +141,31 @@ def test_every_back_end_explains_decoding():
     assert reasons["mosaic_gpu:decode"] == reasons["mosaic_gpu"] is not None
     with pytest.raises(ValueError, match="key must have shape"):
         lla.explain(query, key[..., :4], value, cache=cache)
+
+
+def test_the_first_family_of_gpu_kernels_that_can_serve_does(monkeypatch):
+    """The second family has no kernels for decoding."""
+    served = []
+
+    def family(name, members):
+        def run(problem, with_stats):
+            served.append(name)
+            return BACKENDS["reference"].attend(problem, with_stats)
+
+        reason = f"{name} has {members} alone"
+        return types.SimpleNamespace(
+            unsupported=lambda problem: None if problem.member in members else reason, attend=run
+        )
+
+    first, decoding = family("new", ["softmax"]), family("step", ["softmax"])
+    families = ((first, decoding), (family("old", ["softmax", "parallax"]), None))
+    monkeypatch.setattr(gpu, "FAMILIES", families)
+    query, key, value = inputs(1)
+    cache = lla.KVCache.create(2, 16, num_kv_heads=4, head_dim=8, dtype=jnp.float32)
+    lla.softmax_attention(query, key, value, implementation="mosaic_gpu")
+    lla.parallax_attention(query, query, key, value, implementation="mosaic_gpu")
+    lla.softmax_decode_step(query, key, value, cache, implementation="mosaic_gpu")
+    lla.parallax_decode_step(query, query, key, value, cache, implementation="mosaic_gpu")
+    assert served == ["new", "old", "step", "old"]
+    with pytest.raises(NotImplementedError, match=r"new has .* alone; old has"):
+        lla.local_linear_attention(query, key, value, ridge=1.0, implementation="mosaic_gpu")

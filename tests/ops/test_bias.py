@@ -17,6 +17,7 @@ from lla.ops.mosaic_tpu import backend as tpu
 from lla.ops.problem import make_problem
 from lla.ops.xla import backend as xla
 from lla.ops.xla import plan
+from tests.measure import largest_array
 from tests.ops import oracles
 from tests.ops.cases import MASKS, Shape, make_inputs
 from tests.ops.harness import (
@@ -382,19 +383,6 @@ def test_a_bad_entry_of_a_shared_bias():
 # Cost, layouts of other platforms, transformations
 
 
-def largest_array(jaxpr) -> int:
-    """The most numbers that any array of a program holds, programs inside it included."""
-    most = 0
-    for equation in jaxpr.eqns:
-        most = max([most, *(getattr(v.aval, "size", 0) for v in equation.outvars)])
-        for inner in jax.tree.leaves(
-            tuple(equation.params.values()), is_leaf=lambda a: hasattr(a, "eqns")
-        ):
-            if hasattr(inner, "eqns"):
-                most = max(most, largest_array(getattr(inner, "jaxpr", inner)))
-    return most
-
-
 @pytest.mark.parametrize("bias", [(1, 1, 512, 512), (1, 8, 1, 512), (1, 1, 1, 512), (8, 1, 1, 512)])
 def test_a_shared_bias_is_never_repeated(bias):
     shape = Shape(512, 8, heads=8, key_heads=8, batch=(8,))
@@ -407,9 +395,8 @@ def test_a_shared_bias_is_never_repeated(bias):
     def loss(arrays):
         return lla.local_linear_attention(**arrays, ridge=1.0, implementation="xla").sum()
 
-    traced = jax.make_jaxpr(jax.grad(loss))(arrays)
-    # A block of 128 rows of all heads is what masks are looked at for; all rows are four of them.
-    assert largest_array(traced.jaxpr) <= 8 * 8 * 128 * 512
+    # Masks are evaluated for blocks of 128 rows of all heads; all rows are four such blocks.
+    assert largest_array(jax.grad(loss), arrays) <= 8 * 8 * 128 * 512
 
 
 @pytest.mark.parametrize("bias", ["full", "heads", "pairs", "keys_of_heads"])

@@ -16,6 +16,7 @@ from jax import lax
 
 from lla.compat import default_device, target_capability
 from lla.kernels.tiles import NOTHING
+from lla.numerics import pad_to
 from lla.ops.differentiation import Residuals, attention
 from lla.ops.mosaic_gpu import precision
 from lla.ops.problem import (
@@ -176,42 +177,33 @@ def attend_shielded(
         -(-n // table.SEQUENCE_MULTIPLE) * table.SEQUENCE_MULTIPLE for n in (t, s)
     )
 
-    def pad(array, *sizes, fill=0):
-        widths = [(0, size - n) for size, n in zip(sizes, array.shape, strict=True)]
-        if not any(after for _, after in widths):
-            return array
-        return jnp.pad(array, widths, constant_values=fill)
-
     def queries(array):
         if array is None:
             return None
-        return pad(array, b, padded_t, n, dim)
+        return pad_to(array, b, padded_t, n, dim)
 
     def rows(array, fill):
         if array is None:
             return None
         array = jnp.swapaxes(problem.by_row(array.astype(jnp.float32)), 1, 2)
-        return pad(array, b, n, padded_t, fill=fill)
+        return pad_to(array, b, n, padded_t, fill=fill)
 
     operands = Operands(
         query=queries(problem.query),
-        key=pad(problem.key, b, padded_s, k, dim),
-        value=pad(problem.value, b, padded_s, k, dim),
+        key=pad_to(problem.key, b, padded_s, k, dim),
+        value=pad_to(problem.value, b, padded_s, k, dim),
         probe=queries(problem.probe),
         ridge=rows(problem.ridge, 1),
         scale=rows(problem.scale, 1),
     )
     mask = problem.mask
-    offset = jnp.zeros(b, jnp.int32) if mask.offset is None else mask.offset
-    length = jnp.full(b, s, jnp.int32)
-    if mask.lengths is not None:
-        length = jnp.clip(mask.lengths, 0, s)
     segments = [mask.query_segments, mask.key_segments]
     if segments[0] is not None:
         segments = [
-            pad(a, b, n, fill=-1) for a, n in zip(segments, (padded_t, padded_s), strict=True)
+            pad_to(a, b, size, fill=-1)
+            for a, size in zip(segments, (padded_t, padded_s), strict=True)
         ]
-    masking = launch.Masking(jnp.stack([offset, length], axis=1), *segments)
+    masking = launch.Masking(mask.numbers(b, s), *segments)
     direct = kernels == "mosaic_gpu" and use_direct(problem)
     forward, backward = precision.iterations(problem, precise=direct, direct=direct)
     precise_forward = precise_backward = marked = None

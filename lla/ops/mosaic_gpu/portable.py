@@ -32,8 +32,8 @@ _MAX_HEAD_DIM = 256
 _JAX, _JAX_BEFORE_HOPPER = (0, 11, 2), (0, 12)
 
 
-def unsupported(problem: Problem) -> str | None:
-    """Why the kernels cannot serve `problem`, None if they can."""
+def unsupported_by_name(problem: Problem) -> str | None:
+    """Why the kernels cannot serve `problem`, None if they can, on a card that is new to them too."""
     return (
         options_unsupported_by_kernels(problem)
         or refuse_machine()
@@ -42,9 +42,9 @@ def unsupported(problem: Problem) -> str | None:
     )
 
 
-def unsupported_or_unmeasured(problem: Problem) -> str | None:
+def unsupported(problem: Problem) -> str | None:
     """The same, or that the kernels have not run for such a problem on such a card."""
-    reason = unsupported(problem)
+    reason = unsupported_by_name(problem)
     if reason is not None:
         return reason
     found = capability()

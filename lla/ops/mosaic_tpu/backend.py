@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lla.compat import default_device, target_platform
+from lla.numerics import pad_to
 from lla.ops.differentiation import Residuals, attention
 from lla.ops.problem import (
     Member,
@@ -114,28 +115,22 @@ def attend_shielded(
         dtype=dtype, blocks=blocks,
     )  # fmt: skip
 
-    def pad(array, *sizes, fill=0):
-        widths = [(0, size - n) for size, n in zip(sizes, array.shape, strict=True)]
-        if not any(after for _, after in widths):
-            return array
-        return jnp.pad(array, widths, constant_values=fill)
-
     def queries(array):  # [B, T, N, H] -> [M, R, D]
         if array is None:
             return None
         array = jnp.swapaxes(array.reshape(b, t, k, g * h), 1, 2).reshape(b * k, t * g, h)
-        return pad(array, b * k, shape.num_rows, shape.head_dim)
+        return pad_to(array, b * k, shape.num_rows, shape.head_dim)
 
     def keys(array, width):  # [B, S, K, H] -> [M, S, D]
         array = jnp.moveaxis(array, 2, 1).reshape(b * k, s, -1)
-        return pad(array, b * k, shape.num_keys, width)
+        return pad_to(array, b * k, shape.num_keys, width)
 
     def rows(array):  # [B | 1, T | 1, N | 1] -> [M, R]
         if array is None:
             return None
         array = problem.by_row(array.astype(jnp.float32)).reshape(b, t, k, g)
         array = jnp.swapaxes(array, 1, 2).reshape(b * k, t * g)
-        return pad(array, b * k, shape.num_rows, fill=1)
+        return pad_to(array, b * k, shape.num_rows, fill=1)
 
     operands = Operands(
         query=queries(problem.query),
@@ -146,18 +141,14 @@ def attend_shielded(
         scale=rows(problem.scale),
     )
     mask = problem.mask
-    offset = jnp.zeros(b, jnp.int32) if mask.offset is None else mask.offset
-    length = jnp.full(b, s, jnp.int32)
-    if mask.lengths is not None:
-        length = jnp.clip(mask.lengths, 0, s)
     ids = (None, None)
     if mask.query_segments is not None:
         by_row = jnp.repeat(mask.query_segments, g, axis=1)
         ids = (
-            pad(by_row, b, shape.num_rows)[:, None],
-            pad(mask.key_segments, b, shape.num_keys)[:, None],
+            pad_to(by_row, b, shape.num_rows)[:, None],
+            pad_to(mask.key_segments, b, shape.num_keys)[:, None],
         )
-    masking = Masking(jnp.stack([offset, length], axis=1), *ids)
+    masking = Masking(mask.numbers(b, s), *ids)
     iterations = (None, None)
     if problem.member == "lla":
         solver = resolve(problem, method="cg")
