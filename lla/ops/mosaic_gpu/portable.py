@@ -33,7 +33,7 @@ _JAX, _JAX_BEFORE_HOPPER = (0, 11, 2), (0, 12)
 
 
 def unsupported_by_name(problem: Problem) -> str | None:
-    """Why the kernels cannot serve `problem`, None if they can, on a card that is new to them too."""
+    """Why the kernels cannot serve `problem`, None if they can: on an untried card, too."""
     return (
         options_unsupported_by_kernels(problem)
         or refuse_machine()
