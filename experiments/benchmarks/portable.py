@@ -146,16 +146,17 @@ def variants(head_dims):
 
 
 def make_inputs(cell: Cell) -> dict[str, Any]:
-    """Arrays as hopper_cells.py makes them, for other sizes, too; what is hidden is NaN."""
-    import hopper_cells
+    """Arrays as hopper_programs.py makes them, for other sizes, too; what is hidden is NaN."""
     import jax.numpy as jnp
     import numpy as np
 
-    program = hopper_cells.Program(
+    from lla.experiments.benchmarks import hopper_programs
+
+    program = hopper_programs.Program(
         OURS, "parallax", "forward_backward", cell.batch, cell.heads, cell.kv_heads,
         max(cell.queries, cell.keys), cell.head_dim, None, None, cell.dtype,
     )  # fmt: skip
-    found = hopper_cells.make_inputs(program, cell.inputs, 0)
+    found = hopper_programs.make_inputs(program, cell.inputs, 0)
     rng = np.random.default_rng(1)
     arrays = {}
     for name, array in found.items():
@@ -223,8 +224,9 @@ def make_function(cell: Cell, implementation: str):
 
 def measure_cell(cell: Cell, lock: str) -> dict[str, Any]:
     import jax
-    import measure
     import numpy as np
+
+    from lla.experiments.benchmarks import timing
 
     if cell.kind == "variant":
         run, arrays = kernel_call(cell)
@@ -233,7 +235,7 @@ def measure_cell(cell: Cell, lock: str) -> dict[str, Any]:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
     start = time.monotonic()
     if cell.implementation == "xla":  # which tries things out on the card
-        with measure.exclusive(lock):
+        with timing.device_lock(lock):
             compiled = jax.jit(run).lower(shapes).compile()
     else:
         compiled = jax.jit(run).lower(shapes).compile()
@@ -241,18 +243,18 @@ def measure_cell(cell: Cell, lock: str) -> dict[str, Any]:
     truth = None
     if cell.kind == "accuracy":
         truth = compile_exact(cell, arrays)
-    with measure.exclusive(lock):
+    with timing.device_lock(lock):
         given = jax.tree.map(jax.numpy.asarray, arrays)
         if truth is not None:
             first, second = (jax.tree.map(np.asarray, compiled(given)) for _ in range(2))
         else:
             jax.block_until_ready(compiled(given))
-            timing = measure.time_interleaved({"": lambda: compiled(given)}, 5, 1.0)[""]
+            measured = timing.time_interleaved({"": lambda: compiled(given)}, 5, 1.0)[""]
     if truth is not None:
         return result | compare(cell, first, second, truth())
     return result | {
-        "time_min_s": timing.time_min_s,
-        "time_median_s": timing.time_median_s,
+        "time_min_s": measured.time_min_s,
+        "time_median_s": measured.time_median_s,
     }
 
 

@@ -11,7 +11,7 @@ import re
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENT = ROOT / "kernels" / "PORTABLE.md"
-MEASURED = pathlib.Path(__file__).parent / "results" / "portable_h200.json"
+MEASURED = pathlib.Path(__file__).parent / "measured" / "portable_h200.json"
 COMPILED = pathlib.Path(__file__).parent / "compiled" / "portable.json"
 
 _OURS, _HOPPER = "mosaic_gpu_portable", "mosaic_gpu"

@@ -1,7 +1,6 @@
-"""The benchmark of the portable kernels: its cells, its workers, and its tables."""
+"""The benchmark of the portable kernels: its cells, its workers, and its portable_tables."""
 
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
@@ -9,34 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from lla.experiments.benchmarks import portable, portable_tables
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments" / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("portable"), importlib.import_module("portable_tables")
-    finally:
-        sys.path.remove(str(FOLDER))
+def test_tables_are_those_of_the_results():
+    text = portable_tables.DOCUMENT.read_text(encoding="utf-8")
+    assert portable_tables.render(text) == text
 
 
-def test_tables_are_those_of_the_results(bench):
-    _, tables = bench
-    text = tables.DOCUMENT.read_text(encoding="utf-8")
-    assert tables.render(text) == text
-
-
-def test_a_table_that_the_document_lacks_is_an_error(bench):
-    _, tables = bench
+def test_a_table_that_the_document_lacks_is_an_error():
     with pytest.raises(ValueError, match="no table"):
-        tables.render("# Nothing\n")
+        portable_tables.render("# Nothing\n")
 
 
-def test_results_name_the_card_and_every_error_is_below_its_bound(bench):
-    _, tables = bench
-    document = tables.load(tables.MEASURED)
+def test_results_name_the_card_and_every_error_is_below_its_bound():
+    document = portable_tables.load(portable_tables.MEASURED)
     assert {"device", "commit", "jax", "date"} <= document["header"].keys()
     right = [r for r in document["records"] if "errors" in r]
     assert right
@@ -62,9 +51,8 @@ def test_a_worker_that_cannot_serve_a_cell_goes_on(tmp_path):
     assert any("NVIDIA" in r["reason"] for r in ours)
 
 
-def test_a_worker_that_dies_is_replaced(bench, tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_replaced(tmp_path, monkeypatch):
     """The cell that kills it is lost, the next one is not."""
-    portable, _ = bench
     script = tmp_path / "worker.py"
     script.write_text(
         "import json, os, sys\n"
@@ -82,8 +70,7 @@ def test_a_worker_that_dies_is_replaced(bench, tmp_path, monkeypatch):
     assert found == [(m, "failed" if m == "parallax" else "right") for m in members]
 
 
-def test_cells_survive_the_way_to_a_worker(bench):
-    portable, _ = bench
+def test_cells_survive_the_way_to_a_worker():
     options = portable.argparse.Namespace(
         head_dims=[64, 128], variants=True, kinds=("accuracy", "speed", "variant")
     )
