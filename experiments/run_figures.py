@@ -63,7 +63,7 @@ _LONGEST = flags.DEFINE_bool("longest_first", True, "Sort the points of all swee
 # update goes below.
 _NANOSECONDS = {
     "softmax": 12.5, "parallax": 18.0, "lla": 27.0, "deltanet": 16.0, "gated_deltanet": 17.0,
-    "hyena": 30.0, "mamba": 150.0,
+    "gla": 16.5, "mamba2": 24.0, "mamba": 26.0, "mesanet": 38.0, "hyena": 30.0,
 }  # fmt: skip
 _OTHERS = 60.0
 _FLOOR = 3.0

@@ -59,6 +59,10 @@ def operators(heads: int, n: int, dim: int) -> dict[str, tuple]:
             linear_recurrence,
             (query, key, value, per_head),
         ),
+        "per_head_wide": (
+            linear_recurrence,
+            (*map(wider, (query, key, value)), per_head[:, :, ::2]),
+        ),
         "per_coordinate": (
             linear_recurrence,
             (query, key, value, per_coordinate),

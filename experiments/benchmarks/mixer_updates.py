@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -356,7 +355,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
+    with mixer_kernels.unmeasured_kernels():  # kernels that no GPU has run are measured here, too
+        return _run(parse(argv))
+
+
+def _run(options: argparse.Namespace) -> int:
     begin = time.monotonic()
     if options.check_seed is None:
         options.check_seed = secrets.randbits(31)
@@ -369,8 +372,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.records = []  # every run measures all that it is asked for
     hopper.say(f"{jax.devices()[0].device_kind}, results in {output}")
 
-    # Kernels that no GPU has run yet are measured here, too.
-    contextlib.ExitStack().enter_context(mixer_kernels.unmeasured_kernels())
     executor = concurrent.futures.ThreadPoolExecutor(options.workers)
     chosen = mixer_operators.operators(1, 4, 4) if options.operators is None else options.operators
     sizes = (options.heads, options.checked, options.width // options.heads)

@@ -76,8 +76,9 @@ def updates_markdown(document: Mapping) -> str:
             row += [_milliseconds(record)]
             if which == "update":
                 row += [f"{record['tokens_per_s'] / 1e3:.0f}" if record else ""]
-        error = next(iter(found.values()))["errors"]["bfloat16"]
-        rows.append([*row, f"{error['output']:.1e}, {error['parameters']:.1e}"])
+        compared = [r["errors"]["bfloat16"] for r in found.values() if r["errors"]]
+        errors = [f"{e['output']:.1e}, {e['parameters']:.1e}" for e in compared[:1]]
+        rows.append([*row, *(errors or ["not compared"])])
     heads = []
     for which, title in columns.items():
         heads += [title, "thousand tokens / s"] if which == "update" else [title]

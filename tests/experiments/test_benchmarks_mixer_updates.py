@@ -1,7 +1,11 @@
 """Errors and times of training updates: records, what is wrong, and failures of one mechanism."""
 
+import gc
+
 import numpy as np
 import pytest
+
+from lla.mixers import hopper
 
 NAMES = (
     "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "peers_tables",
@@ -54,3 +58,18 @@ def test_a_wrong_form_and_a_failure_are_named(bench, monkeypatch, tmp_path):
     assert script.main(argv) == 1
     (record,) = bench.measure.load(path)["records"]
     assert record["status"] == "unavailable" and "does not compile" in record["reason"]
+
+
+def test_kernels_that_are_not_measured_yet_serve_here(bench, monkeypatch, tmp_path):
+    script, allowed = bench.mixer_updates, []
+
+    def compile_cell(options, cell):
+        gc.collect()
+        allowed.append(hopper.allowed("a kernel that no GPU has run", 64))
+        raise RuntimeError("not needed")
+
+    monkeypatch.setattr(script, "compile_cell", compile_cell)
+    output = f"--output={tmp_path / 'updates.json'}"
+    script.main([*SMALL, "--only", "gla", "--operators", "--cells", "update", output])
+    assert allowed and all(allowed)
+    assert not hopper.allowed("a kernel that no GPU has run", 64)
