@@ -1,9 +1,10 @@
-"""Answers test questions token by token with a model that experiments/train.py has trained.
+"""Answers test questions token by token with a model trained by experiments/train.py.
 
     python experiments/generate.py --workdir=runs/mqar
 
-Every sequence is read up to its first question as a whole, then token by token, from the state that
-the model keeps. The answers are compared with those of the parallel form, which reads all at once.
+Each sequence is read at once up to its first question, and from there token by token, with the
+state of the model. The answers are compared with those of the parallel form, which reads everything
+at once.
 """
 
 import jax
@@ -13,7 +14,7 @@ from absl import app, flags
 from flax import nnx
 
 from lla import training
-from lla.experiment import command, workdir
+from lla.runs import command, workdir
 from lla.training.checkpoint import Checkpoints
 from lla.training.settings import Sharding
 from lla.training.sharding import make_mesh
@@ -27,10 +28,10 @@ _TOLERANCES = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 5e-2, "float16": 5e
 _SHOWN = 40  # tokens of a prompt that are printed
 
 
-def restore(path) -> tuple[training.Program, training.TrainState]:
-    """The run in the work directory `path` as of its last checkpoint, on one device.
+def restore(path) -> tuple[training.Trainer, training.TrainState]:
+    """Restores the run in the work directory `path` from its last checkpoint, on one device.
 
-    Changes nothing there, so that the run may still be going on.
+    Changes nothing there: the run may still be training.
 
     Raises:
       ValueError: no such run, or one of a sweep, or a run without a checkpoint that can be read.
@@ -49,12 +50,12 @@ def restore(path) -> tuple[training.Program, training.TrainState]:
     name = mixer.pop("name")
     record["model"]["mixer"], record["mixers"] = {"name": name}, {name: mixer}
     mesh = make_mesh(Sharding(data=1, fsdp=1))
-    program = training.Program(training.resolve(record), mesh)
+    trainer = training.Trainer(training.resolve(record), mesh)
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        state = checkpoints.restore(program.abstract_state)
+        state = checkpoints.restore(trainer.abstract_state)
     if state is None:
         raise ValueError(f"{path} has no checkpoint yet.")
-    return program, state
+    return trainer, state
 
 
 @nnx.jit
@@ -68,8 +69,8 @@ def token_by_token(model, batch, first):
     """The same; `first` int ``[B]`` is the position of a sequence's first question."""
     inputs, positions = batch["inputs"], batch["positions"]
     size, length = inputs.shape
-    # Questions start at different positions: each sequence is read up to its own, and in the end
-    # the longer ones go on alone.
+    # Sequences have their first questions at different positions, so the last steps only matter for
+    # those with an early one.
     _, state = model.decode(inputs, model.init_state(size, length), first)
 
     def step(state, index):
@@ -88,19 +89,19 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         path = workdir.directory(_WORKDIR.value)
-        program, state = restore(path)
-        batch = program.task.batch(program.settings.training.seed, 0, _EXAMPLES.value, _SPLIT.value)
+        trainer, state = restore(path)
+        batch = trainer.task.batch(trainer.settings.training.seed, 0, _EXAMPLES.value, _SPLIT.value)
     except (OSError, ValueError) as error:
         raise app.UsageError(str(error)) from error
-    if program.task.vocab_size is None:
-        raise app.UsageError(f"task {program.settings.task.name!r} has no tokens to generate.")
+    if trainer.task.vocab_size is None:
+        raise app.UsageError(f"task {trainer.settings.task.name!r} has no tokens to generate.")
 
     asked = np.asarray(batch["weights"]) > 0
     inputs, positions, labels = (
         np.asarray(batch[name]) for name in ("inputs", "positions", "labels")
     )
     first = np.where(asked, positions, inputs.shape[1] - 1).min(axis=1)
-    model = program.model(state.params)
+    model = trainer.model(state.params)
     found = np.asarray(token_by_token(model, batch, jnp.asarray(first, jnp.int32)))
     expected = np.asarray(in_parallel(model, batch))
     answers = found.argmax(-1)
@@ -118,7 +119,7 @@ def main(argv):
     difference = np.abs(found - expected)[asked].max() / np.abs(expected)[asked].max()
     equal = int((answers == expected.argmax(-1))[asked].sum())
     print(f"parallel form: {equal} answers equal, logits differ by {difference:.2g} of the largest")
-    if not difference <= _TOLERANCES[program.model_config.dtype]:
+    if not difference <= _TOLERANCES[trainer.model_config.dtype]:
         raise SystemExit("the two forms do not agree.")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax
 
-from lla.ops import dispatch
-from lla.ops.dispatch import Implementation
-from lla.ops.options import Solver, Stats
+from lla.ops import backend
+from lla.ops.backend import Implementation
+from lla.ops.cache import KVCache
+from lla.ops.decode import decoding_problem
 from lla.ops.problem import Problem, make_problem
+from lla.ops.solver import Solver, Stats
 
 
 def local_linear_attention(
@@ -96,7 +98,7 @@ def local_linear_attention(
       NotImplementedError: if no requested implementation can serve the call.
 
     Source: Zuo et al., "Local Linear Attention", arXiv 2510.01450, in the centred form derived in
-    ``kernels/README.md``.
+    ``kernels/MATHEMATICS.md``.
     """
     problem = make_problem(
         "lla", query, key, value, ridge=ridge, scale=scale, is_causal=is_causal,
@@ -200,34 +202,45 @@ def explain(
     key: jax.Array | jax.ShapeDtypeStruct,
     value: jax.Array | jax.ShapeDtypeStruct,
     *,
+    cache: KVCache | None = None,
     implementation: Implementation = None,
     **options,
 ) -> dict[str, str | None]:
     """Why each implementation would or would not serve a call, without computing anything.
 
     Args:
-      query, key, value: arrays or `jax.ShapeDtypeStruct`, as for `local_linear_attention`.
+      query, key, value: arrays or `jax.ShapeDtypeStruct`, as for `local_linear_attention`, or those
+        of the new tokens where there is a `cache`.
+      cache: of arrays or `jax.ShapeDtypeStruct`, to ask about `lla.decode_step`.
       implementation: the ones to ask about; None means all of them.
-      **options: the other options of `local_linear_attention`; ``ridge`` may be left out. With a
+      **options: the other options of the function; ``ridge`` may be left out. With a
         ``logits_soft_cap`` the call is one of `softmax_attention`.
 
     Returns:
-      A dict from implementation name to None (it can serve) or the reason why it cannot.
+      A dict from implementation name to None (it can serve) or the reason why it cannot. With a
+      cache, an implementation that has kernels or a method of its own for decoding also has an
+      entry ``"<name>:decode"``; where that is a reason, the implementation treats the step as a
+      call on the whole cache.
     """
-    names = dispatch.NAMES if implementation is None else dispatch.check_names(implementation)
+    names = (
+        tuple(backend.BACKENDS) if implementation is None else backend.check_names(implementation)
+    )
     options.setdefault("ridge", 1.0)
     member = "lla" if options.get("logits_soft_cap") is None else "softmax"
     reasons = {}
 
-    def check(query, key, value):
-        problem = make_problem(member, query, key, value, **options)
-        reasons.update(dispatch.refusals(problem, names))
+    def check(query, key, value, cache):
+        if cache is None:
+            problem = make_problem(member, query, key, value, **options)
+        else:
+            problem, _ = decoding_problem(member, query, key, value, cache, **options)
+        reasons.update(backend.explain(problem, names, decoding=cache is not None))
         return problem.query
 
-    jax.eval_shape(check, query, key, value)
+    jax.eval_shape(check, query, key, value, cache)
     return reasons
 
 
 def _serve(problem: Problem, implementation, return_stats):
-    out, stats = dispatch.run(problem, implementation, return_stats)
+    out, stats = backend.run(problem, implementation, return_stats)
     return (out, stats) if return_stats else out

@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lla.numerics import compute_dtype
 from lla.ops import integers
 from lla.ops.masks import Mask
-from lla.ops.options import ResolvedSolver, Solver
+from lla.ops.solver import Solver
 
 Member = Literal["softmax", "parallax", "lla"]
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+class Operands(NamedTuple):
+    """The arrays of a call that are differentiated; every back end has a layout of its own.
+
+    probe is None unless the member is "parallax", ridge is None unless it is "lla".
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    probe: jax.Array | None
+    ridge: jax.Array | None
+    scale: jax.Array
+    bias: jax.Array | None = None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(*Operands._fields, "mask"),
+    meta_fields=(
+        "member",
+        "solver",
+        "static_ridge",
+        "leading",
+        "soft_cap",
+    ),
+)
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One call, checked and with its leading axes flattened.
+    """One call, checked and with its leading axes flattened; a pytree.
 
-    Shapes: query and probe ``[B, T, K, G, H]`` (``G = N // K`` query heads share a key head), key
-    ``[B, S, K, H]``, value ``[B, S, K, Hv]``, ridge and scale ``[B, T, K, G]`` in `compute_dtype`,
-    bias ``[B | 1, K | 1, G | 1, T | 1, S | 1]`` in any supported dtype.
+    Shapes: query and probe ``[B, T, N, H]``, key ``[B, S, K, H]``, value ``[B, S, K, Hv]``, ridge
+    and scale ``[B | 1, T | 1, N | 1]`` in `compute_dtype`, bias ``[B | 1, N | 1, T | 1, S | 1]`` in
+    any supported dtype. Query heads ``k G ... (k + 1) G - 1`` share key head ``k``, with ``G = N //
+    K``. An axis is 1 where the caller gave one number for all: a back end repeats it no earlier
+    than it has to. Results are ``[B, T, N, ...]``.
     """
 
     member: Member
@@ -37,29 +67,30 @@ class Problem:
     mask: Mask
     solver: Solver
     static_ridge: float | None  # the smallest ridge where its value is known, for solver="auto"
-    static_scale: float | None
-    one_ridge: bool  # whether `static_ridge` is that of all queries
     leading: tuple[int, ...]
     bias: jax.Array | None = None
     soft_cap: float | None = None
+
+    @property
+    def operands(self) -> Operands:
+        return Operands(*(getattr(self, name) for name in Operands._fields))
 
     @property
     def compute_dtype(self) -> jnp.dtype:
         return compute_dtype(self.query.dtype)
 
     @property
-    def num_heads(self) -> int:
-        return self.query.shape[2] * self.query.shape[3]
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.query.shape[2] // self.key.shape[2]
+
+    def by_row(self, array: jax.Array) -> jax.Array:
+        """A ridge or scale repeated for every row, ``[B, T, N]``."""
+        return jnp.broadcast_to(array, self.query.shape[:3])
 
     def restore(self, array: jax.Array) -> jax.Array:
-        """``[B, T, K, G, ...] -> [*B, T, N, ...]``."""
-        _, t, k, g, *rest = array.shape
-        return array.reshape(*self.leading, t, k * g, *rest)
-
-
-def compute_dtype(dtype) -> jnp.dtype:
-    """Statistics and solves run in float32, or float64 for float64 inputs."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+        """``[B, T, N, ...] -> [*B, T, N, ...]``."""
+        return array.reshape(*self.leading, *array.shape[1:])
 
 
 def make_problem(
@@ -115,21 +146,14 @@ def make_problem(
     if 0 in (t, s, n, h, hv):
         raise ValueError(f"no axis but a leading one may be empty, got {shapes}.")
     b = math.prod(leading)
-    heads = (b, t, k, n // k)
     dtype = compute_dtype(query.dtype)
 
     def row_parameter(array, name):
         array = jnp.asarray(array)
-        try:
-            array = jnp.broadcast_to(array, (*leading, t, n))
-        except ValueError:
-            raise ValueError(
-                f"{name} must be broadcastable to [*B, T, N] = {(*leading, t, n)}, got "
-                f"{array.shape}."
-            ) from None
-        return array.astype(dtype).reshape(heads)
+        array = _broadcastable(array, name, leading, {"T": t, "N": n})
+        return array.astype(dtype)
 
-    static_ridge, ridge_given = None, ridge
+    static_ridge = None
     if member == "lla":
         static_ridge = _check_positive(ridge, "ridge", bound=min)
         ridge = row_parameter(ridge, "ridge")
@@ -138,7 +162,6 @@ def make_problem(
             ridge = _nan_unless_positive(ridge)
     if scale is None:
         scale = 1.0 / math.sqrt(h)
-    static_scale = scale if isinstance(scale, (int, float)) else None
     _check_positive(scale, "scale", bound=min, or_zero=True)
     scale = row_parameter(scale, "scale")
     if member == "parallax":
@@ -148,9 +171,10 @@ def make_problem(
                 f"probe must have query's shape and dtype, got probe {probe.dtype} {probe.shape}, "
                 f"query {query.dtype} {query.shape}."
             )
-        probe = probe.reshape(*heads, h)
+        probe = probe.reshape(b, t, n, h)
     if bias is not None:
-        bias = _by_pair(_float_array(bias, "bias"), "bias", leading, t, s, k, n // k)
+        bias = _float_array(bias, "bias")
+        bias = _broadcastable(bias, "bias", leading, {"N": n, "T": t, "S": s})
     if logits_soft_cap is not None:
         logits_soft_cap = _check_soft_cap(logits_soft_cap, member)
     solver = Solver() if solver is None else solver
@@ -159,20 +183,18 @@ def make_problem(
 
     return Problem(
         member=member,
-        query=query.reshape(*heads, h),
+        query=query.reshape(b, t, n, h),
         probe=probe,
         key=key.reshape(b, s, k, h),
         value=value.reshape(b, s, k, hv),
         ridge=ridge,
         scale=scale,
         mask=_make_mask(
-            leading, t, s, k, n // k, is_causal, query_offset, query_seq_lengths,
+            leading, t, s, n, is_causal, query_offset, query_seq_lengths,
             key_value_seq_lengths, segment_ids, local_window_size, mask, bias,
         ),
         solver=solver,
         static_ridge=static_ridge,
-        static_scale=None if static_scale is None else float(static_scale),
-        one_ridge=member == "lla" and isinstance(ridge_given, (int, float)),
         leading=leading,
         bias=bias,
         soft_cap=logits_soft_cap,
@@ -183,8 +205,7 @@ def _make_mask(
     leading,
     t,
     s,
-    k,
-    g,
+    n,
     is_causal,
     query_offset,
     query_lengths,
@@ -244,7 +265,7 @@ def _make_mask(
         mask = jnp.asarray(mask)
         if mask.dtype != jnp.bool_:
             raise ValueError(f"mask must be boolean, got {mask.dtype}.")
-        mask = _by_pair(mask, "mask", leading, t, s, k, g)
+        mask = _broadcastable(mask, "mask", leading, {"N": n, "T": t, "S": s})
         mask = jnp.broadcast_to(mask, (*mask.shape[:-1], s))
 
     return Mask(
@@ -259,21 +280,31 @@ def _make_mask(
     )
 
 
-def _by_pair(array, name: str, leading, t: int, s: int, k: int, g: int) -> jax.Array:
-    """``[*B, N, T, S]``, any axis 1 or missing, as ``[B | 1, K | 1, G | 1, T | 1, S | 1]``."""
-    full = (*leading, k * g, t, s)
+def _broadcastable(
+    array: jax.Array, name: str, leading: tuple[int, ...], axes: dict[str, int]
+) -> jax.Array:
+    """An array that broadcasts to ``[*B, *axes]`` as ``[B | 1, ...]``, any axis of which may be 1.
+
+    Args:
+      array: any axis may be 1 or, with those before it, missing.
+      name: what an error calls it.
+      leading: the sizes ``*B``.
+      axes: the other sizes by name.
+
+    Raises:
+      ValueError: it does not broadcast.
+    """
+    full = (*leading, *axes.values())
     if array.ndim > len(full) or any(
         m not in (1, f) for m, f in zip(array.shape[::-1], full[::-1], strict=False)
     ):
-        raise ValueError(
-            f"{name} must be broadcastable to [*B, N, T, S] = {full}, got {array.shape}."
-        )
+        names = ", ".join(("*B", *axes))
+        raise ValueError(f"{name} must be broadcastable to [{names}] = {full}, got {array.shape}.")
     array = array.reshape((1,) * (len(full) - array.ndim) + array.shape)
-    if any(m != 1 for m in array.shape[: len(leading)]):
-        array = jnp.broadcast_to(array, (*leading, *array.shape[len(leading) :]))
-    *_, array_n, array_t, array_s = array.shape
-    batch = math.prod(array.shape[: len(leading)])
-    return array.reshape(batch, *((1, 1) if array_n == 1 else (k, g)), array_t, array_s)
+    rest = array.shape[len(leading) :]
+    if all(size == 1 for size in array.shape[: len(leading)]):
+        return array.reshape(1, *rest)
+    return jnp.broadcast_to(array, (*leading, *rest)).reshape(-1, *rest)
 
 
 def _without_queries(lengths, query_segments, key_segments, t: int, s: int):
@@ -346,20 +377,7 @@ def _check_soft_cap(cap, member: Member) -> float:
     return _check_positive(cap, "logits_soft_cap", bound=min)
 
 
-def resolve_solver(problem: Problem, method: Literal["cg", "direct"]) -> ResolvedSolver:
-    """Fills in what the caller left open, given the method that `auto` stands for."""
-    from lla.ops.options import resolve_tolerances
-
-    solver = problem.solver
-    tol, backward_tol = resolve_tolerances(solver, problem.query.dtype)
-    if solver.method != "auto":
-        method = solver.method
-    adaptive = solver.num_iters is None
-    max_iters = solver.num_iters or solver.max_iters or max(64, 4 * problem.query.shape[-1])
-    return ResolvedSolver(method, tol, backward_tol, max_iters, adaptive)
-
-
-def refuse_options(problem: Problem) -> str | None:
+def options_unsupported_by_kernels(problem: Problem) -> str | None:
     """Why no kernel serves `problem` on any machine, for options that none of them has."""
     if problem.bias is not None:
         return "logit bias is not supported by the kernels, it is by 'xla' and 'reference'"
@@ -368,14 +386,14 @@ def refuse_options(problem: Problem) -> str | None:
     return None
 
 
-def refuse_for_kernels(
+def unsupported_by_kernels(
     problem: Problem, dtypes: tuple[str, ...], max_head_dim: int, max_direct_dim: int = 0
 ) -> str | None:
     """Why kernels for `dtypes` and head dimensions up to `max_head_dim` cannot serve `problem`.
 
     None if they can. Their direct solver, if any, takes head dimensions up to `max_direct_dim`.
     """
-    if (reason := refuse_options(problem)) is not None:
+    if (reason := options_unsupported_by_kernels(problem)) is not None:
         return reason
     dtype = problem.query.dtype
     if dtype.name not in dtypes:

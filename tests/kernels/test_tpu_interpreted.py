@@ -1,12 +1,13 @@
 """The TPU kernels in Pallas's interpreters against the exact reference.
 
-The plain interpreter turns a kernel into XLA operations, the other one runs its copies as threads
-would and looks for races. Neither has the rounding or the memory layout of hardware.
+The plain interpreter turns a kernel into XLA operations. The other one simulates copies and cores,
+and detects races. Neither has the rounding or the memory layout of hardware.
 """
 
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
@@ -15,21 +16,22 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import dispatch, mosaic_tpu
-from tests.kernels.tpu_cases import evaluate
+from lla.ops import BACKENDS, Backend
+from lla.ops.mosaic_tpu import backend as mosaic_tpu
+from tests.kernels.tpu_cases import SMALL, evaluate
 from tests.ops import harness
-from tests.ops.cases import MASKS, REGIMES, SHAPES, Shape, make_inputs
-from tests.ops.harness import errors, exact
+from tests.ops.cases import REGIMES, Shape, make_inputs
+from tests.ops.harness import Implementation, errors, exact
+from tests.ops.suite import MEMBERS, Suite
 from tests.ops.test_accuracy import CONTRACT
 
-MEMBERS = ("softmax", "parallax", "lla")
 GROUPED = Shape(70, 32, num_keys=150, value_dim=48, heads=4, key_heads=2, batch=(2,))
 OFFSETS = {"query_offset": np.array([80, 3], np.int32)}
 LONG = Shape(300, 16, heads=2)
 
 
 def check(inputs, got, want, dtype="float32", ridge=1.0):
-    """The operator's contract: `CONTRACT` for float32; for bfloat16 twice the rounding."""
+    """Float32 errors are bounded by `CONTRACT`, bfloat16 errors by twice the rounding error."""
     rounded = want._replace(
         out=want.out.astype(got.out.dtype),
         gradients={n: g.astype(got.out.dtype) for n, g in want.gradients.items()},
@@ -55,7 +57,7 @@ def compare(shape, *, member="lla", dtype="float32", ridge=1.0, regime="normal",
 
 
 def test_grouped_heads_with_offsets():
-    """Also another value dimension, more keys, and padding of every axis."""
+    """With another value dimension, more keys than queries, and padding of every axis."""
     compare(GROUPED, dtype="bfloat16", **OFFSETS)
 
 
@@ -90,7 +92,7 @@ def test_grouped_heads_of_every_member(member, dtype):
 
 @pytest.mark.slow
 def test_few_queries():
-    """A step of decoding: the heads of a group are the rows of one small tile."""
+    """A decoding step: the heads of a group are the rows of one small tile."""
     shape = Shape(1, 16, num_keys=300, heads=6, key_heads=2, batch=(2,))
     options = {
         "query_offset": np.array([299, 40], np.int32),
@@ -109,39 +111,27 @@ def test_two_runs_are_equal_and_rows_do_not_depend_on_later_ones():
     for name in ("query", "key", "value"):
         changed[name][:, 150] = 5 - 3 * changed[name][:, 150]
     first, second, other = (evaluate(a) for a in (arrays, arrays, changed))
-    jax.tree.map(np.testing.assert_array_equal, first, second)
+    chex.assert_trees_all_equal(first, second)
     np.testing.assert_array_equal(first.out[:, :150], other.out[:, :150])
     np.testing.assert_array_equal(first.stats.lse[:, :150], other.stats.lse[:, :150])
     assert (first.out[:, 150:] != other.out[:, 150:]).any()
 
 
 # ---------------------------------------------------------------------------------------------
-# The rest of the operator's shapes, masks and data
+# The suite of all back ends, and other data
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("member", MEMBERS)
-def test_every_shape(member, shape):
-    compare(SHAPES[shape], member=member)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mask", [n for n in MASKS if "dense" not in n and n != "everything"])
-@pytest.mark.parametrize("member", MEMBERS)
-def test_every_mask(member, mask):
-    case = MASKS[mask]
-    shape = SHAPES[case.shape]
-    compare(shape, member=member, **case.options(shape))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("member", MEMBERS)
-def test_every_mask_at_once(member):
-    shape = SHAPES[MASKS["everything"].shape]
-    options = MASKS["everything"].options(shape)
-    del options["mask"]
-    compare(shape, member=member, **options)
+class TestSuite(Suite):
+    implementation = Implementation("mosaic_tpu_interpreted")
+    unsupported = frozenset({"mask:dense", "mask:dense_broadcast", "mask:everything", "float16"})
+    members = MEMBERS
+    other_members = ()  # they run with every shape and mask
+    quick = frozenset({"dense", "dense_broadcast", "everything", "float16", "one_token"})
+    backend = Backend(
+        implementation.name,
+        mosaic_tpu.unsupported_shape,
+        functools.partial(mosaic_tpu.attend, blocks=SMALL, interpret=True),
+    )
 
 
 @pytest.mark.slow
@@ -163,9 +153,9 @@ def test_bfloat16(regime, ridge):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("member", MEMBERS)
 def test_tiles_as_compiled(member, head_dim, dtype):
-    """The tile sizes that hardware would get, several of each.
+    """With the tile sizes for hardware, and several tiles.
 
-    Against the blockwise implementation in float64, for the memory that the reference would take.
+    Compares with the XLA implementation in float64, since the reference would take too much memory.
     """
     inputs = make_inputs(Shape(700, head_dim), ridge=1.0)
     rounded = {
@@ -183,7 +173,7 @@ def test_tiles_as_compiled(member, head_dim, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ridge_known_to_be_large(dtype):
-    """Rounded once, without a second part."""
+    """Numbers then have a single part."""
     inputs = make_inputs(Shape(200, 32, heads=2), ridge=10.0)
     want = exact(inputs, rounded=dtype)
     got = evaluate(inputs, dtype=dtype, static_ridge=10.0)
@@ -206,7 +196,7 @@ def test_fixed_number_of_iterations():
 @pytest.mark.slow
 @pytest.mark.parametrize("ridge", [1e-4, 1e4, np.nan, -1.0])
 def test_extreme_ridges(ridge):
-    """Finite for any positive ridge; NaN where it is none, in these rows alone."""
+    """Finite for any positive ridge; NaN in just those rows where the ridge is not positive."""
     inputs = make_inputs(Shape(40, 16, heads=2), ridge=1.0)
     inputs["ridge"][:, 7] = ridge
     got = evaluate(inputs)
@@ -218,19 +208,19 @@ def test_extreme_ridges(ridge):
 
 
 # ---------------------------------------------------------------------------------------------
-# Through the public functions, on a machine that pretends
+# Through the public functions, with the kernels accepted on this machine
 
 
 @pytest.fixture
-def pretended(monkeypatch):
-    """The kernels are accepted here, and interpreted."""
-    run = functools.partial(mosaic_tpu.mosaic_tpu, interpret=True)
-    monkeypatch.setattr(mosaic_tpu, "mosaic_tpu", run)
-    monkeypatch.setitem(dispatch._REFUSALS, "mosaic_tpu", mosaic_tpu.refuse_shape)
+def accepted(monkeypatch):
+    """Accepts the kernels on this machine, and interprets them."""
+    run = functools.partial(mosaic_tpu.attend, interpret=True)
+    backend = Backend("mosaic_tpu", mosaic_tpu.unsupported_shape, run)
+    monkeypatch.setitem(BACKENDS, "mosaic_tpu", backend)
 
 
 @pytest.mark.slow
-def test_decoding_equals_the_whole_sequence(pretended):
+def test_decoding_equals_the_whole_sequence(accepted):
     """A prompt, then token by token, with grouped heads."""
     arrays = make_inputs(Shape(12, 16, heads=4, key_heads=2, batch=(2,)))
     query, key, value = (jnp.asarray(arrays[n], jnp.float32) for n in ("query", "key", "value"))
@@ -245,7 +235,7 @@ def test_decoding_equals_the_whole_sequence(pretended):
 
 
 @pytest.mark.slow
-def test_vmap_with_shared_keys_and_an_offset_each(pretended):
+def test_vmap_with_shared_keys_and_an_offset_each(accepted):
     """Outputs and gradients of nested maps equal those of the reference."""
     rng = np.random.default_rng(0)
     query = jnp.asarray(rng.standard_normal((3, 2, 1, 20, 2, 16)), jnp.float32)
@@ -270,7 +260,7 @@ def test_vmap_with_shared_keys_and_an_offset_each(pretended):
         return out, gradients
 
     for got, want in zip(*map(jax.tree.leaves, map(run, ("mosaic_tpu", "reference"))), strict=True):
-        assert np.linalg.norm(got - want) < 3e-5 * np.linalg.norm(want)
+        assert harness.relative_error(got, want) < 3e-5
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,7 +291,7 @@ def test_no_races_with_segments(capfd):
 
 
 def test_the_detector_sees_a_race(capfd):
-    """A copy that nobody waits for, so that silence above means something."""
+    """A kernel that reads a buffer before its copy is done."""
 
     def body(source, out, buffer, semaphore):
         copy = pltpu.make_async_copy(source, buffer, semaphore)
@@ -328,8 +318,8 @@ def test_the_detector_sees_a_race(capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("member", MEMBERS)
-def test_what_is_hidden_is_not_read(member):
-    """Another segment, and what lies behind the lengths, may hold anything."""
+def test_hidden_tokens_do_not_matter(member):
+    """Other segments, and tokens beyond the lengths, may hold anything."""
     shape = Shape(200, 16, heads=2, key_heads=1)
     ids = (np.arange(200) >= 70).astype(np.int32)[None]
     cases = [

@@ -1,4 +1,4 @@
-"""Calls of the TPU kernels to interpret or to lower, shared by the tests beside this file."""
+"""Calls of the TPU kernels, to interpret or to lower."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lla.kernels.mosaic_tpu.launch import Blocks
-from lla.ops.mosaic_tpu import mosaic_tpu
+from lla.kernels.mosaic_tpu.launch import BlockSizes
+from lla.ops.mosaic_tpu.backend import attend, attend_shielded
 from lla.ops.problem import make_problem
-from lla.ops.shield import shield
 from tests.ops.harness import DIFFERENTIABLE, OPTIMISED, Result
 
-# Small tiles, so that short sequences have several.
-SMALL = Blocks(rows=128, keys=128, own_keys=128)
+# Small tiles, so that short sequences have more than one.
+SMALL = BlockSizes(rows=128, keys=128, own_keys=128)
 
 
 @functools.cache
@@ -26,8 +25,7 @@ def compiled(member: str, static: tuple, solver, interpret, blocks, optimised: b
     def call(differentiable, options, cotangent):
         def forward(arrays):
             problem = make_problem(member, **arrays, **options, **dict(static), solver=solver)
-            inside, restore = shield(problem, fast=True)
-            out, stats = restore(*mosaic_tpu(inside, blocks=blocks, interpret=interpret))
+            out, stats = attend(problem, blocks=blocks, interpret=interpret)
             return problem.restore(out), type(stats)(*map(problem.restore, stats))
 
         out, pullback, stats = jax.vjp(forward, differentiable, has_aux=True)
@@ -44,14 +42,13 @@ def evaluate(
     static_ridge: float | None = None,
     solver=None,
     interpret: Any = True,
-    blocks: Blocks | None = SMALL,
+    blocks: BlockSizes | None = SMALL,
     optimised: bool = False,
     **options,
 ) -> Result:
-    """What `tests.ops.harness.evaluate` returns, from the interpreted kernels.
+    """Like `tests.ops.harness.evaluate`, with the interpreted kernels.
 
-    With `static_ridge` the ridge is that number, known when the kernels are traced, and has no
-    gradient.
+    `static_ridge` is a ridge that is known when the kernels are traced; it has no gradient.
     """
     names = [n for n in DIFFERENTIABLE[member] if n != "ridge" or static_ridge is None]
     arrays = {
@@ -107,7 +104,7 @@ def program(
 
     def forward(arrays):
         problem = make_problem(member, **arrays, **options)
-        return problem.restore(mosaic_tpu(problem)[0])
+        return problem.restore(attend_shielded(problem)[0])
 
     def both(arrays, cotangent):
         out, pullback = jax.vjp(forward, arrays)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,7 +166,7 @@ def test_weight_decay_leaves_only_the_ridge_alone():
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
     after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
-    jax.tree.map(np.testing.assert_array_equal, after.pop("ridge"), before.pop("ridge"))
+    chex.assert_trees_all_equal(after.pop("ridge"), before.pop("ridge"))
     jax.tree.map(lambda a, b: close(a, 0.95 * b, 1e-6), after, before)
 
 
@@ -383,7 +384,7 @@ def test_equal_inputs_give_bit_equal_outputs_and_gradients():
     first, second = (
         run(make_layer(ridge_type="per_head", implementation=None), x) for _ in range(2)
     )
-    jax.tree.map(np.testing.assert_array_equal, first, second)
+    chex.assert_trees_all_equal(first, second)
 
 
 def test_scan_over_layers_and_remat():

@@ -147,3 +147,12 @@ def test_errors(member):
     if member == "softmax":
         with pytest.raises(NotImplementedError, match="mosaic_gpu: logits_soft_cap is not"):
             STEPS[member](*arrays, empty(), logits_soft_cap=1.0, implementation="mosaic_gpu")
+
+
+def test_explain():
+    arrays = inputs("softmax")
+    reasons = lla.explain(*arrays, cache=empty(), bias=normal(ROOM), new_lengths=jnp.array([9, 4]))
+    assert reasons["xla"] is None and reasons["reference"] is None
+    assert "no logit bias" in reasons["xla:decode"]
+    assert "logit bias is not supported" in reasons["mosaic_gpu"]
+    assert lla.explain(*arrays, cache=empty(), logits_soft_cap=1.0)["xla:decode"] is None

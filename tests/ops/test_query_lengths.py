@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import mosaic_gpu
+from lla.ops.mosaic_gpu import hopper
 from lla.ops.problem import make_problem
+from tests.measure import relative_error
 from tests.ops.cases import Shape, make_inputs
-from tests.ops.harness import DIFFERENTIABLE, EVERY, REFERENCE, XLA_CG, evaluate, relative_error
+from tests.ops.harness import DIFFERENTIABLE, EVERY, REFERENCE, XLA_CG, evaluate
 
 SHAPE = Shape(20, 8, num_keys=24, heads=4, key_heads=2, batch=(2,))
 LENGTHS = np.array([20, 13])
@@ -136,5 +137,5 @@ def test_kernels_serve_it():
     """As segments: the option asks nothing else of a kernel."""
     array = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     problem = make_problem("lla", array, array, array, ridge=1.0, query_seq_lengths=5)
-    assert mosaic_gpu.refuse_shape(problem) is None
+    assert hopper.unsupported_shape(problem) is None
     assert problem.mask.query_segments is not None

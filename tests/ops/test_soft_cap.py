@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import mosaic_gpu, mosaic_tpu
+from lla.ops.mosaic_gpu import hopper
+from lla.ops.mosaic_tpu import backend as tpu
 from lla.ops.problem import make_problem
+from tests.measure import relative_error
 from tests.ops.cases import Shape, make_inputs
-from tests.ops.harness import double_precision, relative_error
+from tests.ops.harness import double_precision
 
 SHAPE = Shape(70, 8, heads=8, key_heads=1, batch=(2,))
 NAMES = ("query", "key", "value", "scale", "bias")
@@ -113,7 +115,7 @@ def test_the_others_have_no_cap():
 def test_kernels_refuse_by_name():
     array = jnp.ones((1, 4, 1, 64), jnp.bfloat16)
     problem = make_problem("softmax", array, array, array, logits_soft_cap=5)
-    for refuse in (mosaic_gpu.refuse, mosaic_gpu.refuse_shape, mosaic_tpu.refuse):
+    for refuse in (hopper.unsupported, hopper.unsupported_shape, tpu.unsupported):
         assert "logits_soft_cap is not supported" in refuse(problem)
     reasons = lla.explain(array, array, array, logits_soft_cap=5.0)
     assert reasons["xla"] is None and reasons["reference"] is None
