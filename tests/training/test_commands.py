@@ -15,6 +15,7 @@ from lla.training import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
 TASKS = tasks.names()
+CONFIGS = {task: task for task in TASKS} | {"text": "language_model"}  # names of files
 
 
 def run(script, *arguments):
@@ -29,7 +30,7 @@ def run(script, *arguments):
 
 def config(task, variant):
     scope = {}
-    exec(compile((ROOT / "configs" / f"{task}.py").read_text(), task, "exec"), scope)
+    exec(compile((ROOT / "configs" / f"{CONFIGS[task]}.py").read_text(), task, "exec"), scope)
     return scope["get_config"](variant).to_dict()
 
 
@@ -55,10 +56,14 @@ def test_every_point_of_the_full_sweeps_is_possible(task):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_smoke_variants_run(task, tmp_path):
-    trained = run("train", f"--config=configs/{task}.py:smoke", f"--workdir={tmp_path / 'run'}")
+    trained = run(
+        "train", f"--config=configs/{CONFIGS[task]}.py:smoke", f"--workdir={tmp_path / 'run'}"
+    )
     assert trained.returncode == 0, trained.stderr
     assert "finished at step 8" in trained.stdout
-    swept = run("sweep", f"--config=configs/{task}.py:smoke", f"--workdir={tmp_path / 'sweep'}")
+    swept = run(
+        "sweep", f"--config=configs/{CONFIGS[task]}.py:smoke", f"--workdir={tmp_path / 'sweep'}"
+    )
     assert swept.returncode == 0, swept.stderr
     assert len(sweep.read_results(tmp_path / "sweep" / "results.csv")) == 8
 
@@ -216,7 +221,9 @@ def test_a_run_whose_only_update_diverges_ends_with_a_line(tmp_path):
 def test_double_precision_trains_too(task, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     linear = "--config.model.mixer.name=linear"
-    done = run("train", f"--config=configs/{task}.py:smoke", linear, f"--workdir={tmp_path}")
+    done = run(
+        "train", f"--config=configs/{CONFIGS[task]}.py:smoke", linear, f"--workdir={tmp_path}"
+    )
     assert done.returncode == 0 and "finished at step 8" in done.stdout, done.stderr
 
 
