@@ -12,8 +12,8 @@ from lla.generate import Generated, generate
 from lla.ops.api import explain, local_linear_attention, parallax_attention, softmax_attention
 from lla.ops.cache import KVCache
 from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_step
-from lla.ops.options import Solver, Stats
-from lla.ops.xla import RESIDUAL_NAMES
+from lla.ops.differentiation import RESIDUAL_NAMES
+from lla.ops.solver import Solver, Stats
 from lla.version import __version__
 
 _SUBPACKAGES = ("estimators", "mixers", "models", "nn", "tasks", "training")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
 class Decays(NamedTuple):

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from lla.mixers import chunks, delta_kernel, hopper, segments
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
 

@@ -17,7 +17,7 @@ from lla.mixers.parts import (
     project,
 )
 from lla.mixers.recurrent import RecurrentMixer, Tokens
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
 class DeltaNet(RecurrentMixer):

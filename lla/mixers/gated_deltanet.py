@@ -20,7 +20,7 @@ from lla.mixers.parts import (
     step_bias,
 )
 from lla.mixers.recurrent import RecurrentMixer, Tokens
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
 class GatedDeltaNet(RecurrentMixer):

@@ -11,7 +11,7 @@ from flax import nnx
 from lla.mixers import parts
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.mixers.recurrent import RecurrentMixer, Tokens
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
 class GatedLinearAttention(RecurrentMixer):

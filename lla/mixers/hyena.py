@@ -13,10 +13,9 @@ from lla.mixers.chunks import check_form
 from lla.mixers.long_convolution import long_convolution
 from lla.mixers.parts import NoDecay, project
 from lla.mixers.recurrent import State, WholeSequences, init_state
+from lla.numerics import compute_dtype, nan_where
 from lla.ops import segments
 from lla.ops.cache import check_room, exists, write_tokens
-from lla.ops.problem import compute_dtype
-from lla.ops.shield import nan_where
 
 # From the authors' code: the fractions of `filter_length` after which the fastest and the slowest
 # window have decayed to `_FALLEN`, and the number of hidden layers after the first.

@@ -12,7 +12,7 @@ from lla.mixers import parts
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.mixers.recurrent import RecurrentMixer, Tokens
 from lla.nn.rope import rotate
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 _FEATURE_MAPS = {
     "identity": lambda x: x,

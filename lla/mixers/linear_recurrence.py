@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from lla.mixers import chunks, hopper, linear_kernel, retention_kernel, segments
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
 

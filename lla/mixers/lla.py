@@ -9,7 +9,7 @@ from flax import nnx
 
 from lla.mixers import parts
 from lla.mixers.softmax import Attention, add_short_convolutions, logit_scale, window
-from lla.ops.options import Solver
+from lla.ops.solver import Solver
 
 
 class LLA(Attention):

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lla.mixers.chunks import check_form
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
 # Tokens of the blocks in which a packed convolution computes distances one by one.
 _BLOCK = 16

@@ -12,7 +12,7 @@ from flax import nnx
 from lla.mixers import parts
 from lla.mixers.recurrent import RecurrentMixer, Tokens
 from lla.mixers.selective_scan import selective_scan
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
 class Mamba(RecurrentMixer):

@@ -27,14 +27,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lla import numerics
 from lla.compat import match_varying
-from lla.kernels import spd
 from lla.mixers import chunks, hopper, segments
 from lla.mixers.chunks import check_form
 from lla.mixers.delta_rule import check_sequences
+from lla.numerics import compute_dtype, nan_where
 from lla.ops import mosaic_gpu
-from lla.ops.problem import compute_dtype
-from lla.ops.shield import nan_where
 
 _einsum = partial(jnp.einsum, precision="highest")
 
@@ -190,7 +189,7 @@ def make_solver(solver: str = "cg", max_iters: int = 30, tol: float = 1e-6):
 
 
 class _Exact(NamedTuple):
-    """Cholesky factorisation of every system, by matrix products (`lla.kernels.spd`).
+    """Cholesky factorisation of every system, by matrix products (`lla.numerics.spd_inverse`).
 
     Not `jnp.linalg.cholesky`: on a CPU its LAPACK calls wait for threads of the pool that they run
     in, and two at once can deadlock.
@@ -203,7 +202,7 @@ class _Exact(NamedTuple):
         def factorise(_, right):
             dim = right.shape[-1]
             eye = jnp.eye(dim, dtype=right.dtype).reshape((1,) * (right.ndim - 1) + (dim, dim))
-            inverse, positive = spd.inverse(moment + ridge[..., None] * eye, "highest")
+            inverse, positive = numerics.spd_inverse(moment + ridge[..., None] * eye, "highest")
             solution = _einsum("...hg,...g->...h", inverse, right)
             # NaN, rather than a wrong solution, for systems that are not positive definite.
             return nan_where(~positive, solution)

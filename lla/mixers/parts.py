@@ -12,8 +12,8 @@ from flax import nnx
 
 from lla.nn.layer import HeadNorm
 from lla.nn.ridge import NoDecay
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
 __all__ = [
     "GatedNorm",

@@ -11,8 +11,8 @@ from flax import nnx
 
 from lla.mixers.chunks import check_form
 from lla.nn.new_tokens import NewTokens, apply_projection, convolution_states
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
 
 class State(NamedTuple):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from lla.mixers.chunks import log_of_zero
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
 
 def gates(

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from lla.mixers import scan_kernel
 from lla.mixers.chunks import check_form, start_state
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
 

@@ -11,9 +11,9 @@ from flax import nnx
 from lla import mixers
 from lla.nn.layer import HeadNorm
 from lla.nn.new_tokens import NewTokens
+from lla.numerics import nan_where
 from lla.ops import segments
 from lla.ops.cache import check_room
-from lla.ops.shield import nan_where
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 

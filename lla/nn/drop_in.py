@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lla.ops.api import local_linear_attention
-from lla.ops.dispatch import Implementation
-from lla.ops.options import Solver
+from lla.ops.backend import Implementation
+from lla.ops.solver import Solver
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -54,6 +54,9 @@ def attention_fn(
 
     - ``mask``: of any dtype (Flax builds float masks), nonzero where attention is allowed. A query
       that attends to nothing gets zeros, where Flax averages all values.
+    - ``bias``: a bias of the logits, as in `lla.local_linear_attention`, cast to the dtype that the
+      logits have, float32 or better. -inf hides; a row of -inf alone gives zeros, where Flax gives
+      NaN.
     - ``dtype``: query, key and value are cast to it, or to their common dtype if it is None.
     - ``precision``: any name of `jax.lax.Precision` and any pair of names. Float32 and float64
       always use ``"highest"``. For 16-bit inputs it changes nothing: their products are exact in
@@ -61,9 +64,9 @@ def attention_fn(
       algorithms (`jax.lax.DotAlgorithmPreset`) are not supported.
     - ``input_positions`` (of later versions of Flax): passed on to `rope`, and an error without it.
     - ``force_fp32_for_softmax``: always the case.
-    - ``is_causal`` with unequal lengths, active dropout, ``bias``, ``sow_weights=True`` and custom
-      einsums are not supported. The weights of this operator are not a probability distribution,
-      so dropout of weights is not a known regulariser.
+    - ``is_causal`` with unequal lengths, active dropout, ``sow_weights=True`` and custom einsums
+      are not supported. The weights of this operator are not a probability distribution, so dropout
+      of weights is not a known regulariser.
 
     Args:
       ridge: positive float, or an array broadcastable to ``[*B, T, N]``; see
@@ -111,8 +114,6 @@ def attention_fn(
         del broadcast_dropout, dropout_rng, force_fp32_for_softmax
         if dropout_rate > 0 and not deterministic:
             raise _refusal(f"dropout of attention weights (dropout_rate={dropout_rate})")
-        if bias is not None:
-            raise _refusal(f"a bias of the logits (bias {bias.shape})")
         if module is not None:
             raise _refusal("sowing of attention weights (sow_weights=True), which it never forms")
         if (einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum) != (None,) * 3:
@@ -157,6 +158,7 @@ def attention_fn(
             scale=scale,
             is_causal=is_causal,
             mask=None if mask is None else jnp.asarray(mask).astype(bool),
+            bias=bias,
             solver=solver,
             implementation=implementation,
         )

@@ -14,14 +14,13 @@ from flax import nnx
 from lla.nn.new_tokens import NewTokens, apply_projection, convolution_states
 from lla.nn.ridge import Ridge, RidgeType
 from lla.nn.rope import rotate
+from lla.numerics import compute_dtype, nan_where
 from lla.ops import segments
 from lla.ops.api import local_linear_attention, parallax_attention, softmax_attention
+from lla.ops.backend import Implementation
 from lla.ops.cache import KVCache
 from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_step
-from lla.ops.dispatch import Implementation
-from lla.ops.options import Solver, Stats
-from lla.ops.problem import compute_dtype
-from lla.ops.shield import nan_where
+from lla.ops.solver import Solver, Stats
 
 Mechanism = Literal["lla", "parallax", "softmax"]
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
@@ -251,7 +250,9 @@ class LocalLinearAttention(nnx.Module):
         context: jax.Array | None = None,
         *,
         mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
         segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+        query_seq_lengths: jax.Array | None = None,
         key_value_seq_lengths: jax.Array | None = None,
         query_offset: int | jax.Array | None = None,
         positions: jax.Array | None = None,
@@ -264,8 +265,11 @@ class LocalLinearAttention(nnx.Module):
           context: ``[*B, S, in_kv_features]``, where keys and values come from; None means `x`.
           mask: bool, broadcastable to ``[*B, num_heads, T, S]``, True where attention is allowed,
             in addition to `is_causal` and the window.
+          bias: float, broadcastable to ``[*B, num_heads, T, S]``, added to the logits, as in
+            `lla.local_linear_attention`; `decode` has none.
           segment_ids: int ``[*B, T]`` (with a context the pair of ``[*B, T]`` and ``[*B, S]``):
             attention only within equal ids, for packed sequences.
+          query_seq_lengths: int ``[*B]``: tokens of `x` at or beyond it attend to nothing.
           key_value_seq_lengths: int ``[*B]``: keys at or beyond it are masked.
           query_offset: int or int ``[*B]``, position of the first token of `x` in the context.
           positions: int ``[*B, T]``, positions of `x` for the rotary embedding; not with a context.
@@ -312,10 +316,12 @@ class LocalLinearAttention(nnx.Module):
             scale=self.scale,
             is_causal=self.is_causal,
             query_offset=query_offset,
+            query_seq_lengths=query_seq_lengths,
             key_value_seq_lengths=key_value_seq_lengths,
             segment_ids=segment_ids,
             local_window_size=self.local_window_size,
             mask=mask,
+            bias=bias,
             implementation=self.implementation,
             return_stats=True,
         )

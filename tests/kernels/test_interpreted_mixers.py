@@ -73,7 +73,7 @@ def lower(name, monkeypatch, *, width=64, heads=1, unmeasured=True, **options):
 
     from lla import mixers
     from lla.mixers import hopper
-    from lla.ops import mosaic_gpu
+    from lla.ops.mosaic_gpu import hopper as mosaic_gpu
 
     monkeypatch.setattr(mosaic_gpu, "_refuse_device", lambda: None)
     if unmeasured:

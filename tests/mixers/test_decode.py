@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from lla import mixers
-from tests.mixers.measure import relative_error
+from tests.measure import relative_error
 
 WIDTH, HEADS, BATCH, LENGTH = 16, 2, 2, 11
 every = pytest.mark.parametrize("name", mixers.names())

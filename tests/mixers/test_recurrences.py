@@ -13,7 +13,7 @@ import pytest
 
 from lla import mixers
 from lla.mixers import chunks
-from tests.mixers.measure import relative_error
+from tests.measure import relative_error
 
 README = Path(mixers.__file__).parent / "README.md"
 BATCH, LENGTH, HEADS, DIM, VALUE_DIM = 2, 23, 2, 4, 3

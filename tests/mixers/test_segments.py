@@ -10,7 +10,7 @@ from lla import mixers
 from lla.mixers import hopper, scan_kernel
 from lla.nn.new_tokens import apply_projection
 from lla.ops import mosaic_gpu, segments
-from tests.mixers.measure import relative_error
+from tests.measure import relative_error
 from tests.mixers.test_all import close, reference_options
 from tests.mixers.test_decode import BATCH, WIDTH, build, some, taps, variant
 

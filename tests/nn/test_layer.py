@@ -458,3 +458,35 @@ def test_bad_inputs_are_named():
         make_layer(in_kv_features=5)(x)
     with pytest.raises(NotImplementedError, match="mosaic_gpu"):
         make_layer(implementation="mosaic_gpu")(x)
+
+
+@pytest.mark.parametrize("mechanism", ["lla", "parallax", "softmax"])
+def test_bias_of_the_logits(mechanism):
+    """Handed to the operator with its gradient; and tokens that do not exist attend to nothing."""
+    layer = make_layer(mechanism=mechanism, implementation=None, use_out_bias=True)
+    if mechanism == "parallax":
+        layer.probe.kernel[...] = 0.1 * tokens(*layer.probe.kernel.shape, seed=3)
+    x, bias = tokens(2, 9, WIDTH), tokens(4, 9, 9, seed=2)
+    lengths = jnp.array([9, 4])
+    query, key, value = layer.heads(x)
+    function = {
+        "lla": functools.partial(lla.local_linear_attention, ridge=1.0),
+        "parallax": lla.parallax_attention,
+        "softmax": lla.softmax_attention,
+    }[mechanism]
+    args = (query, *((layer.probe(x),) if mechanism == "parallax" else ()), key, value)
+
+    def through(bias):
+        out = layer(x, bias=bias, query_seq_lengths=lengths)
+        return jnp.sin(out).sum(), out
+
+    def by_hand(bias):
+        out = function(*args, bias=bias, query_seq_lengths=lengths, implementation="reference")
+        return jnp.sin(layer.out(out)).sum(), out
+
+    got, out = jax.jit(jax.grad(through, has_aux=True))(bias)
+    want, attended = jax.jit(jax.grad(by_hand, has_aux=True))(bias)
+    close(out, layer.out(attended))
+    close(got, want)
+    nothing = np.broadcast_to(layer.out.bias[...], (5, WIDTH))
+    np.testing.assert_array_equal(out[1, 4:], nothing)
