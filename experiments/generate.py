@@ -100,7 +100,7 @@ def continued(trainer, state, prompt: str | None, split: str) -> str:
     Without a prompt it is the first quarter of the first sequence of `split`.
 
     Raises:
-      ValueError: an empty prompt, or one that leaves no room for the tokens to draw.
+      ValueError: a prompt that leaves no room for the tokens to draw.
     """
     task, model = trainer.task, trainer.model(state.params)
     data = task.corpus
@@ -108,8 +108,6 @@ def continued(trainer, state, prompt: str | None, split: str) -> str:
         tokens = [int(token) for token in data.tokens[split][: max(1, task.length // 4)]]
     else:
         tokens = data.encode(prompt)
-    if not tokens:
-        raise ValueError("--prompt is empty.")
     draws = {} if _TEMPERATURE.value == 0 else {"key": jax.random.key(_SEED.value)}
     found = generate(
         model,
@@ -128,6 +126,8 @@ def continued(trainer, state, prompt: str | None, split: str) -> str:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if _PROMPT.value == "":
+        raise app.UsageError("--prompt is empty.")
     try:
         path = workdir.directory(_WORKDIR.value)
         trainer, state = restore(path)

@@ -314,3 +314,33 @@ def test_a_sweep_tells_its_mistakes_too(tmp_path):
         wrong = run("sweep", "--config=configs/mqar.py:smoke", f"--workdir={tmp_path}", flag)
         assert wrong.returncode == 1 and message in wrong.stderr + wrong.stdout, flag
         assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_hybrid_language_model_trains_and_continues_a_text(tmp_path):
+    trained = run(
+        "train",
+        "--config=configs/language_model.py:smoke",
+        "--config.model.mixer.name=gla",
+        "--config.model.layers=('gla', 'linear')",
+        "--config.mixers.linear.short_conv=2",
+        f"--workdir={tmp_path}",
+    )
+    assert trained.returncode == 0 and "finished at step 8" in trained.stdout, trained.stderr
+    assert read_config(tmp_path)["model"]["other_mixers"]["linear"]["short_conv"] == 2
+    flags = (f"--workdir={tmp_path}", "--tokens=5", "--temperature=0")
+    done = run("generate", *flags, "--prompt=The lamp")
+    assert done.returncode == 0 and done.stdout.startswith("The lamp"), done.stderr
+    assert len(done.stdout) > len("The lamp\n")
+    unprompted = run("generate", *flags, "--split=validation")
+    assert unprompted.stdout.startswith("The baker"), unprompted.stderr
+    assert_one_line(run("generate", *flags, "--prompt="), "--prompt is empty")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train", "sweep"])
+def test_text_that_is_not_there_is_told_in_a_line(script, tmp_path):
+    flags = ("--config=configs/language_model.py:smoke", "--config.task.files=('nowhere',)")
+    told = run(script, *flags, f"--workdir={tmp_path / 'run'}")
+    assert told.returncode == 1 and "Traceback" not in told.stderr, told.stderr
+    assert "there is no file or folder 'nowhere'" in told.stderr.splitlines()[-1]
