@@ -12,7 +12,7 @@ each, such as `train.txt`. lla/tasks/README.md says more. The mixer is
 the validation loss in nats a token; "bits_per_byte" compares vocabularies.
 
 Variants: `:small`, the same as none (30M parameters with softmax attention, 52M tokens); `:base`
-(125M parameters, 500M tokens); `:smoke` (seconds, on a few kilobytes of text that come with the
+(124M parameters, 500M tokens); `:smoke` (seconds, on a few kilobytes of text that come with the
 package; numbers mean nothing). All of it is ours.
 """
 
@@ -56,7 +56,7 @@ def get_config(variant: str = ""):
 
     if variant == "base":
         config.model.update(width=768, depth=12, num_heads=12)
-        config.task.vocab_size = 32_768
+        config.task.vocab_size = 50_304
         config.optimizer.learning_rate = 1e-3
         config.training.update(steps=3900, batch_size=128, micro_batches=4)
         config.model.remat = True

@@ -13,9 +13,6 @@ from ml_collections import config_flags
 
 from lla.runs import command, run_study
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
-
 # The field `experiment` -> the folder, and the class in its study.py.
 STUDIES = {
     "bias_exponents": ("bias_exponents", "Study"),
@@ -25,21 +22,26 @@ STUDIES = {
 }
 
 
-def main(argv):
-    name = _CONFIG.value.get("experiment")
+def main(argv, config, workdir):
+    """Runs the study that `config` names; `argv` is what is left of the command line."""
+    name = config.get("experiment")
     if name not in STUDIES:
         known = ", ".join(STUDIES)
         raise app.UsageError(f"config.experiment must be one of {known}; got {name!r}.")
     folder, study = STUDIES[name]
     study = getattr(importlib.import_module(f"lla.experiments.{folder}.study"), study)
     plot = importlib.import_module(f"lla.experiments.{folder}.plot")
-    run_study(argv, study, _CONFIG.value, _WORKDIR.value, plot.draw)
+    run_study(argv, study, config, workdir, plot.draw)
 
 
 def run() -> None:
-    """The command."""
+    """The command. Its flags exist from here on, so that importing this module defines none."""
+    config = config_flags.DEFINE_config_file(
+        "config", None, "Config file, `:argument` for a variant."
+    )
+    workdir = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
     flags.mark_flags_as_required(["config", "workdir"])
-    command.run(main)
+    command.run(lambda argv: main(argv, config.value, workdir.value))
 
 
 if __name__ == "__main__":

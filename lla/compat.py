@@ -4,39 +4,73 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
 _TARGET = contextvars.ContextVar("lla_target_platform", default=None)
+_CAPABILITY = contextvars.ContextVar("lla_target_capability", default=None)
 
 
 @contextlib.contextmanager
-def lowering_for(platform: str) -> Iterator[None]:
+def lowering_for(platform: str, *, capability: str | None = None) -> Iterator[None]:
     """Inside, kernels for `platform` are chosen though the machine has no such device.
 
     For programs that are lowered, exported or compiled here and run elsewhere. An implementation
     has to be named: ``implementation=None`` goes on choosing for this machine. A function that was
-    traced inside cannot run on this machine; JAX keeps such traces, so use a function of its own.
-    Only ``"tpu"`` has kernels that a machine without the device can lower in this way::
+    traced inside cannot run on this machine; JAX keeps such traces, so use a function of its own::
 
         with lla.compat.lowering_for("tpu"):
             exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments)
 
     Args:
-      platform: ``"tpu"``.
+      platform: ``"tpu"`` or ``"cuda"``.
+      capability: of ``"cuda"``, the compute capability, ``"8.0"`` for example.
 
     Raises:
-      ValueError: for another platform.
+      ValueError: for another platform, or without a compute capability where one is needed.
     """
-    if platform != "tpu":
-        raise ValueError(f"platform must be 'tpu', got {platform!r}.")
-    token = _TARGET.set(platform)
+    if platform not in ("tpu", "cuda"):
+        raise ValueError(f"platform must be 'tpu' or 'cuda', got {platform!r}.")
+    parts = None
+    if platform == "cuda":
+        if not isinstance(capability, str) or not re.fullmatch(r"\d+\.\d+", capability):
+            raise ValueError(
+                f"platform 'cuda' needs a capability such as '8.0' or '9.0', got {capability!r}."
+            )
+        parts = tuple(int(part) for part in capability.split("."))
+    elif capability is not None:
+        raise ValueError(f"platform 'tpu' takes no capability, got {capability!r}.")
+    tokens = _TARGET.set(platform), _CAPABILITY.set(parts)
+    try:
+        with _assume_capability(parts):
+            yield
+    finally:
+        _TARGET.reset(tokens[0])
+        _CAPABILITY.reset(tokens[1])
+
+
+@contextlib.contextmanager
+def _assume_capability(capability: tuple[int, int] | None) -> Iterator[None]:
+    """While kernels for NVIDIA GPUs are lowered: JAX asks the devices of this process."""
+    if capability is None or jax.__version_info__ < (0, 11, 2):
+        yield
+        return
+    from jax.experimental.mosaic.gpu import utils
+
+    original = utils._infer_arch
+    utils._infer_arch = lambda: _CAPABILITY.get() or original()
     try:
         yield
     finally:
-        _TARGET.reset(token)
+        utils._infer_arch = original
+
+
+def target_capability() -> tuple[int, int] | None:
+    """The compute capability of the enclosing `lowering_for`, None outside of one."""
+    return _CAPABILITY.get()
 
 
 def target_platform() -> str | None:

@@ -21,6 +21,7 @@ import functools
 import importlib.metadata
 import json
 import platform
+import re
 import statistics
 import sys
 import time
@@ -331,6 +332,13 @@ def run_cases(cases, implementations, ridges) -> Iterator[Result]:
 # Reporting
 
 
+def report_name() -> str:
+    """The name of a report from this machine."""
+    found = environment()
+    parts = ("lla_selftest", found["device"], found["lla"], found["jax"])
+    return re.sub(r"[^A-Za-z0-9.]+", "_", "_".join(parts)) + ".json"
+
+
 def environment() -> dict[str, Any]:
     """What the results depend on."""
     devices = jax.devices()
@@ -341,6 +349,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": devices[0].platform,
         "device": devices[0].device_kind,
+        "compute_capability": getattr(devices[0], "compute_capability", None),
         "device_count": len(devices),
     }
 
@@ -390,6 +399,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one shape and two ridges")
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     parser.add_argument(
+        "--report",
+        action="store_true",
+        help="also write the results to a file named after the device, to be sent to the authors",
+    )
+    parser.add_argument(
         "--implementation",
         action="append",
         choices=tuple(BACKENDS),
@@ -400,8 +414,8 @@ def main(argv: list[str] | None = None) -> int:
     cases, ridges = (QUICK_CASES, QUICK_RIDGES) if args.quick else (CASES, RIDGES)
 
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
-    implementations = []
-    for name, reason in available(args.implementation or tuple(BACKENDS), cases[0]).items():
+    implementations, reasons = [], available(args.implementation or tuple(BACKENDS), cases[0])
+    for name, reason in reasons.items():
         print(f"{name}: {'available' if reason is None else f'not available, {reason}'}")
         if reason is None:
             implementations.append(name)
@@ -420,14 +434,19 @@ def main(argv: list[str] | None = None) -> int:
         f"\n{'PASS' if passed else 'FAIL'}: {count['pass']} within their bounds, {count['FAIL']} "
         f"failed, {refused} refused, in {seconds:.0f} s"
     )
-    if args.json:
+    paths = [args.json] if args.json else []
+    if args.report:
+        paths.append(report_name())
+        print(f"The report is in {paths[-1]}.")
+    for path in paths:
         report = {
             "environment": environment(),
+            "implementations": reasons,
             "passed": passed,
             "seconds": seconds,
             "results": [dataclasses.asdict(result) for result in results],
         }
-        with open(args.json, "w", encoding="utf-8") as file:
+        with open(path, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
             file.write("\n")
     return 0 if passed else 1

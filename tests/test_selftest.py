@@ -164,3 +164,15 @@ def test_cases_differ_by_name_and_cover_every_mask():
 @pytest.mark.slow
 def test_everything_that_runs_here_is_within_its_bounds():
     assert selftest.main(["--implementation", "xla"]) == 0
+
+
+def test_report_is_named_after_the_machine(tmp_path, monkeypatch):
+    """What a user with a card that nothing has run on sends: also why kernels do not serve."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(selftest, "run_cases", lambda *arguments: iter(()))
+    assert selftest.main(["--quick", "--report", "--implementation", "mosaic_gpu_portable"]) == 1
+    (file,) = tmp_path.iterdir()
+    assert file.name == selftest.report_name() and jax.__version__ in file.name
+    report = json.loads(file.read_text())
+    assert "compute_capability" in report["environment"]
+    assert "NVIDIA" in report["implementations"]["mosaic_gpu_portable"]

@@ -146,7 +146,7 @@ def _body(env: Environment, inputs: list[str], bf16x2: bool, given, out, scratch
         env.set_registers(compute=True)
 
         def run(bf16x2):
-            _AttendRows(env, given, out, scratch, program, tiles, warpgroup, ring, bf16x2).run(
+            AttendRows(env, given, out, scratch, program, tiles, warpgroup, ring, bf16x2).run(
                 inputs
             )
 
@@ -163,7 +163,7 @@ def _body(env: Environment, inputs: list[str], bf16x2: bool, given, out, scratch
 
 
 @dataclasses.dataclass
-class _AttendRows(QueryRows):
+class AttendRows(QueryRows):
     """The output of one consumer warpgroup."""
 
     ring: Ring
@@ -243,8 +243,7 @@ class _AttendRows(QueryRows):
         arithmetic, block, dtype = self.env.arithmetic, self.env.config.block, self.env.shape.dtype
         scale, ids = self.scale_and_ids()
         (probe,) = self.parts
-        where = (self.program.b, self.tiles.low * block, self.program.kv_head)
-        some_key = arithmetic.load(self.given["key"].at[where], WGMMA_COL).astype(jnp.float32)
+        some_key = self.first_key().astype(jnp.float32)
         origin = row_dot(
             arithmetic.load(probe).astype(jnp.float32), by_column(some_key, self.matrix)
         )
@@ -276,6 +275,12 @@ class _AttendRows(QueryRows):
         mean = along_total * inverse
         self.scratch["rows"].at[self.w, 1][...] = origin + mean
         return (plain * by_row(1 - mean, self.matrix) + along) * by_row(inverse, self.matrix)
+
+    def first_key(self):
+        """The first key of the first tile, ``[D]`` along the columns."""
+        first = self.tiles.low * self.env.config.block
+        where = (self.program.b, first, self.program.kv_head)
+        return self.env.arithmetic.load(self.given["key"].at[where], WGMMA_COL)
 
     def store_log_sum_exp(self, largest, total):
         """Writes the log-sum-exp; returns 1 / total, and 1 for rows without keys."""

@@ -153,7 +153,7 @@ def _query_body(env: Environment, given, out, scratch):
         env.set_registers(compute=True)
         run_or_skip(
             env, program, warpgroup,
-            lambda: _GradientRows(env, given, out, scratch, program, tiles, warpgroup, ring).run(),
+            lambda: GradientRows(env, given, out, scratch, program, tiles, warpgroup, ring).run(),
             lambda: skip_tiles(tiles, (ring,)),
         )  # fmt: skip
 
@@ -164,7 +164,7 @@ def _query_body(env: Environment, given, out, scratch):
 
 
 @dataclasses.dataclass
-class _GradientRows(QueryRows):
+class GradientRows(QueryRows):
     """The query gradients of one consumer warpgroup."""
 
     ring: Ring
@@ -261,7 +261,7 @@ class _GradientRows(QueryRows):
 # ---------------------------------------------------------------------------------------------
 # Keys and values
 
-_NUMBERS = ("scale", "log_sum_exp", "cotangent_mean", "mean", "constant")
+NUMBERS = ("scale", "log_sum_exp", "cotangent_mean", "mean", "constant")
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "interpret"))
@@ -315,7 +315,7 @@ def key_gradients(
         "inputs": row_tile(shape, config, 2),
         "ring": (
             *([tile] * streams),
-            plgpu.SMEM((config.stages, len(_NUMBERS), config.block), jnp.float32),
+            plgpu.SMEM((config.stages, len(NUMBERS), config.block), jnp.float32),
             plgpu.Barrier(num_arrivals=streams + 1, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=count, num_barriers=config.stages),
         ),
@@ -329,6 +329,20 @@ def key_gradients(
         config=config, interpret=interpret,
     )  # fmt: skip
     return results["key"], results["value"]
+
+
+def key_weights(scores, e, along, number):
+    """The weights ``p a``, ``p e`` and the gradients of the logits, keys by queries.
+
+    `scores` are logits in base 2 and `along` holds the scores along the probe, if there is one;
+    `number` gives a row of numbers of the queries by its name.
+    """
+    p = jnp.exp2(scores - number("log_sum_exp"))
+    e = e - number("cotangent_mean")
+    p_a = p
+    for part in along:
+        p_a = p * (part + number("constant"))
+    return p_a, p * e, number("scale") * (p_a * e - p * number("mean"))
 
 
 def _key_body(env: Environment, has: tuple[bool, bool], given, out, scratch):
@@ -380,8 +394,9 @@ def _key_rows(env: Environment, has, given, out, scratch, program, tiles, ring: 
         probe = directions[0] if has[0] else None
         adjoint = directions[1] if has[1] else None
 
+        @functools.cache
         def number(name):
-            ref = ring.tiles[-1].at[slot, _NUMBERS.index(name)]
+            ref = ring.tiles[-1].at[slot, NUMBERS.index(name)]
             return by_column(arithmetic.load(ref, WGMMA_COL), scores_shape)
 
         products = [[(key, query)], [(value, cotangent)]]
@@ -394,24 +409,18 @@ def _key_rows(env: Environment, has, given, out, scratch, program, tiles, ring: 
             products[1].append((key, directions[3]))
         scores, e, *along = arithmetic.products(block, *products)
         ring.release_deferred(t, 0)
-        scale = number("scale")
-        scores = scores * (scale * LOG2E)
+        scores = scores * (number("scale") * LOG2E)
         if masked:
             valid = env.valid(
                 given["masking"], program.b, scores_shape, i * block, first,
                 transposed=True, row_ids=ids,
             )  # fmt: skip
             scores = jnp.where(valid, scores, -jnp.inf)
-        p = jnp.exp2(scores - number("log_sum_exp"))
-        e = e - number("cotangent_mean")
-        p_a = p
-        for part in along:
-            p_a = p * (part + number("constant"))
-        d_logits = scale * (p_a * e - p * number("mean"))
+        p_a, p_e, d_logits = key_weights(scores, e, along, number)
         weights = p_a.astype(dtype)
         key_products = [(d_logits.astype(dtype), query)]
         if probe is not None:
-            key_products.append(((p * e).astype(dtype), probe))
+            key_products.append((p_e.astype(dtype), probe))
         if adjoint is not None:
             key_products.append((weights, adjoint))
         add(key_products, [(weights, cotangent)])

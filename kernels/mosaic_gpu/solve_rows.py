@@ -125,6 +125,10 @@ class SolveRows(QueryRows):
         array = self.scratch[name] if member is None else self.scratch[name][member]
         return self.env.arithmetic.load(array.at[self.w])
 
+    def kept(self, name: str):
+        """Where the "iterate" or the "residual" of the warpgroup is between iterations."""
+        return self.scratch[name][0].at[self.w]
+
     def global_mean(self):
         """The mean key ``[B, T, N, D]`` in global memory."""
         if "key_mean" in self.out:
@@ -299,7 +303,7 @@ class SolveRows(QueryRows):
             log_sum_exp = self.row_vector(self.given["adjoint"].log_sum_exp)
         ridge = self.row_vector(self.given["ridge"])
         one = full((ROW_BLOCK,), 1, WGMMA_ROW)
-        iterates, residuals = (self.scratch[n][0].at[self.w] for n in ("iterate", "residual"))
+        iterates, residuals = self.kept("iterate"), self.kept("residual")
 
         def step(state: _CG) -> _CG:
             t, image = self.product(state.t, state.direction, scale, log_sum_exp, ids)
@@ -308,9 +312,9 @@ class SolveRows(QueryRows):
             curvature = row_dot(p, image)
             moving = (curvature > MIN_CURVATURE) & (state.rz > 1e-13 * state.energy)
             inverse = jnp.where(moving, 1 / jnp.where(moving, curvature, one), 0.0)
-            r = self.load("residual", 0)
+            r = self.env.arithmetic.load(residuals)
             length = row_dot(r, p) * inverse
-            x = self.load("iterate", 0) + by_row(length, p.shape) * p
+            x = self.env.arithmetic.load(iterates) + by_row(length, p.shape) * p
             iterates[...] = x
             r = r - by_row(length, p.shape) * image
             residuals[...] = r
@@ -405,6 +409,10 @@ class SolveRows(QueryRows):
                 columns = self.to_columns(WEIGHTED, weighted)
                 unfinished = unfinished | (columns.sum(axis=1) > 0)
             more = jnp.where(unfinished, more, 0)
+        return self.agree(count, more)
+
+    def agree(self, count, more):
+        """Whether any warpgroup wants another iteration; `more` has equal rows."""
         flags, decision = self.scratch["flags"], self.scratch["decision"]
         flags.at[lax.rem(count, jnp.int32(2)), self.w][...] = more
         plgpu.barrier_arrive(decision)

@@ -85,8 +85,8 @@ def local_linear_attention(
         `softmax_attention` alone.
       solver: how the systems are solved, an `lla.Solver`; None means ``lla.Solver()``.
       implementation: None (the best one for the platform), ``"reference"`` (exact, dense),
-        ``"xla"`` (blockwise), ``"mosaic_gpu"``, ``"mosaic_tpu"``, or a sequence tried in order;
-        see `lla.explain`.
+        ``"xla"`` (blockwise), ``"mosaic_gpu"`` (Hopper), ``"mosaic_gpu_portable"`` (NVIDIA GPUs
+        since Ampere), ``"mosaic_tpu"``, or a sequence tried in order; see `lla.explain`.
       return_stats: also return an `lla.Stats`.
 
     Returns:

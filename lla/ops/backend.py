@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lla.kernels.tiles import sees_nothing
 from lla.ops import reference
 from lla.ops.mosaic_gpu import backend as mosaic_gpu
+from lla.ops.mosaic_gpu import portable as mosaic_gpu_portable
 from lla.ops.mosaic_tpu import backend as mosaic_tpu
 from lla.ops.problem import Problem
 from lla.ops.solver import Stats
@@ -89,6 +90,15 @@ register_backend(
         mosaic_gpu.attend,
         decode=Decoder(mosaic_gpu.unsupported_decoding, mosaic_gpu.decode),
         default_on=("gpu",),
+    )
+)
+# The same for all NVIDIA GPUs since Ampere: by this name where they have not run, or in the place
+# of the kernels for Hopper, to test them.
+register_backend(
+    Backend(
+        mosaic_gpu_portable.NAME,
+        mosaic_gpu_portable.unsupported_by_name,
+        mosaic_gpu_portable.attend,
     )
 )
 # It has never run on hardware, so it has to be asked for by name.

@@ -25,6 +25,7 @@ def decode_step(
     scale: float | jax.Array | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     new_lengths: jax.Array | None = None,
+    bias: jax.Array | None = None,
     solver: Solver | None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
@@ -33,9 +34,8 @@ def decode_step(
 
     Appends key and value to the cache, then attends causally: the rows of the new tokens in
     `lla.local_linear_attention` of the whole sequence. T = 1 is one step of decoding; with more
-    tokens it reads a prompt, whole or in chunks. Memory is that of the cache and a bounded amount.
-    There is no bias of the logits here: for one, attend to the keys and values of the cache with
-    `lla.local_linear_attention`, with ``query_offset`` and ``key_value_seq_lengths``.
+    tokens it reads a prompt, whole or in chunks. Memory is that of the cache and a bounded amount,
+    except with a `bias`, where keys and values are converted to float32 at once.
 
     Example::
 
@@ -57,6 +57,9 @@ def decode_step(
       local_window_size: an int or ``(left, right)``: a token sees at most `left` earlier ones.
       new_lengths: int ``[*B]``, in 0 ... T: how many of the T tokens of a sequence exist. The
         others pad it: they are not written, and their rows of the result are zeros. None for all.
+      bias: float, broadcastable to ``[*B, N, T, max_length]``, a number for every new token and
+        place in the cache, as in `lla.local_linear_attention`; not read for places that the token
+        does not see.
       solver, implementation: as in `lla.local_linear_attention`.
       return_stats: also return an `lla.Stats`.
 
@@ -72,7 +75,7 @@ def decode_step(
     """
     return _decode(
         "lla", query, key, value, cache, new_lengths, implementation, return_stats,
-        ridge=ridge, scale=scale, local_window_size=local_window_size, solver=solver,
+        ridge=ridge, scale=scale, local_window_size=local_window_size, bias=bias, solver=solver,
     )  # fmt: skip
 
 
@@ -86,6 +89,7 @@ def parallax_decode_step(
     scale: float | jax.Array | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     new_lengths: jax.Array | None = None,
+    bias: jax.Array | None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
 ) -> tuple[jax.Array, KVCache] | tuple[jax.Array, KVCache, Stats]:
@@ -93,14 +97,14 @@ def parallax_decode_step(
 
     Args:
       probe: ``[*B, T, N, H]``, the query's dtype.
-      query, key, value, cache, scale, local_window_size, new_lengths, implementation, return_stats:
-        as in `lla.decode_step`.
+      query, key, value, cache, scale, local_window_size, new_lengths, bias, implementation,
+        return_stats: as in `lla.decode_step`.
 
     Returns, Raises: as `lla.decode_step`.
     """
     return _decode(
         "parallax", query, key, value, cache, new_lengths, implementation, return_stats,
-        probe=probe, scale=scale, local_window_size=local_window_size,
+        probe=probe, scale=scale, local_window_size=local_window_size, bias=bias,
     )  # fmt: skip
 
 
@@ -113,16 +117,20 @@ def softmax_decode_step(
     scale: float | jax.Array | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     new_lengths: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    logits_soft_cap: float | None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
 ) -> tuple[jax.Array, KVCache] | tuple[jax.Array, KVCache, Stats]:
     """`lla.softmax_attention` of the next T tokens to themselves and to all tokens in the cache.
 
-    Arguments, results and errors as `lla.parallax_decode_step` without ``probe``.
+    Arguments, results and errors as `lla.parallax_decode_step` without ``probe``, and
+    ``logits_soft_cap`` as in `lla.softmax_attention`.
     """
     return _decode(
         "softmax", query, key, value, cache, new_lengths, implementation, return_stats,
-        scale=scale, local_window_size=local_window_size,
+        scale=scale, local_window_size=local_window_size, bias=bias,
+        logits_soft_cap=logits_soft_cap,
     )  # fmt: skip
 
 
@@ -132,7 +140,7 @@ def decoding_problem(
     """The problem that new tokens pose with the cache that holds them, and that cache.
 
     Its mask is causal, with an offset, the tokens before the first query, and lengths, the tokens
-    in the cache; no other mask but a window.
+    in the cache; no other mask but a window, and segments where it has a bias.
     """
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache must be an lla.KVCache, got {type(cache).__name__}.")
@@ -144,6 +152,9 @@ def decoding_problem(
             f"query must have the leading axes and the length of key, got query {query.shape} and "
             f"key {key.shape}."
         )
+    if options.get("bias") is not None and new_lengths is not None:
+        # The bias of tokens that only pad is not read.
+        options["query_seq_lengths"] = token_counts(new_lengths, before.shape, query.shape[-3])
     problem = make_problem(
         member, query, grown.key, grown.value, is_causal=True, query_offset=before,
         key_value_seq_lengths=jnp.minimum(grown.lengths, grown.max_length), **options,

@@ -94,7 +94,11 @@ def check_limit(array, name: str) -> None:
 def _integers(array, name: str) -> jax.Array | np.ndarray:
     """A JAX array as it is, anything else as a NumPy array (of Python integers where need be)."""
     if not isinstance(array, jax.Array):
-        array = np.asarray(array)
+        given, array = array, np.asarray(array)
+        if array.dtype.kind == "f" and not hasattr(given, "dtype"):
+            # NumPy makes floats of Python integers on both sides of 2**63.
+            exact = np.asarray(given, object)
+            array = exact if all(type(x) is int for x in exact.flat) else array
         if array.dtype == object and all(isinstance(x, int) for x in array.flat):
             return array
     if not jnp.issubdtype(array.dtype, jnp.integer):

@@ -88,10 +88,7 @@ def test_every_config_names_a_study():
         assert run_study.STUDIES[config.experiment][1] == kind
 
 
-def test_a_config_of_something_else_is_refused(monkeypatch):
-    class Flag:
-        value = ConfigDict({"experiment": "mqar"})
-
-    monkeypatch.setattr(run_study, "_CONFIG", Flag)
+def test_a_config_of_something_else_is_refused():
+    config = ConfigDict({"experiment": "mqar"})
     with pytest.raises(app.UsageError, match=r"must be one of bias_exponents.*got 'mqar'"):
-        run_study.main(["run_study.py"])
+        run_study.main(["run_study.py"], config, None)

@@ -1,6 +1,6 @@
 """Runs one case of the attention kernels for Hopper in the GPU interpreter.
 
-    python -m tests.kernels.interpret CASE [--races]
+    python -m tests.kernels.interpret CASE [--races] [--capability 8.0]
 
 Prints one line of JSON: relative errors of the output and of every gradient against the exact
 reference in float64, whether everything is finite, and (with ``--races``) the number of kernels
@@ -146,6 +146,20 @@ CASES = {
     "lla_ridge_0.01": Case("lla", ridge=0.01),
 }  # fmt: skip
 
+_CACHE = {"query_offset": [149, 60], "key_value_seq_lengths": [150, 61]}
+
+PORTABLE_CASES = {
+    "softmax_head_dim_256": Case("softmax", head_dim=256, value_dim=200),
+    "lla_head_dim_256": Case("lla", head_dim=256, value_dim=256, ridge=10.0),
+    "lla_one_token": Case(
+        "lla", 1, 150, batch=2, heads=8, kv_heads=2, ridge=10.0, options=dict(_CACHE)
+    ),
+    "parallax_one_token": Case(
+        "parallax", 1, 150, batch=2, heads=8, kv_heads=2, options=dict(_CACHE)
+    ),
+}  # fmt: skip
+"""Those that only the portable kernels serve, or serve in a way of their own."""
+
 
 def record_race_detectors() -> list:
     """A list to which every kernel from now on adds its race detector; JAX keeps only the last.
@@ -206,13 +220,30 @@ def truncating_dot(arithmetic, a, b, transposed: bool):
     return total
 
 
-def run(case: Case, races: bool) -> dict[str, Any]:
-    """What the module prints."""
+def copy_without_barriers() -> None:
+    """Replaces cp.async, which the interpreter does not know, by copies that are done at once."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from lla.kernels.mosaic_gpu_mma import launch
+
+    def copy(source, tile, barrier):
+        assert barrier is None
+        tile[...] = source[...]
+
+    launch.copy = copy
+    plgpu.wait_gmem_to_smem = lambda _: None
+
+
+def run(case: Case, races: bool, capability: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What the module prints.
+
+    With a `capability`, of the portable kernels as for a card of that compute capability.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from lla.kernels.mosaic_gpu import configs, tile
     from lla.ops import reference
-    from lla.ops.mosaic_gpu import hopper
+    from lla.ops.mosaic_gpu import hopper, portable
     from lla.ops.problem import make_problem
 
     rng = np.random.default_rng(0)
@@ -280,7 +311,7 @@ def run(case: Case, races: bool) -> dict[str, Any]:
         (gradients,) = pullback(jnp.asarray(np.asarray(cotangent, dtype or cotangent.dtype)))
         return {"output": out, **gradients}
 
-    widest = max(case.head_dim, case.value_dim)
+    widest = min(max(case.head_dim, case.value_dim), configs.HEAD_DIMS[-1])
     chosen = configs.choose(next(d for d in configs.HEAD_DIMS if d >= widest))
     changes = {}
     if case.warpgroups != 2:
@@ -297,8 +328,12 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     )
     parameters = plgpu.InterpretGPUParams(detect_races=races)
     states = record_race_detectors()
+    if capability is not None and capability < (9, 0):
+        copy_without_barriers()
 
     def kernels(problem):
+        if capability is not None:
+            return portable.attend(problem, target=capability, interpret=parameters)
         return hopper.attend(problem, configs=chosen, interpret=parameters)
 
     actual = evaluate(kernels)
@@ -318,7 +353,10 @@ def run(case: Case, races: bool) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=CASES)
+    parser.add_argument("case", choices=CASES | PORTABLE_CASES)
     parser.add_argument("--races", action="store_true", help="with the race detector")
+    parser.add_argument("--capability", help="of a card, for the portable kernels")
     given = parser.parse_args()
-    print(json.dumps(run(CASES[given.case], given.races)))
+    target = given.capability and tuple(int(part) for part in given.capability.split("."))
+    case = (CASES | PORTABLE_CASES)[given.case]
+    print(json.dumps(run(case, given.races, target)))

@@ -105,6 +105,17 @@ def test_mixed_signs_in_jax_arrays_are_an_error():
         integers.labels([jnp.zeros(3, jnp.uint32), jnp.zeros(3, jnp.int32)], ["query", "key"])
 
 
+def test_python_integers_on_both_sides_of_64_bits():
+    """NumPy makes floats of such lists, which hold integers all the same."""
+    got = integers.saturated([2**63, 4, -(2**70)], "lengths", 0, 9)
+    np.testing.assert_array_equal(got, [9, 4, 0])
+    np.testing.assert_array_equal(
+        integers.saturated([[2**63 + 2], [-1]], "lengths", 0, 9), [[9], [0]]
+    )
+    with pytest.raises(ValueError, match="got float64"):
+        integers.saturated([2**63, 4.0], "lengths", 0, 9)
+
+
 @pytest.mark.parametrize("bad", [1.0, np.ones(2), np.array(["a"]), True])
 def test_what_is_no_integer_is_an_error(bad):
     with pytest.raises(ValueError, match="query_offset must be an integer"):

@@ -1,5 +1,7 @@
 """Queries that do not exist: zeros, no gradients, and nothing of theirs is read."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,37 @@ def test_nothing_and_everything(implementation):
     assert not any(gradient[1].any() for gradient in got.gradients.values())
 
 
+@pytest.mark.compat
+@pytest.mark.parametrize("large", [2**31, 2**32, 2**40, sys.maxsize, 2**63, 2**70])
+def test_lengths_beyond_32_bits(large):
+    """They saturate, as those of the keys do: no multiple of 2**32 is taken for zero."""
+    array = jnp.ones((2, 6, 1, 8))
+
+    def rows(lengths):
+        problem = make_problem("softmax", array, array, array, query_seq_lengths=lengths)
+        segments = problem.mask.query_segments
+        return np.asarray(segments == problem.mask.key_segments[:, :1]).sum(1).tolist()
+
+    assert rows([large, 4]) == [6, 4] and rows(large) == [6, 6]
+    assert rows([-large, 4]) == [0, 4] and rows([large + 3, 2]) == [6, 2]
+
+
+def test_wide_traced_lengths(float64):
+    """Of 64 bits, where x64 is enabled."""
+    with float64():
+        array = jnp.ones((2, 6, 1, 8), jnp.float32)
+        run = jax.jit(lambda n: lla.softmax_attention(array, array, array, query_seq_lengths=n))
+        out = np.asarray(run(jnp.array([2**32, 5 - 2**32], jnp.int64)))
+    np.testing.assert_array_equal(out.any((2, 3)).sum(1), [6, 0])
+
+
+@pytest.mark.parametrize("bad", [1.0, np.ones(2), True, np.array(["a"])])
+def test_lengths_that_are_no_integers(bad):
+    array = jnp.ones((2, 6, 1, 8))
+    with pytest.raises(ValueError, match="query_seq_lengths must be an integer array"):
+        lla.softmax_attention(array, array, array, query_seq_lengths=bad)
+
+
 @pytest.mark.parametrize("lowest", [-1, 0, 5, np.iinfo(np.int32).min, np.iinfo(np.int32).max - 23])
 def test_no_key_has_the_id_of_a_query_that_does_not_exist(lowest):
     """Whatever ids the keys have, every number near zero and both ends included."""
@@ -83,6 +116,7 @@ def test_no_key_has_the_id_of_a_query_that_does_not_exist(lowest):
     np.testing.assert_array_equal(same, np.eye(24, dtype=bool) & (np.arange(24) < 3)[:, None])
 
 
+@pytest.mark.compat
 def test_equals_dot_product_attention():
     inputs = make_inputs(SHAPE)
     arrays = [jnp.asarray(inputs[n], jnp.float32) for n in ("query", "key", "value")]

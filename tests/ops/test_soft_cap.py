@@ -55,6 +55,7 @@ def exact():
         return gradients(formula, "float64")
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_equals_the_definition(implementation, dtype):

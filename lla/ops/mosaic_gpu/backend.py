@@ -7,11 +7,14 @@ from types import ModuleType
 import jax
 
 from lla.ops.mosaic_gpu import decode as hopper_decode
-from lla.ops.mosaic_gpu import hopper
+from lla.ops.mosaic_gpu import hopper, portable
 from lla.ops.problem import Problem
 from lla.ops.solver import Stats
 
-FAMILIES: tuple[tuple[ModuleType, ModuleType | None], ...] = ((hopper, hopper_decode),)
+FAMILIES: tuple[tuple[ModuleType, ModuleType | None], ...] = (
+    (hopper, hopper_decode),
+    (portable, None),
+)
 """Kernels for some GPUs: those for whole sequences, and those for decoding or None.
 
 Both are modules with `unsupported` and `attend` as in `lla.ops.backend.Backend`; the second is

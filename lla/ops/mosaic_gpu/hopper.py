@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lla.compat import default_device
+from lla.compat import default_device, target_capability
 from lla.kernels.tiles import NOTHING
 from lla.numerics import pad_to
 from lla.ops.differentiation import Residuals, attention
@@ -72,6 +73,11 @@ def _inverse_bytes(head_dim: int, rows: int) -> int:
 
 
 def _refuse_device() -> str | None:
+    target = target_capability()
+    if target is not None:
+        named = ".".join(map(str, target))
+        reason = f"the kernels need a Hopper GPU (compute capability 9.0), the target is {named}"
+        return None if target == (9, 0) else reason
     device = default_device()
     if device.platform != "gpu":
         return f"the kernels need a Hopper GPU, the platform is {device.platform}"
@@ -97,6 +103,11 @@ class _Spec:
     # Head dimension before padding where the solves are direct, else None.
     direct: int | None
     interpret: Any
+    kernels: str = "mosaic_gpu"  # folder of the kernels
+
+    def module(self, name: str) -> Any:
+        """A module of the kernels; imported late, as they need JAX 0.11."""
+        return _kernels(self.kernels, name)
 
     @property
     def precise(self) -> bool:
@@ -111,6 +122,10 @@ class _Spec:
         if self.precise_forward is not None:
             return self.configs.solve_mixed
         return self.configs.solve_bf16x2 if self.forward.bf16x2 else self.configs.solve
+
+
+def _kernels(folder: str, name: str) -> Any:
+    return importlib.import_module(f"lla.kernels.{folder}.{name}")
 
 
 class _Probe(NamedTuple):
@@ -136,7 +151,7 @@ def attend(problem: Problem, with_stats: bool = True, **options) -> tuple[jax.Ar
 
 
 def attend_shielded(
-    problem: Problem, *, configs: Any = None, interpret: Any = None
+    problem: Problem, *, configs: Any = None, interpret: Any = None, kernels: str = "mosaic_gpu"
 ) -> tuple[jax.Array, Stats]:
     """`attend` of a problem without hidden or non-finite numbers.
 
@@ -147,10 +162,13 @@ def attend_shielded(
       problem: one that `unsupported_shape` accepts.
       configs: an `lla.kernels.mosaic_gpu.configs.Configs`; None takes the table's.
       interpret: parameters of Pallas's GPU interpreter, or None to compile.
+      kernels: the folder of the kernels; others than "mosaic_gpu" have functions and arguments of
+        the same names, `configs` that are given, and no direct solver.
     """
     # Imported here: these modules need JAX 0.11.
-    from lla.kernels.mosaic_gpu import configs as table
     from lla.kernels.mosaic_gpu import launch, tile
+
+    table = _kernels(kernels, "configs")
 
     b, t, n, h = problem.query.shape
     _, s, k, hv = problem.value.shape
@@ -186,7 +204,7 @@ def attend_shielded(
             for a, size in zip(segments, (padded_t, padded_s), strict=True)
         ]
     masking = launch.Masking(mask.numbers(b, s), *segments)
-    direct = use_direct(problem)
+    direct = kernels == "mosaic_gpu" and use_direct(problem)
     forward, backward = precision.iterations(problem, precise=direct, direct=direct)
     precise_forward = precise_backward = marked = None
     if precision.choose_by_tile(problem) and not direct:
@@ -206,6 +224,7 @@ def attend_shielded(
         split=(problem.static_ridge or 0) < precision.SPLIT_BELOW or forward.bf16x2,
         direct=h if direct else None,
         interpret=interpret,
+        kernels=kernels,
     )
     out, stats = _attend(spec, operands, (masking, marked))
 
@@ -218,10 +237,9 @@ def attend_shielded(
 
 
 def _forward(spec: _Spec, operands: Operands, constants) -> tuple[Residuals, Stats]:
-    from lla.kernels.mosaic_gpu import attend as attend_kernel
-    from lla.kernels.mosaic_gpu import solve as solve_kernel
     from lla.kernels.mosaic_gpu.tile import LN2
 
+    attend_kernel, solve_kernel = spec.module("attend"), spec.module("solve")
     query, key, value, probe, ridge, scale, _ = operands
     masking, marked = constants
     precise = spec.member == "lla" and spec.precise
@@ -324,9 +342,7 @@ def _choice(iteration, marked):
 
 
 def _backward(spec: _Spec, operands: Operands, constants, saved: Residuals, cotangent) -> Operands:
-    from lla.kernels.mosaic_gpu import gradients
-    from lla.kernels.mosaic_gpu import solve as solve_kernel
-
+    gradients, solve_kernel = spec.module("gradients"), spec.module("solve")
     query, key, value, probe, ridge, scale, _ = operands
     masking, marked = constants
     found: _Probe = saved.probe

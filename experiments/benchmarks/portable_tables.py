@@ -1,0 +1,141 @@
+"""The tables of kernels/PORTABLE.md, from the results of portable.py and of the compiler.
+
+python experiments/benchmarks/portable_tables.py          # writes them into the document
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCUMENT = ROOT / "kernels" / "PORTABLE.md"
+MEASURED = pathlib.Path(__file__).parent / "measured" / "portable_h200.json"
+COMPILED = pathlib.Path(__file__).parent / "compiled" / "portable.json"
+
+_OURS, _HOPPER = "mosaic_gpu_portable", "mosaic_gpu"
+
+
+def load(path: pathlib.Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def speed(document: dict) -> str:
+    """Times of the operator beside those of others, in milliseconds."""
+    times: dict[tuple, dict[str, float]] = {}
+    for record in document["records"]:
+        cell = record["cell"]
+        if cell["kind"] == "speed":
+            where = cell["head_dim"], cell["member"], cell["ridge"], cell["which"]
+            found = times.setdefault(where, {})
+            found[cell["implementation"]] = record.get("time_median_s")
+    rows = []
+    for (head_dim, member, ridge, which), found in sorted(times.items(), key=_order):
+        ours, hopper = found.get(_OURS), found.get(_HOPPER)
+        ratio = f"{ours / hopper:.2f}" if ours and hopper else "not run"
+        name = member if ridge is None else f"{member}, ridge {ridge:g}"
+        passes = "forward" if which == "forward" else "with gradients"
+        others = [_time(found[n]) if n in found else "" for n in (_OURS, _HOPPER, "cudnn", "xla")]
+        rows.append([str(head_dim), name, passes, *others, ratio])
+    head = ["d", "member", "pass", "portable", "Hopper's", "cuDNN", "XLA", "portable / Hopper's"]
+    keep = [i for i, name in enumerate(head) if any(row[i] for row in rows)]
+    return table([head[i] for i in keep], [[row[i] for i in keep] for row in rows])
+
+
+def _order(item):
+    head_dim, member, ridge, which = item[0]
+    return head_dim, member != "softmax", -(ridge or 0), which
+
+
+def _time(seconds: float | None) -> str:
+    return "not run" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def accuracy(document: dict) -> str:
+    """Relative errors, and what has not been run."""
+    rows = []
+    for record in document["records"]:
+        cell = record["cell"]
+        if cell["kind"] != "accuracy":
+            continue
+        member = cell["member"] if cell["ridge"] is None else f"lla, ridge {cell['ridge']:g}"
+        if cell["traced"]:
+            member += " (array)"
+        sizes = f"{cell['queries']} × {cell['keys']}, d = {cell['head_dim']}"
+        if cell["value_dim"] != cell["head_dim"]:
+            sizes += f" (values {cell['value_dim']})"
+        options = ", ".join(f"{name}" for name, _ in cell["options"]) or "causal"
+        if "errors" not in record:
+            rows.append([member, cell["dtype"], sizes, options, "not run", "", ""])
+            continue
+        errors = record["errors"]
+        worst = max(errors, key=lambda name: errors[name] if name != "output" else 0)
+        repeat = "equal" if record["repeatable"] else "different"
+        rows.append(
+            [member, cell["dtype"], sizes, options, f"{errors['output']:.1e}",
+             f"{errors[worst]:.1e} ({worst})", repeat]
+        )  # fmt: skip
+    head = ["member", "dtype", "queries × keys", "mask", "output", "worst gradient", "two runs"]
+    return table(head, rows)
+
+
+def variants(document: dict) -> str:
+    """The fastest configuration of every kernel, and the spread over all of them."""
+    found: dict[tuple, list[tuple[float, dict]]] = {}
+    for record in document["records"]:
+        cell = record["cell"]
+        if cell["kind"] == "variant" and "time_median_s" in record:
+            where = cell["head_dim"], cell["member"]
+            found.setdefault(where, []).append((record["time_median_s"], dict(cell["options"])))
+    rows = []
+    for (head_dim, kernel), measured in sorted(found.items()):
+        measured.sort(key=lambda pair: pair[0])
+        seconds, options = measured[0]
+        where = "registers" if options["resident_operand"] else "shared memory"
+        rows.append(
+            [str(head_dim), kernel, str(options["block"]), str(options["stages"]), where,
+             _time(seconds), _time(measured[-1][0])]
+        )  # fmt: skip
+    head = ["d", "kernel", "block", "stages", "operands in", "fastest", "slowest of 8"]
+    return table(head, rows)
+
+
+def compiled(document: dict) -> str:
+    """Bytes of spilled registers of every kernel, by card."""
+    kernels = document["kernels"]
+    cards = sorted({name.split()[0] for name in kernels}, key=lambda c: [*map(int, c.split("."))])
+    names = list(dict.fromkeys(name.split()[1] for name in kernels))
+    names.sort(key=lambda name: (int(name.rsplit("_", 1)[1]), name))
+    rows = []
+    for name in names:
+        row = [name]
+        for card in cards:
+            one = kernels.get(f"{card} {name}")
+            row.append("" if one is None else f"{one['registers']}, {one['spills']}")
+        rows.append(row)
+    return table(["kernel", *(f"sm_{card.replace('.', '')}" for card in cards)], rows)
+
+
+def render(text: str) -> str:
+    """A document with all its tables written anew."""
+    measured = load(MEASURED)
+    found = {name: make(measured) for name, make in
+             (("speed", speed), ("accuracy", accuracy), ("variants", variants))}  # fmt: skip
+    if COMPILED.exists():
+        found["compiled"] = compiled(load(COMPILED))
+    for name, rendered in found.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"the document has no table {name!r}.")
+        text = pattern.sub(lambda match: match[1] + "\n" + rendered + "\n\n" + match[2], text)  # noqa: B023
+    return text
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
