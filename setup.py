@@ -21,9 +21,11 @@ for package, folder in INSIDE.items():
 JAX = ">=0.10.2"
 plot = ["matplotlib>=3.11"]
 data = ["statsmodels>=0.15"]  # ships the real series that the experiments use
+text = ["tokenizers>=0.22"]  # for language models on text files
 test = [
     *plot,
     *data,
+    *text,
     "chex>=0.1.92",
     "pytest>=9.2",
     "pytest-xdist>=3.8",
@@ -41,6 +43,7 @@ setup(
     license_files=["LICENSE"],
     packages=packages,
     package_dir={"lla": "lla", **INSIDE},
+    package_data={"lla.tasks": ["sample_text/*.txt"]},
     python_requires=">=3.11",
     install_requires=[
         f"jax{JAX}",
@@ -57,7 +60,8 @@ setup(
         "tpu": [f"jax[tpu]{JAX}"],
         "plot": plot,
         "data": data,
-        "experiments": [*plot, *data],
+        "text": text,
+        "experiments": [*plot, *data, *text],
         "test": test,
         "dev": [*test, "pre-commit>=4.0"],
     },

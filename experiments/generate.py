@@ -1,11 +1,15 @@
-"""Answers test questions token by token with a model trained by experiments/train.py.
+"""Answers test questions, or continues a text, with a model trained by experiments/train.py.
 
     python experiments/generate.py --workdir=runs/mqar
+    python experiments/generate.py --workdir=runs/language_model --prompt="It was"
 
-Each sequence is read at once up to its first question, and from there token by token, with the
-state of the model. The answers are compared with those of the parallel form, which reads everything
-at once.
+A language model prints the continuation of the prompt, drawn token by token, or that of the
+beginning of the split if there is no prompt. Of the other tasks, each sequence is read at once up
+to its first question, and from there token by token, with the state of the model. The answers are
+compared with those of the parallel form, which reads everything at once.
 """
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +17,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from lla import training
+from lla import generate, training
 from lla.runs import command, workdir
 from lla.training.checkpoint import Checkpoints
 from lla.training.settings import Sharding
@@ -22,6 +26,11 @@ from lla.training.sharding import make_mesh
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run of experiments/train.py.")
 _EXAMPLES = flags.DEFINE_integer("examples", 4, "Test examples to answer.", lower_bound=1)
 _SPLIT = flags.DEFINE_string("split", "test", "Where they come from, such as test_long.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue, for a language model.")
+_TOKENS = flags.DEFINE_integer("tokens", 100, "Tokens to draw, for a language model.", 1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 for the likeliest token.", 0.0)
+_TOP_P = flags.DEFINE_float("top_p", None, "Probability of the tokens to draw from.", 0.0, 1.0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
 # Largest difference of logits, relative to their size: both forms round, TF32 products included.
 _TOLERANCES = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
@@ -48,7 +57,8 @@ def restore(path) -> tuple[training.Trainer, training.TrainState]:
         raise ValueError(f"{path} holds another experiment than a run of experiments/train.py.")
     mixer = dict(record["model"]["mixer"])
     name = mixer.pop("name")
-    record["model"]["mixer"], record["mixers"] = {"name": name}, {name: mixer}
+    others = record["model"].pop("other_mixers", {})
+    record["model"]["mixer"], record["mixers"] = {"name": name}, {name: mixer, **others}
     mesh = make_mesh(Sharding(data=1, fsdp=1))
     trainer = training.Trainer(training.resolve(record), mesh)
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
@@ -84,14 +94,50 @@ def token_by_token(model, batch, first):
     return jnp.take_along_axis(jnp.moveaxis(logits, 0, 1), since[:, :, None], axis=1)
 
 
+def continued(trainer, state, prompt: str | None, split: str) -> str:
+    """A prompt and its continuation by a language model, as the flags say.
+
+    Without a prompt it is the first quarter of the first sequence of `split`.
+
+    Raises:
+      ValueError: a prompt that leaves no room for the tokens to draw.
+    """
+    task, model = trainer.task, trainer.model(state.params)
+    data = task.corpus
+    if prompt is None:
+        tokens = [int(token) for token in data.tokens[split][: max(1, task.length // 4)]]
+    else:
+        tokens = data.encode(prompt)
+    draws = {} if _TEMPERATURE.value == 0 else {"key": jax.random.key(_SEED.value)}
+    found = generate(
+        model,
+        jnp.asarray([tokens], jnp.int32),
+        max_new_tokens=_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+        eos_id=data.separator,
+        pad_id=data.separator,
+        **draws,
+    )
+    new = np.asarray(found.tokens[0, : int(found.lengths[0])])
+    return data.decode([*tokens, *new])
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if _PROMPT.value == "":
+        raise app.UsageError("--prompt is empty.")
     try:
         path = workdir.directory(_WORKDIR.value)
         trainer, state = restore(path)
+        if hasattr(trainer.task, "corpus"):
+            sys.stdout.write(continued(trainer, state, _PROMPT.value, _SPLIT.value) + "\n")
+            return
+        if _PROMPT.value is not None:
+            raise ValueError(f"task {trainer.settings.task.name!r} takes no --prompt.")
         batch = trainer.task.batch(trainer.settings.training.seed, 0, _EXAMPLES.value, _SPLIT.value)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise app.UsageError(str(error)) from error
     if trainer.task.vocab_size is None:
         raise app.UsageError(f"task {trainer.settings.task.name!r} has no tokens to generate.")

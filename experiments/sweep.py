@@ -42,7 +42,7 @@ def main(argv):
     try:
         path = directory(_WORKDIR.value)
         _, points = sweep.grid_points(config)
-        names = dict.fromkeys(point.settings.model.mixer.name for point in points)
+        names = dict.fromkeys(name for point in points for name in point.settings.model.mixer_names)
         check_used(command.overrides(), names, sweeps=True)
     except ValueError as error:
         raise app.UsageError(str(error)) from error

@@ -30,7 +30,7 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         settings = training.resolve(_CONFIG.value.to_dict())
-        check_used(command.overrides(), [settings.model.mixer.name], sweeps=False)
+        check_used(command.overrides(), settings.model.mixer_names, sweeps=False)
         path = directory(_WORKDIR.value)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
@@ -43,7 +43,7 @@ def main(argv):
             ) from error
     try:
         trainer = training.Trainer(settings)
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise app.UsageError(str(error)) from error
     try:
         result = training.train(trainer, path, profile=_PROFILE.value)

@@ -1,10 +1,13 @@
 """Settings of every test: where JAX runs, how strict it is, and how float64 is reached."""
 
+import atexit
 import functools
 import gc
 import importlib.metadata
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Read when a CPU back end starts, so before anything imports jax. A setting of the caller stays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +31,12 @@ if (
 processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, str(max(1, (os.cpu_count() or 1) // processes)))
+
+# Token files of the task text, for the processes that tests start as well.
+if "LLA_TEXT_CACHE" not in os.environ:
+    cache = tempfile.mkdtemp(prefix="lla_text_")
+    os.environ["LLA_TEXT_CACHE"] = cache
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -27,7 +27,8 @@ INSTALLED = {
 
 
 def sources(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
+    texts = (ROOT / folder / "tasks" / "sample_text").glob("*.txt")
+    return sorted([*(ROOT / folder).rglob("*.py"), *texts])
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,13 @@ class ModelConfig:
         computes all outputs from the stream at the last token, see `PositionDecoder`.
       dtype: of the computation, such as "bfloat16"; norms and states of mixers stay float32.
       param_dtype: of the parameters.
+      layers: names of the mixers of the blocks, from the first block on and repeated until the
+        last, such as ``("gated_deltanet",) * 3 + ("lla",)``. Its length divides `depth`, and
+        `mixer` is one of them. Empty for `mixer` in all blocks. Positions "auto" are "none" if one
+        of the mixers sees the order of tokens.
+      other_mixers: name -> options, of the mixers in `layers` other than `mixer`.
+      remat: whether a block is computed again in the backward pass, of which only the inputs are
+        then kept (gradient checkpointing).
     """
 
     width: int
@@ -67,6 +74,9 @@ class ModelConfig:
     readout: Literal["each", "last"] = "each"
     dtype: str = "float32"
     param_dtype: str = "float32"
+    layers: tuple[str, ...] = ()
+    other_mixers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
+    remat: bool = False
 
     def __post_init__(self):
         for name in (
@@ -85,6 +95,14 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be {', '.join(others)} or {last}, got {getattr(self, name)!r}."
                 )
+        if self.layers and (self.depth % len(self.layers) or self.mixer not in self.layers):
+            raise ValueError(
+                f"layers {self.layers} must contain the mixer, {self.mixer!r}, and their number "
+                f"must divide depth, {self.depth}."
+            )
+        for name in self.other_mixers:
+            if name == self.mixer or name not in self.layers:
+                raise ValueError(f"other_mixers has {name!r}, which is no other mixer of layers.")
         if not 0 <= self.mlp_ratio < math.inf:
             raise ValueError(f"mlp_ratio must be >= 0 and finite, got {self.mlp_ratio}.")
         if self.embedding_std is not None and not 0 < self.embedding_std < math.inf:
@@ -111,8 +129,15 @@ class ModelConfig:
     def learned_positions(self) -> bool:
         """Whether the model has learned position embeddings."""
         if self.positions == "auto":
-            return mixers.uses_positions(self.mixer)
+            return all(mixers.uses_positions(name) for name, _ in self.stack)
         return self.positions == "learned"
+
+    @property
+    def stack(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and options of the mixer of every block."""
+        options = {**self.other_mixers, self.mixer: self.mixer_options}
+        names = self.layers or (self.mixer,)
+        return [(name, options.get(name, {})) for name in names] * (self.depth // len(names))
 
     @property
     def mlp_width(self) -> int:
@@ -206,17 +231,28 @@ def _sinusoids(at: jax.Array, width: int) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` if there is an MLP."""
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` if there is an MLP.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    `mixer` is the name of the mixer and `mixer_options` are its options, those of a block of
+    `ModelConfig.stack`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mixer: str,
+        mixer_options: dict[str, Any],
+        *,
+        rngs: nnx.Rngs,
+    ):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         self.mixer_norm = HeadNorm(config.width, param_dtype=param_dtype)
-        options = dict(config.mixer_options)
-        length_option = mixers.length_option(config.mixer)
+        options = dict(mixer_options)
+        length_option = mixers.length_option(mixer)
         if length_option is not None and options.get(length_option) is None:
             options[length_option] = config.max_length
         self.mixer = mixers.create(
-            config.mixer,
+            mixer,
             config.width,
             config.num_heads,
             rngs=rngs,
@@ -254,6 +290,10 @@ class Block(nnx.Module):
         return x
 
 
+def _apply(block: Block, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    return block(x, segment_ids=segment_ids)
+
+
 class SequenceModel(nnx.Module):
     """Inputs ``[B, T]`` of tokens or ``[B, T, input_dim]`` -> outputs ``[B, T, output_dim]``.
 
@@ -289,7 +329,7 @@ class SequenceModel(nnx.Module):
             self.embed = nnx.Linear(config.input_dim, config.width, use_bias=False, **options)
         if config.learned_positions:
             self.positions = nnx.Embed(config.max_length, config.width, **tables)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = nnx.List([Block(config, *mixer, rngs=rngs) for mixer in config.stack])
         if config.readout == "last":
             self.decoder = PositionDecoder(config.width, **options)
         self.norm = HeadNorm(config.width, param_dtype=param_dtype)
@@ -340,8 +380,9 @@ class SequenceModel(nnx.Module):
                 )
             positions = self._position(jnp.arange(length, dtype=jnp.int32))
             x = x + jnp.broadcast_to(positions[None], x.shape)
+        apply = nnx.remat(_apply) if config.remat else _apply
         for block in self.blocks:
-            x = block(x, segment_ids=segment_ids)
+            x = apply(block, x, segment_ids)
         if config.readout == "last":
             if at is None:
                 at = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])

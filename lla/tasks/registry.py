@@ -13,6 +13,7 @@ _TASKS = Registry(
         "mad": "lla.tasks.mad:MAD",
         "mqar": "lla.tasks.mqar:MQAR",
         "state_tracking": "lla.tasks.state_tracking:StateTracking",
+        "text": "lla.tasks.text:Text",
     },
     methods=("batch", "loss", "metrics", "splits", "primary_metric", "metric_mode"),
     group="lla.tasks",

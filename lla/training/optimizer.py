@@ -16,10 +16,20 @@ def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
     """The factor of the peak learning rate at update `n`, from 0 to `steps - 1`.
 
     Linear warm-up over ``round(warmup_fraction * steps)`` updates, the last of which has the factor
-    1, then a cosine that would reach `final_fraction` at update `steps`. No update has a rate of
-    zero.
+    1, then a cosine that would reach `final_fraction` at update `steps`; or, for "wsd", the factor
+    1 until the last ``round(decay_fraction * steps)`` updates, in which it falls linearly and would
+    reach `final_fraction` at update `steps`. No update has a rate of zero.
     """
     warmup = min(round(settings.warmup_fraction * steps), steps)
+    if settings.schedule == "wsd":
+        decay = min(round(settings.decay_fraction * steps), steps - warmup)
+        last = optax.linear_schedule(1.0, settings.final_fraction, decay + 1, steps - decay)
+        ramp = optax.linear_schedule(0.0 if warmup else 1.0, 1.0, max(warmup, 1))
+
+        def at(number):
+            return jnp.minimum(ramp(number), last(number))
+
+        return lambda step: at(jnp.asarray(step, jnp.float32) + 1)
     curve = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else 1.0,
         peak_value=1.0,

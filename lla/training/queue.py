@@ -19,7 +19,7 @@ from lla.training.loop import fit
 from lla.training.settings import Sharding
 from lla.training.sharding import make_mesh
 from lla.training.sweep import Grid, GridPoint
-from lla.training.trainer import Runs, Trainer
+from lla.training.trainer import RefusedError, Runs, Trainer
 
 Estimate = Callable[[GridPoint, Runs], float]
 
@@ -145,7 +145,10 @@ class Queue:
 
 
 def _compiled(point: GridPoint, runs: Runs) -> Trainer:
-    trainer = Trainer(point.settings, make_mesh(Sharding(1, 1), jax.devices()[:1]), runs)
+    try:
+        trainer = Trainer(point.settings, make_mesh(Sharding(1, 1), jax.devices()[:1]), runs)
+    except (ImportError, ValueError) as error:  # such as a task whose files are missing
+        raise RefusedError(str(error)) from error
     trainer.check()
     trainer.compile()
     return trainer

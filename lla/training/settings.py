@@ -1,8 +1,8 @@
 """The settings of a run: frozen dataclasses, their defaults, and how a config becomes one.
 
 A config has the sections `task`, `model`, `mixers`, `optimizer`, `training`, `sharding` and
-`sweep`. `mixers` holds the options of every mixer; only those of `model.mixer.name` are used and
-recorded, so that changing this name swaps the mixer.
+`sweep`. `mixers` holds the options of every mixer; only those of `model.mixer.name` and
+`model.layers` are used and recorded, so that changing this name swaps the mixer.
 """
 
 import copy
@@ -19,6 +19,13 @@ from lla.runs.config import check_keys, check_types, from_config, plain
 from lla.typed import LARGEST_SEED, conform
 
 _LARGEST_COUNT = 2**31 - 1  # steps are int32
+# Options are recorded where they differ from the defaults if they came after the first runs, whose
+# directories can then still be resumed.
+_LATER = {
+    "model": {"layers": (), "other_mixers": {}, "remat": False},
+    "optimizer": {"schedule": "cosine", "decay_fraction": 0.2},
+    "training": {"micro_batches": 1},
+}
 _SECTIONS = ("task", "model", "mixers", "optimizer", "training", "sharding", "sweep")
 
 
@@ -35,7 +42,11 @@ class Named:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The part of `lla.models.ModelConfig` that the task does not determine."""
+    """The part of `lla.models.ModelConfig` that the task does not determine.
+
+    `other_mixers` are those of `layers` besides `mixer`, with their options from the section
+    `mixers`.
+    """
 
     mixer: Named
     width: int = 128
@@ -50,16 +61,27 @@ class Model:
     head_bias: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
+    layers: tuple[str, ...] = ()
+    other_mixers: tuple[Named, ...] = ()
+    remat: bool = False
+
+    @property
+    def mixer_names(self) -> tuple[str, ...]:
+        """All mixers of the model."""
+        return (self.mixer.name, *(other.name for other in self.other_mixers))
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW or Muon with warm-up and cosine decay.
+    """AdamW or Muon with a schedule of the learning rate.
 
     Attributes:
       name: "adamw", or "muon" for the kernels of linear maps and AdamW for the rest.
       learning_rate: the peak of the schedule.
+      schedule: after the warm-up, "cosine" decays from the peak to the end; "wsd" (warm-up, stable,
+        decay: arXiv 2404.06395) stays at the peak, and decays linearly at the end.
       warmup_fraction: fraction of all steps in which the rate rises linearly from 0.
+      decay_fraction: fraction of all steps in which "wsd" decays.
       final_fraction: the rate after the last step, as a fraction of the peak.
       weight_decay: decoupled and multiplied by the rate; of the kernels of linear maps only.
       decay_embeddings: whether embedding tables decay as well.
@@ -69,7 +91,9 @@ class Optimizer:
 
     name: str = "adamw"
     learning_rate: float = 1e-3
+    schedule: str = "cosine"
     warmup_fraction: float = 0.05
+    decay_fraction: float = 0.2
     final_fraction: float = 0.0
     weight_decay: float = 0.1
     decay_embeddings: bool = False
@@ -80,7 +104,14 @@ class Optimizer:
     def __post_init__(self):
         _choice("optimizer.name", self.name, ("adamw", "muon"))
         _range("optimizer.learning_rate", self.learning_rate, 0.0, math.inf, open_low=True)
+        _choice("optimizer.schedule", self.schedule, ("cosine", "wsd"))
         _range("optimizer.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
+        _range("optimizer.decay_fraction", self.decay_fraction, 0.0, 1.0)
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                "optimizer.warmup_fraction and optimizer.decay_fraction must add up to at most 1, "
+                f"got {self.warmup_fraction} and {self.decay_fraction}."
+            )
         _range("optimizer.final_fraction", self.final_fraction, 0.0, 1.0)
         _range("optimizer.weight_decay", self.weight_decay, 0.0, math.inf)
         _range("optimizer.clip_norm", self.clip_norm, 0.0, math.inf)
@@ -95,6 +126,8 @@ class Training:
     Attributes:
       steps: updates.
       batch_size: sequences per update, over all devices.
+      micro_batches: parts of a batch whose gradients are computed one after another and added up,
+        so that memory is needed for one of them; the mean is over the whole batch.
       seed: of parameters and data, below 2^32.
       log_every: steps that one record of training metrics averages over.
       eval_every: steps between evaluations; one comes before the first step, one after the last.
@@ -109,6 +142,7 @@ class Training:
 
     steps: int = 1000
     batch_size: int = 64
+    micro_batches: int = 1
     seed: int = 0
     log_every: int = 10
     eval_every: int = 100
@@ -125,6 +159,11 @@ class Training:
                 low = 0 if field.name in ("seed", "eval_batch_size") else 1
                 high = LARGEST_SEED if field.name == "seed" else _LARGEST_COUNT
                 _range(f"training.{field.name}", getattr(self, field.name), low, high)
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                "training.batch_size must be a multiple of training.micro_batches, got "
+                f"{self.batch_size} and {self.micro_batches}."
+            )
         for name in ("eval_every", "checkpoint_every"):
             if getattr(self, name) % self.log_every:
                 raise ValueError(
@@ -214,8 +253,9 @@ class Settings:
         fields = {
             field.name: getattr(self.model, field.name) for field in dataclasses.fields(Model)
         }
-        mixer = fields.pop("mixer")
+        mixer, others = fields.pop("mixer"), fields.pop("other_mixers")
         return ModelConfig(
+            other_mixers={other.name: other.options for other in others},
             mixer=mixer.name,
             mixer_options=mixer.options,
             vocab_size=task.vocab_size,
@@ -227,17 +267,26 @@ class Settings:
         )
 
     def record(self) -> dict[str, Any]:
-        """The settings as plain dicts, as in `config.json`."""
+        """The settings as plain dicts, as in `config.json`; `_LATER` says what may be missing."""
         record = dataclasses.asdict(self)
         record["task"] = self.task.record()
         record["model"]["mixer"] = self.model.mixer.record()
+        record["model"]["other_mixers"] = {
+            other.name: other.options for other in self.model.other_mixers
+        }
+        for section, names in _LATER.items():
+            for name, default in names.items():
+                if record[section][name] == default:
+                    del record[section][name]
         return record
 
 
 def defaults(task: str) -> dict[str, Any]:
     """All keys of a config of this task with their defaults, as nested dicts."""
     model = {
-        field.name: field.default for field in dataclasses.fields(Model) if field.name != "mixer"
+        field.name: field.default
+        for field in dataclasses.fields(Model)
+        if field.name not in ("mixer", "other_mixers")
     }
     return {
         "task": {"name": task, **tasks.options(task)},
@@ -281,18 +330,20 @@ def resolve(config: Mapping[str, Any]) -> Settings:
         for name, kind in (("optimizer", Optimizer), ("training", Training), ("sharding", Sharding))
     }
     task = config["task"].pop("name")
-    fields = {field.name for field in dataclasses.fields(Model)} - {"mixer"}
+    fields = {field.name for field in dataclasses.fields(Model)} - {"mixer", "other_mixers"}
     check_keys("config.model", config["model"], fields)
     model = check_types("config.model", config["model"], typing.get_type_hints(Model))
+
+    def named(name):
+        path = f"config.mixers.{name}"
+        return _named(mixers.registry, path, name, table.get(name, {}))
+
+    others = [name for name in dict.fromkeys(model.get("layers", ())) if name != mixer["name"]]
     return Settings(
         task=_named(tasks.registry, "config.task", task, config["task"]),
         model=Model(
-            mixer=_named(
-                mixers.registry,
-                f"config.mixers.{mixer['name']}",
-                mixer["name"],
-                table.get(mixer["name"], {}),
-            ),
+            mixer=named(mixer["name"]),
+            other_mixers=tuple(map(named, others)),
             **model,
         ),
         **sections,

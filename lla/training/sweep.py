@@ -55,8 +55,12 @@ class GridPoint:
         """
         record = _shared_settings(self)
         usual = defaults(self.settings.task.name)
-        options = usual.pop("mixers")[self.settings.model.mixer.name]
+        table = usual.pop("mixers")
+        options = table[self.settings.model.mixer.name]
         usual["model"]["mixer"] = {"name": None, **options}
+        usual["model"]["other_mixers"] = {
+            other: table[other] for other in record["model"].get("other_mixers", ())
+        }
         usual["task"]["name"] = None
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "steps_per_call"):
             del record["training"][name]  # these change no result
@@ -95,10 +99,11 @@ def grid_points(config: Mapping[str, Any]) -> tuple[Sweep, list[GridPoint]]:
             choices = dict(zip(axes, point, strict=True))
             # Options of other mixers are not choices of this point.
             name = choices.get("model.mixer.name", base["model"]["mixer"].get("name"))
+            names = (name, *choices.get("model.layers", base["model"].get("layers", ())))
             used = {
                 path: value
                 for path, value in choices.items()
-                if not path.startswith("mixers.") or path.split(".")[1] == name
+                if not path.startswith("mixers.") or path.split(".")[1] in names
             }
             labels = ({"case": case} if case else {}) | used
             if _folder(labels) in labelled:
@@ -115,7 +120,8 @@ def grid_points(config: Mapping[str, Any]) -> tuple[Sweep, list[GridPoint]]:
             abstract_model(settings.model_config(settings.create_task()))  # checks the model
             found.append(GridPoint(_folder(labels), labels, settings))
     paths = [*axes, *(path for case in sweep.cases.values() for path, _ in _axes(case))]
-    check_used(paths, {point.settings.model.mixer.name: None for point in found}, sweeps=True)
+    used = dict.fromkeys(name for point in found for name in point.settings.model.mixer_names)
+    check_used(paths, used, sweeps=True)
     return sweep, found
 
 

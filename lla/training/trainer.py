@@ -100,6 +100,13 @@ class Trainer:
                     f"training.{name} must be a multiple of the {self.mesh.size} devices of the "
                     f"mesh, got {getattr(self, name)}."
                 )
+        micro_batches = settings.training.micro_batches
+        if self.batch_size // micro_batches % self.mesh.size:
+            raise ValueError(
+                f"training.micro_batches ({micro_batches}) leaves parts of "
+                f"{self.batch_size // micro_batches} sequences, no multiple of the "
+                f"{self.mesh.size} devices of the mesh."
+            )
         self.test_splits = tuple(
             split for split in self.task.splits if split not in ("train", VALIDATION)
         )
@@ -332,12 +339,7 @@ class Trainer:
 
     def _update(self, step, body, rate, batch):
         params, opt_state, failed_at, stopped_at = body
-
-        def loss_of(params):
-            outputs = self._outputs(params, batch)
-            return self.task.loss(outputs, batch), outputs
-
-        (loss, outputs), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        loss, sums, gradients = self._gradients(params, batch)
         norm = _global_norm(gradients)
         direction, new_opt_state = self._direction.update(gradients, opt_state, params)
         new_params = jax.tree.map(
@@ -357,10 +359,52 @@ class Trainer:
             (params, opt_state),
         )
         one = jnp.float32(1)
-        sums = dict(self.task.metrics(outputs, batch))
         sums |= {"gradient_norm": (norm, one), "learning_rate": (rate, one)}
         sums = jax.tree.map(lambda leaf: jnp.where(going, leaf, jnp.zeros_like(leaf)), sums)
         return (new_params, new_opt_state, new_failed_at, stopped_at), sums
+
+    def _gradients(self, params, batch) -> tuple[jax.Array, Sums, dict[str, jax.Array]]:
+        """The loss of a batch, its metrics, and the gradients of the loss."""
+
+        def loss_of(params, batch):
+            outputs = self._outputs(params, batch)
+            return self.task.loss(outputs, batch), outputs
+
+        def gradients_of(batch):
+            found = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
+            (loss, outputs), gradients = found
+            return loss, dict(self.task.metrics(outputs, batch)), gradients
+
+        count = self.settings.training.micro_batches
+        if count == 1:
+            return gradients_of(batch)
+
+        def weighted(part):
+            # A part may have fewer labels than another: the loss is a mean over the weight that
+            # its metric has.
+            loss, sums, gradients = gradients_of(part)
+            weight = sums["loss"][1]
+            gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * weight, gradients)
+            return loss * weight, sums, gradients
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, weighted(part)), None
+
+        def parts_of(leaf):
+            # Every part has sequences from all devices.
+            return jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0)
+
+        parts = jax.tree.map(parts_of, batch)
+        first = jax.tree.map(lambda leaf: leaf[0], parts)
+        zero = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(weighted, first)
+        )
+        (loss, sums, gradients), _ = jax.lax.scan(add, zero, parts)
+        weight = jnp.where(sums["loss"][1] > 0, sums["loss"][1], jnp.float32(1))
+        gradients = {
+            path: (leaf / weight).astype(params[path].dtype) for path, leaf in gradients.items()
+        }
+        return loss / weight, sums, gradients
 
     def _batch(self, seed, index, size, split):
         batch = self.task.batch(seed, index, size, split)

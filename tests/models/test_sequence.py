@@ -55,6 +55,58 @@ def test_the_future_is_not_read():
     assert not np.allclose(before[:, 5:], after[:, 5:])
 
 
+def test_remat_changes_memory_and_no_number():
+    def gradients(remat):
+        model = build(dataclasses.replace(TOKENS, remat=remat, mlp_ratio=2.0))
+        loss, found = nnx.value_and_grad(lambda m: jnp.sum(jnp.square(m(tokens()))))(model)
+        jaxpr = jax.make_jaxpr(lambda state: nnx.merge(nnx.graphdef(model), state)(tokens()))(
+            nnx.state(model)
+        )
+        return loss, nnx.to_pure_dict(found), str(jaxpr).count("remat")
+
+    (loss, plain, none), (again, remat, some) = gradients(False), gradients(True)
+    assert none == 0 and some == 2
+    np.testing.assert_allclose(loss, again, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
+
+
+HYBRID = dataclasses.replace(
+    TOKENS,
+    depth=6,
+    layers=("linear", "retnet", "softmax"),
+    other_mixers={"softmax": {"num_kv_heads": 1}},
+)
+
+
+def test_a_hybrid_has_the_mixers_of_its_layers():
+    model = build(HYBRID)
+    kinds = [type(block.mixer).__name__ for block in model.blocks]
+    assert kinds == ["LinearAttention", "RetNet", "Softmax"] * 2
+    assert model.blocks[2].mixer.key.kernel.shape[1] == 1
+    # RetNet sees the order of tokens.
+    assert not HYBRID.learned_positions
+    assert dataclasses.replace(HYBRID, layers=("linear", "softmax")).learned_positions
+    outputs = model(tokens())
+    state = model.init_state(2, 8)
+    for at in range(8):
+        step, state = model.decode(tokens()[:, at : at + 1], state)
+        np.testing.assert_allclose(step[:, 0], outputs[:, at], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"layers": ("softmax", "retnet")}, "must contain the mixer, 'linear'"),
+        ({"depth": 5}, "must divide depth, 5"),
+        ({"other_mixers": {"gla": {}}}, "has 'gla', which is no other mixer"),
+        ({"other_mixers": {"linear": {}}}, "has 'linear', which is no other mixer"),
+    ],
+)
+def test_impossible_hybrids(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(HYBRID, **changes)
+
+
 def test_positions_follow_the_mixer_unless_told():
     def learned(**changes):
         return hasattr(build(dataclasses.replace(TOKENS, **changes)), "positions")

@@ -15,6 +15,7 @@ from lla.training import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
 TASKS = tasks.names()
+CONFIGS = {task: task for task in TASKS} | {"text": "language_model"}  # names of files
 
 
 def run(script, *arguments):
@@ -29,7 +30,7 @@ def run(script, *arguments):
 
 def config(task, variant):
     scope = {}
-    exec(compile((ROOT / "configs" / f"{task}.py").read_text(), task, "exec"), scope)
+    exec(compile((ROOT / "configs" / f"{CONFIGS[task]}.py").read_text(), task, "exec"), scope)
     return scope["get_config"](variant).to_dict()
 
 
@@ -55,10 +56,14 @@ def test_every_point_of_the_full_sweeps_is_possible(task):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_smoke_variants_run(task, tmp_path):
-    trained = run("train", f"--config=configs/{task}.py:smoke", f"--workdir={tmp_path / 'run'}")
+    trained = run(
+        "train", f"--config=configs/{CONFIGS[task]}.py:smoke", f"--workdir={tmp_path / 'run'}"
+    )
     assert trained.returncode == 0, trained.stderr
     assert "finished at step 8" in trained.stdout
-    swept = run("sweep", f"--config=configs/{task}.py:smoke", f"--workdir={tmp_path / 'sweep'}")
+    swept = run(
+        "sweep", f"--config=configs/{CONFIGS[task]}.py:smoke", f"--workdir={tmp_path / 'sweep'}"
+    )
     assert swept.returncode == 0, swept.stderr
     assert len(sweep.read_results(tmp_path / "sweep" / "results.csv")) == 8
 
@@ -216,7 +221,9 @@ def test_a_run_whose_only_update_diverges_ends_with_a_line(tmp_path):
 def test_double_precision_trains_too(task, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     linear = "--config.model.mixer.name=linear"
-    done = run("train", f"--config=configs/{task}.py:smoke", linear, f"--workdir={tmp_path}")
+    done = run(
+        "train", f"--config=configs/{CONFIGS[task]}.py:smoke", linear, f"--workdir={tmp_path}"
+    )
     assert done.returncode == 0 and "finished at step 8" in done.stdout, done.stderr
 
 
@@ -307,3 +314,33 @@ def test_a_sweep_tells_its_mistakes_too(tmp_path):
         wrong = run("sweep", "--config=configs/mqar.py:smoke", f"--workdir={tmp_path}", flag)
         assert wrong.returncode == 1 and message in wrong.stderr + wrong.stdout, flag
         assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_hybrid_language_model_trains_and_continues_a_text(tmp_path):
+    trained = run(
+        "train",
+        "--config=configs/language_model.py:smoke",
+        "--config.model.mixer.name=gla",
+        "--config.model.layers=('gla', 'linear')",
+        "--config.mixers.linear.short_conv=2",
+        f"--workdir={tmp_path}",
+    )
+    assert trained.returncode == 0 and "finished at step 8" in trained.stdout, trained.stderr
+    assert read_config(tmp_path)["model"]["other_mixers"]["linear"]["short_conv"] == 2
+    flags = (f"--workdir={tmp_path}", "--tokens=5", "--temperature=0")
+    done = run("generate", *flags, "--prompt=The lamp")
+    assert done.returncode == 0 and done.stdout.startswith("The lamp"), done.stderr
+    assert len(done.stdout) > len("The lamp\n")
+    unprompted = run("generate", *flags, "--split=validation")
+    assert unprompted.stdout.startswith("The baker"), unprompted.stderr
+    assert_one_line(run("generate", *flags, "--prompt="), "--prompt is empty")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train", "sweep"])
+def test_text_that_is_not_there_is_told_in_a_line(script, tmp_path):
+    flags = ("--config=configs/language_model.py:smoke", "--config.task.files=('nowhere',)")
+    told = run(script, *flags, f"--workdir={tmp_path / 'run'}")
+    assert told.returncode == 1 and "Traceback" not in told.stderr, told.stderr
+    assert "there is no file or folder 'nowhere'" in told.stderr.splitlines()[-1]

@@ -45,6 +45,27 @@ def test_of_settings(task, changes, expected):
     assert digest(override(training.defaults(task), changes)) == expected
 
 
+def test_hybrids_have_the_options_of_all_their_mixers():
+    def of(layers=("gla", "lla"), **options):
+        model = {"mixer": {"name": "lla"}, "layers": layers}
+        changes = {"model": model, "mixers": options}
+        return training.resolve(override(training.defaults("mqar"), changes)), digest(
+            override(training.defaults("mqar"), changes)
+        )
+
+    settings, first = of()
+    assert first == "f865b975a8fe"
+    assert settings.model.mixer_names == ("lla", "gla")
+    changed = {
+        first,
+        of(("lla", "gla"))[1],
+        of(gla={"expand_k": 1.0})[1],
+        of(lla={"ridge": 3.0})[1],
+    }
+    assert first in changed and len(changed) == 4
+    assert of(mamba2={"short_conv": 3})[1] == first
+
+
 def test_what_changes_no_result_changes_no_digest():
     usual = training.defaults("mqar")
     same = {

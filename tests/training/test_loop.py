@@ -377,3 +377,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, steps):
     for name in ("metrics.jsonl", "result.json", "config.json"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
     assert parameters(whole) == parameters(killed)
+
+
+def test_a_paused_run_goes_on_with_the_same_text(tmp_path):
+    trainer = training.Trainer(resolve("text"))
+    train_text = functools.partial(training.train, trainer, stream=io.StringIO())
+    train_text(tmp_path / "whole")
+    record = trainer.settings.record()
+    paused = training.fit(trainer, tmp_path / "paused", record, stream=io.StringIO(), pause_at=0.0)
+    assert paused == {"status": "paused", "steps": 2}
+    train_text(tmp_path / "paused")
+    whole, resumed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "paused"))
+    assert whole.read_bytes() == resumed.read_bytes()
+    (last,) = [entry for entry in read_records(tmp_path / "whole") if entry["kind"] == "test"]
+    assert last["test/bits_per_byte"] > 0 and last["test/loss/position_4-7"] > 0

@@ -48,6 +48,24 @@ def test_the_schedule_is_a_ramp_and_a_cosine(warmup, final):
         assert expected > 0  # no update is wasted
 
 
+def test_wsd_is_a_ramp_a_plateau_and_a_line():
+    steps, final = 40, 0.1
+    options = dict(schedule="wsd", warmup_fraction=0.1, decay_fraction=0.25, final_fraction=final)
+    factor = schedule(Optimizer(**options), steps)
+    found = [float(factor(jnp.int32(step))) for step in range(steps)]
+    np.testing.assert_allclose(found[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(found[4:30], 1.0, rtol=1e-6)
+    line = [1 - (1 - final) * i / 11 for i in range(1, 11)]
+    np.testing.assert_allclose(found[30:], line, rtol=1e-5)
+    # Nothing is divided by zero without a ramp or a decay.
+    flat = schedule(Optimizer(schedule="wsd", warmup_fraction=0.0, decay_fraction=0.0), steps)
+    assert [float(flat(jnp.int32(step))) for step in (0, 20, 39)] == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="add up to at most 1"):
+        Optimizer(schedule="wsd", warmup_fraction=0.6, decay_fraction=0.6)
+    with pytest.raises(ValueError, match="did you mean 'wsd'"):
+        Optimizer(schedule="wds")
+
+
 def decayed(settings):
     """Paths that shrink when all gradients are zero, which AdamW and Muon turn into nothing."""
     rule, params = direction(settings, SPARED), draw(0)

@@ -11,12 +11,14 @@ import pytest
 from lla import mixers, tasks, training
 from lla.training.settings import override
 from lla.training.trainer import means
+from tests.tasks.sample import SAMPLE
 
 SMALL = {
     "mad": {"length": 8, "train_examples": 16, "test_examples": 8, "macro_batch": 4},
     "mqar": {"vocab_size": 16, "length": 8, "pairs": 2, "train_examples": None},
     "in_context_regression": {"dim": 3, "length": 6, "segment_length": 3},
     "state_tracking": {"num_items": 3, "min_swaps": 1, "max_swaps": 3},
+    "text": {"files": (str(SAMPLE),), "vocab_size": 270, "length": 8},
 }
 
 
@@ -320,3 +322,48 @@ def test_seeds_at_once_are_those_alone_across_the_end_of_an_epoch():
 def override_seed(settings, seed):
     """The same settings with another seed."""
     return dataclasses.replace(settings, training=dataclasses.replace(settings.training, seed=seed))
+
+
+@pytest.mark.parametrize("task", ["mqar", "in_context_regression"])
+def test_micro_batches_are_the_whole_batch(task):
+    """Also where parts have different numbers of labels."""
+    found = []
+    for count in (1, 4):
+        settings = resolve(task, training={"micro_batches": count})
+        trainer = training.Trainer(settings)
+        batch = dict(trainer.task.batch(0, 0, 8))
+        if "weights" in batch:
+            batch["weights"] = batch["weights"].at[1, 1:].set(0.0).at[4].set(0.0)
+        found.append(jax.jit(trainer._gradients)(trainer.init().params, batch))
+    chex.assert_trees_all_close(*found, rtol=2e-4, atol=1e-6)
+
+
+def test_micro_batches_on_a_mesh_and_their_limits():
+    split = resolve(training={"micro_batches": 2}, sharding={"data": 4})
+    state, values = run(training.Trainer(split), 2)
+    alone, expected = run(training.Trainer(resolve()), 2)
+    np.testing.assert_allclose(values["loss"], expected["loss"], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"micro_batches \(4\) leaves parts of 2 sequences"):
+        training.Trainer(resolve(training={"micro_batches": 4}, sharding={"data": 4}))
+    with pytest.raises(ValueError, match=r"multiple of training\.micro_batches, got 8 and 3"):
+        resolve(training={"micro_batches": 3})
+
+
+def test_text_on_a_mesh_is_the_text_on_one_device():
+    found = [
+        run(training.Trainer(resolve("text", sharding={"data": devices})), 2)[1]
+        for devices in (1, 4)
+    ]
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-4, err_msg=name)
+
+
+def test_runs_at_once_read_the_text_of_their_seeds():
+    settings = resolve("text", optimizer={"learning_rate": 1e-2})
+    many = training.Trainer(settings, runs=training.Runs((0, 5), (1e-2,)))
+    _, values = run(many, 2)
+    for i, seed in enumerate((0, 5)):
+        alone = resolve("text", optimizer={"learning_rate": 1e-2}, training={"seed": seed})
+        _, expected = run(training.Trainer(alone), 2)
+        np.testing.assert_allclose(values["loss"][i, 0], expected["loss"], rtol=1e-5)
