@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 
-from lla.ops import dispatch
+from lla.ops import dispatch, sharding
 from lla.ops.dispatch import Implementation
 from lla.ops.options import Solver, Stats
-from lla.ops.problem import Problem, make_problem
+from lla.ops.problem import make_problem
 
 
 def local_linear_attention(
@@ -84,12 +84,12 @@ def local_linear_attention(
     Source: Zuo et al., "Local Linear Attention", arXiv 2510.01450, in the centred form derived in
     ``kernels/README.md``.
     """
-    problem = make_problem(
-        "lla", query, key, value, ridge=ridge, scale=scale, is_causal=is_causal,
-        query_offset=query_offset, key_value_seq_lengths=key_value_seq_lengths,
-        segment_ids=segment_ids, local_window_size=local_window_size, mask=mask, solver=solver,
+    arrays = dict(
+        query=query, key=key, value=value, ridge=ridge, scale=scale, query_offset=query_offset,
+        key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids, mask=mask,
     )  # fmt: skip
-    return _serve(problem, implementation, return_stats)
+    options = dict(is_causal=is_causal, local_window_size=local_window_size, solver=solver)
+    return _serve("lla", arrays, options, implementation, return_stats)
 
 
 def parallax_attention(
@@ -128,12 +128,12 @@ def parallax_attention(
 
     Source: "Parallax", arXiv 2605.29157.
     """
-    problem = make_problem(
-        "parallax", query, key, value, probe=probe, scale=scale, is_causal=is_causal,
-        query_offset=query_offset, key_value_seq_lengths=key_value_seq_lengths,
-        segment_ids=segment_ids, local_window_size=local_window_size, mask=mask,
+    arrays = dict(
+        query=query, key=key, value=value, probe=probe, scale=scale, query_offset=query_offset,
+        key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids, mask=mask,
     )  # fmt: skip
-    return _serve(problem, implementation, return_stats)
+    options = dict(is_causal=is_causal, local_window_size=local_window_size)
+    return _serve("parallax", arrays, options, implementation, return_stats)
 
 
 def softmax_attention(
@@ -155,12 +155,12 @@ def softmax_attention(
 
     Arguments, results and errors as `parallax_attention` without ``probe``.
     """
-    problem = make_problem(
-        "softmax", query, key, value, scale=scale, is_causal=is_causal,
-        query_offset=query_offset, key_value_seq_lengths=key_value_seq_lengths,
-        segment_ids=segment_ids, local_window_size=local_window_size, mask=mask,
+    arrays = dict(
+        query=query, key=key, value=value, scale=scale, query_offset=query_offset,
+        key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids, mask=mask,
     )  # fmt: skip
-    return _serve(problem, implementation, return_stats)
+    options = dict(is_causal=is_causal, local_window_size=local_window_size)
+    return _serve("softmax", arrays, options, implementation, return_stats)
 
 
 def explain(
@@ -194,6 +194,12 @@ def explain(
     return reasons
 
 
-def _serve(problem: Problem, implementation, return_stats):
-    out, stats = dispatch.run(problem, implementation, return_stats)
+def _serve(member, arrays, options, implementation, return_stats):
+    mesh = sharding.find_mesh(arrays.values())
+    if mesh is None:
+        problem = make_problem(member, **arrays, **options)
+        out, stats = dispatch.run(problem, implementation, return_stats)
+    else:
+        found = sharding.attend(mesh, member, arrays, options, implementation, return_stats)
+        out, stats = found["out"], Stats(*(found[name] for name in Stats._fields))
     return (out, stats) if return_stats else out

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lla.kernels.tiles import sees_nothing
 from lla.ops import mosaic_gpu, mosaic_tpu
 from lla.ops.auto import choose_method
+from lla.ops.handover import Handover
 from lla.ops.options import Stats
 from lla.ops.problem import Problem, resolve_solver
 from lla.ops.reference import reference
@@ -39,15 +40,30 @@ _REFUSALS: dict[str, Callable[[Problem], str | None]] = {
 }
 
 
-def _run(name: str, problem: Problem, with_stats: bool) -> tuple[jax.Array, Stats]:
+ROW_UNITS = {"xla": 1, "mosaic_gpu": 128, "mosaic_tpu": 1}
+"""Queries that an implementation pads their number to a multiple of, in what it hands over."""
+
+
+def _run(
+    name: str, problem: Problem, with_stats: bool, handover: Handover | None = None
+) -> tuple[jax.Array, Stats]:
     if name == "reference":
         return reference(problem)
     problem, restore = shield(problem, fast=name != "xla")
+    # Functions of tests in the place of a back end need not know of it.
+    extra = {} if handover is None else {"handover": handover}
     if name == "mosaic_gpu":
-        return restore(*mosaic_gpu.mosaic_gpu(problem))
-    if name == "mosaic_tpu":
-        return restore(*mosaic_tpu.mosaic_tpu(problem))
-    return restore(*xla(problem, resolve_solver(problem, choose_method(problem)), with_stats))
+        out, stats = mosaic_gpu.mosaic_gpu(problem, **extra)
+    elif name == "mosaic_tpu":
+        out, stats = mosaic_tpu.mosaic_tpu(problem, **extra)
+    else:
+        solver = resolve_solver(problem, choose_method(problem))
+        out, stats = xla(problem, solver, with_stats, **extra)
+    if handover is not None:
+        if handover.given:
+            stats = stats._replace(lse=handover.lse)
+        handover.lse = stats.lse
+    return restore(out, stats)
 
 
 def preference() -> tuple[str, ...]:
@@ -90,7 +106,10 @@ def restore(
 
 
 def run(
-    problem: Problem, implementation: Implementation, with_stats: bool
+    problem: Problem,
+    implementation: Implementation,
+    with_stats: bool,
+    handover: Handover | None = None,
 ) -> tuple[jax.Array, Stats]:
     """Runs the first implementation that can serve, with the public output layout.
 
@@ -99,10 +118,16 @@ def run(
     Raises:
       NotImplementedError: if none can, with every reason.
     """
+    name = choose(problem, implementation)
+    return restore(problem, *_run(name, problem, with_stats, handover), with_stats)
+
+
+def choose(problem: Problem, implementation: Implementation) -> str:
+    """The first implementation that can serve; NotImplementedError if none can."""
     names = check_names(implementation)
     reasons = refusals(problem, names)
     for name, reason in reasons.items():
         if reason is None:
-            return restore(problem, *_run(name, problem, with_stats), with_stats)
+            return name
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no implementation can serve this call ({listed}).")

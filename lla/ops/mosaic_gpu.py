@@ -144,7 +144,7 @@ class _Saved(NamedTuple):
 
 
 def mosaic_gpu(
-    problem: Problem, *, configs: Any = None, interpret: Any = None
+    problem: Problem, *, configs: Any = None, interpret: Any = None, handover: Any = None
 ) -> tuple[jax.Array, Stats]:
     """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics.
 
@@ -152,6 +152,7 @@ def mosaic_gpu(
       problem: one that `refuse_shape` accepts.
       configs: an `lla.kernels.mosaic_gpu.configs.Configs`; None takes the table's.
       interpret: parameters of Pallas's GPU interpreter, or None to compile.
+      handover: see `lla.ops.handover`.
     """
     # Imported here: these modules need JAX 0.11.
     from lla.kernels.mosaic_gpu import configs as table
@@ -219,7 +220,13 @@ def mosaic_gpu(
     )
     leaves, tree = jax.tree.flatten((operands, (masking, marked)))
     operands, tiles = jax.tree.unflatten(tree, match_varying(*leaves))
-    out, stats = _attend(spec, operands, tiles)
+    if handover is None:
+        out, stats = _attend(spec, operands, tiles)
+    else:
+        fields = tuple(zip(SAVED_NAMES, _DIMS, strict=True))
+        out, stats = handover.attend_fields(
+            _results, _gradients, _Saved, fields, spec, operands, tiles
+        )
 
     def restore(array):  # [B, N, T] -> [B, T, K, G]
         return jnp.swapaxes(array[:, :, :t], 1, 2).reshape(b, t, k, g)
@@ -300,6 +307,10 @@ def iterations(problem: Problem, *, precise: bool, direct: bool = False):
 # ---------------------------------------------------------------------------------------------
 # Differentiation
 
+SAVED_NAMES = (RESIDUAL_NAMES[0], RESIDUAL_NAMES[1], *[RESIDUAL_NAMES[2]] * 4, RESIDUAL_NAMES[3])
+_DIMS = ("qnh", "nq", "nq", "nq", "qnh", "qnh", "qnh")
+_SAVED_FIELDS = tuple(zip(SAVED_NAMES, _DIMS, strict=True))  # for `Handover`
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: _Spec, operands: _Operands, tiles) -> tuple[jax.Array, Stats]:
@@ -309,10 +320,8 @@ def _attend(spec: _Spec, operands: _Operands, tiles) -> tuple[jax.Array, Stats]:
 
 def _attend_fwd(spec: _Spec, operands: _Operands, tiles):
     saved, stats = _results(spec, operands, *tiles)
-    names = (RESIDUAL_NAMES[0], RESIDUAL_NAMES[1], *[RESIDUAL_NAMES[2]] * 4, RESIDUAL_NAMES[3])
-    saved = _Saved(
-        *(None if a is None else checkpoint_name(a, n) for a, n in zip(saved, names, strict=True))
-    )
+    pairs = zip(saved, SAVED_NAMES, strict=True)
+    saved = _Saved(*(None if a is None else checkpoint_name(a, name) for a, name in pairs))
     return (saved.out, stats), (operands, tiles, saved)
 
 

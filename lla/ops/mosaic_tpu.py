@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import default_device, match_varying, target_platform
 from lla.ops import again
+from lla.ops.handover import Handover
 from lla.ops.options import Stats
 from lla.ops.problem import Member, Problem, refuse_for_kernels, resolve_solver
 from lla.ops.xla import RESIDUAL_NAMES
@@ -87,7 +88,11 @@ class _Saved(NamedTuple):
 
 
 def mosaic_tpu(
-    problem: Problem, *, blocks: Any = None, interpret: Any = None
+    problem: Problem,
+    *,
+    blocks: Any = None,
+    interpret: Any = None,
+    handover: Handover | None = None,
 ) -> tuple[jax.Array, Stats]:
     """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics.
 
@@ -95,6 +100,7 @@ def mosaic_tpu(
       problem: one that `refuse_shape` accepts.
       blocks: a `lla.kernels.mosaic_tpu.launch.Blocks`; None chooses.
       interpret: True or a `pallas.tpu.InterpretParams` to interpret, None to compile.
+      handover: see `lla.ops.handover`.
     """
     from lla.kernels.mosaic_tpu import configs, forward, launch, solve, tile
 
@@ -174,11 +180,34 @@ def mosaic_tpu(
     )
     leaves, tree = jax.tree.flatten((operands, masking))
     operands, masking = jax.tree.unflatten(tree, match_varying(*leaves))
-    out, stats = _attend(spec, operands, masking)
 
     def restore(array):  # [M, R, ...] -> [B, T, K, G, ...]
         array = array[:, : t * g].reshape(b, k, t, g, *array.shape[2:])
         return jnp.moveaxis(array, 1, 2)
+
+    def pack(saved):
+        arrays = (None if a is None else restore(a) for a in saved)
+        arrays = tuple(None if a is None else a.reshape(b, t, k * g, *a.shape[4:]) for a in arrays)
+        dims = zip(RESIDUAL_NAMES, ("tnh", "tn", "tnh", "tnh"), strict=True)
+        dims = tuple(d for a, d in zip(arrays, dims, strict=True) if a is not None)
+        return tuple(a for a in arrays if a is not None), dims
+
+    def unpack(arrays):
+        by_name = dict(zip((name for name, _ in handover.dims), arrays, strict=True))
+
+        def back(array):  # [B, T, N, ...] -> [M, R, ...]
+            if array is None:
+                return None
+            array = jnp.moveaxis(array.reshape(b, t, k, g, *array.shape[3:]), 2, 1)
+            array = array.reshape(b * k, t * g, *array.shape[4:])
+            return pad(array, b * k, shape.num_rows, *array.shape[2:])
+
+        return _Saved(*(back(by_name.get(name)) for name in RESIDUAL_NAMES))
+
+    if handover is None:
+        out, stats = _attend(spec, operands, masking)
+    else:
+        out, stats = handover.attend(_results, _gradients, pack, unpack, spec, operands, (masking,))
 
     return restore(out)[..., :hv], Stats(*(restore(a) for a in stats))
 

@@ -75,8 +75,12 @@ def make_problem(
     local_window_size=None,
     mask=None,
     solver=None,
+    known_ridge: float | None = None,
 ) -> Problem:
-    """Checks every argument and builds the `Problem`; see `lla.local_linear_attention`."""
+    """Checks every argument and builds the `Problem`; see `lla.local_linear_attention`.
+
+    `known_ridge` is the smallest ridge, for a traced one that was known before it was traced.
+    """
     query, key, value = (
         _float_array(a, n) for a, n in ((query, "query"), (key, "key"), (value, "value"))
     )
@@ -126,6 +130,8 @@ def make_problem(
     static_ridge, ridge_given = None, ridge
     if member == "lla":
         static_ridge = _check_positive(ridge, "ridge", bound=min)
+        if static_ridge is None:
+            static_ridge = known_ridge
         ridge = row_parameter(ridge, "ridge")
         if static_ridge is None:
             # Traced values cannot raise: a row whose ridge is not positive becomes NaN.
@@ -279,6 +285,11 @@ def _check_positive(array, name: str, bound, or_zero: bool = False) -> float | N
             f"{values.max() if values.size else 'empty'}]."
         )
     return float(bound(values.min(), values.max())) if values.size else None
+
+
+def check_ridge(ridge) -> None:
+    """Raises ValueError for a ridge that is known not to be positive."""
+    _check_positive(ridge, "ridge", bound=min)
 
 
 def resolve_solver(problem: Problem, method: Literal["cg", "direct"]) -> ResolvedSolver:

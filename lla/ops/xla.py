@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lla.compat import full_varying, match_varying
 from lla.kernels import cg, tiles
 from lla.ops import again, blocks, direct
+from lla.ops.handover import Handover
 from lla.ops.masks import Mask
 from lla.ops.options import ResolvedSolver, Stats
 from lla.ops.plan import Plan, make_plan
@@ -67,8 +68,17 @@ class _Saved(NamedTuple):
     key_mean: jax.Array | None
 
 
+# Checkpoint name and axes of what `_Saved` holds, for `Handover`.
+_SAVED_DIMS = dict(
+    zip(_Saved._fields, zip(RESIDUAL_NAMES, ("nth", "nt", "nth", "nth"), strict=True), strict=True)
+)
+
+
 def xla(
-    problem: Problem, solver: ResolvedSolver, with_stats: bool = True
+    problem: Problem,
+    solver: ResolvedSolver,
+    with_stats: bool = True,
+    handover: Handover | None = None,
 ) -> tuple[jax.Array, Stats]:
     """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics.
 
@@ -100,7 +110,22 @@ def xla(
     mask = _mask_by_group(problem.mask, b, k)
     leaves, tree = jax.tree.flatten((operands, mask))
     operands, mask = jax.tree.unflatten(tree, match_varying(*leaves))
-    out, stats = _attend(spec, operands, mask)
+    if handover is None:
+        out, stats = _attend(spec, operands, mask)
+    else:
+        present = [n for n in _SAVED_DIMS if not (n == "x" and problem.member != "lla")]
+        present = [n for n in present if not (n == "key_mean" and problem.member == "softmax")]
+
+        def pack(saved):
+            arrays = (getattr(saved, name) for name in present)
+            arrays = tuple(a.reshape(b, k * g, *a.shape[2:]) for a in arrays)
+            return arrays, tuple(_SAVED_DIMS[name] for name in present)
+
+        def unpack(arrays):
+            arrays = (a.reshape(b * k, g, *a.shape[2:]) for a in arrays)
+            return _Saved(**dict.fromkeys(_Saved._fields) | dict(zip(present, arrays, strict=True)))
+
+        out, stats = handover.attend(_results, _gradients, pack, unpack, spec, operands, (mask,))
 
     def groups_to_rows(array):  # [M, G, T, ...] -> [B, T, K, G, ...]
         return jnp.moveaxis(array.reshape(b, k, g, *array.shape[2:]), 3, 1)
