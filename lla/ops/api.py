@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from lla.ops import dispatch, sharding
+from lla.ops.context import make_context
 from lla.ops.dispatch import Implementation
 from lla.ops.options import Solver, Stats
 from lla.ops.problem import make_problem
@@ -26,6 +27,8 @@ def local_linear_attention(
     solver: Solver | None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
+    context_axis: str | None = None,
+    context_balance: bool = False,
 ) -> jax.Array | tuple[jax.Array, Stats]:
     """Local linear attention: a weighted ridge regression around every query.
 
@@ -34,9 +37,13 @@ def local_linear_attention(
     ``sum_j p_ij |v_j - b - W (k_j - q_i)|^2 + ridge_i |W|^2``, and returns ``b``. A large ridge
     gives softmax attention, a small scale ridge regression.
 
-    Works under `jit`, `vmap`, `grad`, `checkpoint`, `scan` and `shard_map`. Derivatives beyond the
-    first need ``implementation="xla"``, where they are as exact as the solver's tolerances, or
-    ``"reference"``; forward mode of the function itself needs ``"reference"``.
+    Works under `jit`, `vmap`, `grad`, `checkpoint`, `scan` and `shard_map`. Arrays that are sharded
+    over batch, heads or queries stay so, without communication, in `jit` as under Explicit axes;
+    what cannot be kept, the head dimension or the keys, is gathered with a warning.
+
+    Derivatives beyond the first need ``implementation="xla"``, where they are as exact as the
+    solver's tolerances, or ``"reference"``; forward mode of the function itself needs
+    ``"reference"``.
 
     **What is hidden is not read.** What a query cannot see, by any mask, has no influence on its
     output or gradients, whatever it holds: NaN, infinity, huge numbers. A query that sees a key or
@@ -72,6 +79,14 @@ def local_linear_attention(
         ``"xla"`` (blockwise), ``"mosaic_gpu"``, ``"mosaic_tpu"``, or a sequence tried in order;
         see `lla.explain`.
       return_stats: also return an `lla.Stats`.
+      context_axis: the name of a mesh axis over which the sequence of queries, keys and values is
+        split, an Explicit axis or one of an enclosing `jax.shard_map`; for other meshes see
+        `lla.sharding.on_mesh`. Keys and values are gathered once (with a window those around a
+        device's own alone), and their gradients are summed in float32. Inside `jax.shard_map`,
+        `query_offset`, `key_value_seq_lengths` and the last axis of `mask` are those of the whole
+        sequence, all else is a device's share.
+      context_balance: whether the sequence is in the order of `lla.sharding.balance`, which gives
+        all devices the same work under a causal mask.
 
     Returns:
       ``[*B, T, N, Hv]`` in the query's dtype; statistics and solves are float32 or better. A query
@@ -89,7 +104,8 @@ def local_linear_attention(
         key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids, mask=mask,
     )  # fmt: skip
     options = dict(is_causal=is_causal, local_window_size=local_window_size, solver=solver)
-    return _serve("lla", arrays, options, implementation, return_stats)
+    split = make_context(context_axis, context_balance)
+    return _serve("lla", arrays, options, implementation, return_stats, split)
 
 
 def parallax_attention(
@@ -107,6 +123,8 @@ def parallax_attention(
     mask: jax.Array | None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
+    context_axis: str | None = None,
+    context_balance: bool = False,
 ) -> jax.Array | tuple[jax.Array, Stats]:
     """Parallax attention: softmax attention corrected along a given direction, the probe.
 
@@ -118,7 +136,7 @@ def parallax_attention(
       query, key, value: as in `local_linear_attention`.
       probe: ``[*B, T, N, H]``, the query's dtype.
       scale, is_causal, query_offset, key_value_seq_lengths, segment_ids, local_window_size, mask,
-        implementation, return_stats: as in `local_linear_attention`.
+        implementation, return_stats, context_axis, context_balance: as in `local_linear_attention`.
 
     Returns:
       ``[*B, T, N, Hv]`` in the query's dtype, or a pair with `lla.Stats`.
@@ -133,7 +151,8 @@ def parallax_attention(
         key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids, mask=mask,
     )  # fmt: skip
     options = dict(is_causal=is_causal, local_window_size=local_window_size)
-    return _serve("parallax", arrays, options, implementation, return_stats)
+    split = make_context(context_axis, context_balance)
+    return _serve("parallax", arrays, options, implementation, return_stats, split)
 
 
 def softmax_attention(
@@ -150,6 +169,8 @@ def softmax_attention(
     mask: jax.Array | None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
+    context_axis: str | None = None,
+    context_balance: bool = False,
 ) -> jax.Array | tuple[jax.Array, Stats]:
     """Softmax attention through the same code, the member of the family without a probe.
 
@@ -160,7 +181,8 @@ def softmax_attention(
         key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids, mask=mask,
     )  # fmt: skip
     options = dict(is_causal=is_causal, local_window_size=local_window_size)
-    return _serve("softmax", arrays, options, implementation, return_stats)
+    split = make_context(context_axis, context_balance)
+    return _serve("softmax", arrays, options, implementation, return_stats, split)
 
 
 def explain(
@@ -194,12 +216,16 @@ def explain(
     return reasons
 
 
-def _serve(member, arrays, options, implementation, return_stats):
-    mesh = sharding.find_mesh(arrays.values())
-    if mesh is None:
-        problem = make_problem(member, **arrays, **options)
-        out, stats = dispatch.run(problem, implementation, return_stats)
+def _serve(member, arrays, options, implementation, return_stats, split):
+    call = member, arrays, options, implementation, return_stats
+    if split is not None:
+        found = sharding.attend_split(split, *call)
     else:
-        found = sharding.attend(mesh, member, arrays, options, implementation, return_stats)
-        out, stats = found["out"], Stats(*(found[name] for name in Stats._fields))
-    return (out, stats) if return_stats else out
+        mesh = sharding.find_mesh(arrays.values())
+        if mesh is None:
+            problem = make_problem(member, **arrays, **options)
+            out, stats = dispatch.run(problem, implementation, return_stats)
+            return (out, stats) if return_stats else out
+        found = sharding.attend(mesh, *call)
+    stats = Stats(*(found[name] for name in Stats._fields))
+    return (found["out"], stats) if return_stats else found["out"]

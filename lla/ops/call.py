@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lla.ops import dispatch, integers
+from lla.ops import context, dispatch, integers
+from lla.ops.context import Context
 from lla.ops.handover import Handover
 from lla.ops.placement import DIMS, Placement, label
 from lla.ops.problem import Member, make_problem
@@ -34,6 +36,7 @@ class Call:
       leading: number of leading axes.
       sizes: of the factors, see `lla.ops.placement.label`.
       known_ridge: the smallest ridge where that is an array and known.
+      context: how a sequence is split over devices on purpose.
     """
 
     kind: Literal["attend", "decode"]
@@ -45,6 +48,7 @@ class Call:
     leading: int
     sizes: tuple[tuple[str, int], ...]
     known_ridge: float | None
+    context: Context | None = None
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -68,6 +72,12 @@ def run(
     options, arrays = dict(call.options), dict(arrays)
     if placement is not None:
         arrays = _localise(call, arrays, options, placement)
+    if call.context is not None:
+        return context.attend(call.context, arrays, options, functools.partial(_run, call))
+    return _run(call, arrays, options, handover)
+
+
+def _run(call: Call, arrays: dict, options: dict, handover=None) -> dict[str, jax.Array]:
     if call.kind == "decode":
         from lla.ops.decode import decode_arrays
 
@@ -83,7 +93,7 @@ def run(
 
 def _localise(call: Call, arrays: dict, options: dict, placement: Placement) -> dict:
     """The position of this device's queries, and the key heads that its query heads need."""
-    if placement.of("t") and (options["is_causal"] or options["local_window_size"] is not None):
+    if placement.of("t") and call.context is None and call.kind == "attend":
         first = lax.axis_index(placement.of("t")) * arrays["query"].shape[-3]
         offset = arrays.pop("query_offset", options.pop("query_offset", None))
         offset = jnp.int32(0) if offset is None else jnp.asarray(offset, jnp.int32)
@@ -128,12 +138,16 @@ def make_call(
     implementation: Any,
     with_stats: bool,
     kind: Literal["attend", "decode"] = "attend",
+    split: Context | None = None,
+    parts: int = 1,
 ) -> tuple[Call, dict[str, jax.Array]]:
     """Checks the arguments of a call, which stay numbers where they are Python's.
 
     Args:
       arguments: those that may be arrays, by their public names.
       options: the others.
+      split: how the sequence is split over devices on purpose.
+      parts: how many times more keys there are than these, on other devices.
 
     Raises:
       ValueError, NotImplementedError: as the function itself.
@@ -142,7 +156,7 @@ def make_call(
     static = dict(options)
     known = _Known()
     if kind == "attend":
-        implementation = _check(member, checked, static, implementation, known)
+        implementation = _check(member, checked, static, implementation, known, parts)
     elif implementation is not None and not isinstance(implementation, str):
         implementation = tuple(implementation)
     arrays = {}
@@ -158,12 +172,13 @@ def make_call(
             limit = integers.MAX_OFFSET
             arrays[name] = jnp.asarray(integers.saturated(array, name, -limit, limit))
         elif name == "key_value_seq_lengths":
-            arrays[name] = integers.saturated(array, name, 0, arrays["key"].shape[-3])
+            arrays[name] = integers.saturated(array, name, 0, parts * arrays["key"].shape[-3])
         else:
             arrays[name] = jnp.asarray(array)
     window = static.get("local_window_size")
-    if window is not None and not isinstance(window, (int, np.integer)):
-        static["local_window_size"] = tuple(int(w) for w in window)
+    if window is not None:
+        one = isinstance(window, (int, np.integer))
+        static["local_window_size"] = int(window) if one else tuple(int(w) for w in window)
     query, key = arrays["query"], arrays.get("cache_key", arrays["key"])
     sizes = {f"b{i}": size for i, size in enumerate(query.shape[:-3])}
     sizes |= {"t": query.shape[-3], "n": query.shape[-2], "s": key.shape[-3]}
@@ -171,7 +186,7 @@ def make_call(
         sizes["k"] = key.shape[-2]
     call = Call(
         kind, member, tuple(arrays), tuple(sorted(static.items())), implementation, with_stats,
-        query.ndim - 3, tuple(sizes.items()), known.ridge,
+        query.ndim - 3, tuple(sizes.items()), known.ridge, split,
     )  # fmt: skip
     return call, arrays
 
@@ -181,17 +196,19 @@ class _Known:
     ridge: float | None = None
 
 
-def _check(member, arguments, options, implementation, known: _Known) -> str:
+def _check(member, arguments, options, implementation, known: _Known, parts: int) -> str:
     """Makes the `Problem` of shapes alone; returns the implementation."""
     chosen = []
-
     abstract, concrete = {}, {}
     for name, array in arguments.items():
         heads = name in ("query", "key", "value", "probe", "mask")
         if isinstance(array, jax.core.Tracer) or (heads and isinstance(array, jax.Array)):
-            abstract[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
-        elif name == "segment_ids" and array is not None and len(array) == 2:
-            concrete[name] = tuple(_shape_only(ids) for ids in array)
+            shape = array.shape
+            if name in ("key", "value") and len(shape) > 2:
+                shape = (*shape[:-3], shape[-3] * parts, *shape[-2:])
+            abstract[name] = jax.ShapeDtypeStruct(shape, array.dtype)
+        elif name == "segment_ids" and isinstance(array, (tuple, list)) and len(array) == 2:
+            concrete[name] = (_shape_only(array[0], 1), _shape_only(array[1], parts))
         elif isinstance(array, jax.Array):
             concrete[name] = np.asarray(array)
         else:
@@ -207,8 +224,8 @@ def _check(member, arguments, options, implementation, known: _Known) -> str:
     return chosen[0]
 
 
-def _shape_only(ids):
+def _shape_only(ids, parts: int):
     """Segment ids in the place of which zeros are checked; their numbers are looked at later."""
-    if not isinstance(ids, jax.Array):
+    if not isinstance(ids, jax.Array) or not ids.ndim:
         return ids
-    return np.zeros(ids.shape, ids.dtype)
+    return np.zeros((*ids.shape[:-1], ids.shape[-1] * parts), ids.dtype)

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from jax.sharding import PartitionSpec
 
 # Axes behind the leading ones *B: t queries, s keys, n query heads, k key heads. Other letters are
-# axes that every device needs as a whole. An array may lack first axes or have 1 in their place
-# where the operator broadcasts it.
+# axes that every device needs as a whole: h the head dimension, a the keys of a mask. An array may
+# lack first axes or have 1 in their place where the operator broadcasts it.
 DIMS: Mapping[str, str] = {
     "query": "tnh",
     "probe": "tnh",
@@ -23,7 +23,7 @@ DIMS: Mapping[str, str] = {
     "value": "skh",
     "ridge": "tn",
     "scale": "tn",
-    "mask": "nts",
+    "mask": "nta",
     "query_offset": "",
     "key_value_seq_lengths": "",
     "query_segments": "t",
@@ -38,7 +38,14 @@ DIMS: Mapping[str, str] = {
     "residual": "tn",
 }
 # In words, for messages.
-_WORDS = {"h": "head dimension", "s": "key axis", "t": "query axis", "n": "heads", "k": "heads"}
+_WORDS = {
+    "h": "head dimension",
+    "s": "key axis",
+    "a": "key axis",
+    "t": "query axis",
+    "n": "heads",
+    "k": "heads",
+}
 
 Axes = tuple[str, ...]
 """Names of mesh axes."""
@@ -133,7 +140,7 @@ def decide(
     Returns:
       The placement and warnings.
     """
-    axes: dict[str, Axes] = {"t": context} if context else {}
+    axes: dict[str, Axes] = {"t": context, "s": context} if context else {}
     said = []
     taken: set[str] = set(context)
 
@@ -160,7 +167,7 @@ def decide(
             take("n", placed[factors.index("k")], None)
     for name, factors, placed in operands:
         for position, (factor, where) in enumerate(zip(factors, placed, strict=True)):
-            if where and where != context and factor in ("s", "h", None):
+            if where and factor in ("s", "h", "a", None) and (factor != "s" or where != context):
                 said.append(_gathered(name, factor, position, where))
     parts = math.prod(mesh[axis] for axis in axes.get("n", ()))
     follow = "k" not in sizes or sizes["k"] % parts == 0

@@ -12,12 +12,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 
 from lla.ops import partition
 from lla.ops.call import Call, make_call, run
+from lla.ops.context import Context, axes_by_kind, no_such_axis
 from lla.ops.dispatch import Implementation
-from lla.ops.placement import DIMS, decide, spec_axes, warn
+from lla.ops.placement import DIMS, Placement, decide, spec_axes, warn
 
 AUTO = "auto"
 
@@ -68,10 +70,52 @@ def attend(
     return _compiled(call, arrays)
 
 
+def attend_split(
+    split: Context,
+    member: str,
+    arguments: Mapping[str, Any],
+    options: Mapping[str, Any],
+    implementation: Implementation,
+    with_stats: bool,
+) -> dict[str, jax.Array]:
+    """`attend` where a sequence is split over devices.
+
+    Raises:
+      ValueError: the axis is not in use, or lengths do not divide.
+    """
+    mesh = find_mesh(arguments.values())
+    explicit = mesh is not None and mesh is not AUTO
+    kinds = axes_by_kind()
+    if explicit:
+        kinds |= dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    kind = kinds.get(split.axis)
+    if kind not in (AxisType.Manual, AxisType.Explicit):
+        known = [axis for axis, kind in kinds.items() if kind != AxisType.Auto]
+        raise no_such_axis(split, known)
+    parts = lax.axis_size(split.axis) if kind == AxisType.Manual else 1
+    call, arrays = make_call(
+        member, arguments, options, implementation, with_stats, split=split, parts=parts
+    )
+    if not explicit:
+        return run(call, arrays)
+    if kind == AxisType.Explicit:
+        check_lengths(call, mesh.shape[split.axis])
+    return _explicit(mesh, call, arrays, (split.axis,) if kind == AxisType.Explicit else ())
+
+
+def check_lengths(call: Call, parts: int) -> None:
+    """Raises ValueError unless queries and keys can be split."""
+    sizes = dict(call.sizes)
+    call.context.check("query", sizes["t"], parts)
+    call.context.check("key", sizes["s"], parts)
+
+
 _compiled = jax.jit(partition.attend, static_argnums=0)
 
 
-def _explicit(mesh, call: Call, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _explicit(
+    mesh, call: Call, arrays: dict[str, jax.Array], context: tuple[str, ...] = ()
+) -> dict[str, jax.Array]:
     """By the shardings in the types of the operands."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     names = {name for name, kind in kinds if kind == AxisType.Explicit}
@@ -81,7 +125,7 @@ def _explicit(mesh, call: Call, arrays: dict[str, jax.Array]) -> dict[str, jax.A
     ]
     sizes = {axis: mesh.shape[axis] for axis in names}
     row_unit = 1 if call.kind == "attend" else None
-    placement, said = decide(operands, dict(call.sizes), sizes, row_unit=row_unit)
+    placement, said = decide(operands, dict(call.sizes), sizes, row_unit=row_unit, context=context)
     warn(said)
     specs = {name: placement.spec(labels[name]) for name in arrays}
     placed = {}
@@ -90,17 +134,28 @@ def _explicit(mesh, call: Call, arrays: dict[str, jax.Array]) -> dict[str, jax.A
         if axes != spec_axes(specs[name], array.ndim):
             array = jax.sharding.reshard(array, NamedSharding(mesh, specs[name]))
         placed[name] = array
-    shapes = _result_labels(call)
     # Without names they are all but those of an enclosing `jax.vmap`, which are not to be named.
     only = frozenset() if set(mesh.axis_types) == {AxisType.Explicit} else frozenset(names)
+    return divide(mesh, call, placed, placement, only)
+
+
+def divide(mesh, call: Call, arrays, placement: Placement, only=frozenset()):
+    """The results of a call, each device with its share.
+
+    Args:
+      mesh: for `jax.shard_map`.
+      call, arrays: from `lla.ops.call.make_call`.
+      placement: what a share is.
+      only: the mesh axes to divide over; empty for all.
+    """
     function = jax.shard_map(
         lambda arrays: run(call, arrays, placement),
         mesh=mesh,
-        in_specs=(specs,),
-        out_specs={name: placement.spec(own) for name, own in shapes.items()},
+        in_specs=({n: placement.spec(call.label(n, a.shape)) for n, a in arrays.items()},),
+        out_specs={name: placement.spec(own) for name, own in _result_labels(call).items()},
         axis_names=only,
     )
-    return function(placed)
+    return function(arrays)
 
 
 def _explicit_axes(array: jax.Array, names: set[str]) -> tuple[tuple[str, ...], ...]:
