@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lla.ops.options import Stats
 
@@ -55,13 +56,13 @@ class Handover:
         zeros = jnp.zeros_like(operands.scale)
         return out, Stats(zeros, zeros.astype(jnp.int32), zeros)
 
-    def attend_fields(self, results, gradients, kind, fields, spec, operands, rest):
-        """`attend` where the saved arrays leave as they are.
+    def bind(self, results, gradients, kind, fields):
+        """`attend` of ``spec, operands, rest`` where the saved arrays leave as they are.
 
         Args:
-          kind: the named tuple that they are in, whose fields may be None.
+          results, gradients: as for `attend`.
+          kind: the named tuple that the arrays are in, whose fields may be None.
           fields: ``(checkpoint name, axes)`` for each.
-          results, gradients, spec, operands, rest: as for `attend`.
         """
 
         def pack(saved):
@@ -75,7 +76,18 @@ class Handover:
                 saved.append(left.pop(0)[0] if left and left[0][1] == field else None)
             return kind(*saved)
 
-        return self.attend(results, gradients, pack, unpack, spec, operands, rest)
+        return functools.partial(self.attend, results, gradients, pack, unpack)
+
+
+def fields(names, dims: str) -> tuple[tuple[str, str], ...]:
+    """Checkpoint name and axes of saved arrays; `dims` are separated by spaces."""
+    return tuple(zip(names, dims.split(), strict=True))
+
+
+def named(saved, fields) -> tuple:
+    """Saved arrays with their checkpoint names."""
+    pairs = zip(saved, fields, strict=True)
+    return tuple(None if a is None else checkpoint_name(a, name) for a, (name, _) in pairs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

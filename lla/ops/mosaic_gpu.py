@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import default_device, match_varying
 from lla.kernels.tiles import NOTHING
 from lla.ops import again
 from lla.ops.auto import choose_method
+from lla.ops.handover import fields, named
 from lla.ops.options import Solver, Stats
 from lla.ops.problem import Member, Problem, refuse_for_kernels
 from lla.ops.xla import RESIDUAL_NAMES
@@ -131,6 +131,9 @@ class _Operands(NamedTuple):
     scale: jax.Array
 
 
+_FIELDS = fields([RESIDUAL_NAMES[i] for i in (0, 1, 2, 2, 2, 2, 3)], "qnh nq nq nq qnh qnh qnh")
+
+
 class _Saved(NamedTuple):
     """What the backward pass needs, padded; see `lla.kernels.mosaic_gpu.solve.Solution`."""
 
@@ -152,7 +155,6 @@ def mosaic_gpu(
       problem: one that `refuse_shape` accepts.
       configs: an `lla.kernels.mosaic_gpu.configs.Configs`; None takes the table's.
       interpret: parameters of Pallas's GPU interpreter, or None to compile.
-      handover: see `lla.ops.handover`.
     """
     # Imported here: these modules need JAX 0.11.
     from lla.kernels.mosaic_gpu import configs as table
@@ -220,13 +222,8 @@ def mosaic_gpu(
     )
     leaves, tree = jax.tree.flatten((operands, (masking, marked)))
     operands, tiles = jax.tree.unflatten(tree, match_varying(*leaves))
-    if handover is None:
-        out, stats = _attend(spec, operands, tiles)
-    else:
-        fields = tuple(zip(SAVED_NAMES, _DIMS, strict=True))
-        out, stats = handover.attend_fields(
-            _results, _gradients, _Saved, fields, spec, operands, tiles
-        )
+    attend = _attend if handover is None else handover.bind(_results, _gradients, _Saved, _FIELDS)
+    out, stats = attend(spec, operands, tiles)
 
     def restore(array):  # [B, N, T] -> [B, T, K, G]
         return jnp.swapaxes(array[:, :, :t], 1, 2).reshape(b, t, k, g)
@@ -307,10 +304,6 @@ def iterations(problem: Problem, *, precise: bool, direct: bool = False):
 # ---------------------------------------------------------------------------------------------
 # Differentiation
 
-SAVED_NAMES = (RESIDUAL_NAMES[0], RESIDUAL_NAMES[1], *[RESIDUAL_NAMES[2]] * 4, RESIDUAL_NAMES[3])
-_DIMS = ("qnh", "nq", "nq", "nq", "qnh", "qnh", "qnh")
-_SAVED_FIELDS = tuple(zip(SAVED_NAMES, _DIMS, strict=True))  # for `Handover`
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: _Spec, operands: _Operands, tiles) -> tuple[jax.Array, Stats]:
@@ -320,8 +313,7 @@ def _attend(spec: _Spec, operands: _Operands, tiles) -> tuple[jax.Array, Stats]:
 
 def _attend_fwd(spec: _Spec, operands: _Operands, tiles):
     saved, stats = _results(spec, operands, *tiles)
-    pairs = zip(saved, SAVED_NAMES, strict=True)
-    saved = _Saved(*(None if a is None else checkpoint_name(a, name) for a, name in pairs))
+    saved = _Saved(*named(saved, _FIELDS))
     return (saved.out, stats), (operands, tiles, saved)
 
 
