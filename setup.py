@@ -11,13 +11,11 @@ README = ROOT / "README.md"
 version = {}
 exec((ROOT / "lla" / "version.py").read_text(encoding="utf-8"), version)
 
-# The folder kernels/ is installed as lla.kernels, so that no top-level `kernels` exists.
-KERNELS = "lla.kernels"
-packages = [
-    *find_packages(include=["lla", "lla.*"]),
-    KERNELS,
-    *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
-]
+# Folders beside lla/ that are installed inside it, so that nothing else gets a top-level name.
+INSIDE = {f"lla.{folder}": folder for folder in ("kernels", "configs", "experiments")}
+packages = find_packages(include=["lla", "lla.*"])
+for package, folder in INSIDE.items():
+    packages += [package, *(f"{package}.{name}" for name in find_packages(folder))]
 
 # Lower bounds are the oldest versions that the tests run with. Python 3.11 gets these.
 JAX = ">=0.10.2"
@@ -41,7 +39,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=packages,
-    package_dir={"lla": "lla", KERNELS: "kernels"},
+    package_dir={"lla": "lla", **INSIDE},
     python_requires=">=3.11",
     install_requires=[
         f"jax{JAX}",

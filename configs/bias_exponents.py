@@ -1,6 +1,6 @@
 """Squared bias of local-constant and local-linear fits against the bandwidth, on uniform keys.
 
-    python experiments/bias_exponents/main.py --config=configs/bias_exponents.py:full \\
+    python experiments/run_study.py --config=configs/bias_exponents.py:full \\
         --workdir=runs/bias_exponents
 
 Time: seconds; `:full` half a minute on two CPU cores.

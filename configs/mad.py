@@ -17,7 +17,7 @@ nothing).
 """
 
 from lla import training
-from lla.experiment import to_config
+from lla.runs import to_config
 from lla.tasks.mad import BASELINES, KINDS
 
 EPOCHS, BATCH = 200, 128

@@ -15,7 +15,7 @@ smallest size, 5.5 minutes on an H200: one of three seeds at 0.995, two at 0.48)
 """
 
 from lla import training
-from lla.experiment import to_config
+from lla.runs import to_config
 
 
 def get_config(variant: str = ""):
@@ -119,7 +119,6 @@ def get_config(variant: str = ""):
             else:
                 config.sweep.cases = {last: config.sweep.cases[last]}
         config.mixers.hyena.update(filter_features=3, filter_frequency=1.0)  # Zoology's
-        config.mixers.mamba.form = "recurrent"  # the parallel form moves much more memory
         config.mixers.mesanet.tol = 1e-4  # far below bfloat16; a third fewer iterations than 1e-6
     elif variant == "smoke":
         config.task.update(vocab_size=32, length=16, pairs=2, train_examples=64, test_examples=12)

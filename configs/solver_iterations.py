@@ -1,6 +1,6 @@
 """Error of local linear attention against the number of solver iterations and the ridge.
 
-    python experiments/solver_iterations/main.py --config=configs/solver_iterations.py \\
+    python experiments/run_study.py --config=configs/solver_iterations.py \\
         --workdir=runs/solver_iterations
 
 Time: two minutes on one CPU core, half of it for compilation.

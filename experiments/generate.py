@@ -1,9 +1,10 @@
-"""Answers test questions token by token with a model that experiments/train.py has trained.
+"""Answers test questions token by token with a model trained by experiments/train.py.
 
     python experiments/generate.py --workdir=runs/mqar
 
-Every sequence is read up to its first question as a whole, then token by token, from the state that
-the model keeps. The answers are compared with those of the parallel form, which reads all at once.
+Each sequence is read at once up to its first question, and from there token by token, with the
+state of the model. The answers are compared with those of the parallel form, which reads everything
+at once.
 """
 
 import jax
@@ -13,7 +14,7 @@ from absl import app, flags
 from flax import nnx
 
 from lla import training
-from lla.experiment import command, workdir
+from lla.runs import command, workdir
 from lla.training.checkpoint import Checkpoints
 from lla.training.settings import Sharding
 from lla.training.sharding import make_mesh
@@ -28,9 +29,9 @@ _SHOWN = 40  # tokens of a prompt that are printed
 
 
 def restore(path) -> tuple[training.Program, training.TrainState]:
-    """The run in the work directory `path` as of its last checkpoint, on one device.
+    """Restores the run in the work directory `path` from its last checkpoint, on one device.
 
-    Changes nothing there, so that the run may still be going on.
+    Changes nothing there: the run may still be training.
 
     Raises:
       ValueError: no such run, or one of a sweep, or a run without a checkpoint that can be read.
@@ -68,8 +69,8 @@ def token_by_token(model, batch, first):
     """The same; `first` int ``[B]`` is the position of a sequence's first question."""
     inputs, positions = batch["inputs"], batch["positions"]
     size, length = inputs.shape
-    # Questions start at different positions: each sequence is read up to its own, and in the end
-    # the longer ones go on alone.
+    # Sequences have their first questions at different positions, so the last steps only matter for
+    # those with an early one.
     _, state = model.decode(inputs, model.init_state(size, length), first)
 
     def step(state, index):

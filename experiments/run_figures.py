@@ -1,17 +1,17 @@
-"""Trains what the figures of trained models need, on all cards, and tells what is left.
+"""Trains what the figures of trained models still need, on all cards.
 
     python experiments/run_figures.py --plan                      # print what is left
     python experiments/run_figures.py --workdir=runs/figures      # train it
 
-One process for each card takes point after point, longest first, and compiles the next one while a
-point trains. Where compiling takes longer than training, as it does for points that are solved
-early, several processes for each card take turns: --processes_per_card=3. What the committed
-results have is not trained again, nor what the work directory has; a run that was killed goes on
-from its last checkpoint when the command is given again.
+A process for each card trains one point after the other, the longest first, and compiles the next
+one meanwhile. If compiling takes longer than training, as for points that are solved early, use
+several processes for each card: --processes_per_card=3. What is in the committed results or in the
+work directory is not trained again. The same command resumes a run that was killed from its last
+checkpoint.
 
-Each sweep writes one CSV file, anew after every phase of a point, into WORKDIR/SWEEP/results.csv
-and, where it is given, RESULTS/SWEEP.csv, with RESULTS/provenance.json beside it. Put a finished
-file into experiments/FIGURE/results under a name of its own: that is what --plan reads.
+Each sweep writes a CSV file after every phase of a point: WORKDIR/SWEEP/results.csv and, if
+--results is given, RESULTS/SWEEP.csv with RESULTS/provenance.json. Put a finished file into
+experiments/FIGURE/results under a name of its own, where --plan finds it.
 """
 
 import json
@@ -32,8 +32,8 @@ import importlib
 
 from absl import app, flags
 
-from lla.experiment import WorkdirError, command, environment, tables
-from lla.experiment.workdir import directory, write_whole
+from lla.runs import WorkdirError, command, environment, tables
+from lla.runs.workdir import directory, write_whole
 from lla.training import RefusedError, sweep
 from lla.training.program import Runs
 from lla.training.queue import Queue
@@ -63,7 +63,7 @@ _LONGEST = flags.DEFINE_bool("longest_first", True, "Sort the points of all swee
 # update goes below.
 _NANOSECONDS = {
     "softmax": 12.5, "parallax": 18.0, "lla": 27.0, "deltanet": 16.0, "gated_deltanet": 17.0,
-    "hyena": 30.0, "mamba": 150.0,
+    "gla": 16.5, "mamba2": 24.0, "mamba": 26.0, "mesanet": 38.0, "hyena": 30.0,
 }  # fmt: skip
 _OTHERS = 60.0
 _FLOOR = 3.0
@@ -72,13 +72,13 @@ Row = Mapping[str, Any]
 
 
 def name_of(spec: str) -> tuple[str, str]:
-    """The config and its variant that `spec`, such as "mqar:full", names."""
+    """The config and the variant in `spec`, such as "mqar:full"."""
     name, _, variant = spec.partition(":")
     return name, variant
 
 
 def known_results(name: str) -> list[Row]:
-    """The committed rows of a figure that name the phase they belong to."""
+    """The committed rows of a figure that have a phase."""
     folder = pathlib.Path(__file__).resolve().parent / name / "results"
     rows = [row for file in sorted(folder.glob("*.csv")) for row in sweep.read_results(file)]
     return [row for row in rows if "phase" in row]
@@ -91,7 +91,7 @@ def grids(
     results: pathlib.Path | None = None,
     known: bool = True,
 ) -> list[sweep.Grid]:
-    """The sweeps with the points that `only` is found in.
+    """The sweeps, with the points whose name matches `only`.
 
     Raises:
       ValueError: a config that does not exist.
@@ -113,7 +113,7 @@ def grids(
 
 
 class Costs:
-    """Seconds that a phase takes if no run stops early, from results where there are any."""
+    """Seconds that a phase takes if no run stops early, estimated from results if there are any."""
 
     def __init__(self, rows: Sequence[Row]):
         self._measured: dict[tuple, list[float]] = {}
@@ -149,13 +149,13 @@ def _choices(row: Row) -> dict[str, Any]:
 
 
 def _key(choices: Row, level: int = 0) -> tuple:
-    """What points of like cost share: all but options; on level 1 not the size of the task."""
+    """What points of similar cost share: not options and, on level 1, not the size of the task."""
     leaves_out = ("mixers.",) if level == 0 else ("mixers.", "task.num_items", "task.segment")
     return tuple(sorted((k, v) for k, v in choices.items() if not k.startswith(leaves_out)))
 
 
 def plan(found: Sequence[tuple[str, sweep.Grid]], costs: Costs) -> str:
-    """A table of finished and open points, by sweep and mechanism, as Markdown."""
+    """A Markdown table of finished and open points, by sweep and mechanism."""
     lines, totals = [], [0, 0, 0.0, 0.0]
     for spec, grid in found:
         by_name: dict[str, list[sweep.Cell]] = {}

@@ -1,15 +1,15 @@
-"""Trains the grid that the section `sweep` of a config describes.
+"""Trains the grid in the section `sweep` of a config.
 
     python experiments/sweep.py --config=configs/mqar.py --workdir=runs/mqar_sweep
 
-Every point of the grid trains all its seeds and learning rates at once on one device. The same
-command goes on where a killed sweep was and skips what is finished; results are in
-WORKDIR/results.csv. Several processes may run it at once, each on a device of its own or a few on
-one: a process takes the points that no other one is at.
+A point of the grid trains all its seeds and learning rates at once on one device. The same command
+resumes a sweep that was killed and skips what is finished. Results are in WORKDIR/results.csv.
+Several processes may run the same command at once, on one device or several: each takes points that
+no other process is working on.
 
     for gpu in 0 1; do CUDA_VISIBLE_DEVICES=$gpu python experiments/sweep.py ... & done; wait
 
-Processes on machines without a common file system share a grid by `--part=I/N`.
+Processes without a common file system share a grid by `--part=I/N`.
 """
 
 import math
@@ -18,8 +18,8 @@ import re
 from absl import app, flags
 from ml_collections import config_flags
 
-from lla.experiment import WorkdirError, command
-from lla.experiment.workdir import directory
+from lla.runs import WorkdirError, command
+from lla.runs.workdir import directory
 from lla.training import RefusedError, sweep
 from lla.training.unused import check_used
 

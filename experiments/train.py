@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=configs/mqar.py --workdir=runs/mqar
 
-The same command goes on where a killed run was. Any field of the config can be overridden:
+The same command resumes a run that was killed. Any field of the config can be overridden:
 `--config.model.mixer.name=gla --config.mixers.gla.expand_k=1.0`.
 """
 
@@ -11,8 +11,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lla import training
-from lla.experiment import WorkdirError, command
-from lla.experiment.workdir import directory
+from lla.runs import WorkdirError, command
+from lla.runs.workdir import directory
 from lla.training.unused import check_used
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
@@ -60,7 +60,7 @@ def main(argv):
 
 
 def _shown(value):
-    """A metric of a result file, where None stands for what is not finite."""
+    """A metric of a result; None stands for a value that is not finite."""
     return "not finite" if value is None else f"{value:.6g}"
 
 

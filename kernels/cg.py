@@ -1,8 +1,9 @@
 """Preconditioned conjugate gradients for the rows of a tile, with a dimensionless stopping rule.
 
-Every row solves its own system ``A_i x_i = b_i``; the rows share the products. A row stops on its
-own, by a bound of its error that holds for any data, and a stopped or broken-down row (zero
-residual, non-positive curvature) freezes, so that no row can produce a NaN or change another one.
+Every row solves its own system ``A_i x_i = b_i``; the products are computed for all rows together.
+Each row stops by itself, once an upper bound of its error is small enough. A row that has stopped
+or broken down (zero residual, non-positive curvature) is frozen, so that it neither becomes NaN nor
+affects other rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class CGState(NamedTuple):
     """Rows of a tile: vectors are ``[..., R, H]``, scalars ``[..., R, 1]``."""
 
     x: jax.Array  # iterate; the result once a row is done
-    r: jax.Array  # recursively updated residual b - A x
+    r: jax.Array  # residual b - A x, updated recursively
     direction: jax.Array
     rz: jax.Array  # r . M^-1 r
     radau: jax.Array  # the error of x in the A-norm is at most sqrt(radau * rz)
@@ -54,18 +55,18 @@ def cg_step(state: CGState, product, precondition, smallest, tol: float | None) 
     r = jnp.where(moving, state.r - step * image, state.r)
     z = precondition(r)
     rz = row_dot(r, z)
-    # The flexible choice: conjugate to the last direction as it was rounded.
+    # Flexible CG: conjugate to the previous direction as it was rounded.
     beta = jnp.where(moving, -row_dot(image, z) / safe_curvature, zero)
     energy = state.energy + step * state.rz
 
-    # Gauss-Radau quadrature: with `smallest` at most the smallest eigenvalue of M^-1 A, an upper
-    # bound of the error from the scalars at hand (Meurant and Tichy, Numer. Algorithms 62, 2013).
+    # Gauss-Radau quadrature gives an upper bound of the error, provided that `smallest` is at most
+    # the smallest eigenvalue of M^-1 A (Meurant and Tichy, Numer. Algorithms 62, 2013).
     left = state.radau - step
     contraction = rz / jnp.where(moving, state.rz, one)
     radau = jnp.where(left > 0, left / (smallest * left + contraction), 1 / smallest)
     stop = ~moving
     if tol is not None:
-        # Written so that a NaN stops the row instead of running to the limit.
+        # Negated, so that a NaN stops the row.
         stop |= ~(radau * rz > tol**2 * energy)
     return CGState(
         x=state.x + step * state.direction,
@@ -80,10 +81,10 @@ def cg_step(state: CGState, product, precondition, smallest, tol: float | None) 
 
 
 def cg_last_step(state: CGState, curvature, product=None) -> CGState:
-    """The last of a fixed number of iterations, which nothing follows.
+    """The last of a fixed number of iterations.
 
-    Only x moves, so that the curvature suffices and ``A direction`` is formed only where a
-    `product` is given, for the residual.
+    Only x is updated, which needs the curvature alone. ``A direction`` is computed only if
+    `product` is given, to update the residual.
     """
     length = curvature(state.direction)
     moving = ~state.done & (length > 0) & (state.rz > 0)
@@ -111,9 +112,9 @@ def cg_solve(
     max_iters,
     with_residual=True,
 ):
-    """Runs until every row has met the tolerance, or exactly `max_iters` steps for ``tol=None``.
+    """Iterates until every row meets the tolerance; exactly `max_iters` times for ``tol=None``.
 
-    A row stops once a bound of its error in the A-norm is below ``tol * sqrt(energy)``.
+    A row stops once the bound of its error in the A-norm is below ``tol * sqrt(energy)``.
 
     Args:
       b: right-hand sides ``[..., R, H]``.
@@ -122,16 +123,16 @@ def cg_solve(
       precondition: the map ``r -> M^-1 r``.
       smallest: ``[..., R, 1]``, positive, at most the smallest eigenvalue of ``M^-1 A``.
       zeros: ``[..., R, 1]`` zeros of b's dtype (varying over the mesh axes that b varies over).
-      active: bool ``[..., R, 1]``, False for a row that needs no solve.
-      energy_offset: what errors are measured against beside ``x . A x``: 1 for the forward system
-        (the weights of softmax attention), 0 for the adjoint one.
+      active: bool ``[..., R, 1]``, False for rows to leave at zero.
+      energy_offset: added to ``x . A x`` to get the energy that errors are measured against: 1 for
+        the forward system (the weights of softmax attention), 0 for the adjoint one.
       tol: relative tolerance, or None.
-      max_iters: bound on the number of iterations.
-      with_residual: False leaves out the residual where it costs a product, for ``tol=None``.
+      max_iters: maximum number of iterations.
+      with_residual: with ``tol=None``, whether to spend a product on the last residual.
 
     Returns:
-      x ``[..., R, H]``, iterations int32 ``[..., R, 1]``, relative residual ``[..., R, 1]`` (the
-      one before the last step if left out).
+      x ``[..., R, H]``, iterations int32 ``[..., R, 1]``, relative residual ``[..., R, 1]`` (that
+      before the last step, unless `with_residual`).
     """
 
     def step(state):
@@ -146,7 +147,7 @@ def cg_solve(
         active=active,
     )
     if tol is None:
-        # A few steps without a loop: compilers overlap the operations of independent tiles.
+        # Unroll short loops: compilers then overlap the operations of independent tiles.
         state = jax.lax.fori_loop(
             0, max_iters - 1, lambda _, state: step(state), start, unroll=max_iters <= 4
         )

@@ -6,8 +6,8 @@ Pure functions on arrays, shared by the back ends. Shapes, with any leading axes
     q, x, u, key_mean  [..., R, H]     k  [..., L, H]     v  [..., L, Hv]
     p (softmax weights), logits, valid [..., R, L]        ridge, scale, lse  [..., R]
 
-Keys and queries may be given relative to any common origin: the regression only sees differences,
-and the logits change by a constant per row, which the softmax does not see.
+Keys and queries may be given relative to any common origin: the regression depends on differences
+only, and the logits change by a constant per row, which cancels in the softmax.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
-    """Static part of a mask of a kernel; the numbers of each sequence are in a `SequenceMask`."""
+    """Static part of a mask; the part that varies by sequence is a `SequenceMask`."""
 
     is_causal: bool
     window: tuple[int, int] | None
@@ -30,7 +30,7 @@ class MaskSpec:
 
 
 class SequenceMask(NamedTuple):
-    """Numbers of the sequence that a program instance works on, int32 scalars."""
+    """Offset and length of one sequence, int32 scalars."""
 
     offset: jax.Array  # position of query 0 among the keys
     length: jax.Array  # number of keys that exist
@@ -52,7 +52,7 @@ def product_tn(a, b, precision):
 
 
 def _contract(a, b, axis, precision):
-    """Sums over `axis` of both, without a transposed copy that a compiler might make in a loop."""
+    """Contracts `axis` of both, without a transposed copy, which compilers may make in loops."""
     leading = tuple(range(a.ndim - 2))
     contracted = ((a.ndim + axis,), (b.ndim + axis,))
     return lax.dot_general(a, b, (contracted, (leading, leading)), precision=precision)
@@ -64,30 +64,30 @@ def row_dot(a, b):
 
 
 NOTHING = -1e38
-"""Log-sum-exp of a row without a valid key, and logit of a key that is not valid.
+"""Logit of a masked key, and log-sum-exp of a row whose keys are all masked.
 
-A number, so that what follows stays one: the weight of such a logit is exactly zero.
+Finite, so that no NaN arises from it; the weight of such a logit is exactly zero.
 """
 
 
 def sees_nothing(lse):
-    """Whether a log-sum-exp is that of a row without a valid key."""
+    """Whether a log-sum-exp is that of a row whose keys are all masked."""
     return lse < 0.1 * NOTHING
 
 
 def weigh(p, array):
-    """``p * array``, and zero where the weight is zero, whatever the array holds there.
+    """``p * array``, but exactly zero where p is zero, even if the array is infinite or NaN there.
 
-    A product with a key that a row does not see may overflow.
+    Products with keys that a row does not see may overflow.
     """
     return jnp.where(p == 0, jnp.zeros_like(array), p * array)
 
 
 def softmax_weights(logits, valid):
-    """Masked softmax; a row without a valid key has weights 0 and log-sum-exp `NOTHING`."""
+    """Masked softmax; a row whose keys are all masked gets weights 0 and log-sum-exp `NOTHING`."""
     logits = jnp.where(valid, logits, NOTHING)
     largest = logits.max(-1, keepdims=True)
-    some = ~(largest <= NOTHING)  # a row that is NaN stays it
+    some = ~(largest <= NOTHING)  # True for NaN, which has to propagate
     shift = jnp.where(some, largest, jnp.zeros_like(largest))
     weights = jnp.exp(logits - shift)
     total = weights.sum(-1, keepdims=True)
@@ -98,7 +98,7 @@ def softmax_weights(logits, valid):
 
 
 def saved_weights(logits, valid, lse):
-    """The same weights from a saved log-sum-exp."""
+    """The weights of `softmax_weights`, from a saved log-sum-exp."""
     shift = jnp.where(sees_nothing(lse), jnp.zeros_like(lse), lse)[..., None]
     return jnp.where(valid, jnp.exp(logits - shift), jnp.zeros_like(logits))
 
@@ -111,9 +111,9 @@ def centred_scores(k, key_mean, x, precision):
 def system_product(p, k, key_mean, ridge, y, precision):
     """``A_i y_i = sum_j p_ij ((k_j - key_mean_i) . y_i) k_j + ridge_i y_i``, without cancellation.
 
-    Centring before the weights are applied is what keeps this accurate where the keys share an
-    offset. In exact arithmetic the weighted centred scores of a row sum to zero, so centring the
-    second factor as well would change nothing; with float32 weights it is not needed.
+    The scores are centred before they are weighted, which keeps this accurate when the keys share
+    an offset. Centring the second factor as well would change nothing: the weighted centred scores
+    of a row sum to zero.
     """
     scores = weigh(p, centred_scores(k, key_mean, y, precision))
     return product(scores, k, precision) + ridge[..., None] * y
@@ -149,16 +149,16 @@ def logit_gradient(p, a, e):
 
 
 def segment_origin(k, valid, bounded: bool = False):
-    """Mean of the keys that the first row sees, ``[..., 1, H]``: an origin that is causal.
+    """Mean of the keys that the first row sees, ``[..., 1, H]``: an origin that respects causality.
 
-    Depends on nothing that the first row may not see, so that shifting by it leaks nothing from
-    later positions, not even through rounding. The keys have to be finite.
+    It depends only on what the first row sees, so shifting by it leaks nothing from later
+    positions, not even through rounding. The keys must be finite.
 
     Args:
       k, valid: as above.
-      bounded: whether other rows may not see what the first one sees. Large coordinates are then
-        left out: a shift by 256 costs a float32 key of size 1 an error of 1.5e-5, and what is
-        hidden must not cost more.
+      bounded: set where other rows may not see everything that the first one sees. Coordinates
+        above 256 in size (in float32) are then set to zero: shifting by 256 costs a key of size 1
+        an error of 1.5e-5, and hidden keys must not cost more.
     """
     seen = valid[..., :1, :].astype(k.dtype)
     count = jnp.maximum(seen.sum(-1, keepdims=True), 1)

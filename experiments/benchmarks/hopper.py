@@ -1,52 +1,49 @@
-"""Error, time and memory of the Hopper kernels; see README.md beside this file.
+"""Error, time and memory of the Hopper kernels; see pages/hopper.md.
 
     python experiments/benchmarks/hopper.py [--limit SECONDS] [--output FILE]
 
-Everything is compiled first, then compared with the exact result in float64, and only what is right
+Everything is compiled first and then compared with the exact result in float64. Only what is right
 is timed. The exit status is 1 if something was refused, and 0 if the time ran out.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
-import importlib.metadata
-import os
-import pathlib
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import hopper_tables
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
-import report
-import subjects
-from hopper_cells import (
+
+import lla
+from lla.experiments.benchmarks import hopper_tables, truth
+from lla.experiments.benchmarks.compilation import Compiled, compile_all, try_compile
+from lla.experiments.benchmarks.formatting import progress_line
+from lla.experiments.benchmarks.hopper_programs import (
     KEY_FIELDS,
-    Cell,
+    Case,
     Program,
     input_shapes,
-    make_cells,
+    make_cases,
     make_function,
     make_inputs,
     on_device,
 )
-
-import lla
-
-_START = time.monotonic()
-_GRACE = 8.0  # seconds beyond the limit after which the process is ended
-
-
-def say(text: str) -> None:
-    print(f"[{time.monotonic() - _START:6.1f} s] {text}", file=sys.stderr, flush=True)
+from lla.experiments.benchmarks.results import add_options, open_results
+from lla.experiments.benchmarks.timing import (
+    GRACE,
+    START,
+    device_lock,
+    error_line,
+    exit_after,
+    log,
+    time_interleaved,
+)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,22 +57,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--members", nargs="+", choices=members, default=list(members))
     add("--batch", type=int, default=2)
     add("--heads", type=int, default=16)
-    add("--length", type=int, default=4096, help="of the speed cells")
+    add("--length", type=int, default=4096, help="of the speed cases")
     add("--accuracy_length", type=int, default=1024)
     add("--growth_lengths", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384])
     add("--long_length", type=int, default=65536, help="one head; 0 for none")
     add("--tol", type=float, help="of the solve; the kernels' own choice if not given")
     add("--backward_tol", type=float, help="of the adjoint solve")
     add("--matmul_size", type=int, default=8192)
-    add("--repeats", type=int, default=7)
-    add("--budget", type=float, default=1.0, help="seconds for the repeats of one cell")
-    add("--seed", type=int, default=0)
-    add("--workers", type=int, default=8, help="threads that compile")
-    add("--limit", type=float, default=1e9, help="seconds after which it stops with what it has")
+    add_options(parser, "seed limit lock commit output", repeats=7, budget=1.0, workers=8)
     add("--compile_share", type=float, default=0.7, help="part of the limit compiling may take")
-    add("--lock", help="file that processes which measure on one device have in common")
-    add("--commit", help="recorded where the repository's history is absent")
-    add("--output", type=pathlib.Path, help="default: results/hopper_<device>.json")
     return parser.parse_args(argv)
 
 
@@ -83,19 +73,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 # Compiling
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    call: Callable[[Mapping[str, jax.Array]], dict] | None
-    memory: dict[str, int]
-    seconds: float
-    error: str | None = None
-
-
 def compile_program(program: Program, solver: lla.Solver | None = None) -> Compiled:
-    """One program; `solver` is that of `lla` but for the exact reference."""
-    start = time.monotonic()
+    """Compiles one program; `solver` is that of `lla`, except in float64."""
     wide = program.dtype == "float64"
-    try:
+
+    def build():
         with jax.enable_x64(wide):
             shapes = {
                 name: jax.ShapeDtypeStruct(
@@ -104,65 +86,27 @@ def compile_program(program: Program, solver: lla.Solver | None = None) -> Compi
                 for name, shape in input_shapes(program).items()
             }
             function = make_function(program, None if wide else solver)
-            compiled = jax.jit(function).lower(shapes).compile()
-            found = compiled.memory_analysis()
-    except Exception as error:  # one kernel that does not compile must not stop the others
-        return Compiled(None, {}, time.monotonic() - start, brief(error))
-    memory = {
-        "temp_bytes": int(found.temp_size_in_bytes),
-        "output_bytes": int(found.output_size_in_bytes),
-    }
-    return Compiled(compiled, memory, time.monotonic() - start)
+            return jax.jit(function).lower(shapes).compile()
 
-
-def brief(error: Exception) -> str:
-    first = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first[0][:300]}"
-
-
-def compile_all(
-    programs: Iterable[Program], workers: int, deadline: float, solver: lla.Solver | None = None
-) -> dict:
-    """Compiled programs; those that were not begun before `deadline` are missing."""
-    executor = concurrent.futures.ThreadPoolExecutor(workers)
-    futures = {executor.submit(compile_program, p, solver): p for p in dict.fromkeys(programs)}
-    done = {}
-    say(f"compiling {len(futures)} programs")
-
-    def collect(waited, timeout):
-        for future in concurrent.futures.as_completed(waited, timeout):
-            program, result = futures[future], future.result()
-            done[program] = result
-            name = "-".join(str(part) for part in program if part is not None)
-            outcome = f"{result.seconds:.1f} s" + (f", {result.error}" if result.error else "")
-            say(f"compiled {len(done)} of {len(futures)}: {name}: {outcome}")
-
-    try:
-        collect(futures, max(0.0, deadline - time.monotonic()))
-    except concurrent.futures.TimeoutError:
-        executor.shutdown(wait=False, cancel_futures=True)
-        say("no more time to compile; waiting for what has begun")
-        collect([f for f, p in futures.items() if p not in done and not f.cancelled()], None)
-    executor.shutdown()
-    return done
+    return try_compile(build)
 
 
 # ---------------------------------------------------------------------------------------------
 # Accuracy
 
 
-def bound(cell: Cell) -> float:
-    """Largest relative error of the output; gradients may have ten times as much."""
-    program = cell.program
-    if program.implementation == "cudnn" or cell.inputs != "normal":
+def bound(case: Case) -> float:
+    """The largest relative error of the output; gradients may have ten times as much."""
+    program = case.program
+    if program.implementation == "cudnn" or case.inputs != "normal":
         return 1e-2
     easy = program.member != "lla" or (program.ridge >= 1 and program.head_dim <= 64)
     return 4e-3 if easy else 1e-2
 
 
 def exact(program: Program, arrays: Mapping[str, np.ndarray], compiled: Mapping) -> dict:
-    """Results of the dense reference in float64 for the rounded inputs."""
-    truth = program.truth()
+    """Results of the dense reference in float64, for the inputs as rounded to 16 bits."""
+    dense = program.truth()
     wide = {
         name: array if name == "ridge" else np.asarray(jnp.asarray(array, program.dtype))
         for name, array in arrays.items()
@@ -171,7 +115,7 @@ def exact(program: Program, arrays: Mapping[str, np.ndarray], compiled: Mapping)
         rows = arrays["query"].shape[:-1]
         wide["ridge"] = np.full(rows, program.ridge)
     wide = {name: array.astype(np.float64) for name, array in wide.items()}
-    found = compiled.get(truth) or compile_program(truth)
+    found = compiled.get(dense) or compile_program(dense)
     with jax.enable_x64(True):
         try:
             if found.call is None:
@@ -181,70 +125,56 @@ def exact(program: Program, arrays: Mapping[str, np.ndarray], compiled: Mapping)
         except Exception as error:
             if jax.default_backend() == "cpu":
                 raise
-            say(f"exact results on the CPU: {brief(error)}")
+            log(f"exact results on the CPU: {error_line(error)}")
         with jax.default_device(jax.devices("cpu")[0]):
-            results = jax.jit(make_function(truth))(wide)
+            results = jax.jit(make_function(dense))(wide)
             return jax.tree.map(np.asarray, results)
 
 
-def verdict(cell: Cell, got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> dict:
-    """Fields of an accuracy record."""
-    errors = subjects.errors(got, want)
-    limit = bound(cell)
-    bounds = {name: limit if name == "output" else 10 * limit for name in errors}
-    difference = np.asarray(got["output"]).astype(np.float64) - want["output"]
-    size = np.linalg.norm(want["output"], axis=-1)
-    worst = float((np.linalg.norm(difference, axis=-1) / size).max())
-    bad = [name for name in errors if not errors[name] <= bounds[name]]
-    fields = {
-        "errors": {name: e if np.isfinite(e) else None for name, e in errors.items()},
-        "bounds": bounds,
-        "worst_row": worst if np.isfinite(worst) else None,
-        "truth": "reference, float64",
-        "status": "refused" if bad else "timed",
-    }
-    if bad:
-        listed = ", ".join(f"{name} {errors[name]:.1e} > {bounds[name]:.1e}" for name in bad)
-        fields["reason"] = f"error too large: {listed}"
-    return fields
+def verdict(case: Case, got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> dict:
+    """Errors, bounds and status of a case of the group "accuracy"."""
+    limit = bound(case)
+    judged = truth.verdict(got, want, truth.limits_for(want, limit, 10 * limit))
+    worst = truth.worst_row(got["output"], want["output"])
+    return {**judged, "worst_row": worst, "truth": "reference, float64"}
 
 
-def run_accuracy(options, cells: Sequence[Cell], compiled: Mapping, results) -> None:
-    """Errors of `cells` and whether two runs agree in every bit."""
+def run_accuracy(options, cases: Sequence[Case], compiled: Mapping, results) -> None:
+    """Measures errors, and whether two runs agree in every bit."""
     records, calls, truths = {}, {}, {}
-    for cell in cells:
-        program, found = cell.program, compiled[cell.program.compiled_as()]
-        record = records[cell] = {**cell.fields(), **found.memory}
+    for case in cases:
+        program, found = case.program, compiled[case.program.compiled_as()]
+        record = records[case] = {**case.fields(), **found.memory}
         try:
             if found.call is None:
                 raise RuntimeError(found.error)
-            arrays = make_inputs(program, cell.inputs, options.seed)
+            arrays = make_inputs(program, case.inputs, options.seed)
             inputs = on_device(program, arrays)
             first, second = (jax.tree.map(np.asarray, found.call(inputs)) for _ in range(2))
-            case = (program.truth(), program.ridge, cell.inputs)
-            if case not in truths:
-                truths[case] = exact(program, arrays, compiled)
+            key = (program.truth(), program.ridge, case.inputs)
+            if key not in truths:
+                truths[key] = exact(program, arrays, compiled)
             iterations = first.pop("iterations", None)
-            record |= verdict(cell, first, truths[case])
+            record |= verdict(case, first, truths[key])
             record["repeatable"] = all(a.tobytes() == second[n].tobytes() for n, a in first.items())
             if iterations is not None:
                 record["mean_iterations"] = float(iterations)
             if record["status"] == "timed":
-                calls[cell] = functools.partial(found.call, inputs)
+                calls[case] = functools.partial(found.call, inputs)
         except Exception as error:
-            record |= {"status": "unavailable", "reason": brief(error)}
+            record |= {"status": "unavailable", "reason": error_line(error)}
     finish(options, records, calls, results)
 
 
-def finish(options, records: Mapping[Cell, dict], calls: Mapping, results) -> None:
-    """Times `calls`, completes and writes `records`."""
-    timings = measure.time_interleaved(calls, options.repeats, options.budget)
-    for cell, timing in timings.items():
-        records[cell].update(dataclasses.asdict(timing))
+def finish(options, records: Mapping[Case, dict], calls: Mapping, results) -> None:
+    """Times `calls`, and writes the completed `records`."""
+    timings = time_interleaved(calls, options.repeats, options.budget)
+    for case, timing in timings.items():
+        records[case].update(dataclasses.asdict(timing))
     results.add(list(records.values()))
     for record in records.values():
         where = [str(record[name]) for name in KEY_FIELDS if record[name] is not None]
-        say(f"{' '.join(where)}{report.progress_line(record, ())}")
+        log(f"{' '.join(where)}{progress_line(record)}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,7 +182,7 @@ def finish(options, records: Mapping[Cell, dict], calls: Mapping, results) -> No
 
 
 def flops(program: Program) -> float | None:
-    """Floating-point operations where they do not depend on a number of iterations."""
+    """Floating-point operations; None if they depend on the number of iterations."""
     if program.member == "matmul":
         return 2.0 * program.n**3
     if program.member != "softmax":
@@ -261,9 +191,9 @@ def flops(program: Program) -> float | None:
     return float(products * program.batch * program.heads * program.n**2 * program.head_dim)
 
 
-def check(cell: Cell, records: Sequence[dict]) -> dict[str, Any]:
-    """Errors, bounds and status of a cell that is timed, from the accuracy cell of its kind."""
-    program = cell.program
+def check(case: Case, records: Sequence[dict]) -> dict[str, Any]:
+    """Errors, bounds and status of a case to be timed: those of the accuracy case like it."""
+    program = case.program
     same = {
         "group": "accuracy", "inputs": "normal", "implementation": program.implementation,
         "member": program.member, "head_dim": program.head_dim, "ridge": program.ridge,
@@ -290,25 +220,25 @@ def check(cell: Cell, records: Sequence[dict]) -> dict[str, Any]:
 def check_matmul(out: jax.Array, inputs: Mapping[str, jax.Array]) -> dict[str, Any]:
     rows = 8
     left, right = (np.asarray(inputs[name]).astype(np.float64) for name in ("query", "key"))
-    error = subjects.errors({"output": out[:rows]}, {"output": left[:rows] @ right})["output"]
+    error = truth.errors({"output": out[:rows]}, {"output": left[:rows] @ right})["output"]
     status = {"status": "timed"} if error <= 4e-3 else {"status": "refused", "reason": "wrong"}
     bounds = {"output": 4e-3}
     return {"errors": {"output": error}, "bounds": bounds, "truth": "NumPy, float64", **status}
 
 
-def run_speed(options, cells: Sequence[Cell], compiled: Mapping, results) -> None:
-    """Times the cells whose kind is right, in turns."""
+def run_speed(options, cases: Sequence[Case], compiled: Mapping, results) -> None:
+    """Times, in turns, the cases whose accuracy case is within its bounds."""
     records, calls, iterations = {}, {}, {}
     shared: dict[Any, dict[str, jax.Array]] = {}
-    for cell in cells:
-        program, found = cell.program, compiled[cell.program.compiled_as()]
-        record = records[cell] = {**cell.fields(), **found.memory}
+    for case in cases:
+        program, found = case.program, compiled[case.program.compiled_as()]
+        record = records[case] = {**case.fields(), **found.memory}
         amount = flops(program)
         if amount is not None:
             record["flops"] = amount
         try:
             if program.member != "matmul":
-                record |= check(cell, results.records)
+                record |= check(case, results.records)
             if found.call is None:
                 raise RuntimeError(found.error)
             if record.get("status", "timed") != "timed":
@@ -318,7 +248,7 @@ def run_speed(options, cells: Sequence[Cell], compiled: Mapping, results) -> Non
                 widest = program
                 if program.member != "matmul":
                     widest = program._replace(member="parallax", which="forward_backward")
-                arrays = make_inputs(widest, cell.inputs, options.seed)
+                arrays = make_inputs(widest, case.inputs, options.seed)
                 shared[sizes] = on_device(widest, arrays)
             shapes = input_shapes(program)
             inputs = {name: shared[sizes][name] for name in shapes if name != "ridge"}
@@ -333,13 +263,13 @@ def run_speed(options, cells: Sequence[Cell], compiled: Mapping, results) -> Non
                 record |= {"status": "refused", "reason": "a result is not finite"}
             del out
             if record["status"] == "timed":
-                calls[cell] = functools.partial(found.call, inputs)
+                calls[case] = functools.partial(found.call, inputs)
         except Exception as error:
             for name in ("errors", "bounds", "truth", "worst_row"):
                 record.pop(name, None)
-            record |= {"status": "unavailable", "reason": brief(error)}
-    for cell, record in records.items():
-        mean = iterations.get(cell.program._replace(which=""))
+            record |= {"status": "unavailable", "reason": error_line(error)}
+    for case, record in records.items():
+        mean = iterations.get(case.program._replace(which=""))
         if mean is not None:
             record["mean_iterations"] = mean
     finish(options, records, calls, results)
@@ -349,74 +279,51 @@ def run_speed(options, cells: Sequence[Cell], compiled: Mapping, results) -> Non
 # The run
 
 
-def make_header(options: argparse.Namespace) -> dict[str, Any]:
-    unsaid = ("members", "output", "commit", "limit", "compile_share", "workers", "lock")
-    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
-    header = measure.make_header("hopper", settings)
-    header["commit"] = options.commit or header["commit"]
-    for name in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "torch"):
-        try:
-            header["versions"][name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return header
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or measure.RESULTS / f"hopper_{measure.device_name()}.json"
-    results = measure.Results(output, make_header(options), KEY_FIELDS)
-    say(f"{jax.devices()[0].device_kind}, results in {output}")
-    cells = [cell for cell in make_cells(options) if not results.finished(**cell.fields())]
-    needed = [cell.program.truth() for cell in cells if cell.group == "accuracy"]
-    needed += [cell.program for cell in cells]
-    end = _START + options.limit
+    unsaid = {"members", "output", "commit", "limit", "compile_share", "workers", "lock"}
+    settings = [name for name in vars(options) if name not in unsaid]
+    packages = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "torch")
+    results = open_results("hopper", options, settings, KEY_FIELDS, packages=packages)
+    cases = [case for case in make_cases(options) if not results.has(case.fields())]
+    needed = [case.program.truth() for case in cases if case.group == "accuracy"]
+    needed += [case.program for case in cases]
+    end = START + options.limit
     deadline = time.monotonic() + options.compile_share * (end - time.monotonic())
     solver = lla.Solver(tol=options.tol, backward_tol=options.backward_tol)
-    compiled = compile_all(needed, options.workers, deadline, solver)
-    with measure.exclusive(options.lock):
-        return measure_all(options, cells, compiled, results, end)
+    compiled = compile_all(
+        needed, lambda program: compile_program(program, solver), options.workers, deadline
+    )
+    with device_lock(options.lock):
+        return measure_all(options, cases, compiled, results, end)
 
 
-def measure_all(options, cells, compiled: Mapping, results, end: float) -> int:
+def measure_all(options, cases, compiled: Mapping, results, end: float) -> int:
     """Runs all groups until the time `end`; returns the exit status."""
-    missing = [cell for cell in cells if cell.program.compiled_as() not in compiled]
-    cells = [cell for cell in cells if cell.program.compiled_as() in compiled]
+    missing = [case for case in cases if case.program.compiled_as() not in compiled]
+    cases = [case for case in cases if case.program.compiled_as() in compiled]
     late = False
     for group, run in (("accuracy", run_accuracy), ("speed", run_speed), ("growth", run_speed)):
         for n, head_dim in dict.fromkeys(
             (0 if c.group == "accuracy" else c.program.n, c.program.head_dim)
-            for c in cells
+            for c in cases
             if c.group == group
         ):
-            part = [c for c in cells if c.group == group and c.program.head_dim == head_dim]
+            part = [c for c in cases if c.group == group and c.program.head_dim == head_dim]
             part = [c for c in part if group == "accuracy" or c.program.n == n]
             if time.monotonic() > end:
                 late = True
                 missing += part
             else:
                 run(options, part, compiled, results)
-    for cell in missing:
-        say(f"no time left for {cell.group} {'-'.join(map(str, cell.program))}")
+    for case in missing:
+        log(f"no time left for {case.group} {'-'.join(map(str, case.program))}")
     if results.records:
         print(hopper_tables.markdown(results.document()), flush=True)
     refused = [record for record in results.records if record["status"] == "refused"]
     return int(bool(refused) and not (late or missing))
 
 
-def end_at_the_limit(seconds: float) -> None:
-    """Ends the process even inside a compilation; what was measured is in the file already."""
-
-    def end():
-        say("the limit is reached")
-        sys.stdout.flush()
-        os._exit(0)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-
-
 if __name__ == "__main__":
-    end_at_the_limit(parse(None).limit + _GRACE)
+    exit_after(parse(None).limit + GRACE)
     sys.exit(main())

@@ -1,177 +1,124 @@
-"""What bounds the Hopper kernels: times of their stages, and of stages that lack something.
+"""Times of the stages of the Hopper kernels; see pages/hopper_stages.md.
 
     python experiments/benchmarks/hopper_stages.py [--limit SECONDS] [--output FILE]
 
-Calls the kernels of `kernels/mosaic_gpu` directly. The time of an iteration is the slope of calls
-with a fixed number of them. A call must agree with a dense computation in float64 to be timed; then
-the same call is timed with something left out, whose results are wrong on purpose:
-
-- `no_exp`: weights are the arguments of the exponentials, negated; the fused multiply-add that
-  makes them, their sums, conversions and products stay, and two exponentials a thread and tile that
-  rescale an online softmax.
-- `no_sum_product`: weights are not multiplied by keys or values. Logits, exponentials, the other
-  product and the sums of weights, also those from ones, stay, and so does the conversion to 16 bits
-  where rounded weights are summed; in the softmax output and with two parts everywhere it goes.
-- `no_scores_product`: the product beside the logits, both parts of it, is not computed; the logits
-  take its place. One accumulator less is live.
-- `no_reload`: the ring is filled once and then only handed on; its barriers stay.
-- `no_weights`: neither logits nor exponentials: all that weights which are kept from one iteration
-  to the next could gain, if reading them cost nothing.
-
-The first two and the last keep what they leave out in the tiles on the border of the mask (two of
-33 on average at n = 4096), so that sums are finite and directions do not vanish: the power that a
-product draws, and with it the clock, depends on the numbers.
+Calls the kernels of `kernels/mosaic_gpu` directly. The time of an iteration is the slope over calls
+with fixed numbers of iterations. A call that does not agree with a dense computation in float64 is
+not timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
-import os
-import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
-import hopper
-import hopper_cells
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
-import stages_tables
-from stages_tables import FULL, Cell, make_cells
 
 import lla
+from lla.experiments.benchmarks import hopper
+from lla.experiments.benchmarks.compilation import Compiled, compile_all, try_compile
+from lla.experiments.benchmarks.formatting import provenance
+from lla.experiments.benchmarks.hopper_programs import Program, make_inputs, on_device
+from lla.experiments.benchmarks.results import add_options, open_results
+from lla.experiments.benchmarks.timing import (
+    device_lock,
+    error_line,
+    exit_after,
+    log,
+    time_interleaved,
+)
+from lla.runs import tables
 
 KEY_FIELDS = (
     "implementation", "stage", "variant", "iterations", "batch", "heads", "n", "head_dim",
 )  # fmt: skip
+SETTINGS = ("batch", "heads", "length", "ridge", "matmul_size", "repeats", "budget", "seed")
+# Work of a call without iterations, and of one iteration. The unit is a product of all visible
+# pairs with the head dimension; see kernels/HOPPER.md.
+FIRST = {
+    "solve": 2, "solve_precise": 3, "adjoint": 3,
+    "one_part": 3, "two_parts": 4, "precise": 6, "softmax": 2,
+}  # fmt: skip
+EACH = {"solve": 3, "solve_precise": 5, "adjoint": 3}
+FULL = "full"
+# Parts that the run in results/ also left out in turn. Not measured any more.
+VARIANTS = {
+    "no_exp": "exponentials",
+    "no_sum_product": "last product",
+    "no_scores_product": "product beside the logits",
+    "no_reload": "copies of tiles",
+    "no_weights": "logits and exponentials",
+}
+COUNTS = (0, 1, 3, 5)  # iterations of full calls
+_BALANCE = ("solve", 3)  # the call that is timed for more heads, and its iterations
+_BALANCE_FACTORS = (2, 4)
+_ROWS = (
+    ("first pass", "solve", False),
+    ("iteration", "solve", True),
+    ("first pass, two parts everywhere", "solve_precise", False),
+    ("iteration, two parts everywhere", "solve_precise", True),
+    ("adjoint: first pass", "adjoint", False),
+    ("adjoint: iteration", "adjoint", True),
+    ("output, probe in one part", "one_part", False),
+    ("output, probe in two parts", "two_parts", False),
+    ("output, weights in two parts, too", "precise", False),
+    ("output without a probe (softmax)", "softmax", False),
+)
 _PROBE_ITERATIONS = 8  # of the probe that the output is computed with, in two parts
 _CHECKED = 512  # queries of the first head
 BOUND = 1e-2
 
 
-# ---------------------------------------------------------------------------------------------
-# Variants
+class StageCall(NamedTuple):
+    """A stage of the kernels, with `n` queries and keys in each head.
+
+    Attributes:
+      stage: one of `FIRST`.
+      variant: `FULL`; the recorded run also has those in `VARIANTS`.
+      iterations: of the solver.
+      batch, heads, n, head_dim: sizes.
+    """
+
+    stage: str
+    variant: str
+    iterations: int
+    batch: int
+    heads: int
+    n: int
+    head_dim: int
+
+    def fields(self) -> dict[str, Any]:
+        which = "adjoint" if self.stage == "adjoint" else "forward"
+        return {"implementation": "mosaic_gpu", "pass": which, **self._asdict()}
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, self.n, self.head_dim
+
+    @property
+    def solves(self) -> bool:
+        return self.stage in EACH
 
 
-@contextlib.contextmanager
-def left_out(variant: str) -> Iterator[None]:
-    """What is traced inside is the `variant`; the kernels' names are patched for all threads."""
-    with contextlib.ExitStack() as stack:
-        for owner, name, replacement in _patches(variant):
-            stack.enter_context(mock.patch.object(owner, name, replacement))
-        yield
-
-
-def _patches(variant: str) -> list[tuple[type, str, Callable]]:
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    from lla.kernels.mosaic_gpu.launch import Ring
-    from lla.kernels.mosaic_gpu.rows import QueryRows
-    from lla.kernels.mosaic_gpu.tile import ONES, Arithmetic, by_row
-
-    true_weights, true_online_weights = QueryRows.weights, QueryRows.online_weights
-    true_summing, true_accumulate = Arithmetic.summing, Arithmetic.accumulate
-    true_over_tiles, true_with_products = QueryRows.over_tiles, Arithmetic.with_products
-    on_border = [True]
-
-    def weights(self, scores, j, masked, scale, ids, log_sum_exp):
-        if masked:
-            return true_weights(self, scores, j, masked, scale, ids, log_sum_exp)
-        return by_row(log_sum_exp, scores.shape) - scores * by_row(scale, scores.shape)
-
-    def online_weights(self, scores, j, masked, scale, ids, largest):
-        if masked:
-            return true_online_weights(self, scores, j, masked, scale, ids, largest)
-        new = jnp.maximum(largest, scores.max(axis=1) * scale)
-        return new, by_row(new, scores.shape) - scores * by_row(scale, scores.shape)
-
-    def over_tiles(self, body, carry):
-        def noted(j, carry, masked):
-            on_border[0] = masked
-            try:
-                return body(j, carry, masked)
-            finally:
-                on_border[0] = True
-
-        return true_over_tiles(self, noted, carry)
-
-    def summing(self, columns, loop, body, carry):
-        def step(j, carry, masked, add):
-            def rows_only(*sums):
-                add(*[[]] * (len(sums) - 1), sums[-1] if columns[-1] == ONES else [])
-
-            return body(j, carry, masked, add if masked else rows_only)
-
-        return true_summing(self, columns, loop, step, carry)
-
-    def accumulate(self, totals, *sums):
-        if on_border[0]:
-            return true_accumulate(self, totals, *sums)
-        if totals[-1].shape[-1] == ONES:
-            return (*totals[:-1], *true_accumulate(self, totals[-1:], sums[-1]))
-        return totals
-
-    def with_products(self, columns, use, *sums):
-        def use_first(read):
-            read = functools.cache(read)
-            return use(*[read] * len(sums))
-
-        return true_with_products(self, columns, use_first, sums[0])
-
-    def with_second_product(self, columns, use, *sums):
-        if on_border[0] or len(sums) < 2:
-            return true_with_products(self, columns, use, *sums)
-
-        def use_second(read):
-            read = functools.cache(read)
-            return use(*[read] * len(sums))
-
-        return true_with_products(self, columns, use_second, sums[1])
-
-    def fill(self, t, sources):
-        slot = jax.lax.rem(t, jnp.int32(self.stages))
-
-        @pl.when(t < self.stages)
-        def _():
-            for source, tile in zip(sources, self.tiles, strict=True):
-                plgpu.copy_gmem_to_smem(source, tile.at[slot], self.filled.at[slot])
-
-        @pl.when(t >= self.stages)
-        def _():
-            plgpu.barrier_wait(self.released.at[slot])
-            for _ in sources:
-                plgpu.barrier_arrive(self.filled.at[slot])
-
-        return t + 1
-
-    return {
-        FULL: [],
-        "no_exp": [
-            (QueryRows, "weights", weights),
-            (QueryRows, "online_weights", online_weights),
-        ],
-        "no_sum_product": [
-            (QueryRows, "over_tiles", over_tiles),
-            (Arithmetic, "summing", summing),
-            (Arithmetic, "accumulate", accumulate),
-        ],
-        "no_scores_product": [(Arithmetic, "with_products", with_products)],
-        "no_reload": [(Ring, "fill", fill)],
-        "no_weights": [
-            (QueryRows, "weights", weights),
-            (QueryRows, "over_tiles", over_tiles),
-            (Arithmetic, "with_products", with_second_product),
-        ],
-    }[variant]
+def make_calls(options: argparse.Namespace) -> list[StageCall]:
+    calls = []
+    for d in options.head_dims:
+        size = (options.batch, options.heads, options.length, d)
+        for stage in FIRST:
+            solves = stage in EACH
+            calls += [StageCall(stage, FULL, t, *size) for t in (COUNTS if solves else (0,))]
+        stage, t = _BALANCE
+        for factor in _BALANCE_FACTORS:
+            heads = factor * options.heads
+            calls.append(StageCall(stage, FULL, t, options.batch, heads, options.length, d))
+    return calls
 
 
 # ---------------------------------------------------------------------------------------------
@@ -179,7 +126,10 @@ def _patches(variant: str) -> list[tuple[type, str, Callable]]:
 
 
 class Operands(NamedTuple):
-    """``[B, T, N, D]``, and rows ``[B, N, T]`` in float32; what a solve leaves from `high` on."""
+    """Arguments of the kernels, ``[B, T, N, D]``, or ``[B, N, T]`` in float32 for one number a row.
+
+    From `high` on, they are results of a solve.
+    """
 
     query: jax.Array
     key: jax.Array
@@ -197,7 +147,7 @@ class Operands(NamedTuple):
     delta: jax.Array | None = None
 
 
-def draw(size: tuple[int, int, int, int], ridge: float, seed: int) -> Operands:
+def draw_operands(size: tuple[int, int, int, int], ridge: float, seed: int) -> Operands:
     """Standard normal arrays of batch, heads, length and head dimension."""
     batch, heads, n, head_dim = size
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -208,54 +158,53 @@ def draw(size: tuple[int, int, int, int], ridge: float, seed: int) -> Operands:
     return Operands(*arrays, scale, ridge, numbers)
 
 
-def run_stage(cell: Cell, given: Operands):
-    """The result of the kernel; to be traced."""
+def run_stage(stage_call: StageCall, given: Operands):
+    """Calls the kernel of a stage; to be traced."""
     from lla.kernels.mosaic_gpu import attend, configs, launch, solve, tile
 
-    batch, heads, n, head_dim = cell.size
+    batch, heads, n, head_dim = stage_call.size
     shape = launch.Shape(batch, n, n, heads, 1, head_dim, given.query.dtype)
     mask, chosen = tile.MaskSpec(True, None, False), configs.choose(head_dim)
     masking = launch.Masking(given.numbers, None, None)
-    precise = cell.stage.endswith("precise")
-    # The functions below `jit`, whose cache does not know of patches.
-    if cell.solves:
+    precise = stage_call.stage.endswith("precise")
+    if stage_call.solves:
         adjoint = None
-        if cell.stage == "adjoint":
+        if stage_call.stage == "adjoint":
             adjoint = solve.Adjoint(
                 given.value, given.cotangent, given.log_sum_exp, given.delta, given.key_mean
             )
-        return solve.solve.__wrapped__(
-            shape, mask, chosen.solve_precise if precise else chosen.solve,
-            solve.Iteration(None, cell.iterations, precise),
+        return solve.solve(
+            shape, mask, chosen.solve_bf16x2 if precise else chosen.solve,
+            solve.CGOptions(None, stage_call.iterations, precise),
             given.query, given.key, given.scale, given.ridge, masking, adjoint,
         )  # fmt: skip
     probe = solved = None
-    if cell.stage != "softmax":
-        split = cell.stage != "one_part"
+    if stage_call.stage != "softmax":
+        split = stage_call.stage != "one_part"
         probe = given.high
         solved = attend.Solved(
             given.log_sum_exp,
             given.shift if split else given.shift_high,
             given.low if split else None,
         )
-    return attend.attend.__wrapped__(
-        shape, mask, chosen.attend_precise if precise else chosen.attend,
-        given.query, given.key, given.value, given.scale, masking, probe, solved, precise=precise,
+    return attend.attend(
+        shape, mask, chosen.attend_bf16x2 if precise else chosen.attend,
+        given.query, given.key, given.value, given.scale, masking, probe, solved, bf16x2=precise,
     )  # fmt: skip
 
 
 def complete(size: tuple[int, int, int, int], given: Operands) -> Operands:
     """`given` with a solution, and with cotangent times output for the adjoint solve."""
-    found = run_stage(Cell("solve_precise", FULL, _PROBE_ITERATIONS, *size), given)
+    found = run_stage(StageCall("solve_precise", FULL, _PROBE_ITERATIONS, *size), given)
     names = ("high", "low", "shift_high", "shift", "key_mean", "log_sum_exp")
     given = given._replace(**{name: getattr(found, name) for name in names})
-    out = run_stage(Cell("two_parts", FULL, 0, *size), given).out
+    out = run_stage(StageCall("two_parts", FULL, 0, *size), given).out
     delta = (given.cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     return given._replace(delta=jnp.swapaxes(delta, 1, 2))
 
 
-def shapes_of(cell: Cell) -> Operands:
-    drawn = jax.eval_shape(lambda: draw(cell.size, 1.0, 0))
+def shapes_of(stage_call: StageCall) -> Operands:
+    drawn = jax.eval_shape(lambda: draw_operands(stage_call.size, 1.0, 0))
     row = drawn.scale
     mean = jax.ShapeDtypeStruct(drawn.query.shape, jnp.float32)
     return drawn._replace(
@@ -264,52 +213,22 @@ def shapes_of(cell: Cell) -> Operands:
     )  # fmt: skip
 
 
-def needed(cell: Cell, given: Operands) -> Operands:
-    """`given` without what the call does not read."""
+def needed(stage_call: StageCall, given: Operands) -> Operands:
+    """`given` with None for what the call does not read."""
     names = {"query", "key", "scale", "numbers"}
-    names |= {"ridge"} if cell.solves else {"value"}
-    if cell.stage == "adjoint":
+    names |= {"ridge"} if stage_call.solves else {"value"}
+    if stage_call.stage == "adjoint":
         names |= {"value", "cotangent", "log_sum_exp", "delta", "key_mean"}
-    elif not cell.solves and cell.stage != "softmax":
+    elif not stage_call.solves and stage_call.stage != "softmax":
         names |= {"high", "log_sum_exp"}
-        names |= {"shift_high"} if cell.stage == "one_part" else {"low", "shift"}
+        names |= {"shift_high"} if stage_call.stage == "one_part" else {"low", "shift"}
     return Operands(*(a if name in names else None for name, a in given._asdict().items()))
 
 
-def trace(cell: Cell, place: Callable = lambda shapes: shapes):
-    """The traced call; `place` may give its arguments' shapes a sharding."""
-    with left_out(cell.variant):
-        function = functools.partial(run_stage, cell)
-        return jax.jit(function).trace(place(needed(cell, shapes_of(cell))))
-
-
-def compile_all(cells: Sequence[Cell], workers: int, end: float) -> dict[Cell, hopper.Compiled]:
-    """Traces and lowers in this thread, because patches are global, and compiles in `workers`.
-
-    Cells that were not begun before the time `end` are missing.
-    """
-
-    def finish(cell, lowered, start):
-        try:
-            compiled = lowered.compile()
-            memory = {"temp_bytes": int(compiled.memory_analysis().temp_size_in_bytes)}
-        except Exception as error:  # one program must not stop the others
-            return hopper.Compiled(None, {}, time.monotonic() - start, hopper.brief(error))
-        return hopper.Compiled(compiled, memory, time.monotonic() - start)
-
-    done: dict[Cell, Any] = {}
-    with concurrent.futures.ThreadPoolExecutor(workers) as executor:
-        for cell in cells:
-            start = time.monotonic()
-            if start > end:
-                break
-            try:
-                done[cell] = executor.submit(finish, cell, trace(cell).lower(), start)
-            except Exception as error:
-                reason = hopper.brief(error)
-                done[cell] = hopper.Compiled(None, {}, time.monotonic() - start, reason)
-        hopper.say(f"{len(done)} of {len(cells)} programs lowered")
-    return {c: f if isinstance(f, hopper.Compiled) else f.result() for c, f in done.items()}
+def compile_call(stage_call: StageCall) -> Compiled:
+    """Compiles a call without inputs."""
+    run = jax.jit(functools.partial(run_stage, stage_call))
+    return try_compile(lambda: run.lower(needed(stage_call, shapes_of(stage_call))).compile())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -343,22 +262,17 @@ def exact(given: Operands) -> dict[str, np.ndarray]:
     }
 
 
-def verdict(cell: Cell, result, want: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
-    """Status, errors and bounds; without `want` results only have to be finite."""
-    if cell.solves and not cell.iterations:
+def verdict(stage_call: StageCall, result, want: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+    """Status, errors and bounds. Without `want`, results only have to be finite."""
+    if stage_call.solves and not stage_call.iterations:
         result = result._replace(shift_high=None, shift=None)  # not written without iterations
     arrays = jax.tree.leaves(result)
     finite = all(bool(jnp.isfinite(array).all()) for array in arrays)
-    if cell.variant != FULL:
-        return {
-            "status": "timed", "errors": {}, "bounds": {}, "finite": finite,
-            "truth": "none: wrong on purpose",
-        }  # fmt: skip
-    if cell.solves:
-        name = "cotangent_mean" if cell.stage == "adjoint" else "log_sum_exp"
+    if stage_call.solves:
+        name = "cotangent_mean" if stage_call.stage == "adjoint" else "log_sum_exp"
         got, truth = getattr(result, name)[0, 0, :_CHECKED], name
     else:
-        name, truth = "output", "softmax" if cell.stage == "softmax" else "output"
+        name, truth = "output", "softmax" if stage_call.stage == "softmax" else "output"
         got = result.out[0, :_CHECKED, 0]
     fields = {"errors": {}, "bounds": {}, "truth": "none", "finite": finite, "status": "timed"}
     if want is not None:
@@ -378,97 +292,80 @@ def verdict(cell: Cell, result, want: Mapping[str, np.ndarray] | None) -> dict[s
 # The run
 
 
-def measure_cells(options, cells: Sequence[Cell], compiled: Mapping, results) -> None:
-    """Checks and times the cells of one head dimension in turns."""
-    records: dict[Cell, dict] = {}
-    calls: dict[Cell, Callable] = {}
-    main = (options.batch, options.heads, options.length, cells[0].head_dim)
+def measure_all(options, stages: Sequence[StageCall], compiled: Mapping, results) -> None:
+    """Checks the calls of one head dimension and times them in turns."""
+    records: dict[StageCall, dict] = {}
+    calls: dict[StageCall, Callable] = {}
+    main = (options.batch, options.heads, options.length, stages[0].head_dim)
     operands: dict[tuple, Operands] = {}
     want = None
-    for cell in cells:
-        found = compiled[cell]
-        units = stages_tables.units(cell.stage, cell.iterations)
-        record = records[cell] = {**cell.fields(), **found.memory}
-        record |= {"flops": stages_tables.flops(units, *cell.size)}
+    for stage_call in stages:
+        found = compiled[stage_call]
+        record = records[stage_call] = {**stage_call.fields(), **found.memory}
+        record |= {"flops": flops(units(stage_call.stage, stage_call.iterations), *stage_call.size)}
         record["compile_s"] = round(found.seconds, 2)
         try:
             if found.call is None:
                 raise RuntimeError(found.error)
-            if cell.size not in operands:
-                given = jax.jit(lambda cell=cell: draw(cell.size, options.ridge, options.seed))()
-                if cell.size == main:
+            if stage_call.size not in operands:
+                given = jax.jit(
+                    lambda stage_call=stage_call: draw_operands(
+                        stage_call.size, options.ridge, options.seed
+                    )
+                )()
+                if stage_call.size == main:
                     given = jax.jit(functools.partial(complete, main))(given)
                     want = exact(given)
-                operands[cell.size] = given
-            call = functools.partial(found.call, needed(cell, operands[cell.size]))
-            record |= verdict(cell, call(), want if cell.size == main else None)
+                operands[stage_call.size] = given
+            call = functools.partial(found.call, needed(stage_call, operands[stage_call.size]))
+            record |= verdict(stage_call, call(), want if stage_call.size == main else None)
             if record["status"] == "timed":
-                calls[cell] = call
+                calls[stage_call] = call
         except Exception as error:
-            record |= {"status": "unavailable", "reason": hopper.brief(error)}
-    for cell, timing in measure.time_interleaved(calls, options.repeats, options.budget).items():
-        records[cell] |= dataclasses.asdict(timing)
+            record |= {"status": "unavailable", "reason": error_line(error)}
+    for stage_call, timing in time_interleaved(calls, options.repeats, options.budget).items():
+        records[stage_call] |= dataclasses.asdict(timing)
     results.add(list(records.values()))
 
 
 def measure_matmul(options) -> dict[str, Any]:
     size = options.matmul_size
-    program = hopper_cells.Program(
-        "xla", "matmul", "forward", 1, 1, 1, size, size, None, None, "bfloat16"
-    )
+    program = Program("xla", "matmul", "forward", 1, 1, 1, size, size, None, None, "bfloat16")
     record = {"implementation": "xla", "pass": "matmul", "stage": "matmul", "variant": FULL}
     record |= {"iterations": 0, "batch": 1, "heads": 1, "n": size, "head_dim": size}
     found = hopper.compile_program(program)
     if found.call is None:
         return record | {"status": "unavailable", "reason": found.error}
-    arrays = hopper_cells.make_inputs(program, "normal", options.seed)
-    inputs = hopper_cells.on_device(program, arrays)
+    arrays = make_inputs(program, "normal", options.seed)
+    inputs = on_device(program, arrays)
     call = functools.partial(found.call, inputs)
     record |= hopper.check_matmul(call()["output"], inputs) | {"flops": hopper.flops(program)}
     if record["status"] == "timed":
-        timing = measure.time_interleaved({"": call}, options.repeats, options.budget)[""]
+        timing = time_interleaved({"": call}, options.repeats, options.budget)[""]
         record |= dataclasses.asdict(timing)
     return record
 
 
 def refusal() -> str | None:
-    """Why the kernels cannot run here, None if they can."""
-    from lla.ops import mosaic_gpu
-    from lla.ops.problem import make_problem
-
+    """Why the kernels cannot run here; None if they can."""
     array = jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
-    return mosaic_gpu.refuse(make_problem("softmax", array, array, array))
+    return lla.explain(array, array, array, implementation="mosaic_gpu")["mosaic_gpu"]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--head_dims", type=int, nargs="+", choices=(64, 128), default=[64, 128])
-    names = list(stages_tables.VARIANTS)
-    add("--variants", nargs="*", choices=names, default=names, help="what is left out in turn")
     add("--batch", type=int, default=2)
     add("--heads", type=int, default=16)
     add("--length", type=int, default=4096, help="a multiple of 128")
     add("--ridge", type=float, default=10.0)
     add("--matmul_size", type=int, default=8192)
-    add("--repeats", type=int, default=9)
-    add("--budget", type=float, default=1.0, help="seconds for the repeats of one cell")
-    add("--seed", type=int, default=0)
-    add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="threads that compile")
-    add("--limit", type=float, default=1e9, help="seconds after which it stops with what it has")
-    add("--lock", help="file that processes which measure on one device have in common")
-    add("--commit", help="recorded where the repository's history is absent")
-    add("--output", type=pathlib.Path, help="default: results/hopper_stages_<device>.json")
+    add_options(parser, "seed workers limit lock commit output", repeats=9, budget=1.0)
     options = parser.parse_args(argv)
     if options.length % 128:
         parser.error("--length must be a multiple of 128")
     return options
-
-
-def make_header(options: argparse.Namespace) -> dict[str, Any]:
-    said = ("batch", "heads", "length", "ridge", "matmul_size", "repeats", "budget", "seed")
-    header = measure.make_header("hopper_stages", {name: getattr(options, name) for name in said})
-    return {**header, "commit": options.commit or header["commit"]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -476,25 +373,144 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (reason := refusal()) is not None:
         print(reason, file=sys.stderr)
         return 1
-    output = options.output or measure.RESULTS / f"hopper_stages_{measure.device_name()}.json"
-    results = measure.Results(output, make_header(options), KEY_FIELDS)
-    hopper.say(f"{jax.devices()[0].device_kind}, results in {output}")
-    cells = [cell for cell in make_cells(options) if not results.finished(**cell.fields())]
+    results = open_results("hopper_stages", options, SETTINGS, KEY_FIELDS)
+    stages = [call for call in make_calls(options) if not results.has(call.fields())]
     end = time.monotonic() + 0.7 * options.limit
-    compiled = compile_all(cells, options.workers, end)
-    hopper.say("compiled")
-    with measure.exclusive(options.lock):
+    compiled = compile_all(stages, compile_call, options.workers, end)
+    with device_lock(options.lock):
         if not any(record["stage"] == "matmul" for record in results.records):
             results.add([measure_matmul(options)])
         for head_dim in options.head_dims:
-            part = [cell for cell in cells if cell in compiled and cell.head_dim == head_dim]
+            part = [call for call in stages if call in compiled and call.head_dim == head_dim]
             if part:
-                measure_cells(options, part, compiled, results)
-                hopper.say(f"head dimension {head_dim} measured")
-    print(stages_tables.markdown(results.document()), flush=True)
+                measure_all(options, part, compiled, results)
+                log(f"head dimension {head_dim} measured")
+    print(markdown(results.document()), flush=True)
     return int(any(record["status"] == "refused" for record in results.records))
 
 
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def units(stage: str, iterations: int) -> int:
+    """The work of a call, in units of `FIRST` and `EACH`."""
+    return FIRST[stage] + iterations * EACH.get(stage, 0)
+
+
+def flops(units: float, batch: int, heads: int, n: int, head_dim: int) -> float:
+    """Operations of causal products, which have half of the ``2 n^2 d`` of full ones."""
+    return float(units) * batch * heads * n**2 * head_dim
+
+
+def slope(seconds: Mapping[int, float]) -> float | None:
+    """Seconds of an iteration, by least squares over the calls with at least one; None for fewer.
+
+    Args:
+      seconds: of a call, by its number of iterations.
+    """
+    counts = sorted(count for count in seconds if count >= 1)
+    if len(counts) < 2:
+        return None
+    return float(np.polyfit(counts, [seconds[count] for count in counts], 1)[0])
+
+
+def matmul_rate(records: Sequence[Mapping]) -> float | None:
+    """Operations in a second of the plain matrix product, if it was timed."""
+    found = [r for r in records if r["stage"] == "matmul" and r["status"] == "timed"]
+    return found[0]["flops"] / found[0]["time_median_s"] if found else None
+
+
+def amount(records: Sequence[Mapping], stage: str, variant: str, each: bool, field: str):
+    """`field` of a call without iterations, or of an iteration; None if that was not timed."""
+    found = {
+        r["iterations"]: r[field]
+        for r in records
+        if (r["stage"], r["variant"], r["status"]) == (stage, variant, "timed")
+    }
+    return slope(found) if each else found.get(0)
+
+
+def markdown(document: Mapping) -> str:
+    """Provenance and tables of a result file of `hopper_stages.py`."""
+    records, settings = document["records"], document["header"]["settings"]
+    rate = matmul_rate(records)
+    parts = [provenance(document)]
+    if rate is not None:
+        parts.append(f"Matrix product on the same card: {rate / 1e12:.0f} TFLOP/s.")
+    size = settings["batch"], settings["heads"], settings["length"]
+    ours = [r for r in records if r["stage"] in FIRST]
+    for head_dim in sorted({r["head_dim"] for r in ours}):
+        here = [r for r in ours if r["head_dim"] == head_dim]
+        main = [r for r in here if (r["batch"], r["heads"], r["n"]) == size]
+        if main:
+            parts.append(_stages(main, head_dim, size, rate))
+    if balance := _balance(ours, settings["length"]):
+        parts.append(balance)
+    missing = [
+        f"- {r['stage']}, {r['variant']}, {r['iterations']} iterations, head dimension "
+        f"{r['head_dim']}: {r['status']}: {r['reason']}"
+        for r in records
+        if r["status"] != "timed"
+    ]
+    return "\n\n".join([*parts, "\n".join(missing)] if missing else parts)
+
+
+def _stages(records: Sequence[Mapping], head_dim: int, size, rate: float | None) -> str:
+    rows = []
+    measured = {r["variant"] for r in records}
+    variants = {name: what for name, what in VARIANTS.items() if name in measured}
+    for label, stage, each in _ROWS:
+        seconds = amount(records, stage, FULL, each, "time_median_s")
+        if seconds is None:
+            continue
+        reached = amount(records, stage, FULL, each, "flops") / seconds
+        share = "" if rate is None else f"{reached / rate:.0%}"
+        row = [label, f"{1e3 * seconds:.3f}", f"{reached / 1e12:.0f}", share]
+        for variant in variants:
+            less = amount(records, stage, variant, each, "time_median_s")
+            row.append("" if less is None else f"{1e3 * less:.3f} ({less / seconds - 1:+.0%})")
+        rows.append(row)
+    batch, heads, n = size
+    head = ["stage", "ms", "TFLOP/s", "of the matrix product"]
+    head += [f"without {what}" for what in variants.values()]
+    return (
+        f"**Head dimension {head_dim}**, batch {batch}, {heads} heads, n = {n}: median ms of every "
+        "stage, and when something is left out (exponentials and last product stay in the tiles on "
+        f"the border of the mask, {2 / (n / 128 + 1):.0%} of all).\n\n"
+        + tables.markdown(head, rows)
+    )
+
+
+def _balance(records: Sequence[Mapping], n: int) -> str:
+    """Time of a head against the number of heads, where more than one number was timed."""
+    full = [r for r in records if r["variant"] == FULL and r["status"] == "timed" and r["n"] == n]
+    rows = []
+    for case in dict.fromkeys((r["head_dim"], r["stage"], r["iterations"]) for r in full):
+        here = [r for r in full if (r["head_dim"], r["stage"], r["iterations"]) == case]
+        here.sort(key=lambda r: r["batch"] * r["heads"])
+        if len(here) < 2:
+            continue
+        head_dim, stage, iterations = case
+        for r in here:
+            count, seconds = r["batch"] * r["heads"], r["time_median_s"]
+            rate = flops(units(stage, iterations), r["batch"], r["heads"], n, head_dim) / seconds
+            rows.append(
+                [
+                    str(head_dim),
+                    f"{stage}, {iterations} iterations",
+                    str(count),
+                    f"{1e3 * seconds:.3f}",
+                    f"{1e6 * seconds / count:.2f}",
+                    f"{rate / 1e12:.0f}",
+                ]
+            )
+    if not rows:
+        return ""
+    head = ["d", "call", "batch x heads", "ms", "µs a head", "TFLOP/s"]
+    return f"**Balance of load**, n = {n}.\n\n" + tables.markdown(head, rows)
+
+
 if __name__ == "__main__":
-    hopper.end_at_the_limit(parse(None).limit)
+    exit_after(parse(None).limit)
     sys.exit(main())

@@ -1,17 +1,28 @@
-"""Tables and figure of `hopper.py`, for `report.py`."""
+"""Tables and figure of `hopper.py`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 
-import report
+from lla.experiments.benchmarks.formatting import (
+    PASSES,
+    cell_text,
+    exponents,
+    mebibytes,
+    number,
+    provenance,
+    ratio,
+    series,
+)
+from lla.runs import figures, styles, tables
 
+CAPTION = "Time against length and ridge"
 _MEMBERS = ("softmax", "parallax", "lla")
 
 
 def _rows(records) -> list[tuple]:
-    """Keys of the table rows: implementation, member, ridge, how it is given, inputs."""
+    """The rows of a table: implementation, member, ridge, kind of ridge, inputs."""
     fields = ("implementation", "member", "ridge", "ridge_kind", "inputs")
     keys = {tuple(record[name] for name in fields) for record in records}
     order = ("normal", "anisotropic", "clustered", "offset", "sharp")
@@ -25,7 +36,7 @@ def _rows(records) -> list[tuple]:
 
 
 def _cells(records, key: tuple) -> dict[str, dict]:
-    """Records of one row by pass."""
+    """The records of a row, by pass."""
     fields = ("implementation", "member", "ridge", "ridge_kind", "inputs")
     return {r["pass"]: r for r in records if tuple(r[name] for name in fields) == key}
 
@@ -38,17 +49,6 @@ def _label(key: tuple) -> str:
     return text
 
 
-def _number(record: Mapping | None, field: str, form: str, unit: float = 1.0) -> str:
-    value = None if record is None else record.get(field)
-    return "" if value is None else f"{value / unit:{form}}"
-
-
-def _ratio(record: Mapping | None, floor: Mapping | None) -> str:
-    if not all(r and r["status"] == "timed" for r in (record, floor)):
-        return ""
-    return f"{record['time_median_s'] / floor['time_median_s']:.2f}"
-
-
 def _rate(record: Mapping | None) -> str:
     if not record or record["status"] != "timed" or "flops" not in record:
         return ""
@@ -56,11 +56,11 @@ def _rate(record: Mapping | None) -> str:
 
 
 def markdown(document: Mapping) -> str:
-    """Tables of `hopper.py`."""
+    """The tables of a result file."""
     groups = {name: [] for name in ("accuracy", "speed", "growth")}
     for record in document["records"]:
         groups[record["group"]].append(record)
-    parts = [report.provenance(document)]
+    parts = [provenance(document)]
     peak = [_rate(r) for r in groups["speed"] if r["member"] == "matmul"]
     if peak and peak[0]:
         parts.append(f"Matrix product on the same card: {peak[0]} TFLOP/s.")
@@ -71,17 +71,18 @@ def markdown(document: Mapping) -> str:
         rows = []
         for key in _rows(here):
             found = _cells(here, key)
-            row = [_label(key), _number(next(iter(found.values())), "mean_iterations", ".1f")]
-            for which in report.PASSES:
+            row = [_label(key), number(next(iter(found.values())), "mean_iterations", ".1f")]
+            for which in PASSES:
                 record = found.get(which)
-                row += [report.cell_text(record), _ratio(record, floor.get(which)), _rate(record)]
-                row.append(_number(record, "temp_bytes", ".4g", 2**20))
+                row += [cell_text(record), ratio(record, floor.get(which)), _rate(record)]
+                row.append(mebibytes(record))
             rows.append(row)
-        columns = [[title, "/ cuDNN", "TFLOP/s", "MiB"] for title in report.PASSES.values()]
+        columns = [[title, "/ cuDNN", "TFLOP/s", "MiB"] for title in PASSES.values()]
         parts.append(
             f"**Speed, head dimension {size[0]}**, batch {size[1]}, {size[2]} heads, "
             f"n = {size[3]}: median (fastest) ms; relative error of the output, or of the worst "
-            "gradient.\n\n" + report.table(["call", "iterations", *columns[0], *columns[1]], rows)
+            "gradient.\n\n"
+            + tables.markdown(["call", "iterations", *columns[0], *columns[1]], rows)
         )
     parts += [_growth(groups["growth"], attention)] if groups["growth"] else []
     for head_dim in sorted({r["head_dim"] for r in groups["accuracy"]}):
@@ -91,22 +92,22 @@ def markdown(document: Mapping) -> str:
         for key in _rows(here):
             record = next(iter(_cells(here, key).values()))
             errors = record.get("errors", {})
-            row = [_label(key), key[4], _number(record, "mean_iterations", ".1f")]
-            row += [_number(errors, "output", ".1e"), _number(record, "worst_row", ".1e")]
-            row += [_number(errors, name, ".1e") for name in gradients]
+            row = [_label(key), key[4], number(record, "mean_iterations", ".1f")]
+            row += [number(errors, "output", ".1e"), number(record, "worst_row", ".1e")]
+            row += [number(errors, name, ".1e") for name in gradients]
             same = {True: "yes", False: "no", None: ""}[record.get("repeatable")]
             rows.append([*row, same, record["status"].replace("timed", "within bounds")])
         head = ["call", "inputs", "iterations", "output", "worst row", *gradients]
         parts.append(
             f"**Accuracy, head dimension {head_dim}**, n = {here[0]['n']}: relative errors of the "
             "output and of the gradients.\n\n"
-            + report.table([*head, "repeatable", "verdict"], rows)
+            + tables.markdown([*head, "repeatable", "verdict"], rows)
         )
     return "\n\n".join(parts)
 
 
 def _growth(records, speed) -> str:
-    rows, names, notes = [], list(report.PASSES), []
+    rows, names, notes = [], list(PASSES), []
     for n, batch, heads in sorted({(r["n"], r["batch"], r["heads"]) for r in records}):
         found = {
             r["pass"]: r for r in records if (r["n"], r["batch"], r["heads"]) == (n, batch, heads)
@@ -114,38 +115,36 @@ def _growth(records, speed) -> str:
         row = [str(n), str(batch * heads)]
         for which in names:
             row += [
-                report.cell_text(found.get(which)),
-                _number(found.get(which), "temp_bytes", ".4g", 2**20),
+                cell_text(found.get(which)),
+                mebibytes(found.get(which)),
             ]
         rows.append(row)
         for which in names:
             key = [next(iter(found.values()))[name] for name in ("head_dim", "ridge", "member")]
             more = [r for r in speed if r["pass"] == which and r["n"] == n and r["batch"] > 1
                     and [r[name] for name in ("head_dim", "ridge", "member")] == key]  # fmt: skip
-            ratio = _ratio(more[0], found.get(which)) if more and heads > 1 else ""
-            if ratio:
+            factor = ratio(more[0], found.get(which)) if more and heads > 1 else ""
+            if factor:
                 times = more[0]["batch"] * more[0]["heads"] / (batch * heads)
                 notes.append(
-                    f"- {report.PASSES[which]}, {times:g} times the heads: {ratio} times as long."
+                    f"- {PASSES[which]}, {times:g} times the heads: {factor} times as long."
                 )
     for which in names:
         found = [r for r in records if r["pass"] == which and r["heads"] > 1]
         name, head_dim = records[0]["implementation"], records[0]["head_dim"]
-        time = report.exponents(report.series(found, name, which, head_dim, "time_median_s"))
-        memory = report.exponents(report.series(found, name, which, head_dim, "temp_bytes"))
+        time = exponents(series(found, name, which, head_dim, "time_median_s"))
+        memory = exponents(series(found, name, which, head_dim, "temp_bytes"))
         if time:
-            notes.append(f"- {report.PASSES[which]}: exponent of time {time}, of memory {memory}.")
-    columns = [name for title in report.PASSES.values() for name in (title, "MiB")]
+            notes.append(f"- {PASSES[which]}: exponent of time {time}, of memory {memory}.")
+    columns = [name for title in PASSES.values() for name in (title, "MiB")]
     return (
         f"**Growth**, head dimension {records[0]['head_dim']}, ridge {records[0]['ridge']:g}.\n\n"
-        + report.table(["n", "batch x heads", *columns], rows) + "\n\n" + "\n".join(notes)
+        + tables.markdown(["n", "batch x heads", *columns], rows) + "\n\n" + "\n".join(notes)
     )  # fmt: skip
 
 
 def draw(records):
-    """Time against length, and against the ridge relative to cuDNN's softmax attention."""
-    from lla.experiment import figures, styles
-
+    """The figure: time against length, and time relative to cuDNN's softmax against the ridge."""
     figure, axes = figures.new(1, 2, height=2.9)
     growth = [r for r in records if r["group"] == "growth" and r["heads"] > 1]
     look = styles.style("lla")
@@ -154,18 +153,18 @@ def draw(records):
         for r in records
         if r["group"] == "speed" and r["member"] == "lla" and r["ridge_kind"] == "static"
     }
-    # Passes by the marker's filling, head dimensions by its form.
+    # The fill of a marker tells the pass, its shape the head dimension.
     forms = dict(zip(sorted(dims | {r["head_dim"] for r in growth}), "o^Ds", strict=False))
     for axis in axes[0]:
         axis.set_yscale("log")
-    for which, title in report.PASSES.items():
+    for which, title in PASSES.items():
         pass_ = {"filled": which == "forward", "line": "-" if which == "forward" else "--"}
         for name, head_dim in sorted({(r["implementation"], r["head_dim"]) for r in growth}):
             style = dataclasses.replace(
                 look, name=f"{title}, d = {head_dim}", marker=forms[head_dim], **pass_
             )
             found = [
-                report.series(growth, name, which, head_dim, field)
+                series(growth, name, which, head_dim, field)
                 for field in ("time_median_s", "time_min_s")
             ]
             _marks(axes[0, 0], style, found[0], found[1], 1e3)
@@ -196,9 +195,7 @@ def draw(records):
 
 
 def _marks(axis, style, median, least, unit):
-    """Medians with bars down to the least."""
-    from lla.experiment import figures
-
+    """Medians, with bars down to the fastest times."""
     if median:
         bars = [unit * (median[x] - least[x]) for x in median]
         values = [unit * value for value in median.values()]

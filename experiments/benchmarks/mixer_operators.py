@@ -1,4 +1,4 @@
-"""The recurrences under the layers, and their errors on this device, on fresh inputs.
+"""The recurrences of the layers, and their errors on this device, on fresh inputs.
 
 Used by mixer_updates.py.
 """
@@ -17,7 +17,7 @@ from lla.mixers.selective_scan import selective_scan
 
 
 def operators(heads: int, n: int, dim: int) -> dict[str, tuple]:
-    """Name to (function of arrays and form, arrays): the recurrences under the layers."""
+    """The recurrences of the layers: name -> (function of arrays and form, arrays)."""
     rng = np.random.default_rng(secrets.randbits(31))
     shape = (2, n, heads, dim)
 
@@ -38,7 +38,7 @@ def operators(heads: int, n: int, dim: int) -> dict[str, tuple]:
     query, key = unit(), unit()
 
     def wider(array):
-        """Half as many heads, twice as wide, as long as before."""
+        """Half as many heads, each twice as wide and with the same norm."""
         return array.reshape(2, n, -1, 2 * dim) / 2**0.5
 
     ridge = np.ones((heads, dim))
@@ -59,6 +59,10 @@ def operators(heads: int, n: int, dim: int) -> dict[str, tuple]:
             linear_recurrence,
             (query, key, value, per_head),
         ),
+        "per_head_wide": (
+            linear_recurrence,
+            (*map(wider, (query, key, value)), per_head[:, :, ::2]),
+        ),
         "per_coordinate": (
             linear_recurrence,
             (query, key, value, per_coordinate),
@@ -68,7 +72,7 @@ def operators(heads: int, n: int, dim: int) -> dict[str, tuple]:
     }
 
 
-# Arguments that have 16 bits in a model of 16 bits; gates are float32 there.
+# The arguments that a 16-bit model passes in 16 bits; gates stay in float32.
 _NARROW = {"selective_scan": (0, 3, 4)}
 
 

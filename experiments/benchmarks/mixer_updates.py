@@ -6,8 +6,8 @@ For one mechanism after another: the layer in float32 and in 16 bits, outputs an
 its recurrent form in float32 on fresh inputs; then the time of the layer, of an update of a model
 of 29 million parameters, and of an update of eight small models at once, as the grid of multi-query
 associative recall trains them. Everything is compiled ahead, in threads. The file is rewritten
-after every cell, and a cell that fails or takes too long does not stop the others. With
-``--profile`` the kernels of the layer and of the updates are listed with their times.
+after every job, and a job that fails or takes too long does not stop the others. ``--profile``
+lists the kernels of the layer and of the updates with their times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -27,21 +26,22 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import hopper
 import jax
 import jax.numpy as jnp
-import measure
-import mixer_operators
-import mixers
 import numpy as np
 from flax import nnx
 
 import lla
 from lla import training
-from lla.mixers import hopper as mixer_kernels
+from lla.experiments.benchmarks import mixer_operators, mixers
+from lla.experiments.benchmarks.formatting import provenance
+from lla.experiments.benchmarks.results import add_options, open_results
+from lla.experiments.benchmarks.timing import error_line, exit_after, log, time_interleaved
+from lla.mixers import hopper as hopper_kernels
+from lla.runs import tables
 from lla.training.settings import Sharding
 from lla.training.sharding import make_mesh
 
@@ -57,60 +57,49 @@ NAMES = (
     "linear",
     "retnet",
 )
-CELLS = ("forward", "forward_backward", "update", "runs")
+MEASURED = ("forward", "forward_backward", "update", "runs")
 # Forms of the layer that are compared: dtype, and whether it is the reference.
 TRUTH = ("float32", True)
 FORMS = (TRUTH, ("float32", False), ("bfloat16", True), ("bfloat16", False))
-# Largest relative errors of the output and of gradients. Behind 16-bit projections, which both
-# forms share; the column of the recurrent form in 16 bits tells what of the error is theirs.
+# Largest relative errors of the output and of gradients. In 16 bits they include the error of the
+# projections, which the recurrent form in 16 bits shows alone.
 BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (3e-2, 6e-2)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """What is compiled: a layer, a training program, or a form of the layer to compare."""
+class Job:
+    """A program to compile: a pass of a layer, a training program, or a form to compare."""
 
     mixer: str
-    which: str  # one of CELLS, or "check"
+    which: str  # one of MEASURED, or "check"
     form: tuple[str, bool] = ("bfloat16", False)
 
     def name(self) -> str:
         return f"{self.mixer} {self.which} {self.form[0]}{' reference' if self.form[1] else ''}"
 
 
-def layer(cell: Cell, sizes: tuple[int, int, int], n: int):
-    """A jitted ``(params, x, cotangent) -> results``, its abstract arguments, and `init`."""
+def layer(job: Job, sizes: tuple[int, int, int], n: int):
+    """A jitted pass of the layer, and its abstract arguments."""
     batch, width, heads = sizes
-    dtype, reference = cell.form
-    options = mixers.reference_options(cell.mixer) if reference else {}
-    if cell.mixer in ("mesanet",) and cell.which != "check":
-        options = {"tol": 1e-4}  # as the experiments that train it
-    program = mixers.Program(cell.mixer, dtype, "forward", batch, n, width, heads, 0)
+    dtype, reference = job.form
+    options = mixers.reference_options(job.mixer) if reference else {}
+    if job.mixer == "mesanet" and job.which != "check":
+        options = {"tol": 1e-4}  # as in the experiments that train it
+    program = mixers.Program(job.mixer, dtype, "forward", batch, n, width, heads, 0)
     build = functools.partial(mixers.build, program, **options)
     graph, params = nnx.split(nnx.eval_shape(build), nnx.Param)
-
-    def forward(params, x):
-        return nnx.merge(graph, params)(x)
-
-    def run(params, x, cotangent):
-        if cell.which == "forward":
-            return {"output": forward(params, x)}
-        out, pullback = jax.vjp(forward, params, x)
-        gradients = pullback(cotangent)
-        return {"output": out, "parameters": gradients[0], "input": gradients[1]}
-
     x = jax.ShapeDtypeStruct((batch, n, width), dtype)
-    return jax.jit(run), (params, x, x)
+    return mixers.layer_pass(graph, job.which), (params, x, x)
 
 
-def config(options: argparse.Namespace, cell: Cell) -> tuple[dict, training.Runs | None]:
-    """The training program of `cell`: a model of 29 million parameters, or eight small ones."""
+def config(options: argparse.Namespace, job: Job) -> tuple[dict, training.Runs | None]:
+    """The training program of `job`: a model of 29 million parameters, or eight small ones."""
     found = training.defaults("mqar")
     found["model"].update(dtype="bfloat16", tie_embeddings=True)
-    found["model"]["mixer"]["name"] = cell.mixer
+    found["model"]["mixer"]["name"] = job.mixer
     found["mixers"]["mesanet"]["tol"] = 1e-4
     found["training"].update(steps=10_000)
-    if cell.which == "update":
+    if job.which == "update":
         found["model"].update(width=options.width, num_heads=options.heads)
         found["model"].update(depth=options.depth, mlp_ratio=4.0)
         found["task"].update(vocab_size=8192, length=options.length, pairs=64)
@@ -124,10 +113,10 @@ def config(options: argparse.Namespace, cell: Cell) -> tuple[dict, training.Runs
 
 
 class Update:
-    """``call(steps)`` trains; the state stays on the device."""
+    """A training program; a call runs some steps, and the state stays on the device."""
 
-    def __init__(self, options: argparse.Namespace, cell: Cell):
-        settings, runs = config(options, cell)
+    def __init__(self, options: argparse.Namespace, job: Job):
+        settings, runs = config(options, job)
         mesh = make_mesh(Sharding(1, 1), jax.devices()[:1])
         self.program = training.Program(training.resolve(settings), mesh, runs)
         self.compiled = self.program.compile(("init", "advance"))["advance"]
@@ -143,23 +132,23 @@ class Update:
         return bool((np.asarray(self.state.failed_at) >= 0).any())
 
 
-def compile_cell(options: argparse.Namespace, cell: Cell) -> tuple[Any, Any, float]:
+def compile_job(options: argparse.Namespace, job: Job) -> tuple[Any, Any, float]:
     """The call, the compiled program, and seconds; raises what the compiler raises."""
     begin = time.monotonic()
-    if cell.which in ("update", "runs"):
-        call = Update(options, cell)
+    if job.which in ("update", "runs"):
+        call = Update(options, job)
         compiled = call.compiled
     else:
-        check = cell.which == "check"
+        check = job.which == "check"
         sizes = (2 if check else options.batch, options.width, options.heads)
         n = options.checked if check else options.length
-        function, arguments = layer(cell, sizes, n)
-        # Projections in float32 are exact where forms are compared, in TF32 nowhere.
-        exact = "highest" if cell.form[0] == "float32" else None
+        function, arguments = layer(job, sizes, n)
+        # In float32, projections are exact, not in TF32.
+        exact = "highest" if job.form[0] == "float32" else None
         with jax.default_matmul_precision(exact):
             call = compiled = function.lower(*arguments).compile()
     seconds = time.monotonic() - begin
-    hopper.say(f"compiled {cell.name()}: {seconds:.1f} s")
+    log(f"compiled {job.name()}: {seconds:.1f} s")
     return call, compiled, seconds
 
 
@@ -178,7 +167,7 @@ def errors(results: dict, truth: dict) -> dict[str, float]:
 
 
 def worst_leaf(results: dict, truth: dict) -> tuple[str, float]:
-    """The parameter whose gradient is furthest off, relative to its own size."""
+    """The parameter whose gradient has the largest relative error, and that error."""
     found = ("", 0.0)
     got = jax.tree.leaves(results["parameters"])
     for (path, want), leaf in zip(
@@ -192,10 +181,10 @@ def worst_leaf(results: dict, truth: dict) -> tuple[str, float]:
 
 
 def check(options: argparse.Namespace, name: str, wait) -> dict[str, Any]:
-    """Errors of the forms of one layer; inputs are drawn anew in every run."""
+    """Errors of the forms of a layer, on inputs that are new in every run."""
     rng = np.random.default_rng(options.check_seed)
     shape = (2, options.checked, options.width)
-    # Both dtypes start from the same numbers, which 16 bits hold.
+    # The same numbers for both dtypes: 16 bits can represent them.
     x, cotangent = (
         np.asarray(jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16), np.float32)
         for _ in range(2)
@@ -204,7 +193,7 @@ def check(options: argparse.Namespace, name: str, wait) -> dict[str, Any]:
     params = mixers.parameters(program)
     results = {}
     for form in FORMS:
-        call = wait(Cell(name, "check", form))[0]
+        call = wait(Job(name, "check", form))[0]
         given = (jnp.asarray(array, form[0]) for array in (x, cotangent))
         results[form] = jax.tree.map(np.asarray, call(params, *given))
     found = {}
@@ -221,7 +210,7 @@ def judge(found: dict[str, Any]) -> str | None:
         for name, error in found[dtype].items():
             if name == "worst":
                 continue
-            # Where the recurrent form has the same error, the projections make it.
+            # An error that the recurrent form has, too, is that of the projections.
             shared = 1.5 * found["bfloat16_recurrent"][name] if dtype == "bfloat16" else 0.0
             if not error <= max(shared, out if name == "output" else gradients):
                 return f"{dtype}: error {error:.1e} of {name}"
@@ -229,14 +218,14 @@ def judge(found: dict[str, Any]) -> str | None:
 
 
 def count_kernels(compiled) -> dict[str, int]:
-    """Instructions of the compiled program that are kernels, of every computation once."""
+    """How many instructions of the compiled program are kernels, by kind."""
     text = compiled.as_text()
     names = re.findall(r"^\s*(?:ROOT )?%\S+ = \S+.*? (fusion|custom-call|while)\(", text, re.M)
     return dict(collections.Counter(names))
 
 
 def profile(call, times: int) -> list[tuple[str, float, float]]:
-    """(kernel, launches, microseconds) of one call, longest first."""
+    """(kernel, launches, microseconds) of one call, the longest first."""
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder, create_perfetto_trace=True)
         out = None
@@ -264,17 +253,17 @@ def profile(call, times: int) -> list[tuple[str, float, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
-def measure_cell(options, cell: Cell, wait, deadline: float) -> dict[str, Any]:
-    """Times of one cell; raises what goes wrong."""
-    call, compiled, seconds = wait(cell)
-    update = cell.which in ("update", "runs")
-    steps = {"update": 4, "runs": 20}.get(cell.which, 1)
+def measure_job(options, job: Job, wait, deadline: float) -> dict[str, Any]:
+    """Times one job; raises any exception in it."""
+    call, compiled, seconds = wait(job)
+    update = job.which in ("update", "runs")
+    steps = {"update": 4, "runs": 20}.get(job.which, 1)
     if update:
         run = functools.partial(call, steps)
         short = functools.partial(call, 1)
     else:
         program = mixers.Program(
-            cell.mixer, "float32", "forward", 1, 16, options.width, options.heads, 0
+            job.mixer, "float32", "forward", 1, 16, options.width, options.heads, 0
         )
         params = mixers.parameters(program)
         keys = jax.random.split(jax.random.key(options.check_seed), 2)
@@ -283,7 +272,7 @@ def measure_cell(options, cell: Cell, wait, deadline: float) -> dict[str, Any]:
         run = short = functools.partial(call, params, x, cotangent)
     jax.block_until_ready(run())
     budget = min(options.budget, max(0.5, deadline - time.monotonic()))
-    timing = measure.time_interleaved({"": run}, options.repeats, budget)[""]
+    timing = time_interleaved({"": run}, options.repeats, budget)[""]
     memory = compiled.memory_analysis()
     record = {
         "time_min_s": timing.time_min_s / steps,
@@ -303,8 +292,8 @@ def measure_cell(options, cell: Cell, wait, deadline: float) -> dict[str, Any]:
     if options.profile and jax.default_backend() != "cpu":
         try:
             kernels = profile(short, 2)
-        except Exception as error:  # a profile is an extra
-            hopper.say(f"no profile: {type(error).__name__} {hopper.brief(error)}")
+        except Exception as error:  # the times matter more than the profile
+            log(f"no profile: {type(error).__name__} {error_line(error)}")
             kernels = []
         record["kernel_us"] = round(sum(row[2] for row in kernels), 1)
         record["kernel_launches"] = round(sum(row[1] for row in kernels))
@@ -314,13 +303,13 @@ def measure_cell(options, cell: Cell, wait, deadline: float) -> dict[str, Any]:
     return record
 
 
-def fields(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
-    """What identifies the record of `cell`."""
-    small = cell.which == "runs"
+def fields(options: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """What identifies the record of `job`."""
+    small = job.which == "runs"
     heads, width = (1, 64) if small else (options.heads, options.width)
     return {
-        "implementation": cell.mixer,
-        "pass": cell.which,
+        "implementation": job.mixer,
+        "pass": job.which,
         "dtype": "bfloat16",
         "batch": options.runs_batch if small else options.batch,
         "n": 128 if small else options.length,
@@ -339,84 +328,77 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=int, default=size)
     add("--runs-batch", type=int, default=512, help="sequences of a batch of the small models")
     add("--checked", type=int, default=512, help="tokens of the sequences that are compared")
-    add("--repeats", type=int, default=5)
-    add("--budget", type=float, default=1.5, help="seconds for the repeats of one cell")
+    add_options(parser, "workers commit output", repeats=5, budget=1.5, limit=200.0)
     add("--only", nargs="+", choices=lla.mixers.names(), default=NAMES)
-    add("--cells", nargs="+", choices=CELLS, default=CELLS)
-    add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="threads that compile")
-    add("--cell-limit", type=float, default=60.0, help="seconds that a cell may take at most")
-    add("--limit", type=float, default=200.0, help="seconds after which the process ends")
-    add("--profile", type=int, default=0, help="kernels to list per cell; 0 for no profile")
+    add("--cells", nargs="+", choices=MEASURED, default=MEASURED)
+    add("--cell-limit", type=float, default=60.0, help="seconds that a job may take at most")
+    add("--profile", type=int, default=0, help="kernels to list per job; 0 for no profile")
     add("--operators", nargs="*", help="whose errors to measure; all by default")
     add("--no-check", dest="check", action="store_false", help="do not compare layers")
-    add("--commit", help="recorded where the repository's history is absent")
     add("--check-seed", type=int, default=None, help="of the inputs; None for fresh ones")
-    add("--output", type=pathlib.Path, help="default: results/mixer_updates_<device>.json")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
+    with hopper_kernels.unmeasured_kernels():  # also measures kernels that no GPU has run yet
+        return _run(parse(argv))
+
+
+def _run(options: argparse.Namespace) -> int:
     begin = time.monotonic()
     if options.check_seed is None:
         options.check_seed = secrets.randbits(31)
-    output = options.output or measure.RESULTS / f"mixer_updates_{measure.device_name()}.json"
     unsaid = ("only", "cells", "workers", "limit", "cell_limit", "commit", "output", "profile")
-    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
-    header = measure.make_header("mixer_updates", settings)
-    header["commit"] = options.commit or header["commit"] or "unknown"
-    results = measure.Results(output, header, KEY_FIELDS)
-    results.records = []  # every run measures all that it is asked for
-    hopper.say(f"{jax.devices()[0].device_kind}, results in {output}")
+    settings = [name for name in vars(options) if name not in unsaid]
+    results = open_results("mixer_updates", options, settings, KEY_FIELDS)
+    results.records = []  # a run measures everything again
 
-    # Kernels that no GPU has run yet are measured here, too.
-    contextlib.ExitStack().enter_context(mixer_kernels.unmeasured_kernels())
     executor = concurrent.futures.ThreadPoolExecutor(options.workers)
     chosen = mixer_operators.operators(1, 4, 4) if options.operators is None else options.operators
     sizes = (options.heads, options.checked, options.width // options.heads)
     checks = {name: executor.submit(mixer_operators.check, name, *sizes) for name in chosen}
     futures = {}
     for name in options.only:
-        cells = [Cell(name, "check", form) for form in FORMS] if options.check else []
-        for cell in [*cells, *(Cell(name, which) for which in options.cells)]:
-            futures[cell] = executor.submit(compile_cell, options, cell)
+        jobs = [Job(name, "check", form) for form in FORMS] if options.check else []
+        for job in [*jobs, *(Job(name, which) for which in options.cells)]:
+            futures[job] = executor.submit(compile_job, options, job)
     for name, future in checks.items():
         try:
             found = future.result(2 * options.cell_limit)
         except Exception as error:
-            found = {"reason": f"{type(error).__name__} {hopper.brief(error)}"}
+            found = {"reason": f"{type(error).__name__} {error_line(error)}"}
         results.header.setdefault("operators", {})[name] = found
-        hopper.say(f"operator {name}: output and gradients")
+        log(f"operator {name}: output and gradients")
         for form, numbers in found.items():
-            hopper.say(f"    {form:14s} {numbers}")
+            log(f"    {form:14s} {numbers}")
 
-    # Compilers that try kernels would disturb what is measured, and show in profiles.
+    # Autotuning during compilation would disturb the times and show up in profiles.
     concurrent.futures.wait(futures.values(), 0.7 * options.limit - (time.monotonic() - begin))
     failures = 0
     softmax: dict[str, float] = {}
     for name in options.only:
         deadline = time.monotonic() + options.cell_limit
 
-        def wait(cell, deadline=deadline):
-            return futures[cell].result(max(0.0, deadline - time.monotonic()))
+        def wait(job, deadline=deadline):
+            return futures[job].result(max(0.0, deadline - time.monotonic()))
 
         try:
             found = check(options, name, wait) if options.check else {}
             reason = judge(found) if found else "not compared with the recurrent form"
         except Exception as error:  # one mechanism must not stop the others
-            found, reason = {}, f"{type(error).__name__} {hopper.brief(error)}"
-        hopper.say(f"{name}: {reason or 'errors within bounds'}")
+            found, reason = {}, f"{type(error).__name__} {error_line(error)}"
+        log(f"{name}: {reason or 'errors within bounds'}")
         for form, pairs in found.items():
             numbers = {k: f"{v:.1e}" for k, v in pairs.items() if k != "worst"}
-            hopper.say(f"  {form}: {numbers}, worst {pairs['worst'][0]} {pairs['worst'][1]:.1e}")
+            log(f"  {form}: {numbers}, worst {pairs['worst'][0]} {pairs['worst'][1]:.1e}")
         for which in options.cells:
-            cell = Cell(name, which)
+            job = Job(name, which)
             deadline = time.monotonic() + options.cell_limit
-            record = {**fields(options, cell), "errors": found, "bounds": BOUNDS}
+            record = {**fields(options, job), "errors": found, "bounds": BOUNDS}
             record["truth"] = f"recurrent form, float32, {options.checked} tokens"
             try:
                 waiting = functools.partial(wait, deadline=deadline)
-                record |= measure_cell(options, cell, waiting, deadline)
+                record |= measure_job(options, job, waiting, deadline)
                 record["status"] = "timed"
                 if reason:
                     record["warning"] = reason
@@ -426,9 +408,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     record["times_softmax"] = round(record["time_median_s"] / softmax[which], 3)
             except Exception as error:
                 failures += 1
-                record |= {"status": "unavailable", "reason": hopper.brief(error)}
+                record |= {"status": "unavailable", "reason": error_line(error)}
             results.add([record])
-            hopper.say(_line(record, time.monotonic() - begin))
+            log(_line(record, time.monotonic() - begin))
     executor.shutdown(wait=False, cancel_futures=True)
     return int(failures > 0)
 
@@ -450,8 +432,64 @@ def _line(record: dict[str, Any], elapsed: float) -> str:
     return text
 
 
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def markdown(document: Mapping) -> str:
+    """The tables of a result file."""
+    columns = {
+        "forward": "layer, forward",
+        "forward_backward": "layer, forward + backward",
+        "update": "update of 29M parameters",
+        "runs": "update of 8 small models",
+    }
+    records = [record for record in document["records"] if record["status"] == "timed"]
+    columns = {k: v for k, v in columns.items() if any(r["pass"] == k for r in records)}
+    rows = []
+    for name in dict.fromkeys(record["implementation"] for record in records):
+        found = {r["pass"]: r for r in records if r["implementation"] == name}
+        row = [name]
+        for which in columns:
+            record = found.get(which)
+            row += [_time(record)]
+            if which == "update":
+                row += [f"{record['tokens_per_s'] / 1e3:.0f}" if record else ""]
+        compared = [r["errors"]["bfloat16"] for r in found.values() if r["errors"]]
+        errors = [f"{e['output']:.1e}, {e['parameters']:.1e}" for e in compared[:1]]
+        rows.append([*row, *(errors or ["not compared"])])
+    heads = []
+    for which, title in columns.items():
+        heads += [title, "thousand tokens / s"] if which == "update" else [title]
+    parts = [
+        provenance(document),
+        "Median ms, and in brackets the time over that of softmax attention; errors of the layer "
+        "in bfloat16, projections included: output, all gradients of parameters together.",
+        tables.markdown(["mixer", *heads, "errors"], rows),
+    ]
+    if found := document["header"].get("operators"):
+        names = list(next(iter(found.values())))
+        lines = [
+            [name, *(f"{max(errors[form]):.1e}" for form in names)]
+            for name, errors in found.items()
+        ]
+        parts += [
+            "Recurrences alone: the worst relative error of output and gradients.",
+            tables.markdown(["recurrence", *names], lines),
+        ]
+    return "\n\n".join(parts)
+
+
+def _time(record: Mapping | None) -> str:
+    if record is None:
+        return ""
+    ratio = record.get("times_softmax")
+    text = f"{record['time_median_s'] * 1e3:.2f}"
+    return text if ratio is None else f"{text} ({ratio:.2f})"
+
+
 if __name__ == "__main__":
-    hopper.end_at_the_limit(parse(None).limit)
+    exit_after(parse(None).limit)
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # compilations that nobody waits for must not hold the process
+    os._exit(code)  # without waiting for compilations that are not needed any more

@@ -1,58 +1,69 @@
-"""Parameters, time and memory of every mixer; see README.md beside this file.
+"""Parameters, time and memory of every mixer; see pages/mixers.md.
 
     python experiments/benchmarks/mixers.py [--only NAMES] [--limit SECONDS] [--output FILE]
 
 Everything is compiled first, in threads. Then, for one dtype after another, every mixer is compared
 with its reference form, and those that agree are timed in turns. An exception in one mixer is
-recorded as its reason and does not stop the others. The exit status is 1 if a mixer was not timed,
-and 0 where the limit ends the process.
+recorded and does not stop the others. The exit status is 1 if a mixer was not timed, and 0 if the
+limit ended the process.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
-import hashlib
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import hopper
 import jax
 import jax.numpy as jnp
-import measure
-import mixers_tables
 import numpy as np
-import peers
-import report
-import subjects
 from flax import nnx
 
 import lla
+from lla.experiments.benchmarks import truth
+from lla.experiments.benchmarks.compilation import Compiled, compile_all, try_compile
+from lla.experiments.benchmarks.formatting import (
+    PASSES,
+    cell_text,
+    mebibytes,
+    progress_line,
+    provenance,
+    ratio,
+)
+from lla.experiments.benchmarks.results import add_options, open_results
+from lla.experiments.benchmarks.timing import (
+    GuardedCall,
+    device_lock,
+    error_line,
+    exit_after,
+    log,
+    time_interleaved,
+)
 from lla.ops.dispatch import preference
+from lla.runs import tables
 
 KEY_FIELDS = ("implementation", "dtype", "pass", "batch", "n", "width", "heads")
 REFERENCE = "reference"
-CHECKED = 256  # tokens compared with the reference, some of which take memory of n^2 d
+CHECKED = 256  # tokens compared with the reference form, which may need memory of n^2 d
 # Largest relative errors of the output and of gradients. Both forms run in the same dtype and
-# differ in the order of sums and in what they round: up to about 1e-5 in float32 and 1e-2 in 16
-# bits. On a GPU float32 projections are in TF32, which now and then rounds almost equal numbers to
-# different ones, 1e-3 apart. What is wrong in a decay, a mask or the state between two chunks is
-# far above the bounds.
+# differ in the order of sums and in rounding: by about 1e-5 in float32 and 1e-2 in 16 bits. On a
+# GPU float32 projections are in TF32, which sometimes rounds almost equal numbers to different
+# ones, 1e-3 apart. A mistake in a decay, a mask or the state between chunks is far above the
+# bounds.
 BOUNDS = {"float32": (1e-3, 1e-2), "bfloat16": (5e-2, 1e-1)}
 
 
 class Program(NamedTuple):
-    """What is compiled: a pass of a mixer, or output and gradients of its reference form."""
+    """A pass of a mixer, or its reference form with gradients, to be compiled."""
 
     mixer: str
     dtype: str
-    which: str  # one of subjects.PASSES, or REFERENCE
+    which: str  # one of truth.PASSES, or REFERENCE
     batch: int
     n: int
     width: int
@@ -69,12 +80,8 @@ class Program(NamedTuple):
         return "-".join(map(str, self))
 
 
-def key(record: Mapping[str, Any]) -> tuple:
-    return tuple(record[name] for name in KEY_FIELDS)
-
-
 def reference_options(name: str) -> dict[str, Any]:
-    """Options of the form that is taken for exact."""
+    """Options of the form that counts as exact."""
     if "form" not in lla.mixers.options(name):
         return {"implementation": "reference"}
     # The default of MesaNet solves by iterations.
@@ -82,7 +89,7 @@ def reference_options(name: str) -> dict[str, Any]:
 
 
 def build(program: Program, **options: Any) -> nnx.Module:
-    """The mixer with float32 parameters, none of which is idle."""
+    """The mixer, with float32 parameters that all have an effect."""
     sizes, rngs = (program.width, program.heads), nnx.Rngs(program.seed)
     mixer = lla.mixers.create(program.mixer, *sizes, dtype=program.dtype, rngs=rngs, **options)
     if program.mixer == "parallax":  # its probe starts at zero, where it is softmax attention
@@ -97,7 +104,7 @@ def parameters(program: Program) -> nnx.State:
 
 
 def abstract(program: Program) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
-    """Graph, shapes of the parameters, and the input ``[batch, n, width]``, without computing."""
+    """The graph, and the shapes of the parameters and of the input ``[batch, n, width]``."""
     options = reference_options(program.mixer) if program.which == REFERENCE else {}
     mixer = nnx.eval_shape(functools.partial(build, program, **options))
     shape = (program.batch, program.n, program.width)
@@ -105,7 +112,7 @@ def abstract(program: Program) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
 
 
 def served_by(program: Program) -> dict[str, str]:
-    """Which implementation of the operator a mixer on it gets; nothing for the others."""
+    """The implementation that a mixer on our operator gets by default; empty for other mixers."""
     if "implementation" not in lla.mixers.options(program.mixer):
         return {}
     graph, params, x = abstract(program)
@@ -114,58 +121,38 @@ def served_by(program: Program) -> dict[str, str]:
     return {"served_by": next(name for name in preference() if reasons[name] is None)}
 
 
-def compile_program(program: Program) -> hopper.Compiled:
-    """``call((params, x, cotangent)) -> {"output": ..., "parameters": ..., "input": ...}``.
+def layer_pass(graph, which: str):
+    """``(params, x, cotangent) -> {"output": ..., "parameters": ..., "input": ...}``, jitted.
 
-    A forward pass returns the output alone, and what did not compile raises. The seconds include
-    tracing and lowering.
+    A forward pass returns the output alone and takes no cotangent.
     """
-    start, reason = time.monotonic(), None
-    try:
+
+    def forward(params, x):
+        return nnx.merge(graph, params)(x)
+
+    def run(params, x, cotangent=None):
+        if which == "forward":
+            return {"output": forward(params, x)}
+        out, pullback = jax.vjp(forward, params, x)
+        gradients = pullback(cotangent)
+        return {"output": out, "parameters": gradients[0], "input": gradients[1]}
+
+    return jax.jit(run)
+
+
+def compile_program(program: Program) -> Compiled:
+    """Compiles `layer_pass` for a program. The seconds include tracing and lowering."""
+
+    def build():
         graph, params, x = abstract(program)
-
-        def forward(params, x):
-            return nnx.merge(graph, params)(x)
-
-        def run(params, x, cotangent=None):
-            if cotangent is None:
-                return {"output": forward(params, x)}
-            out, pullback = jax.vjp(forward, params, x)
-            gradients = pullback(cotangent)
-            return {"output": out, "parameters": gradients[0], "input": gradients[1]}
-
         arguments = (params, x) if program.which == "forward" else (params, x, x)
-        compiled = jax.jit(run).lower(*arguments).compile()
-        found = compiled.memory_analysis()
-        memory = {
-            "temp_bytes": int(found.temp_size_in_bytes),
-            "output_bytes": int(found.output_size_in_bytes),
-        }
-    except Exception as error:  # one mixer must not stop the others
-        memory, reason = {}, error
+        return layer_pass(graph, program.which).lower(*arguments).compile()
 
-    def call(given):
-        if reason is not None:
-            raise reason
-        return compiled(*given[: len(arguments)])
-
-    seconds, error = time.monotonic() - start, None if reason is None else hopper.brief(reason)
-    hopper.say(f"compiled {program.name()}: {seconds:.1f} s{f', {error}' if error else ''}")
-    return hopper.Compiled(call, memory, seconds, error)
-
-
-def compile_all(programs: Sequence[Program], workers: int, seconds: float) -> dict:
-    """Compiled programs; those that were not begun within `seconds` are missing."""
-    hopper.say(f"compiling {len(programs)} programs")
-    executor = concurrent.futures.ThreadPoolExecutor(workers)
-    futures = {program: executor.submit(compile_program, program) for program in programs}
-    concurrent.futures.wait(futures.values(), seconds)
-    executor.shutdown(cancel_futures=True)  # waits for what has begun
-    return {program: f.result() for program, f in futures.items() if not f.cancelled()}
+    return try_compile(build)
 
 
 def collect(results: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
-    """float64: the first `n` tokens of the first sequence, and all gradients of parameters."""
+    """The first `n` tokens of the first sequence and all gradients of parameters, in float64."""
     out = {}
     for name, tree in results.items():
         arrays = [np.asarray(leaf).astype(np.float64) for leaf in jax.tree.leaves(tree)]
@@ -175,10 +162,10 @@ def collect(results: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
 
 
 def check(programs: Mapping[str, Program], compiled: Mapping, x, cotangent) -> dict[str, tuple]:
-    """For every pass of one mixer its record, and the call to time or None.
+    """For each pass of a mixer its record, and the call to be timed, or None.
 
-    As mixers are causal, the reference of some first tokens checks the programs that are timed:
-    their output there, and their gradients under a cotangent that is zero elsewhere.
+    Mixers are causal. So the reference form on the first tokens checks the programs that are timed:
+    their output there, and their gradients for a cotangent that is zero elsewhere.
     """
     reference, program = programs[REFERENCE], programs["forward"]
     n, outcome = reference.n, {}
@@ -186,10 +173,12 @@ def check(programs: Mapping[str, Program], compiled: Mapping, x, cotangent) -> d
     @functools.cache
     def prepare():
         params = parameters(program._replace(dtype="float32"))
-        want = compiled[reference].call((params, x[:1, :n], cotangent[:1, :n]))
-        return params, collect(want, n)
+        found = compiled[reference]
+        if found.call is None:
+            raise RuntimeError(found.error)
+        return params, collect(found.call(params, x[:1, :n], cotangent[:1, :n]), n)
 
-    for which in subjects.PASSES:
+    for which in truth.PASSES:
         found, call = compiled[programs[which]], None
         record = {**programs[which].fields(), **found.memory, "compile_s": round(found.seconds, 2)}
         try:
@@ -197,33 +186,40 @@ def check(programs: Mapping[str, Program], compiled: Mapping, x, cotangent) -> d
             record["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
             record |= served_by(program)
             first = jnp.zeros_like(cotangent).at[:1, :n].set(cotangent[:1, :n])
-            got = collect(found.call((params, x, first)), n)
-            judged = peers.verdict(got, want, BOUNDS[program.dtype])
-            results = jax.block_until_ready(found.call((params, x, cotangent)))
+            if found.call is None:
+                raise RuntimeError(found.error)
+            more = () if which == "forward" else (first,)
+            got = collect(found.call(params, x, *more), n)
+            judged = truth.verdict(got, want, truth.limits_for(want, *BOUNDS[program.dtype]))
+            given = (params, x) if which == "forward" else (params, x, cotangent)
+            results = jax.block_until_ready(found.call(*given))
             if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(results)):
                 judged |= {"status": "refused", "reason": "a result is not finite"}
             record |= {**judged, "truth": f"reference form, {program.dtype}, {n} tokens"}
             if record["status"] == "timed":
-                call = peers.Call(found.call, (params, x, cotangent), jax.block_until_ready)
+                run = functools.partial(_spread, found.call)
+                call = GuardedCall(run, given, jax.block_until_ready)
         except Exception as error:
-            record |= {"status": "unavailable", "reason": hopper.brief(error)}
+            record |= {"status": "unavailable", "reason": error_line(error)}
         outcome[which] = record, call
     return outcome
 
 
+def _spread(function, arguments):
+    return function(*arguments)
+
+
 def time_records(options, records: Mapping[str, dict], calls: Mapping[str, Any], results) -> None:
-    """Times `calls` in turns and writes `records` over earlier ones; both are by mixer."""
-    for name, timing in measure.time_interleaved(calls, options.repeats, options.budget).items():
+    """Times `calls` in turns and writes the completed `records`; both are by mixer."""
+    for name, timing in time_interleaved(calls, options.repeats, options.budget).items():
         if calls[name].reason is None:
             records[name] |= dataclasses.asdict(timing)
         else:
             records[name] |= {"status": "unavailable", "reason": calls[name].reason}
-    keys = {key(record) for record in records.values()}
-    results.records = [record for record in results.records if key(record) not in keys]
-    load = round(os.getloadavg()[0], 2)
-    results.add([{**record, "load_average": load} for record in records.values()])
+    busy = round(os.getloadavg()[0], 2)
+    results.add([{**record, "load_average": busy} for record in records.values()])
     for record in records.values():
-        hopper.say(report.progress_line(record, KEY_FIELDS))
+        log(progress_line(record, KEY_FIELDS))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -233,50 +229,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtypes", nargs="+", choices=tuple(BOUNDS), default=["float32"], help="of computations")
     for name, size in {"batch": 1, "length": 1024, "width": 256, "heads": 4}.items():
         add(f"--{name}", type=int, default=size)
-    add("--repeats", type=int, default=15)
-    add("--budget", type=float, default=5.0, help="seconds for the repeats of one cell")
-    add("--seed", type=int, default=0)
+    add_options(parser, "seed limit lock commit output resume", repeats=15, budget=5.0, workers=8)
     add("--only", nargs="+", choices=names, default=names, help="the others are left out")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that compile")
-    add("--limit", type=float, default=1e9, help="seconds after which it stops with what it has")
-    add("--lock", help="file that processes which measure on one device have in common")
-    add("--commit", help="recorded where the repository's history is absent")
-    add("--output", type=pathlib.Path, help="default: results/mixers_<device>.json")
-    add("--resume", action="store_true", help="keep finished cells, whatever code they measured")
     return parser.parse_args(argv)
-
-
-def make_header(options: argparse.Namespace) -> dict[str, Any]:
-    unsaid = ("dtypes", "only", "workers", "limit", "lock", "commit", "output", "resume")
-    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
-    header = measure.make_header("mixers", settings)
-    header["commit"] = options.commit or header["commit"]
-    digest = hashlib.sha256(header["source_digest"].encode())
-    for folder in ("lla/mixers", "lla/nn"):
-        for path in sorted((measure.ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return {**header, "source_digest": digest.hexdigest()[:16]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or measure.RESULTS / f"mixers_{measure.device_name()}.json"
-    results = measure.Results(output, make_header(options), KEY_FIELDS, options.resume)
-    finished = {key(record) for record in results.records if record["status"] == "timed"}
-    hopper.say(f"{jax.devices()[0].device_kind}, results in {output}")
+    unsaid = {"dtypes", "only", "workers", "limit", "lock", "commit", "output", "resume"}
+    settings = [name for name in vars(options) if name not in unsaid]
+    folders = ("lla/mixers", "lla/nn")
+    results = open_results("mixers", options, settings, KEY_FIELDS, folders=folders)
     sizes = (options.batch, options.length, options.width, options.heads, options.seed)
     checked = (1, min(CHECKED, options.length), *sizes[2:])
     jobs = []
     for dtype in options.dtypes:
         for name in options.only:
-            job = {which: Program(name, dtype, which, *sizes) for which in subjects.PASSES}
-            if not {key(program.fields()) for program in job.values()} <= finished:
+            job = {which: Program(name, dtype, which, *sizes) for which in truth.PASSES}
+            if not all(results.has(program.fields(), ["timed"]) for program in job.values()):
                 jobs.append({REFERENCE: Program(name, dtype, REFERENCE, *checked), **job})
     programs = [program for job in jobs for program in job.values()]
-    compiled = compile_all(programs, options.workers, 0.7 * options.limit)
+    deadline = time.monotonic() + 0.7 * options.limit
+    compiled = compile_all(programs, compile_program, options.workers, deadline)
     rng = np.random.default_rng(options.seed)
     normal = rng.standard_normal((2, *sizes[:3]), np.float32)
-    with measure.exclusive(options.lock):
+    with device_lock(options.lock):
         for dtype in options.dtypes:
             x, cotangent = (jnp.asarray(array, dtype) for array in normal)
             checks = {
@@ -284,17 +261,63 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for job in jobs
                 if job["forward"].dtype == dtype and compiled.keys() >= set(job.values())
             }
-            for which in subjects.PASSES:
+            for which in truth.PASSES:
                 records = {name: found[which][0] for name, found in checks.items()}
                 calls = {name: f[which][1] for name, f in checks.items() if f[which][1]}
                 time_records(options, records, calls, results)
-    print(mixers_tables.markdown(results.document()), flush=True)
-    timed = {key(record) for record in results.records if record["status"] == "timed"}
-    missing = [p for p in programs if p.which != REFERENCE and key(p.fields()) not in timed]
-    hopper.say(f"not timed: {', '.join(program.name() for program in missing) or 'nothing'}")
+    print(markdown(results.document()), flush=True)
+    missing = [
+        p for p in programs if p.which != REFERENCE and not results.has(p.fields(), ["timed"])
+    ]
+    log(f"not timed: {', '.join(program.name() for program in missing) or 'nothing'}")
     return int(bool(missing))
 
 
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def markdown(document: Mapping) -> str:
+    """The tables of a result file."""
+    return f"{provenance(document)}\n\n{result_tables(document['records'])}"
+
+
+def result_tables(records: Sequence[Mapping]) -> str:
+    """A table for each dtype and size, and the reasons why mixers were not timed."""
+    fields = ("dtype", "batch", "n", "width", "heads")
+    parts = []
+    for size in dict.fromkeys(tuple(record[name] for name in fields) for record in records):
+        here = [r for r in records if tuple(r[name] for name in fields) == size]
+        dtype, batch, n, width, heads = size
+        parts.append(
+            f"**{dtype}**, batch {batch}, {n} tokens, width {width}, {heads} heads: median "
+            "(fastest) ms; relative error of the output, or of the worse of the gradients of "
+            "input and parameters; the time relative to softmax attention.\n\n" + _table(here)
+        )
+    lines = [
+        f"- {r['implementation']}, {r['dtype']}, {PASSES[r['pass']]}: {r['status']}: {r['reason']}"
+        for r in records
+        if r["status"] != "timed"
+    ]
+    return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
+
+
+def _table(records: Sequence[Mapping]) -> str:
+    cells = {(record["implementation"], record["pass"]): record for record in records}
+    rows = []
+    for name in dict.fromkeys(record["implementation"] for record in records):
+        found = {which: cells.get((name, which)) for which in PASSES}
+        some = next(record for record in found.values() if record)
+        label = f"{name} ({some['served_by']})" if "served_by" in some else name
+        row = [label, str(some.get("parameters", ""))]
+        for which, record in found.items():
+            row += [cell_text(record), ratio(record, cells.get(("softmax", which)))]
+            row.append(mebibytes(record))
+        rows.append([*row, "; ".join(f"{r['compile_s']:.1f}" for r in found.values() if r)])
+    columns = [name for title in PASSES.values() for name in (title, "/ softmax", "MiB")]
+    return tables.markdown(["mixer", "parameters", *columns, "compiled in s"], rows)
+
+
 if __name__ == "__main__":
-    hopper.end_at_the_limit(parse(None).limit)
+    exit_after(parse(None).limit)
     sys.exit(main())

@@ -2,18 +2,18 @@
 
     python experiments/benchmarks/peers.py [--quick] [--flash_lla DIR] [--out FILE]
 
-Each implementation is an adapter (`peers_adapters.py`). Outputs and gradients are compared with
-exact results in float64 for some of the heads, and only what is not nonsense is timed; what is
-refused keeps its errors. An exception in one adapter is recorded as its reason and does not stop
-the others. The exit status is 1 if something of ours was not timed. A run that is started again
-does what is missing or was unavailable.
+Each implementation has an adapter in `peers_adapters.py`. For some of the heads, outputs and
+gradients are compared with exact results in float64. An implementation whose error exceeds its
+bound is refused: its errors are recorded, and it is not timed. An exception in one adapter is
+recorded and does not stop the others. The exit status is 1 if one of our own implementations was
+not timed. A run that is started again measures what is missing or was unavailable.
 
-Both frameworks are timed by `measure.time_interleaved`: the same clock, queues of the same length,
-the same statistics, in turns within one member of the family.
+Both frameworks are timed by `time_interleaved`: with the same clock, queues of the same length and
+the same statistics, taking turns.
 
-Members: `lla`, `softmax` and `parallax` as in `hopper.py`, and `mesanet` (arXiv 2506.05233) with
-unit queries and keys, no decay, unit weights and Lambda = 1 [ours], which is another operator: its
-time is a point of reference, its error is against its own definition.
+Members are `lla`, `softmax` and `parallax` as in `hopper.py`, and `mesanet` (arXiv 2506.05233)
+with unit queries and keys, no decay, unit weights and Lambda = 1 [ours]. MesaNet is a different
+operator: its time is given for comparison, and its error is against its own definition.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import os
 import pathlib
 import sys
@@ -29,25 +28,59 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-# Two frameworks share the device's memory.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-import hopper
-import hopper_cells
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
-import peers_tables
-import report
-import subjects
-from hopper_cells import Program
-from peers_adapters import MEMBERS, Adapter, Case, JaxAdapter, make_adapters, pick
 
+from lla.experiments.benchmarks import hopper, truth
+from lla.experiments.benchmarks.compilation import Compiled, compile_all
+from lla.experiments.benchmarks.formatting import (
+    PASSES,
+    progress_line,
+    provenance,
+    ratio,
+    time_text,
+)
+from lla.experiments.benchmarks.hopper_programs import (
+    Program,
+    make_function,
+    make_inputs,
+    on_device,
+)
+from lla.experiments.benchmarks.peers_adapters import (
+    MEMBERS,
+    Adapter,
+    JaxAdapter,
+    Sizes,
+    make_adapters,
+    pick,
+)
+from lla.experiments.benchmarks.results import add_options, open_results
+from lla.experiments.benchmarks.timing import (
+    GuardedCall,
+    device_lock,
+    error_line,
+    exit_after,
+    log,
+    time_interleaved,
+)
 from lla.mixers.mesa import mesa
+from lla.runs import tables
 
 KEY_FIELDS = ("implementation", "member", "ridge", "pass", "batch", "heads", "n", "head_dim")
+FINAL = ("timed", "refused", "memory only")  # records that another run does not repeat
 PACKAGES = ("torch", "triton", "fla-core", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+_NAMES = {
+    "cudnn": "cuDNN through JAX",
+    "torch_flash": "PyTorch, flash",
+    "torch_cudnn": "PyTorch, cuDNN",
+    "fla": "flash-linear-attention",
+    "flash_lla": "FlashLLA",
+}
+_FLOOR = ("softmax", "cudnn", None)
+_GRADIENTS = ("query", "key", "value", "probe")
+
+
 _QUICK = {"batch": 1, "heads": 2, "length": 512, "head_dims": [64], "repeats": 3}
 
 
@@ -55,10 +88,10 @@ _QUICK = {"batch": 1, "heads": 2, "length": 512, "head_dims": [64], "repeats": 3
 # Exact results
 
 
-def checked_heads(case: Case, count: int) -> list[tuple[int, int]]:
+def checked_heads(sizes: Sizes, count: int) -> list[tuple[int, int]]:
     """`count` pairs (sequence, head), evenly spread, the first and the last among them."""
-    flat = np.linspace(0, case.batch * case.heads - 1, count).round().astype(int)
-    return [divmod(int(index), case.heads) for index in dict.fromkeys(flat.tolist())]
+    flat = np.linspace(0, sizes.batch * sizes.heads - 1, count).round().astype(int)
+    return [divmod(int(index), sizes.heads) for index in dict.fromkeys(flat.tolist())]
 
 
 def exact(member: str, ridge: float | None, inputs: Mapping[str, np.ndarray]) -> tuple[dict, str]:
@@ -71,7 +104,7 @@ def exact(member: str, ridge: float | None, inputs: Mapping[str, np.ndarray]) ->
         independent, so the results hold for the whole call that they were taken from.
 
     Returns:
-      Results ``[heads, T, H]`` by name, and what computed them: `subjects.exact` for `lla` and
+      Results ``[heads, T, H]`` by name, and what computed them: `truth.exact` for `lla` and
       `softmax`, the blockwise implementation for `parallax`, which solves nothing, Cholesky
       factorisations of every prefix for `mesanet`.
     """
@@ -79,8 +112,8 @@ def exact(member: str, ridge: float | None, inputs: Mapping[str, np.ndarray]) ->
     if member in ("lla", "softmax"):
         rows = np.full(wide["query"].shape[:-1], 1.0 if ridge is None else ridge)
         del wide["probe"]
-        truth = _anywhere(lambda: subjects.exact(member, {**wide, "ridge": rows}))
-        results, source = dict(truth.results), truth.source
+        found = _anywhere(lambda: truth.exact(member, {**wide, "ridge": rows}))
+        results, source = dict(found.results), found.source
         results.pop("ridge", None)
     else:
         results = _anywhere(lambda: _gradients(member, wide))
@@ -95,7 +128,7 @@ def _anywhere(compute: Callable[[], Any]) -> Any:
     except Exception as error:
         if jax.default_backend() == "cpu":
             raise
-        hopper.say(f"exact results on the CPU: {hopper.brief(error)}")
+        log(f"exact results on the CPU: {error_line(error)}")
     with jax.default_device(jax.devices("cpu")[0]):
         return compute()
 
@@ -109,7 +142,7 @@ def _gradients(member: str, wide: Mapping[str, np.ndarray]) -> dict[str, np.ndar
             batch, n, heads, head_dim = arrays["query"].shape
             sizes = (batch, heads, heads, n, head_dim)
             program = Program("xla", member, "forward_backward", *sizes, None, None, "float64")
-            results = jax.jit(hopper_cells.make_function(program))(arrays)
+            results = jax.jit(make_function(program))(arrays)
         return jax.tree.map(np.asarray, results)
 
 
@@ -125,112 +158,66 @@ def _mesanet(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {"output": out, **dict(zip(names, pullback(arrays["cotangent"]), strict=True))}
 
 
-def verdict(got: Mapping, want: Mapping, limits: tuple[float, float]) -> dict[str, Any]:
-    """Fields of a record that say how exact `got` is; the status decides whether it is timed."""
-    errors = subjects.errors(got, want)
-    bounds = {name: limits[name != "output"] for name in errors}
-    difference = np.linalg.norm(got["output"] - want["output"], axis=-1)
-    worst = float((difference / np.linalg.norm(want["output"], axis=-1)).max())
-    fields = {
-        # JSON has no infinity.
-        "errors": {name: e if np.isfinite(e) else None for name, e in errors.items()},
-        "bounds": bounds,
-        "worst_row": worst if np.isfinite(worst) else None,
-        "status": "timed",
-    }
-    bad = [f"{n} {e:.1e} > {bounds[n]:.1e}" for n, e in errors.items() if not e <= bounds[n]]
-    if bad:
-        fields |= {"status": "refused", "reason": f"error too large: {', '.join(bad)}"}
-    return fields
-
-
 # ---------------------------------------------------------------------------------------------
 # The run
 
 
-class Call:
-    """A call for `measure.time_interleaved` that an exception ends instead of the run.
-
-    It is its own result: `jax.block_until_ready` calls the method of this name on what it does not
-    know, so that results of every framework are waited for in the same way.
-    """
-
-    def __init__(self, function: Callable, given: Any, wait: Callable, reason: str | None = None):
-        self.function, self.given, self.wait, self.reason = function, given, wait, reason
-        self.results: dict | None = None
-
-    def __call__(self) -> Call:
-        self._try(lambda: self.function(self.given))
-        return self
-
-    def block_until_ready(self) -> Call:
-        results = self.results
-        self._try(lambda: self.wait(results) or results)
-        return self
-
-    def _try(self, step: Callable[[], dict | None]) -> None:
-        if self.reason is not None:
-            return
-        try:
-            self.results = step()
-        except Exception as error:
-            self.reason, self.results = hopper.brief(error), None
-
-
 def check_group(
     options: argparse.Namespace,
-    case: Case,
+    sizes: Sizes,
     todo: Iterable[tuple[Adapter, float | None]],
     arrays: Mapping[str, jax.Array],
 ) -> tuple[dict, dict]:
-    """Records of the adapters of one member at one size, and the calls that are right.
+    """Records of the adapters of one member at one size, and the calls that may be timed.
 
-    Here Triton compiles and tunes, which can take minutes.
+    Triton compiles and tunes its kernels here, which can take minutes.
     """
-    heads = checked_heads(case, options.checked_heads)
+    heads = checked_heads(sizes, options.checked_heads)
     inputs = {name: pick(np.asarray(array), heads) for name, array in arrays.items()}
-    truth = functools.cache(lambda member, ridge: exact(member, ridge, inputs))
+    exact_once = functools.cache(lambda member, ridge: exact(member, ridge, inputs))
     records, calls = {}, {}
     for adapter, ridge in todo:
         given, iterations, reason = None, None, adapter.available()
         if reason is None:
             try:
-                given = adapter.prepare(case, ridge, arrays)
+                given = adapter.prepare(sizes, ridge, arrays)
             except Exception as error:
-                reason = hopper.brief(error)
-        for cell in _cells(adapter, ridge, case):
-            which = cell["pass"]
-            records[adapter, ridge, which] = record = {**cell, "checked_heads": len(heads)}
-            call = Call(getattr(adapter, which), given, adapter.wait, reason)
+                reason = error_line(error)
+        for fields in _fields(adapter, ridge, sizes):
+            which = fields["pass"]
+            records[adapter, ridge, which] = record = {**fields, "checked_heads": len(heads)}
+            call = GuardedCall(getattr(adapter, which), given, adapter.wait, reason)
             call().block_until_ready()
             try:
                 if call.reason is None:
-                    got = adapter.collect(call.results, case, heads)
+                    got = adapter.collect(call.results, sizes, heads)
                     iterations = got.pop("iterations", iterations)
-                    want, source = truth(adapter.member, ridge)
-                    judged = verdict(got, want, adapter.limits(case, ridge))
-                    record |= {**judged, **adapter.memory(case, ridge, which), "truth": source}
+                    want, source = exact_once(adapter.member, ridge)
+                    limits = truth.limits_for(want, *adapter.limits(sizes, ridge))
+                    record |= truth.verdict(got, want, limits)
+                    record["worst_row"] = truth.worst_row(got["output"], want["output"])
+                    record |= {**adapter.memory(sizes, ridge, which), "truth": source}
             except Exception as error:
-                call.reason = hopper.brief(error)
+                call.reason = error_line(error)
             if call.reason is not None:
                 record |= {"status": "unavailable", "reason": call.reason}
             elif record["status"] == "timed":
                 calls[adapter, ridge, which] = call
             if iterations is not None:
                 record["mean_iterations"] = float(iterations)
-            hopper.say(f"checked {describe(record)}: {record['status']}")
+            log(f"checked {describe(record)}: {record['status']}")
     return records, calls
 
 
 def time_group(options: argparse.Namespace, records: dict, calls: dict) -> list[dict]:
     """Times the calls in turns; returns all records."""
-    for key, timing in measure.time_interleaved(calls, options.repeats, options.budget).items():
+    for key, timing in time_interleaved(calls, options.repeats, options.budget).items():
         if calls[key].reason is None:
             records[key] |= dataclasses.asdict(timing)
         else:
             records[key] |= {"status": "unavailable", "reason": calls[key].reason}
     for record in records.values():
-        hopper.say(f"{describe(record)}{report.progress_line(record, ())}")
+        log(f"{describe(record)}{progress_line(record)}")
     return list(records.values())
 
 
@@ -249,48 +236,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--head_dims", type=int, nargs="+", default=[64, 128])
     add("--ridges", type=float, nargs="+", default=[10.0, 1.0, 0.1, 0.01])
     add("--checked_heads", type=int, default=2, help="of all sequences, compared with float64")
-    add("--repeats", type=int, default=7)
-    add("--budget", type=float, default=1.0, help="seconds for the repeats of one cell")
-    add("--seed", type=int, default=0)
-    add("--quick", action="store_true", help="one small case")
+    add_options(parser, "seed limit lock commit output", repeats=7, budget=1.0, workers=8)
+    add("--quick", action="store_true", help="one small problem")
     add("--flash_lla", type=pathlib.Path, help="folder that holds the package flashlla")
     add("--only", nargs="+", help="names of implementations; the others are left to another run")
     add("--members", nargs="+", choices=MEMBERS, default=list(MEMBERS))
-    add("--workers", type=int, default=8, help="threads that compile")
-    add("--limit", type=float, default=1e9, help="seconds after which it stops with what it has")
-    add("--lock", help="file that processes which measure on one device have in common")
-    add("--commit", help="recorded where the repository's history is absent")
-    add("--out", "--output", type=pathlib.Path, help="default: results/peers_<device>.json")
     options = parser.parse_args(argv)
     if options.quick:
         vars(options).update(_QUICK)
     return options
 
 
-def make_header(options: argparse.Namespace) -> dict[str, Any]:
-    unsaid = ("flash_lla", "only", "members", "workers", "limit", "lock", "commit", "out", "quick")
-    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
-    header = measure.make_header("peers", settings)
-    header["commit"] = options.commit or header["commit"]
-    for name in PACKAGES:
-        try:
-            header["versions"][name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return header
-
-
 def main(argv: Sequence[str] | None = None) -> int:
+    # JAX must leave memory of the device to the other framework.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = parse(argv)
-    out = options.out or measure.RESULTS / f"peers_{measure.device_name()}.json"
-    results = measure.Results(out, make_header(options), KEY_FIELDS)
-    hopper.say(f"{jax.devices()[0].device_kind}, results in {out}")
-    compiled: dict[Program, hopper.Compiled] = {}
-    groups: dict[tuple[Case, str], list] = {}
+    unsaid = {"flash_lla", "only", "members", "workers", "limit", "lock", "commit"}
+    unsaid |= {"output", "quick"}
+    settings = [name for name in vars(options) if name not in unsaid]
+    results = open_results("peers", options, settings, KEY_FIELDS, packages=PACKAGES)
+    compiled: dict[Program, Compiled] = {}
+    groups: dict[tuple[Sizes, str], list] = {}
     adapters = make_adapters(options, compiled)
-    done = {_key(record) for record in results.records if record["status"] != "unavailable"}
     for d in options.head_dims:
-        case = Case(options.batch, options.heads, options.length, d, options.dtype)
+        sizes = Sizes(options.batch, options.heads, options.length, d, options.dtype)
         for member in options.members:
             chosen = [adapter for adapter in adapters if adapter.member == member]
             ridges = options.ridges if member == "lla" else [None]
@@ -298,49 +267,114 @@ def main(argv: Sequence[str] | None = None) -> int:
                 (adapter, ridge)
                 for adapter in chosen
                 for ridge in ridges
-                if not {_key(cell) for cell in _cells(adapter, ridge, case)} <= done
+                if not all(results.has(f, FINAL) for f in _fields(adapter, ridge, sizes))
             ]
             if todo:
-                groups[case, member] = todo
+                groups[sizes, member] = todo
     programs = [
-        adapter.program(case, ridge, which)
-        for (case, _), todo in groups.items()
+        adapter.program(sizes, ridge, which)
+        for (sizes, _), todo in groups.items()
         for adapter, ridge in todo
-        for which in subjects.PASSES
+        for which in truth.PASSES
         if isinstance(adapter, JaxAdapter) and adapter.available() is None
     ]
-    compiled |= hopper.compile_all(programs, options.workers, time.monotonic() + options.limit)
-    for (case, _), todo in groups.items():
-        sizes = (case.batch, case.heads, case.heads, case.n, case.head_dim)
-        widest = Program("", "parallax", "forward_backward", *sizes, None, None, case.dtype)
-        made = hopper_cells.make_inputs(widest, "normal", options.seed)
-        arrays = hopper_cells.on_device(widest, made)
-        checked = check_group(options, case, todo, arrays)
-        with measure.exclusive(options.lock):
-            _add(results, time_group(options, *checked))
-    print(peers_tables.markdown(results.document()), flush=True)
+    deadline = time.monotonic() + options.limit
+    compiled |= compile_all(programs, hopper.compile_program, options.workers, deadline)
+    for (sizes, _), todo in groups.items():
+        widest = Program(
+            "", "parallax", "forward_backward", sizes.batch, sizes.heads, sizes.heads, sizes.n,
+            sizes.head_dim, None, None, sizes.dtype,
+        )  # fmt: skip
+        made = make_inputs(widest, "normal", options.seed)
+        arrays = on_device(widest, made)
+        checked = check_group(options, sizes, todo, arrays)
+        with device_lock(options.lock):
+            results.add(time_group(options, *checked))
+    print(markdown(results.document()), flush=True)
     ours = [r for r in results.records if r["implementation"] == options.implementation]
     return int(any(record["status"] != "timed" for record in ours))
 
 
-def _key(record: Mapping) -> tuple:
-    return tuple(record[name] for name in KEY_FIELDS)
-
-
-def _cells(adapter: Adapter, ridge: float | None, case: Case) -> list[dict[str, Any]]:
+def _fields(adapter: Adapter, ridge: float | None, sizes: Sizes) -> list[dict[str, Any]]:
     """The fields that identify the records of both passes, the one with the gradients first."""
-    sizes = {name: getattr(case, name) for name in ("batch", "heads", "n", "head_dim")}
-    cell = {"implementation": adapter.name, "member": adapter.member, "ridge": ridge, **sizes}
-    return [{**cell, "pass": which} for which in reversed(subjects.PASSES)]
+    fields = {name: getattr(sizes, name) for name in ("batch", "heads", "n", "head_dim")}
+    call = {"implementation": adapter.name, "member": adapter.member, "ridge": ridge, **fields}
+    return [{**call, "pass": which} for which in reversed(truth.PASSES)]
 
 
-def _add(results: measure.Results, records: Sequence[dict]) -> None:
-    """Adds `records` in place of earlier ones of the same cells."""
-    keys = {_key(record) for record in records}
-    results.records = [record for record in results.records if _key(record) not in keys]
-    results.add(records)
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def markdown(document: Mapping) -> str:
+    """The tables of a result file."""
+    return f"{provenance(document)}\n\n{result_tables(document['records'])}"
+
+
+def result_tables(records: Sequence[Mapping]) -> str:
+    """A table for each size, with times, their ratio to cuDNN's softmax attention, and errors.
+
+    What was refused has errors and no time. The reasons are listed below the tables.
+    """
+    fields = ("batch", "heads", "n", "head_dim")
+    parts = []
+    for size in sorted({tuple(record[name] for name in fields) for record in records}):
+        here = [r for r in records if tuple(r[name] for name in fields) == size]
+        batch, heads, n, head_dim = size
+        parts.append(
+            f"**Head dimension {head_dim}**, batch {batch}, {heads} heads, n = {n}: median "
+            "(fastest) ms, and the ratio to cuDNN's softmax attention; relative errors of output "
+            "and gradients against float64.\n\n" + _size(here)
+        )
+    notes: dict[str, list[str]] = {}
+    for record in records:
+        if record["status"] != "timed":
+            where = f"{_label(_call(record))}, head dimension {record['head_dim']}"
+            labels = notes.setdefault(f"{record['status']}: {record['reason']}", [])
+            labels += [where] if where not in labels else []
+    lines = [f"- {'; '.join(labels)}: {reason}" for reason, labels in notes.items()]
+    return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
+
+
+def _call(record: Mapping) -> tuple:
+    return record["member"], record["implementation"], record["ridge"]
+
+
+def _order(key: tuple) -> tuple:
+    member, name, ridge = key
+    peers = list(_NAMES)
+    return (MEMBERS.index(member), -(ridge or 0), peers.index(name) + 1 if name in peers else 0)
+
+
+def _label(key: tuple) -> str:
+    member, name, ridge = key
+    text = f"{_NAMES.get(name, name)}, {member}"
+    return text if ridge is None else f"{text}, ridge {ridge:g}"
+
+
+def _size(records: Sequence[Mapping]) -> str:
+    cells = {(_call(record), record["pass"]): record for record in records}
+    rows = []
+    for key in sorted({key for key, _ in cells}, key=_order):
+        found = {which: cells.get((key, which)) for which in PASSES}
+        row = [_label(key)]
+        for which, record in found.items():
+            row += [time_text(record), ratio(record, cells.get((_FLOOR, which)))]
+        # The pass with the gradients has all errors; the forward pass alone, the output's.
+        best = next((r for r in reversed(found.values()) if r and "errors" in r), {})
+        errors = best.get("errors", {})
+        row += [_error(errors, "output"), _error(best, "worst_row")]
+        rows.append(row + [_error(errors, name) for name in _GRADIENTS])
+    times = [name for title in PASSES.values() for name in (title, "/ cuDNN")]
+    return tables.markdown(["call", *times, "output", "worst row", *_GRADIENTS], rows)
+
+
+def _error(values: Mapping, name: str) -> str:
+    if name not in values:
+        return ""
+    return "not finite" if values[name] is None else f"{values[name]:.1e}"
 
 
 if __name__ == "__main__":
-    hopper.end_at_the_limit(parse(None).limit)
+    exit_after(parse(None).limit)
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The implementations that `peers.py` compares: how each is called, and in which layout."""
+"""Adapters of the implementations that `peers.py` compares: how to call them, in which layout."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import hopper
-import hopper_cells
 import jax
 import numpy as np
-import subjects
-from hopper_cells import Program
+
+from lla.experiments.benchmarks import hopper, truth
+from lla.experiments.benchmarks.compilation import Compiled
+from lla.experiments.benchmarks.hopper_programs import Case, Program, input_shapes
+from lla.experiments.benchmarks.timing import error_line
 
 MEMBERS = ("softmax", "parallax", "lla", "mesanet")
 
 
-class Case(NamedTuple):
+class Sizes(NamedTuple):
+    """Sizes and dtype of a comparison."""
+
     batch: int
     heads: int
     n: int
@@ -29,7 +32,7 @@ class Case(NamedTuple):
 
 
 def pick(array: np.ndarray, heads: Sequence[tuple[int, int]]) -> np.ndarray:
-    """float64 ``[len(heads), T, H]`` of ``[B, T, N, H]``; numbers without axes stay as they are."""
+    """float64 ``[len(heads), T, H]`` of ``[B, T, N, H]``; scalars are unchanged."""
     if array.ndim < 4:
         return array.astype(np.float64)
     return np.stack([array[b, :, n].astype(np.float64) for b, n in heads])
@@ -52,8 +55,8 @@ class Adapter:
         """Why it cannot run here, or None."""
         raise NotImplementedError
 
-    def prepare(self, case: Case, ridge: float | None, arrays: Mapping[str, jax.Array]) -> Any:
-        """Inputs as the implementation wants them, from arrays ``[B, T, N, H]``; not timed."""
+    def prepare(self, sizes: Sizes, ridge: float | None, arrays: Mapping[str, jax.Array]) -> Any:
+        """Converts arrays ``[B, T, N, H]`` to inputs of the implementation; not timed."""
         raise NotImplementedError
 
     def forward(self, given: Any) -> dict[str, Any]:
@@ -65,28 +68,28 @@ class Adapter:
         raise NotImplementedError
 
     def wait(self, results: Mapping[str, Any]) -> None:
-        """Returns when `results` are computed."""
+        """Waits until `results` are computed."""
         raise NotImplementedError
 
-    def collect(self, results, case: Case, heads: Sequence[tuple[int, int]]) -> dict:
+    def collect(self, results, sizes: Sizes, heads: Sequence[tuple[int, int]]) -> dict:
         """float64 ``[len(heads), T, H]`` of every result; `heads` are pairs (sequence, head)."""
         raise NotImplementedError
 
-    def limits(self, case: Case, ridge: float | None) -> tuple[float, float]:
+    def limits(self, sizes: Sizes, ridge: float | None) -> tuple[float, float]:
         """The bounds at one size and ridge."""
-        del case, ridge
+        del sizes, ridge
         return self.bounds
 
-    def memory(self, case: Case, ridge: float | None, which: str) -> dict[str, int]:
-        """Memory of one pass as fields of a record, where it is known."""
-        del case, ridge, which
+    def memory(self, sizes: Sizes, ridge: float | None, which: str) -> dict[str, int]:
+        """The memory of a pass as fields of a record, if it is known."""
+        del sizes, ridge, which
         return {}
 
 
 class JaxAdapter(Adapter):
-    """A call of `hopper_cells.attend`, compiled beforehand into the mapping `compiled`."""
+    """A call of `attend`, compiled beforehand into the mapping `compiled`."""
 
-    def __init__(self, name: str, member: str, compiled: Mapping[Program, hopper.Compiled]):
+    def __init__(self, name: str, member: str, compiled: Mapping[Program, Compiled]):
         self.name, self.member, self.compiled = name, member, compiled
 
     @property
@@ -98,19 +101,19 @@ class JaxAdapter(Adapter):
             return f"needs a GPU, and JAX has the {jax.default_backend()} only"
         return None
 
-    def program(self, case: Case, ridge: float | None, which: str) -> Program:
-        sizes = (case.batch, case.heads, case.heads, case.n, case.head_dim)
+    def program(self, sizes: Sizes, ridge: float | None, which: str) -> Program:
+        shape = (sizes.batch, sizes.heads, sizes.heads, sizes.n, sizes.head_dim)
         kind = None if ridge is None else "static"
-        return Program(self.name, self.member, which, *sizes, ridge, kind, case.dtype)
+        return Program(self.name, self.member, which, *shape, ridge, kind, sizes.dtype)
 
-    def prepare(self, case, ridge, arrays):
+    def prepare(self, sizes, ridge, arrays):
         given = {}
-        for which in subjects.PASSES:
-            program = self.program(case, ridge, which)
+        for which in truth.PASSES:
+            program = self.program(sizes, ridge, which)
             found = self.compiled[program]
             if found.call is None:
                 raise RuntimeError(found.error)
-            inputs = {name: arrays[name] for name in hopper_cells.input_shapes(program)}
+            inputs = {name: arrays[name] for name in input_shapes(program)}
             given[which] = functools.partial(found.call, inputs)
         return given
 
@@ -123,22 +126,22 @@ class JaxAdapter(Adapter):
     def wait(self, results):
         jax.block_until_ready(results)
 
-    def collect(self, results, case, heads):
+    def collect(self, results, sizes, heads):
         return {name: pick(np.asarray(results[name]), heads) for name in results}
 
-    def limits(self, case, ridge):
+    def limits(self, sizes, ridge):
         if not self.ours:
             return self.bounds
-        program = self.program(case, ridge, "forward_backward")
-        limit = hopper.bound(hopper_cells.Cell("speed", "normal", program))
+        program = self.program(sizes, ridge, "forward_backward")
+        limit = hopper.bound(Case("speed", "normal", program))
         return limit, 10 * limit
 
-    def memory(self, case, ridge, which):
-        return self.compiled[self.program(case, ridge, which)].memory
+    def memory(self, sizes, ridge, which):
+        return self.compiled[self.program(sizes, ridge, which)].memory
 
 
 class TorchAdapter(Adapter):
-    """What PyTorch can call; a subclass says by which function and in which layout."""
+    """An implementation in PyTorch; a subclass has its function and layout."""
 
     modules: tuple[str, ...] = ()
     device = "cuda"
@@ -150,7 +153,7 @@ class TorchAdapter(Adapter):
             for name in self.modules:
                 importlib.import_module(name)
         except Exception as error:  # a broken installation may raise anything
-            return hopper.brief(error)
+            return error_line(error)
         if self.device == "cuda" and not torch.cuda.is_available():
             return "PyTorch finds no GPU"
         return None
@@ -162,19 +165,19 @@ class TorchAdapter(Adapter):
         """``[B, T, N, H]`` to the implementation's layout; tensors and NumPy arrays alike."""
         return array
 
-    def from_layout(self, array, case: Case):
+    def from_layout(self, array, sizes: Sizes):
         """The inverse of `to_layout`."""
-        del case
+        del sizes
         return array
 
-    def prepare(self, case, ridge, arrays):
+    def prepare(self, sizes, ridge, arrays):
         import torch
 
-        given = {"case": case, "ridge": ridge}
+        given = {"case": sizes, "ridge": ridge}
         for name, array in arrays.items():
-            # The same bits, whatever either framework knows about 16-bit numbers.
+            # As bits, because NumPy has no bfloat16 that both frameworks know.
             bits = torch.from_numpy(np.array(array).view(np.int16))
-            tensor = bits.view(getattr(torch, case.dtype)).to(self.device)
+            tensor = bits.view(getattr(torch, sizes.dtype)).to(self.device)
             given[name] = self.to_layout(tensor).contiguous()
         given["names"] = ("query", "key", "value", "probe")[: 4 if self.member == "parallax" else 3]
         for name in given["names"]:
@@ -205,9 +208,9 @@ class TorchAdapter(Adapter):
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def collect(self, results, case, heads):
+    def collect(self, results, sizes, heads):
         return {
-            name: pick(self.from_layout(tensor.detach(), case).float().cpu().numpy(), heads)
+            name: pick(self.from_layout(tensor.detach(), sizes).float().cpu().numpy(), heads)
             for name, tensor in results.items()
         }
 
@@ -224,7 +227,7 @@ class TorchSoftmax(TorchAdapter):
     def to_layout(self, array):
         return array.swapaxes(1, 2)
 
-    def from_layout(self, array, case):
+    def from_layout(self, array, sizes):
         return array.swapaxes(1, 2)
 
     def attend(self, query, key, value, probe, given):
@@ -258,15 +261,15 @@ class FlaMesaNet(TorchAdapter):
     name, member = "fla", "mesanet"
     modules = ("fla.ops.mesa_net",)
 
-    def prepare(self, case, ridge, arrays):
+    def prepare(self, sizes, ridge, arrays):
         import torch
 
-        given = super().prepare(case, ridge, arrays)
+        given = super().prepare(sizes, ridge, arrays)
         make = functools.partial(torch.full, dtype=torch.float32, device=self.device)
-        rows = (case.batch, case.n, case.heads)
+        rows = (sizes.batch, sizes.n, sizes.heads)
         given["constants"] = {
             "g": make(rows, 0.0), "beta": make(rows, 1.0),
-            "lamb": make((case.heads, case.head_dim), 1.0),
+            "lamb": make((sizes.heads, sizes.head_dim), 1.0),
         }  # fmt: skip
         return given
 
@@ -304,13 +307,13 @@ class FlashLLA(TorchAdapter):
         batch, length, heads, head_dim = array.shape
         return array.swapaxes(1, 2).reshape(batch * heads, length, head_dim)
 
-    def from_layout(self, array, case):
-        return array.reshape(case.batch, case.heads, case.n, case.head_dim).swapaxes(1, 2)
+    def from_layout(self, array, sizes):
+        return array.reshape(sizes.batch, sizes.heads, sizes.n, sizes.head_dim).swapaxes(1, 2)
 
-    def prepare(self, case, ridge, arrays):
+    def prepare(self, sizes, ridge, arrays):
         import torch
 
-        given = super().prepare(case, ridge, arrays)
+        given = super().prepare(sizes, ridge, arrays)
         given["ridge"] = torch.tensor(ridge, dtype=torch.float32, device=self.device)
         return given
 
@@ -321,7 +324,7 @@ class FlashLLA(TorchAdapter):
 
 
 def make_adapters(options: argparse.Namespace, compiled: Mapping) -> list[Adapter]:
-    """Those that can be relied on first: an error of the device itself ends everything after it."""
+    """All adapters, the most reliable first: after an error of the device nothing else runs."""
     adapters = [JaxAdapter(options.implementation, m, compiled) for m in MEMBERS[:3]]
     adapters += [
         JaxAdapter("cudnn", "softmax", compiled),

@@ -21,13 +21,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lla
 import lla.sharding
+from lla.experiments.benchmarks import results as result_files
 
 RIDGE = 1.0
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit", type=float, default=540.0, help="seconds; no cell begins later")
     parser.add_argument("--commit", default=None)
-    parser.add_argument("--output", type=pathlib.Path, default=measure.RESULTS / "sharded.json")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=result_files.RESULTS / "sharded.json"
+    )
     args = parser.parse_args()
     devices = jax.devices()
     if len(devices) < args.devices:
@@ -159,9 +161,7 @@ def main() -> None:
     devices = devices[: args.devices]
     dtype = args.dtype or ("bfloat16" if devices[0].platform == "gpu" else "float32")
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()}
-    header = measure.make_header("sharded", settings | {"dtype": dtype})
-    if args.commit:
-        header["commit"] = args.commit
+    header = result_files.make_header("sharded", settings | {"dtype": dtype}, args.commit)
     records: list[dict] = []
     start = time.perf_counter()
     for length in args.lengths:
@@ -180,9 +180,7 @@ def main() -> None:
                         cell["status"] = f"{type(failure).__name__}: {str(failure)[:2000]}"
                 records.append(cell)
                 print(json.dumps(cell), flush=True)
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                written = json.dumps({"header": header, "records": records}, indent=1)
-                args.output.write_text(written + "\n")
+                result_files.write_json(args.output, {"header": header, "records": records})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the TPU kernels cost, read from programs that are compiled here and never run.
+"""The cost of the TPU kernels, from programs that are compiled and never run.
 
     pip install "jax[tpu]"
     python experiments/benchmarks/tpu_costs.py --commit HASH   # compiled/tpu_costs.json
@@ -24,10 +24,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lla.runs import blocks, tables
+
 FOLDER = pathlib.Path(__file__).resolve().parent
 RESULT = FOLDER / "compiled" / "tpu_costs.json"
 DOCUMENT = FOLDER.parents[1] / "kernels" / "TPU.md"
-_BLOCK = re.compile(r"(<!-- generated: tpu_costs -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 CHIPS = {
     # topology to compile for; bfloat16 operations and bytes of HBM a second, by the data sheets
@@ -138,7 +139,7 @@ def kernels_of(jaxpr) -> Iterator[Any]:
 
 
 def pipelines_of(jaxpr, depth: int = 0) -> Iterator[tuple[int, int]]:
-    """Floating-point operations in products of one step of every loop that has any, and its depth.
+    """For each loop with products, the floating-point operations of a step, and the loop's depth.
 
     The pipelines over tiles are loops of depth 1, those inside of the solver's loop of depth 2.
     """
@@ -151,7 +152,7 @@ def pipelines_of(jaxpr, depth: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def _product_flops(jaxpr) -> int:
-    """Of the products in it that no inner loop repeats."""
+    """Operations of the products that no inner loop repeats."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -172,12 +173,12 @@ def _jaxprs(equation) -> Iterator[Any]:
 
 
 def visited_tiles(length: int, rows: int, keys: int) -> int:
-    """Tiles of a causal head that hold a visible pair."""
+    """The number of tiles of a causal head with a visible pair."""
     return sum(-(-min(length, first + rows) // keys) for first in range(0, length, rows))
 
 
 def count(member: str, head_dim: int, ridge, *, batch: int, heads: int, length: int) -> list[dict]:
-    """One record a pass: products of a pair of query and key, and what moves through HBM.
+    """A record for each pass: products per pair of query and key, and bytes through HBM.
 
     `products` are in units of the derivation: products with vectors of length `head_dim`. Parts and
     the padding of the head dimension to 128 make them more than there.
@@ -244,7 +245,7 @@ def iterations(head_dim: int, ridge: float) -> float:
 
 
 def seconds(records, chip: str, kernels, iterated: float) -> float:
-    """Estimate: every pass at the peak rate of products or of HBM, whichever takes longer."""
+    """An estimate: each pass at the peak rate of products or of HBM, whichever takes longer."""
     _, flops, bandwidth = CHIPS[chip]
     return sum(
         max(r["flops"] / flops, r["bytes"] / bandwidth) * (iterated if r["iterated"] else 1)
@@ -287,11 +288,6 @@ def make_document(commit: str | None) -> dict[str, Any]:
     }
 
 
-def table(head, rows) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
-
-
 def _label(case: Mapping) -> str:
     ridge = {None: ", ridge an array", 10.0: ", ridge 10"}[case["ridge"]]
     return case["member"] + (ridge if case["member"] == "lla" else "")
@@ -320,7 +316,7 @@ def markdown(document: Mapping) -> str:
     text.append(
         "Products of a pair of query and key with vectors of length d, and in brackets the count "
         "of the derivation. Two parts of a number, and d = 64 in registers of 128 lanes, make "
-        "more.\n\n" + table(["kernel", "pass", *heads], rows)
+        "more.\n\n" + tables.markdown(["kernel", "pass", *heads], rows)
     )
     text.append(_memory(document))
     text.append(_times(document))
@@ -344,9 +340,10 @@ def _memory(document: Mapping) -> str:
     ]
     return (
         "Vector memory that a kernel takes, MiB, as the compiler reports it.\n\n"
-        + table(["member", "d", "kernel", *chips], rows)
+        + tables.markdown(["member", "d", "kernel", *chips], rows)
         + f"\n\nTemporary HBM of n = {long['length']}, batch {long['batch']}, {long['heads']} "
-        "heads, d = 128, forward and backward pass, MiB.\n\n" + table(["member", *CHIPS], temporary)
+        "heads, d = 128, forward and backward pass, MiB.\n\n"
+        + tables.markdown(["member", *CHIPS], temporary)
     )
 
 
@@ -384,15 +381,13 @@ def _times(document: Mapping) -> str:
         "be longer. Iterations are those of a tile on standard normal inputs at n = "
         f"{ITERATION_LENGTH}, taken from the implementation in XLA, which stops by the same rule; "
         "the adjoint solve is given as many.\n\n"
-        + table(["member", "ridge", "d", "parts", "iterations", *CHIPS], rows)
+        + tables.markdown(["member", "ridge", "d", "parts", "iterations", *CHIPS], rows)
     )
 
 
 def render(text: str, document: Mapping) -> str:
-    """`text` with the tables of `document` between its markers."""
-    if not _BLOCK.search(text):
-        raise ValueError("there is no block <!-- generated: tpu_costs --> to fill.")
-    return _BLOCK.sub(lambda m: f"{m[1]}\n{markdown(document)}\n\n{m[2]}", text)
+    """`text` with the tables of `document` in its generated block."""
+    return blocks.renew(text, lambda _: f"\n{markdown(document)}\n\n", ["tpu_costs"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -402,7 +397,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
     options = parser.parse_args(argv)
     if not options.tables:
-        # Read when libtpu starts, which would otherwise look for a machine of Google's cloud.
+        # libtpu reads these when it starts; without them it looks for a cloud machine.
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
         os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"

@@ -1,4 +1,4 @@
-"""Times launch configurations of the Hopper kernels; the table in the package is its outcome.
+"""Times launch configurations of the Hopper kernels.
 
     python experiments/benchmarks/tune_hopper.py [--limit SECONDS] [--output FILE]
 
@@ -20,8 +20,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
+
+from lla.experiments.benchmarks.results import make_header, write_json
+from lla.experiments.benchmarks.timing import device_lock, time_interleaved
 
 ITERATIONS = 3
 CLOSE = 2e-2  # relative difference of two configurations, whose roundings differ
@@ -48,7 +50,7 @@ THREE_WARPGROUPS = {"warpgroups": 3, "registers": (160, 24)}
 # Kernels that share the configuration of another.
 _SHARED = {
     "adjoint": "solve",
-    "adjoint_precise": "solve_precise",
+    "adjoint_bf16x2": "solve_bf16x2",
     "adjoint_mixed": "solve_mixed",
     "softmax": "attend",
     "parallax": "attend",
@@ -70,7 +72,7 @@ def candidates(kernel: str, head_dim: int, base) -> list:
         choices.append({**THREE_WARPGROUPS, "block": 64, "stages": 4})
     if head_dim == 32:
         choices.append({**TWO_WARPGROUPS, "block": 128, "stages": 4})
-    if head_dim == 128 and (solve or kernel == "attend_precise"):
+    if head_dim == 128 and (solve or kernel == "attend_bf16x2"):
         choices += [{"block": 32, "stages": count} for count in (4, 6)]
     if kernel == "key_gradients":
         choices += [{"stages": count} for count in stages]
@@ -82,13 +84,13 @@ def candidates(kernel: str, head_dim: int, base) -> list:
             {**THREE_WARPGROUPS, "block": block, "stages": count}
             for block, count in ((32, 6), (32, 8), (64, 4))
         ]
-    if kernel == "solve" and head_dim == 64:  # what warpgroups gain beside each other
+    if kernel == "solve" and head_dim == 64:  # shows the gain from several warpgroups
         choices.append({"warpgroups": 1, "registers": (240, 24), "stages": 6})
     more = [{}]
-    if solve or kernel in ("softmax", "attend", "attend_precise"):
+    if solve or kernel in ("softmax", "attend", "attend_bf16x2"):
         more.append({"sum_products": True})
     if solve:
-        more += [{"turns": True}, {"sum_products": True, "turns": True}]
+        more += [{"pingpong": True}, {"sum_products": True, "pingpong": True}]
     found = [base]
     for choice, hold, option in itertools.product(choices, (True, False), more):
         config = dataclasses.replace(base, **choice, hold_sums=hold, **option)
@@ -100,14 +102,14 @@ def candidates(kernel: str, head_dim: int, base) -> list:
 
 
 def table_config(kernel: str, head_dim: int):
-    """What the table has for a kernel."""
+    """The configuration that the table has for a kernel."""
     from lla.kernels.mosaic_gpu import configs
 
     return getattr(configs.choose(head_dim), _SHARED.get(kernel, kernel))
 
 
 def make_kernels(options, head_dim: int) -> dict:
-    """Kernel name to a function of its configuration and operands, and the operands."""
+    """Kernel -> a function of its configuration and operands, and the operands."""
     from lla.kernels.mosaic_gpu import attend, configs, gradients, inverse, launch, solve, tile
 
     b, t, n = options.batch, options.length, options.heads
@@ -123,8 +125,8 @@ def make_kernels(options, head_dim: int) -> dict:
     scale = jnp.full((b, n, t), head_dim**-0.5, jnp.float32)
     ridge = jnp.full((b, n, t), 10.0, jnp.float32)
     masking = launch.Masking(jnp.asarray([[0, t]] * b, jnp.int32), None, None)
-    plain = solve.Iteration(None, ITERATIONS)
-    precise = dataclasses.replace(plain, precise=True)
+    plain = solve.CGOptions(None, ITERATIONS)
+    precise = dataclasses.replace(plain, bf16x2=True)
     unmarked = jnp.zeros((b, n, t // 64), jnp.int32)
     solution = jax.jit(
         lambda *a: solve.solve(shape, mask, configs.choose(head_dim).solve, plain, *a)
@@ -144,15 +146,15 @@ def make_kernels(options, head_dim: int) -> dict:
             choice = None
             if marked is not None:
                 *operands, mark = operands
-                choice = solve.Choice(precise, mark)
-            return solve.solve(shape, mask, config, iteration, *operands, choice=choice).high
+                choice = solve.TileOverride(precise, mark)
+            return solve.solve(shape, mask, config, iteration, *operands, override=choice).high
 
         operands = (query, key, scale, ridge, masking)
         operands += () if adjoint is None else (adjoint,)
         return run, operands + (() if marked is None else (marked,))
 
     def summing(dim):
-        parts = inverse.products(inverse.centred(key, masking.numbers[:, 1], dim))
+        parts = inverse.key_products(inverse.centred(key, masking.numbers[:, 1], dim))
         return (
             lambda config, *a: inverse.moments(shape, mask, config, *a),
             (query, key, parts, scale, solution.log_sum_exp, masking),
@@ -187,10 +189,10 @@ def make_kernels(options, head_dim: int) -> dict:
         }
     return direct | {
         "solve": solving(plain, None),
-        "solve_precise": solving(precise, None),
+        "solve_bf16x2": solving(precise, None),
         "solve_mixed": solving(plain, None, unmarked),
         "adjoint": solving(plain, adjoint),
-        "adjoint_precise": solving(precise, adjoint),
+        "adjoint_bf16x2": solving(precise, adjoint),
         "adjoint_mixed": solving(plain, adjoint, unmarked),
         "softmax": (
             lambda config, *a: attend.attend(shape, mask, config, *a).out,
@@ -204,8 +206,8 @@ def make_kernels(options, head_dim: int) -> dict:
             lambda config, *a: attend.attend(shape, mask, config, *a).out,
             (query, key, value, scale, masking, solution.high, solved),
         ),
-        "attend_precise": (
-            lambda config, *a: attend.attend(shape, mask, config, *a, precise=True).out,
+        "attend_bf16x2": (
+            lambda config, *a: attend.attend(shape, mask, config, *a, bf16x2=True).out,
             (query, key, value, scale, masking, solution.high, exactly_solved),
         ),
         "query_gradients": (
@@ -234,19 +236,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _, _, config, function, operands = job
         try:
             return jax.jit(lambda *a: function(config, *a)).lower(*operands).compile()
-        except Exception as error:  # more shared memory than there is, most of the time
+        except Exception as error:  # most often, too little shared memory
             return str(error).splitlines()[0][:120]
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         compiled = list(pool.map(build, jobs))
     print(f"compiled {len(jobs)} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    with measure.exclusive(options.lock):
+    with device_lock(options.lock):
         measure_all(options, jobs, compiled, start)
     return 0
 
 
 def measure_all(options, jobs, compiled, start: float) -> None:
-    """Times what has been compiled, writes the result and prints the fastest."""
+    """Times the compiled calls, writes the result and prints the fastest."""
     records, expected = [], {}
     for (head_dim, name, config, _, operands), call in zip(jobs, compiled, strict=True):
         record = {"head_dim": head_dim, "kernel": name, "config": dataclasses.asdict(config)}
@@ -262,15 +264,15 @@ def measure_all(options, jobs, compiled, start: float) -> None:
         if not difference <= CLOSE:
             records.append({**record, "reason": f"differs by {difference:.1e}"})
             continue
-        timing = measure.time_interleaved(
+        timing = time_interleaved(
             {name: lambda call=call, operands=operands: call(*operands)}, options.repeats, 1.0
         )[name]
         records.append({**record, "milliseconds": 1e3 * timing.time_median_s})
-    header = measure.make_header(
+    header = make_header(
         "tune_hopper",
         {name: getattr(options, name) for name in ("batch", "heads", "length", "repeats")},
     )
-    measure.write_json(options.output, {"header": header, "records": records})
+    write_json(options.output, {"header": header, "records": records})
     for head_dim, name in expected:
         group = [r for r in records if (r["head_dim"], r["kernel"]) == (head_dim, name)]
         timed = sorted((r for r in group if "milliseconds" in r), key=lambda r: r["milliseconds"])

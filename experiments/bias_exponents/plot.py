@@ -1,4 +1,4 @@
-"""Figure of a work directory, from its files alone.
+"""Draws the figure of a work directory from its files alone.
 
 python experiments/bias_exponents/plot.py                  # the committed results
 python experiments/bias_exponents/plot.py runs/bias_exponents
@@ -7,13 +7,13 @@ python experiments/bias_exponents/plot.py runs/bias_exponents
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
 
 import numpy as np
-import population
-import summary
 
-from lla.experiment import command, figures, styles, tables
-from lla.experiment.workdir import read_config
+from lla.experiments.bias_exponents import population, summary
+from lla.runs import command, figures, styles, tables
+from lla.runs.workdir import read_config
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # Softmax attention is the local constant fit, LLA the local linear one.
@@ -84,7 +84,7 @@ def _bias(axis, rows, quantity):
 
 
 def _slopes(axis, rows):
-    """Exponent between neighbouring bandwidths: by dimension, and with a ridge that stays."""
+    """Exponents between neighbouring bandwidths, by dimension and for other ridges."""
     chosen = summary.settings(rows, "integrals")
     first = chosen[0]
     dashes = {1: "-", 2: (0, (5, 2)), 3: (0, (1, 1.5))}
@@ -148,11 +148,10 @@ def _random(axis, config, rows):
     axis.set_title(title)
 
 
-def redraw(path: pathlib.Path) -> None:
-    """Draws a work directory and prints what was written."""
-    for written in draw(path):
-        print(written)
+def main(argv: Sequence[str]) -> int:
+    """`plot.py [WORKDIR ...]`; returns the exit status."""
+    return command.for_each_result(draw, RESULTS, argv, "Draws figures and writes summary.csv.")
 
 
 if __name__ == "__main__":
-    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

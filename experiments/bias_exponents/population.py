@@ -118,7 +118,7 @@ def squared_bias(
 
 
 def leading_terms(target: Target, bandwidth: float) -> dict[str, dict[str, float]]:
-    """What theory says of small bandwidths in one dimension, without a ridge; as `squared_bias`.
+    """`squared_bias` for small bandwidths by theory, in one dimension and without a ridge.
 
     Local constant: the bias at a distance u of bandwidths from an end is b f' phi(u) / Phi(u), with
     the normal density and distribution. Local linear: inside b^2 f'' / 2; at the end b^2 f'' / 2

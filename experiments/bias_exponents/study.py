@@ -1,6 +1,6 @@
-"""What is computed: exact integrals, the operators of `lla` on a grid of keys, and on random keys.
+"""The trials: exact integrals, and the operators of `lla` on a grid of keys and on random keys.
 
-A piece is one target, dimension and ridge for the integrals, one radius for the grid of keys, one
+A trial is one target, dimension and ridge for the integrals, one radius for the grid of keys, one
 seed for the random keys. Its record holds every bandwidth.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import population
 
 import lla
+from lla.experiments.bias_exponents import population
 from lla.typed import LARGEST_SEED, check_range
 
 # (factor, power): the ridge is factor * bandwidth^power.
@@ -23,11 +23,11 @@ Ridge = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One line of the records."""
+class Trial:
+    """What one record is computed from."""
 
     id: str
-    cost: float  # rough seconds on one core, for the time left alone
+    cost: float  # about the seconds on one core; only used to estimate the time left
     compute: Callable[[], dict[str, Any]]
 
 
@@ -71,24 +71,24 @@ class Study:
         if self.replicates < 2:
             raise ValueError(f"replicates must be >= 2 for a variance; got {self.replicates}.")
 
-    def pieces(self) -> list[Piece]:
-        """All pieces: integrals, then grids of keys, then random keys."""
-        pieces = []
+    def trials(self) -> list[Trial]:
+        """All trials: integrals, then grids of keys, then random keys."""
+        trials = []
         for target, dim, ridge in self.settings:
             name = f"integrals-{target}-d{dim}-ridge{_plain(ridge)}"
             cost = (0.1, 0.2, 2.0)[dim - 1]
-            pieces.append(Piece(name, cost, functools.partial(self._integrals, target, dim, ridge)))
+            trials.append(Trial(name, cost, functools.partial(self._integrals, target, dim, ridge)))
         for radius, ridge in self.operator_circles:
             compute = functools.partial(self._operators, radius, ridge)
             name = f"grid-radius{radius:g}-ridge{_plain(ridge)}"
-            pieces.append(Piece(name, 2.0, compute))
+            trials.append(Trial(name, 2.0, compute))
         for seed in self.seeds:
-            pieces.append(Piece(f"random-seed{seed}", 12.0, functools.partial(self._random, seed)))
-        return pieces
+            trials.append(Trial(f"random-seed{seed}", 12.0, functools.partial(self._random, seed)))
+        return trials
 
-    def run(self, piece: Piece) -> dict[str, Any]:
-        """The record of one piece, without its name."""
-        return piece.compute()
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """The record of a trial, without its name."""
+        return trial.compute()
 
     def _integrals(self, target, dim, ridge):
         results = []
@@ -152,7 +152,7 @@ def _record(kind, target, dim, ridge, radius, results):
 
 
 def within(bandwidths, low: float, high: float) -> np.ndarray:
-    """Which of the bandwidths lie in the closed range, rounding aside."""
+    """Which of the bandwidths lie in the closed range, up to rounding."""
     bandwidths = np.asarray(bandwidths)
     return (bandwidths >= low * (1 - 1e-9)) & (bandwidths <= high * (1 + 1e-9))
 

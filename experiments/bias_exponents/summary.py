@@ -1,4 +1,4 @@
-"""From records to tables: exponents, leading terms, operators, random keys. Reads files alone.
+"""Tables from the records alone: exponents, leading terms, operators, random keys.
 
 python experiments/bias_exponents/summary.py               # the committed results
 python experiments/bias_exponents/summary.py runs/bias_exponents
@@ -7,14 +7,14 @@ python experiments/bias_exponents/summary.py runs/bias_exponents
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import population
-import study
 
-from lla.experiment import command, tables
-from lla.experiment.workdir import read_config, read_records
+from lla.experiments.bias_exponents import population, study
+from lla.runs import command, tables
+from lla.runs.workdir import read_config, read_records
 
 Row = dict[str, Any]
 
@@ -49,7 +49,7 @@ def _flat(entry, prefix=""):
 
 
 def curve(rows: list[Row], quantity: str, **where) -> tuple[np.ndarray, np.ndarray]:
-    """Bandwidths and values of the rows with this quantity for which every column of `where` fits.
+    """Bandwidths and values of the rows with this quantity and the columns `where`.
 
     Raises:
       ValueError: they are not one curve.
@@ -63,7 +63,7 @@ def curve(rows: list[Row], quantity: str, **where) -> tuple[np.ndarray, np.ndarr
 
 
 def settings(rows: list[Row], kind: str) -> list[Row]:
-    """The settings of a kind in the order of the records, as arguments of `curve`."""
+    """The settings of a kind, in the order of the records, as arguments for `curve`."""
     names = ("kind", "target", "dim", "ridge", "radius")
     found = [tuple(row[name] for name in names) for row in rows if row["kind"] == kind]
     return [dict(zip(names, each, strict=True)) for each in dict.fromkeys(found)]
@@ -96,7 +96,7 @@ def _exponents(config, rows):
 
 
 def _leading(config, rows):
-    """Measured over leading term, where there is a theory for it: one dimension, no ridge."""
+    """Bias divided by its leading term, which is known for one dimension and no ridge."""
     grid = np.array(config["bandwidths"])
     ends = sorted({end for span in config["fit_ranges"] for end in span})
     edges = list(dict.fromkeys(grid[np.abs(np.log(grid / end)).argmin()] for end in ends))
@@ -155,10 +155,15 @@ def _random(rows):
     return tables.markdown(head, lines)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """`summary.py [WORKDIR ...]`; returns the exit status."""
     results = pathlib.Path(__file__).parent / "results"
 
     def show(path):
-        print(markdown(path), end="")
+        return [markdown(path).rstrip()]
 
-    sys.exit(command.for_each_result(show, results, sys.argv[1:]))
+    return command.for_each_result(show, results, argv, "Prints the tables of the README.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

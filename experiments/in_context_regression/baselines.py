@@ -11,11 +11,9 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
-from experiments import trained_figures as shared
-from experiments.in_context_regression import summary
-from lla.experiment.workdir import write_whole
+from lla.experiments.in_context_regression import summary
+from lla.experiments.trained import tables as shared
+from lla.runs.workdir import write_whole
 
 
 def measure(
@@ -42,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         found = summary.EXPERIMENT.points(options.folder)
         return [measure(found, options.folder, options.variant)]
 
-    return shared.told(work)
+    return shared.report(work)
 
 
 if __name__ == "__main__":

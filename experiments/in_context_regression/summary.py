@@ -10,9 +10,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
-from experiments import trained_figures as shared
+from lla.experiments.trained import tables as shared
 
 LENGTH = "task.segment_length"
 BASELINES = "baselines.json"  # written by baselines.py
@@ -56,7 +54,7 @@ def tables(
 EXPERIMENT = shared.Experiment(
     name="in_context_regression",
     columns=(shared.MECHANISM, LENGTH),
-    headline="test/mse",
+    metric="test/mse",
     published={
         "task.dim": ((32,), "[paper]"),
         "model.depth": ((2,), "[paper]"),

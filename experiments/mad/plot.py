@@ -10,19 +10,10 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
-from experiments.mad import summary
 from lla import tasks
-from lla.experiment import figures, styles
-
-_SEEDS = {
-    "linestyle": "none",
-    "marker": "o",
-    "markersize": 2.2,
-    "markeredgewidth": 0,
-    "alpha": 0.45,
-}
+from lla.experiments.mad import summary
+from lla.experiments.trained import plots
+from lla.runs import figures, styles
 
 
 def draw(found: Sequence[summary.Score]):
@@ -40,7 +31,7 @@ def draw(found: Sequence[summary.Score]):
                 continue
             at, style = labels.index(one.label), styles.style(one.mechanism)
             spread = statistics.stdev(one.values) if len(one.values) > 1 else 0.0
-            axis.plot(one.values, [at] * len(one.values), color=style.colour, **_SEEDS)
+            plots.seed_marks(axis, at, one.values, style.colour)
             figures.marks(axis, style, [one.mean], [at], linestyle="none", xerr=spread)
         chance = tasks.create("mad", kind=kind).baselines()["chance"]
         axis.axvline(chance, color="0.4", linestyle=":", linewidth=0.9)

@@ -14,12 +14,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
 import numpy as np
 
-from configs.mad import LEVELS
-from lla.experiment import styles, tables
+from lla.configs.mad import LEVELS
+from lla.runs import styles, tables
 from lla.tasks.mad import KINDS
 from lla.training.results import FINAL, read_results, select
 
@@ -100,7 +98,7 @@ class Score:
 
 
 def scores(folder: pathlib.Path) -> list[Score]:
-    """Those of the CSV files in `folder`, mechanisms in the order of `lla.experiment.styles`.
+    """Those of the CSV files in `folder`, mechanisms in the order of `lla.runs.styles`.
 
     Of every mechanism and case, learning rate and weight decay are those that
     `lla.training.results.select` takes by the validation split.

@@ -1,4 +1,4 @@
-"""The figure, from a result file alone.
+"""Draws the figure from a result file alone.
 
 python experiments/memory_and_time/plot.py               # results/figure.png and figure.svg
 python experiments/memory_and_time/plot.py FILE FOLDER   # of another result file
@@ -6,29 +6,31 @@ python experiments/memory_and_time/plot.py FILE FOLDER   # of another result fil
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
 
-import summary
-from benches import measure, report
 from matplotlib.lines import Line2D
 
-from lla.experiment import figures, styles
+from lla.experiments.benchmarks.formatting import PASSES
+from lla.experiments.benchmarks.results import load
+from lla.experiments.memory_and_time import summary
+from lla.runs import figures, styles
 
 HEADS = 8  # of the figure, if they were measured
-PANELS = [(field, which) for field in ("memory", "time") for which in report.PASSES]
+PANELS = [(field, which) for field in ("memory", "time") for which in PASSES]
 _CROSS = {"linestyle": "none", "marker": "x", "markeredgewidth": 1.1}
 
 
 def main_result(results: pathlib.Path = summary.RESULTS) -> pathlib.Path:
-    """The result file of the figure: that of an accelerator, if there is one."""
+    """The result file of the figure: an accelerator's if there is one."""
     return min(results.glob("*.json"), key=lambda path: (path.stem == "cpu", path.stem))
 
 
 def draw(path: str | pathlib.Path, folder: str | pathlib.Path) -> list[pathlib.Path]:
     """Writes figure.png and figure.svg of a result file into `folder`; returns paths."""
-    figure = make(measure.load(path))
+    figure = make(load(path))
     return figures.save(figure, folder, "memory and time", png_metadata={"Software": None})
 
 
@@ -51,7 +53,7 @@ def make(document):
         row[2].set_ylabel(f"d = {head_dim}: time, ms")
     for axis, (field, which) in zip(axes[0], PANELS, strict=True):
         what = "temporary memory" if field == "memory" else "time"
-        axis.set_title(f"{what},\n{report.PASSES[which]}")
+        axis.set_title(f"{what},\n{PASSES[which]}")
     lengths = sorted({record["n"] for record in records})
     # One scale for both passes and all dimensions, with room for the crosses above the times.
     for pair, room in ((axes[:, :2], 1.0), (axes[:, 2:], 12.0)):
@@ -86,7 +88,7 @@ def _lost(found):
 
 
 def _memory(axis, records, which, limit):
-    """Temporary memory as compiled; crosses where it was too much to run."""
+    """Temporary memory as compiled, with crosses where a call was not run."""
     axis.set_yscale("log")
     for name in summary.NAMES:
         found = summary.series(records, implementation=name, which=which)
@@ -100,7 +102,7 @@ def _memory(axis, records, which, limit):
 
 
 def _time(axis, records, which, limit):
-    """Median times, with bars down to the least; crosses above where it was not run."""
+    """Median times, with bars down to the fastest; crosses for calls that were not run."""
     del limit
     axis.set_yscale("log")
     place = 0.96
@@ -120,11 +122,17 @@ def _time(axis, records, which, limit):
             place -= 0.055
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Draws the figure of the committed results, or of FILE into FOLDER."""
-    path, folder = arguments or (main_result(), summary.RESULTS)
-    for written in draw(path, folder):
-        print(written)
+def main(argv: Sequence[str]) -> int:
+    """`plot.py [FILE] [FOLDER]`; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Draws figure.png and figure.svg.")
+    parser.add_argument(
+        "file", nargs="?", type=pathlib.Path, default=main_result(), help="a result file"
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=pathlib.Path, default=summary.RESULTS, help="for the figure"
+    )
+    options = parser.parse_args(argv)
+    print(*draw(options.file, options.folder), sep="\n")
     return 0
 
 

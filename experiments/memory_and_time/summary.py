@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from benches import measure, report
-
-from lla.experiment import styles
+from lla.experiments.benchmarks.formatting import (
+    PASSES,
+    exponents,
+    provenance,
+)
+from lla.experiments.benchmarks.results import GIB, load
+from lla.runs import blocks, styles, tables
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 README = FOLDER / "README.md"
@@ -28,7 +31,6 @@ LABELS = {name: styles.style(name).name for name in NAMES}
 SHORT = 1e-3  # seconds, see `settled`
 SPREAD = 1.25
 QUEUE = 2.0
-_BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 
 def state(record: Mapping) -> str:
@@ -45,7 +47,7 @@ def memory(record: Mapping) -> float | None:
 
 
 def series(records: Sequence[Mapping], **fields) -> dict[int, Mapping]:
-    """Records by length, of those whose fields are the given ones; `which` is the pass."""
+    """The records with the given fields, by length; `which` is the pass."""
     if "which" in fields:
         fields["pass"] = fields.pop("which")
     chosen = [r for r in records if all(r[name] == value for name, value in fields.items())]
@@ -55,11 +57,11 @@ def series(records: Sequence[Mapping], **fields) -> dict[int, Mapping]:
 def settled(found: Mapping[int, Mapping]) -> dict[int, Mapping]:
     """The timed records of a series, by length, whose time is that of the device.
 
-    Launches take tenths of a millisecond, now more and now less, and hide shorter calls. A time
-    below `SHORT` is left out where the host set the pace: with fewer than `QUEUE` calls in the
-    queue at the last launch. Of records that do not have that number a time below `SHORT` is left
-    out where the median is more than `SPREAD` times the least, or a longer sequence took less.
-    With a length all shorter ones are left out.
+    A launch takes some tenths of a millisecond, which hides shorter calls. So a time below `SHORT`
+    is left out if the host set the pace: if fewer than `QUEUE` calls were queued at the last
+    launch. For records without that number, it is left out if the median is more than `SPREAD`
+    times the fastest, or if a longer sequence took less time. If a length is left out, so are all
+    shorter ones.
     """
     timed = {n: record for n, record in found.items() if record["status"] == "timed"}
 
@@ -78,8 +80,8 @@ def settled(found: Mapping[int, Mapping]) -> dict[int, Mapping]:
 
 def _size(amount: float) -> str:
     """Bytes as MiB or GiB."""
-    if amount >= 10 * measure.GIB:
-        return f"{amount / measure.GIB:.4g} GiB"
+    if amount >= 10 * GIB:
+        return f"{amount / GIB:.4g} GiB"
     return f"{amount / 2**20:.4g} MiB"
 
 
@@ -103,29 +105,29 @@ def _memory(record: Mapping | None) -> str:
 def markdown(document: Mapping) -> str:
     """All tables of one result file."""
     records = document["records"]
-    parts = [report.provenance(document), _growth(records)]
+    parts = [provenance(document), _growth(records)]
     settings = dict.fromkeys((r["heads"], r["head_dim"]) for r in records)
     # The setting of the figure first.
     for heads, head_dim in sorted(settings, key=lambda pair: (pair[0] != 8, *pair)):
         here = [r for r in records if (r["heads"], r["head_dim"]) == (heads, head_dim)]
         names = [name for name in LABELS if any(r["implementation"] == name for r in here)]
         head = ["n", *(LABELS[name] for name in names)]
-        for which, title in report.PASSES.items():
+        for which, title in PASSES.items():
             columns = [series(here, implementation=name, which=which) for name in names]
             lengths = sorted(set().union(*columns))
             if not lengths:
                 continue
             where = f"B*H = {heads}, d = {head_dim}, {title}"
             rows = [[str(n), *(_memory(column.get(n)) for column in columns)] for n in lengths]
-            parts.append(f"**{where}**: temporary memory.\n\n{report.table(head, rows)}")
+            parts.append(f"**{where}**: temporary memory.\n\n{tables.markdown(head, rows)}")
             rows = [[str(n), *(_time(column.get(n)) for column in columns)] for n in lengths]
             rows = [row for row in rows if any(row[1:])]
             if rows:
-                parts.append(f"{where}: median time, ms.\n\n{report.table(head, rows)}")
+                parts.append(f"{where}: median time, ms.\n\n{tables.markdown(head, rows)}")
     if errors := _errors(records):
         parts.append(errors)
     reasons = dict.fromkeys(
-        f"- {LABELS[r['implementation']]}, {report.PASSES[r['pass']]}, B*H = {r['heads']}, "
+        f"- {LABELS[r['implementation']]}, {PASSES[r['pass']]}, B*H = {r['heads']}, "
         f"d = {r['head_dim']}, n = {r['n']}: {r['status']}: {r['reason']}"
         for r in records
         if r["status"] in ("refused", "unavailable")
@@ -140,7 +142,7 @@ def _growth(records) -> str:
     rows = []
     keys = sorted({(r["heads"] != 8, r["heads"], r["head_dim"]) for r in records})
     for _, heads, head_dim in keys:
-        for which, title in report.PASSES.items():
+        for which, title in PASSES.items():
             here = {
                 name: series(
                     records, implementation=name, which=which, heads=heads, head_dim=head_dim
@@ -162,14 +164,14 @@ def _growth(records) -> str:
                     else ""
                 )
                 rows.append([
-                    str(heads), str(head_dim), title, LABELS[name], report.exponents(amounts),
-                    report.exponents(times[name]), ratio, str(common[-1]) if common else "",
+                    str(heads), str(head_dim), title, LABELS[name], exponents(amounts),
+                    exponents(times[name]), ratio, str(common[-1]) if common else "",
                 ])  # fmt: skip
     head = ["B*H", "d", "pass", "series", "memory", "time", "time / softmax", "at n"]
     return (
         "Exponents in n of memory and time, fitted over all lengths and, in brackets, over the "
         "last doubling; time relative to softmax attention of this library at the longest length "
-        f"that both were timed at.\n\n{report.table(head, rows)}"
+        f"that both were timed at.\n\n{tables.markdown(head, rows)}"
     )
 
 
@@ -179,7 +181,7 @@ def _errors(records) -> str:
     for name, label in LABELS.items():
         for head_dim in sorted({record["head_dim"] for record in records}):
             row = [label, str(head_dim)]
-            for which in report.PASSES:
+            for which in PASSES:
                 found = [
                     record["errors"]
                     for record in records
@@ -203,24 +205,17 @@ def _errors(records) -> str:
     if not rows:
         return ""
     text = "Largest relative errors of what was timed, over all lengths and B*H."
-    return f"{text}\n\n{report.table(head, rows)}"
+    return f"{text}\n\n{tables.markdown(head, rows)}"
 
 
 def render(text: str, results: pathlib.Path = RESULTS) -> str:
-    """README text with every generated block renewed from its result file.
+    """README text with the block of every result file renewed.
 
     Raises:
-      ValueError: if a result file has no block, or a block no result file.
+      ValueError: a result file has no block, or a block no result file.
     """
-    found = {path.stem: path for path in sorted(results.glob("*.json"))}
-    blocks = {match[2] for match in _BLOCK.finditer(text)}
-    if blocks != set(found):
-        raise ValueError(
-            f"README.md has blocks {sorted(blocks)}, results/ has files {sorted(found)}."
-        )
-    return _BLOCK.sub(
-        lambda match: f"{match[1]}{markdown(measure.load(found[match[2]]))}\n{match[3]}", text
-    )
+    found = {path.stem: path for path in results.glob("*.json")}
+    return blocks.renew(text, lambda name: f"{markdown(load(found[name]))}\n", found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not (options.check or options.write):
         for path in sorted(RESULTS.glob("*.json")):
-            print(f"{path.stem}\n\n{markdown(measure.load(path))}\n")
+            print(f"{path.stem}\n\n{markdown(load(path))}\n")
         return 0
     text = README.read_text(encoding="utf-8")
     renewed = render(text)

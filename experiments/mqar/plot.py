@@ -8,12 +8,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
-from experiments import trained_figures as shared
-from experiments import trained_plots as plots
-from experiments.mqar import summary
-from lla.experiment import figures
+from lla.experiments.mqar import summary
+from lla.experiments.trained import plots
+from lla.experiments.trained import tables as shared
+from lla.runs import figures
 
 
 def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | None = None) -> dict:
@@ -135,5 +133,10 @@ def _line(axis, point, at, values, error):
     figures.marks(axis, point.style, [mean], [at], **look)
 
 
+def main(argv: Sequence[str]) -> int:
+    """`plot.py [FOLDER] [--variant V]`; returns the exit status."""
+    return plots.plot_command(summary.EXPERIMENT, draw, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(plots.plot_command(summary.EXPERIMENT, draw, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -9,9 +9,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
-from experiments import trained_figures as shared
+from lla.experiments.trained import tables as shared
 
 WIDTH = "model.width"
 SOLVED = 0.99  # the accuracy at which Zoology's training stops
@@ -92,7 +90,7 @@ EXPERIMENT = shared.Experiment(
     name="mqar",
     columns=(shared.MECHANISM, "case", WIDTH),
     optional=("case",),
-    headline="test/accuracy",
+    metric="test/accuracy",
     published={
         "task.vocab_size": ((8192,), "[paper], Zoology"),
         **{key: (values, "Zoology") for key, values in _ZOOLOGY.items()},

@@ -1,4 +1,4 @@
-"""Figure of a work directory, from its files alone.
+"""Draws the figure of a work directory from its files alone.
 
 python experiments/solver_iterations/plot.py                  # the committed results
 python experiments/solver_iterations/plot.py runs/solver_iterations
@@ -6,12 +6,13 @@ python experiments/solver_iterations/plot.py runs/solver_iterations
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
-import summary
 from matplotlib.lines import Line2D
 
-from lla.experiment import command, figures, tables
-from lla.experiment.workdir import read_config
+from lla.experiments.solver_iterations import summary
+from lla.runs import command, figures, tables
+from lla.runs.workdir import read_config
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # From dark to light with the ridge: matplotlib's cividis, made for the common colour-vision
@@ -94,11 +95,10 @@ def _legend(config):
     ]
 
 
-def redraw(path: pathlib.Path) -> None:
-    """Draws a work directory and prints what was written."""
-    for written in draw(path):
-        print(written)
+def main(argv: Sequence[str]) -> int:
+    """`plot.py [WORKDIR ...]`; returns the exit status."""
+    return command.for_each_result(draw, RESULTS, argv, "Draws figures and writes summary.csv.")
 
 
 if __name__ == "__main__":
-    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

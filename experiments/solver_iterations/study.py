@@ -1,7 +1,7 @@
-"""What is computed: one record for each kind of inputs, head dimension, ridge and seed.
+"""One record for each kind of inputs, head dimension, ridge and seed.
 
-A record holds the errors of every number of iterations in every dtype, so that tables and figures
-are made from the records alone.
+A record has the errors of every number of iterations in every dtype. Tables and figures are made
+from the records alone.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One line of the records."""
+class Trial:
+    """What one record is computed from."""
 
     inputs: str
     dim: int
@@ -31,12 +31,12 @@ class Piece:
 
     @property
     def id(self) -> str:
-        """Name of the piece, equal for equal work."""
+        """A name that no other trial has."""
         return f"{self.inputs}-d{self.dim}-ridge{self.ridge:g}-seed{self.seed}"
 
     @property
     def cost(self) -> float:
-        """In proportion to the work of the dense reference, for the time left alone."""
+        """Proportional to the work of the dense reference; only used to estimate the time left."""
         return float(self.dim) ** 2
 
 
@@ -67,18 +67,18 @@ class Study:
         check_range(1, length=self.length, heads=self.heads, iterations=self.iterations)
         check_range(1, dimensions=tuple(dim for _, dim in self.settings))
 
-    def pieces(self) -> list[Piece]:
-        """All pieces in the order of the settings."""
+    def trials(self) -> list[Trial]:
+        """All trials in the order of the settings."""
         grid = itertools.product(self.settings, self.ridges, self.seeds)
-        return [Piece(inputs, dim, ridge, seed) for (inputs, dim), ridge, seed in grid]
+        return [Trial(inputs, dim, ridge, seed) for (inputs, dim), ridge, seed in grid]
 
-    def run(self, piece: Piece) -> dict[str, Any]:
-        """The record of one piece, without its name."""
-        arrays = make_inputs(piece.inputs, self.length, self.heads, piece.dim, piece.seed)
-        exact = _exact(arrays, piece.ridge)
-        record = dataclasses.asdict(piece)
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """The record of a trial, without its name."""
+        arrays = make_inputs(trial.inputs, self.length, self.heads, trial.dim, trial.seed)
+        exact = _exact(arrays, trial.ridge)
+        record = dataclasses.asdict(trial)
         record["results"] = [
-            self._dtype(dtype, arrays, piece.ridge, exact) for dtype in self.dtypes
+            self._dtype(dtype, arrays, trial.ridge, exact) for dtype in self.dtypes
         ]
         return record
 
@@ -105,8 +105,8 @@ class Study:
 def make_inputs(kind: str, length: int, heads: int, dim: int, seed: int) -> list[np.ndarray]:
     """Query, key, value ``[1, length, heads, dim]`` in float32, rounded to bfloat16.
 
-    The values are the same for every dtype, so that one exact result serves all. The recipes are
-    those of experiments/benchmarks/hopper_cells.py.
+    The values are the same for every dtype, so that one exact result serves all. The kinds are
+    those of experiments/benchmarks/hopper_programs.py.
     """
     rng = np.random.default_rng([seed, length, heads, dim])
     shape = (1, length, heads, dim)

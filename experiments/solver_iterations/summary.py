@@ -1,4 +1,4 @@
-"""From records to a table: means and ranges over seeds. Reads the files of a work directory.
+"""Tables from the records alone: means and ranges over seeds.
 
 python experiments/solver_iterations/summary.py               # the committed results
 python experiments/solver_iterations/summary.py runs/solver_iterations
@@ -7,12 +7,13 @@ python experiments/solver_iterations/summary.py runs/solver_iterations
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from lla.experiment import command, tables
-from lla.experiment.workdir import read_records
+from lla.runs import command, tables
+from lla.runs.workdir import read_records
 
 Row = dict[str, Any]
 
@@ -58,12 +59,12 @@ def _row(inputs, dim, dtype, ridge, solver, iterations, entries):
 
 
 def bound(dtype: str, ridge: float, rounding: float) -> float:
-    """The error that the top-level README allows an output: it says what is enough."""
+    """The error of an output that the top-level README allows, which defines "enough"."""
     return max(1e-5, 1e-5 / ridge) if dtype == "float32" else 2 * rounding
 
 
 def sufficient(rows: list[Row]) -> dict[tuple, int | None]:
-    """Least count tried whose error is within the bound in all seeds, for each point; else None."""
+    """For each point the smallest count that is enough for all seeds, or None."""
     points = _points(rows)
     found = {}
     for point, solvers in points.items():
@@ -115,10 +116,15 @@ def _short(error):
     return f"{error:.2g}" if error >= 0.01 else f"{error:.1e}".replace("e-0", "e-")
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """`summary.py [WORKDIR ...]`; returns the exit status."""
     results = pathlib.Path(__file__).parent / "results"
 
     def show(path):
-        print(markdown(table(path)), end="")
+        return [markdown(table(path)).rstrip()]
 
-    sys.exit(command.for_each_result(show, results, sys.argv[1:]))
+    return command.for_each_result(show, results, argv, "Prints the tables of the README.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
-from experiments import trained_figures as shared
-from experiments import trained_plots as plots
-from experiments.state_tracking import summary
-from lla.experiment import figures
+from lla.experiments.state_tracking import summary
+from lla.experiments.trained import plots
+from lla.experiments.trained import tables as shared
+from lla.runs import figures
 
 
 def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | None = None) -> dict:
@@ -46,5 +44,10 @@ def draw(found: Sequence[shared.Point], folder: pathlib.Path, variant: str | Non
     return {"figure": figure, "curves": curves}
 
 
+def main(argv: Sequence[str]) -> int:
+    """`plot.py [FOLDER] [--variant V]`; returns the exit status."""
+    return plots.plot_command(summary.EXPERIMENT, draw, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(plots.plot_command(summary.EXPERIMENT, draw, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

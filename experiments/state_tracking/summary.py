@@ -9,9 +9,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # of configs and experiments
-
-from experiments import trained_figures as shared
+from lla.experiments.trained import tables as shared
 
 ITEMS = "task.num_items"
 LONG = "test_long/accuracy"  # up to twice as many swaps as in training
@@ -66,7 +64,7 @@ def tables(
 EXPERIMENT = shared.Experiment(
     name="state_tracking",
     columns=(shared.MECHANISM, ITEMS),
-    headline="test/accuracy",
+    metric="test/accuracy",
     published={},
     tables=tables,
     variant="figure",  # scaled down

@@ -1,4 +1,4 @@
-"""Figures of a work directory, from its files alone.
+"""Draws the figure of a work directory from its files alone.
 
 python experiments/test_time_regression/plot.py                  # the committed results
 python experiments/test_time_regression/plot.py runs/test_time_regression
@@ -7,12 +7,13 @@ python experiments/test_time_regression/plot.py runs/test_time_regression
 import itertools
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import numpy as np
-import summary
 
-from lla.experiment import command, figures, styles, tables
-from lla.experiment.workdir import read_config, read_records
+from lla.experiments.test_time_regression import summary
+from lla.runs import command, figures, styles, tables
+from lla.runs.workdir import read_config, read_records
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -104,7 +105,7 @@ def _scan(axis, rows, by, column, band=None):
 
 
 def _kinds(axis, rows, kinds, dim, segment_length):
-    """Estimators side by side, those of one law of the data together."""
+    """All estimators side by side, grouped by the law of the data."""
     titles = {
         "piecewise": "piecewise\nlinear",
         "iid_keys": "same keys in\nevery segment",
@@ -191,11 +192,10 @@ def _errors(axis, rows):
     axis.grid(True, axis="x")
 
 
-def redraw(path: pathlib.Path) -> None:
-    """Draws a work directory and prints what was written."""
-    for written in draw(path):
-        print(written)
+def main(argv: Sequence[str]) -> int:
+    """`plot.py [WORKDIR ...]`; returns the exit status."""
+    return command.for_each_result(draw, RESULTS, argv, "Draws figures and writes summary.csv.")
 
 
 if __name__ == "__main__":
-    sys.exit(command.for_each_result(redraw, RESULTS, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,8 @@
-"""What is computed: a study is a list of pieces, each giving one record.
+"""The trials of the study, each of which gives one record.
 
-A piece is one estimator with one choice of options on one setting (a synthetic task or a real
-series). Its record holds the errors themselves, so that every table and figure, bands and
-selection included, is made from the records alone.
+A trial is one estimator with one choice of options on one setting (a synthetic task or a real
+series). Its record has the errors themselves. Every table and figure, with its bands and its
+selection of options, is made from the records alone.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from lla.tasks import series
 from lla.tasks.test_time_regression import Batch, Task, generate, oracle
 from lla.typed import LARGEST_SEED, check_range
 
-# Rough seconds on two cores, for the time left alone: per sequence of 1024 pairs at dim 64, to
-# compile an estimator for a dimension, and to compile and draw the data of a setting.
+# Seconds on two cores, roughly, to estimate the time left: per sequence of 1024 pairs at dim 64; to
+# compile an estimator for a dimension; to compile and draw the data of a setting.
 _RUN, _COMPILE, _DRAW = {"lla": 0.08, "mesanet": 0.03}, 1.2, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One line of the records."""
+class Trial:
+    """What one record is computed from."""
 
     setting: Any
     label: str
@@ -38,18 +38,18 @@ class Piece:
 
     @property
     def id(self) -> str:
-        """Name of the piece, equal for equal work."""
+        """A name that no other trial has."""
         given = ",".join(f"{key}={value}" for key, value in self.options)
         return f"{self.setting.name}/{self.label}[{given}]"
 
     @property
     def choice(self) -> dict[str, Any]:
-        """What its record says of the estimator."""
+        """What the record says about the estimator."""
         return {"label": self.label, "estimator": self.estimator, "options": dict(self.options)}
 
 
 def _expand(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, tuple, frozenset]]:
-    """(label, estimator, options, traced) of a config's estimators, each `grid` multiplied out.
+    """(label, estimator, options, traced) for every point of the grid of every estimator.
 
     Numbers that a grid varies are traced, so that one compilation serves the whole grid.
     """
@@ -58,7 +58,7 @@ def _expand(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str,
         grid = entry.get("grid", {})
         for point in itertools.product(*grid.values()):
             options = fixed | dict(zip(grid, point, strict=True))
-            estimators.create(entry["name"], **options)  # a wrong option ends the run at once
+            estimators.create(entry["name"], **options)  # a wrong option raises here
             traced = frozenset(key for key in grid if isinstance(options[key], float))
             yield label, entry["name"], tuple(options.items()), traced
 
@@ -126,10 +126,10 @@ class SyntheticStudy:
         centre = (kind, dim, segment_length) == ("piecewise", self.dim, self.segment_length)
         return Setting(kind, task, self.sequences if centre else self.scan_sequences)
 
-    def pieces(self) -> list[Piece]:
-        """All pieces, those of one setting together."""
+    def trials(self) -> list[Trial]:
+        """All trials, those of one setting together."""
         expanded = list(_expand(self.estimators))
-        pieces, compiled = [], set()
+        trials, compiled = [], set()
         for setting in self.settings():
             each = list(expanded)
             if setting.task.target == "piecewise_linear":
@@ -140,25 +140,25 @@ class SyntheticStudy:
                 cost += 0.05 + size * _RUN.get(name, 0.005)
                 cost += 0.0 if (label, setting.task.dim) in compiled else _COMPILE
                 compiled.add((label, setting.task.dim))
-                pieces.append(Piece(setting, label, name, *how, cost))
+                trials.append(Trial(setting, label, name, *how, cost))
                 cost = 0.0
-        return pieces
+        return trials
 
-    def run(self, piece: Piece) -> dict[str, Any]:
-        """Computes the record of a piece."""
-        task, sequences = piece.setting.task, piece.setting.sequences
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """Computes the record of a trial."""
+        task, sequences = trial.setting.task, trial.setting.sequences
         batch = _batch(self.seed, sequences, task)
         errors = []
         for first in range(0, sequences, self.group):
             part = Batch(*(a[first : first + self.group] for a in batch[:4]), batch.segments)
-            if piece.estimator == "oracle":
+            if trial.estimator == "oracle":
                 errors.append(_oracle_errors(part, task))
             else:
-                errors.append(_errors(part.targets, _predict(piece, part)))
+                errors.append(_errors(part.targets, _predict(trial, part)))
         errors = np.concatenate([np.asarray(each, np.float64) for each in errors])
         bins = errors.reshape(sequences, -1, self.position_bin).mean(axis=-1)
-        return piece.choice | {
-            "kind": piece.setting.kind,
+        return trial.choice | {
+            "kind": trial.setting.kind,
             "dim": task.dim,
             "segment_length": task.segment_length,
             "sequences": sequences,
@@ -220,46 +220,46 @@ class SeriesStudy:
             if embedding not in ("plain", "sphere"):
                 raise ValueError(f"embeddings may be plain and sphere; got {embedding!r}.")
 
-    def pieces(self) -> list[Piece]:
+    def trials(self) -> list[Trial]:
         """Estimators on every embedding; the two baselines do not depend on one."""
-        pieces = []
+        trials = []
         for name, delays in self.delays.items():
             for embedding in self.embeddings:
                 setting = SeriesSetting(name, embedding, delays)
-                pieces += [Piece(setting, *each, 1.0) for each in _expand(self.estimators)]
+                trials += [Trial(setting, *each, 1.0) for each in _expand(self.estimators)]
             setting = SeriesSetting(name, "plain", delays)
-            pieces += [
-                Piece(setting, label, label, (), frozenset(), 1.0)
+            trials += [
+                Trial(setting, label, label, (), frozenset(), 1.0)
                 for label in ("persistence", "autoregression")
             ]
-        return pieces
+        return trials
 
-    def run(self, piece: Piece) -> dict[str, Any]:
-        """Computes the record of a piece."""
-        loaded = series.load(piece.setting.series)
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """Computes the record of a trial."""
+        loaded = series.load(trial.setting.series)
         statistics = round(self.statistics_fraction * len(loaded.values))
         problem = series.pairs(
             loaded.values,
-            delays=piece.setting.delays,
+            delays=trial.setting.delays,
             statistics=statistics,
-            embedding=piece.setting.embedding,
+            embedding=trial.setting.embedding,
         )
-        if piece.estimator == "persistence":
+        if trial.estimator == "persistence":
             out = problem.last
-        elif piece.estimator == "autoregression":
+        elif trial.estimator == "autoregression":
             out = series.autoregression(problem)
         else:
             arrays = (jnp.asarray(a[None], jnp.float32) for a in problem[:3])
-            out = _predict(piece, arrays)[0]
-        record = piece.choice | {
-            "series": piece.setting.series,
-            "embedding": piece.setting.embedding,
+            out = _predict(trial, arrays)[0]
+        record = trial.choice | {
+            "series": trial.setting.series,
+            "embedding": trial.setting.embedding,
             "first_reported": statistics,
             "selection_end": round(self.selection_fraction * len(loaded.values)),
             "first_target": int(problem.target_index[0]),
             "prediction": _short(problem.mean + problem.unit * np.asarray(out, np.float64)[:, 0]),
         }
-        if piece.estimator == "persistence":  # once a series is enough
+        if trial.estimator == "persistence":  # once a series is enough
             record |= {"times": loaded.times.tolist(), "observed": loaded.values.tolist()}
             record |= {"title": loaded.title, "unit": loaded.unit}
         return record
@@ -270,11 +270,11 @@ def _batch(seed: int, sequences: int, task: Task) -> Batch:
     return jax.jit(generate, static_argnums=(1, 2))(seed, sequences, task)
 
 
-def _predict(piece: Piece, arrays: Iterable[jax.Array]) -> jax.Array:
-    """The piece's estimator on (queries, keys, values, ...)."""
-    static = tuple((key, value) for key, value in piece.options if key not in piece.traced)
-    traced = {key: value for key, value in piece.options if key in piece.traced}
-    return _predict_jit(piece.estimator, static, traced, *tuple(arrays)[:3])
+def _predict(trial: Trial, arrays: Iterable[jax.Array]) -> jax.Array:
+    """The trial's estimator on (queries, keys, values, ...)."""
+    static = tuple((key, value) for key, value in trial.options if key not in trial.traced)
+    traced = {key: value for key, value in trial.options if key in trial.traced}
+    return _predict_jit(trial.estimator, static, traced, *tuple(arrays)[:3])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -294,6 +294,6 @@ def _oracle_errors(batch: Batch, task: Task) -> jax.Array:
 
 
 def _short(numbers):
-    """Floats with six significant digits: what a record needs, and no more bytes."""
+    """Floats rounded to six significant digits, to keep the records small."""
     rounded = [float(f"{x:.6g}") for x in np.atleast_1d(numbers)]
     return rounded if np.ndim(numbers) else rounded[0]

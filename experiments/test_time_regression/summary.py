@@ -1,4 +1,4 @@
-"""From records to numbers: selection, means and bands. Reads only the files of a work directory."""
+"""Numbers from the records alone: selection, means and bands."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lla.experiment.workdir import read_config, read_records
+from lla.runs.workdir import read_config, read_records
 
 Record = dict[str, Any]
 
@@ -26,10 +26,10 @@ def ratio_and_band(above: Sequence[float], below: Sequence[float]) -> tuple[floa
 
 
 def select(records: list[Record]) -> dict[tuple[str, int, int, str], Record]:
-    """The record of each (kind, dim, segment length, label), options chosen where there is a grid.
+    """The record of each (kind, dim, segment length, label), with options selected from a grid.
 
-    Where several records compete, the first half of the sequences chooses and only the second half
-    stays in the record returned, so that the choice does not flatter the report.
+    If there are several records, the first half of the sequences selects one, and the record that
+    is returned has only the second half. So the selection does not bias the result.
     """
     groups: dict[tuple, list[Record]] = {}
     for record in records:
@@ -105,7 +105,7 @@ def series_table(path: str | os.PathLike) -> list[Record]:
 
 
 def select_series(path: str | os.PathLike, series: str) -> dict[str, Record]:
-    """For each label the record with the least error on the selection part of `series`.
+    """For each label the record with the smallest error on the selection part of `series`.
 
     Records get "squared_error" (by target, in the series' own unit) and "target_index".
     """

@@ -1,6 +1,6 @@
-"""Pallas Mosaic GPU kernels for Hopper: attention, decoding, and recurrences.
+"""Pallas Mosaic GPU kernels for Hopper: attention, decoding and linear recurrences.
 
-`lla.ops.mosaic_gpu` puts those of attention together behind the operator and `lla.ops.decode_gpu`
-those of decoding; `lla.mixers` has the recurrences. The design is in ``kernels/README.md``. They
+`lla.ops` builds the operator from the attention and decoding kernels, `lla.mixers` the recurrent
+mixers from the others. Their design is in ``kernels/HOPPER.md`` and ``kernels/DECODING.md``. They
 need JAX 0.11 or later.
 """

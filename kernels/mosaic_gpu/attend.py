@@ -1,7 +1,7 @@
 """The output: softmax attention, with or without a probe.
 
-Keys and values are streamed once. Without a solve the softmax is an online one; after a solve its
-log-sum-exp is known, and the probe has one or two parts.
+Keys and values are streamed once. Without a solve the softmax is computed online. After a solve its
+log-sum-exp is known, and the probe has one or two 16-bit parts.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from lla.kernels.mosaic_gpu.launch import (
     Masking,
     Ring,
     Shape,
-    hand_on_all,
     launch,
     ones_scratch,
-    query_place,
+    query_program_index,
     ring_scratch,
     row_tile,
     run_by_tile,
+    run_or_skip,
+    skip_tiles,
     stream_keys_and_values,
-    work_or_pass,
 )
-from lla.kernels.mosaic_gpu.rows import QueryRows
+from lla.kernels.mosaic_gpu.query_rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
-    COLS,
     LOWEST,
     ROW_BLOCK,
-    ROWS,
+    WGMMA_COL,
+    WGMMA_ROW,
     Arithmetic,
     MaskSpec,
     by_column,
@@ -49,13 +49,14 @@ from lla.kernels.mosaic_gpu.tile import (
 )
 
 LARGEST_ORIGIN = 1e4
-"""Scores are not taken relative to one beyond this, whose rounding errors reach 1e-3."""
+"""Scores are taken relative to an origin of at most this size: its rounding errors reach 1e-3."""
 
 
 class Attended(NamedTuple):
-    """Output ``[B, T, N, D]``; rows ``[B, N, T]`` float32, None where they were given.
+    """Output ``[B, T, N, D]``, and float32 ``[B, N, T]`` that are None where the solve gave them.
 
-    log_sum_exp is in base 2, ``inf`` for rows without keys; shift is the mean key times the probe.
+    `log_sum_exp` is in base 2, ``inf`` for rows without keys; `shift` is the mean key times the
+    probe.
     """
 
     out: jax.Array
@@ -64,15 +65,15 @@ class Attended(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """A probe that comes from the solve: see `lla.kernels.mosaic_gpu.solve.Solution`."""
+    """What the solve found along with the probe: see `lla.kernels.mosaic_gpu.solve.Solution`."""
 
     log_sum_exp: jax.Array
-    shift: jax.Array  # of the parts that are used
-    low: jax.Array | None  # None: the high part alone
-    marked: jax.Array | None = None  # int32 [B, N, T/64], where to be precise; None: everywhere
+    shift: jax.Array  # of the parts of the probe that are used
+    low: jax.Array | None  # None: only the high part is used
+    marked: jax.Array | None = None  # int32 [B, N, T/64], the tiles with bf16x2; None: all
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "precise", "interpret"))
+@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "bf16x2", "interpret"))
 def attend(
     shape: Shape,
     mask: MaskSpec,
@@ -85,7 +86,7 @@ def attend(
     probe: jax.Array | None = None,
     solved: Solved | None = None,
     *,
-    precise: bool = False,
+    bf16x2: bool = False,
     interpret: Any = None,
 ) -> Attended:
     """``sum_j p_ij (1 + (k_j - k_mean_i) . probe_i) v_j``.
@@ -93,9 +94,9 @@ def attend(
     Args:
       probe: ``[B, T, N, D]`` in 16 bits, *negated* with respect to the operator; None for softmax
         attention.
-      solved: what the solve knows about that probe.
-      precise: whether to use the weights of a solved probe in two 16-bit parts, in the tiles that
-        ``solved.marked`` names. Where the probe is large these weights cancel each other.
+      solved: results of the solve, if the probe comes from one.
+      bf16x2: whether the weights of a solved probe have two 16-bit parts, in the tiles that
+        ``solved.marked`` marks. Where the probe is large these weights nearly cancel.
       interpret: parameters of the interpreter, or None to compile.
     """
     env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
@@ -124,7 +125,7 @@ def attend(
         "rows": plgpu.SMEM((count, 2, ROW_BLOCK), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=len(inputs), num_barriers=count),
     }
-    body = functools.partial(_body, env, inputs, precise)
+    body = functools.partial(_body, env, inputs, bf16x2)
     results = launch(
         body, outputs, scratch, operands,
         programs=env.query_programs, config=config, interpret=interpret,
@@ -132,10 +133,10 @@ def attend(
     return Attended(**results)
 
 
-def _body(env: Environment, inputs: list[str], precise: bool, given, out, scratch):
+def _body(env: Environment, inputs: list[str], bf16x2: bool, given, out, scratch):
     count = env.config.warpgroups
-    place = query_place(env.shape, count * ROW_BLOCK)
-    tiles = env.key_tiles(given["masking"], place)
+    program = query_program_index(env.shape, count * ROW_BLOCK)
+    tiles = env.key_tiles(given["masking"], program)
     key_tile, value_tile, *barriers = scratch["ring"]
     ring = Ring((key_tile, value_tile), *barriers, env.config.stages, env.config.hold_sums)
     warpgroup = lax.axis_index("warpgroup")
@@ -144,29 +145,29 @@ def _body(env: Environment, inputs: list[str], precise: bool, given, out, scratc
     def _():
         env.set_registers(compute=True)
 
-        def run(precise):
-            _AttendRows(env, given, out, scratch, place, tiles, warpgroup, ring, precise).run(
+        def run(bf16x2):
+            _AttendRows(env, given, out, scratch, program, tiles, warpgroup, ring, bf16x2).run(
                 inputs
             )
 
-        def work():
-            marked = given["solved"].marked if precise else None
-            run_by_tile(marked, place, warpgroup, run, precise and marked is None, True)
+        def run_tile():
+            marked = given["solved"].marked if bf16x2 else None
+            run_by_tile(marked, program, warpgroup, run, bf16x2 and marked is None, True)
 
-        work_or_pass(env, place, warpgroup, work, lambda: hand_on_all(tiles, (ring,)))
+        run_or_skip(env, program, warpgroup, run_tile, lambda: skip_tiles(tiles, (ring,)))
 
     @pl.when(warpgroup == count)
     def _():
         env.set_registers(compute=False)
-        stream_keys_and_values(env, given, place, tiles, ring)
+        stream_keys_and_values(env, given, program, tiles, ring)
 
 
 @dataclasses.dataclass
 class _AttendRows(QueryRows):
-    """The output of one compute warpgroup."""
+    """The output of one consumer warpgroup."""
 
     ring: Ring
-    precise: bool
+    bf16x2: bool
     parts: Any = ()
 
     def run(self, inputs: list[str]):
@@ -194,7 +195,7 @@ class _AttendRows(QueryRows):
         plgpu.wait_smem_to_gmem(0)
 
     def solved(self, query):
-        """The weights are known up to the probe: no running maximum, no rescaling."""
+        """With a known log-sum-exp: no running maximum, no rescaling."""
         scale, ids = self.scale_and_ids()
         dtype = self.env.shape.dtype
         solved = self.given["solved"]
@@ -209,16 +210,16 @@ class _AttendRows(QueryRows):
             along = along()
             weighted = weights * (along + by_row(constant, along.shape))
             summed = not self.env.config.sum_products
-            parts, parts_sum = rounded_parts(weighted, dtype, self.precise, summed)
-            softmax = [in_parts(weights, dtype, False)] if self.precise else []
+            parts, parts_sum = rounded_parts(weighted, dtype, self.bf16x2, summed)
+            softmax = [in_parts(weights, dtype, False)] if self.bf16x2 else []
             return total + parts_sum if summed else total, parts, *softmax
 
         _, total, out, *plain = self.sum_over_tiles(
             self.ring, jnp.int32(0), query, scores_along, weigh, 1, self.zeros(rows=True),
-            1 + self.precise,
+            1 + self.bf16x2,
         )  # fmt: skip
-        # The weights of a row sum to 1 whatever the probe is. What is missing is an error of the
-        # scores along a large probe that all keys share: it has softmax weights.
+        # The weights of a row sum to 1 for any probe. A deviation comes from an error of the scores
+        # along a large probe, equal for all keys of the row, so that softmax weights correct it.
         total = jnp.where(log_sum_exp < jnp.inf, total, 1.0)
         if plain:
             return out - by_row(total - 1, out.shape) * plain[0]
@@ -236,24 +237,24 @@ class _AttendRows(QueryRows):
     def probed(self, query):
         """Softmax attention and its correction in one pass, with two sums of values.
 
-        The scores along the probe are taken relative to those of one key, so that an offset that
-        the keys share does not cost digits.
+        Scores along the probe are taken relative to that of one key, so that an offset which all
+        keys share costs no accuracy.
         """
         arithmetic, block, dtype = self.env.arithmetic, self.env.config.block, self.env.shape.dtype
         scale, ids = self.scale_and_ids()
         (probe,) = self.parts
-        some_key = self.given["key"].at[self.place.b, self.tiles.low * block, self.place.kv_head]
-        some_key = arithmetic.load(some_key, COLS).astype(jnp.float32)
+        where = (self.program.b, self.tiles.low * block, self.program.kv_head)
+        some_key = arithmetic.load(self.given["key"].at[where], WGMMA_COL).astype(jnp.float32)
         origin = row_dot(
             arithmetic.load(probe).astype(jnp.float32), by_column(some_key, self.matrix)
         )
         if self.env.mask.window is not None or self.env.mask.segments:
-            # Some rows may not see that key, and a large number would cost them their digits.
+            # Some rows may not see that key, and a large origin would cost them accuracy.
             origin = jnp.where(jnp.abs(origin) < LARGEST_ORIGIN, origin, 0.0)
 
         def step(j, carry, masked):
             t, largest, total, along_total, sums = carry
-            slot = self.ring.wait(t)
+            slot = self.ring.consumer_wait(t)
             keys, values = (tile.at[slot] for tile in self.ring.tiles)
             scores, along = arithmetic.products(block, [(query, keys)], [(probe, keys)])
             new, weights = self.online_weights(scores, j, masked, scale, ids, largest)
@@ -265,10 +266,10 @@ class _AttendRows(QueryRows):
             sums = arithmetic.accumulate(
                 sums, [(weights.astype(dtype), values)], [(along.astype(dtype), values)]
             )
-            self.ring.release(slot)
+            self.ring.consumer_release(slot)
             return t + 1, new, total, along_total, sums
 
-        lowest, zero = full((ROW_BLOCK,), LOWEST, ROWS), self.zeros(rows=True)
+        lowest, zero = full((ROW_BLOCK,), LOWEST, WGMMA_ROW), self.zeros(rows=True)
         start = (jnp.int32(0), lowest, zero, zero, (self.zeros(), self.zeros()))
         _, largest, total, along_total, (plain, along) = self.over_tiles(step, start)
         inverse = self.store_log_sum_exp(largest, total)

@@ -1,8 +1,9 @@
-"""What the kernels of recurrences share: chunks of 64 tokens as 64 x 64 matrices of a warpgroup."""
+"""Building blocks of the recurrent kernels: a warpgroup, chunks of 64 tokens, 64 x 64 matrices."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lla.kernels.mosaic_gpu.tile import (
-    COLS,
     LOG2E,
-    MATRIX,
     ROW_BLOCK,
-    ROWS,
+    WGMMA,
+    WGMMA_COL,
+    WGMMA_ROW,
     Arithmetic,
+    Transposed,
     by_column,
     by_row,
     in_parts,
@@ -25,32 +27,28 @@ from lla.kernels.mosaic_gpu.tile import (
 )
 
 CHUNK = ROW_BLOCK
-"""Tokens of a chunk, and coordinates of a block of keys or values."""
+"""Tokens of a chunk, and coordinates of a block of a key or value."""
 
 SQUARE = (CHUNK, CHUNK)
 
-_DTYPE = jnp.bfloat16  # of every factor of a product
-_MASKED = -1e4  # an exponent that stands for minus infinity
-
-
-class Transposed(NamedTuple):
-    """A factor that lies in shared memory as its transpose."""
-
-    ref: Any
+_DTYPE = jnp.bfloat16  # of the operands of products
+_MASKED = -1e4  # exponent of a masked entry
 
 
 @dataclasses.dataclass(frozen=True)
-class Square:
-    """The arithmetic of a warpgroup with 64 x 64 matrices."""
+class ChunkMath:
+    """Arithmetic on 64 x 64 matrices in the registers of a warpgroup."""
 
     arithmetic: Arithmetic
 
     def multiply(self, *sums, start=None, shape=SQUARE):
-        """The float32 sum of ``a @ b`` over the pairs of each of `sums`, plus those of `start`.
+        """For each list of pairs in `sums`, the float32 sum of the products ``a @ b``.
 
-        The results have `shape`, or those of `start`.
-
-        ``a`` is in registers, or in shared memory and maybe `Transposed`; ``b`` in shared memory.
+        Args:
+          sums: ``a`` is in registers or shared memory, ``b`` in shared memory; operands in shared
+            memory may be `Transposed`.
+          start: initial values of the sums; None for zeros.
+          shape: of the results, without `start`.
         """
         if self.arithmetic.interpreted:
             found = []
@@ -64,7 +62,7 @@ class Square:
         def issue(*accumulators):
             for accumulator, pairs in zip(accumulators, sums, strict=True):
                 for a, b in pairs:
-                    plgpu.wgmma(accumulator, _turned(a), _turned(b))
+                    plgpu.wgmma(accumulator, _operand(a), _operand(b))
 
         if start is not None:
             return pl.run_state(lambda refs: issue(*refs))(
@@ -84,51 +82,54 @@ class Square:
             return x if isinstance(x, jax.Array) else x[...]
 
         out = lax.dot(value(a), value(b), preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # these reads have to end before the tile is overwritten
+        plgpu.commit_smem()  # the reads have to finish before the tile is overwritten
         return out
 
     def load(self, ref):
-        """A tile of shared memory in float32."""
+        """Loads a tile from shared memory, as float32."""
         return self.arithmetic.load(ref).astype(jnp.float32)
 
     def load_wide(self, ref):
-        """A matrix of global memory, as it is."""
+        """Loads a matrix from global memory, in its own dtype."""
         if self.arithmetic.interpreted:
             return ref[...]
-        return plgpu.load(ref, layout=MATRIX, optimized=False)
+        return plgpu.load(ref, layout=WGMMA, optimized=False)
 
     def parts(self, matrix):
-        """`matrix` as the sum of two 16-bit parts."""
+        """`matrix` split into a sum of two 16-bit parts."""
         return in_parts(matrix, _DTYPE, True)
 
     def rows(self, ref):
-        return self.arithmetic.load(ref, ROWS)
+        return self.arithmetic.load(ref, WGMMA_ROW)
 
     def columns(self, ref):
-        return self.arithmetic.load(ref, COLS)
+        return self.arithmetic.load(ref, WGMMA_COL)
 
     def sums(self, rows, columns, where):
-        """The parts of the sums of logarithms of a chunk, each by row and by column."""
+        """The running sums of log-decays of a chunk: each part as rows and as columns."""
         return [
             (self.rows(row.at[where]), self.columns(column.at[where]))
             for row, column in zip(rows, columns, strict=True)
         ]
 
     def index(self, axis: int, shape=SQUARE):
-        """The row or the column of every element.
+        """The row (axis 0) or column (axis 1) of every element.
 
-        The barrier keeps the compiler from computing the masks of a chunk once for all chunks, for
-        which there are no registers.
+        The barrier keeps the compiler from hoisting masks out of the loop over chunks, where they
+        would occupy registers throughout.
         """
         if axis == 1:
-            return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
-        row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS)
+            return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+        row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=WGMMA_ROW)
         if not self.arithmetic.interpreted:
             row = lax.optimization_barrier(row)
         return by_row(row, shape)
 
     def pair(self, upper, lower, *, transposed: bool):
-        """Decays from the token of a column to that of a row, 0 above the diagonal; or turned."""
+        """Decays from the token of a column to that of a row, and 0 above the diagonal.
+
+        Or the transpose of that.
+        """
         early, late = (0, 1) if transposed else (1, 0)
         along = (by_row, by_column)
 
@@ -140,10 +141,11 @@ class Square:
         return jnp.where(visible, jnp.exp2(jnp.where(visible, exponent, _MASKED) * LOG2E), 0.0)
 
     def inverse(self, matrix, tiles):
-        """``(1 + matrix)^-1`` of a strictly lower triangular matrix; `tiles` are four of scratch.
+        """``(1 + matrix)^-1`` of a strictly lower triangular matrix, with four scratch `tiles`.
 
-        As `lla.mixers.chunks.unit_lower_inverse`: with X the inverse of the diagonal blocks of size
-        s, the blocks of ``X matrix X`` below them complete those of size 2 s.
+        The algorithm of `lla.mixers.chunks.unit_lower_inverse`: let X be the inverse of the
+        diagonal blocks of size s. Then the blocks of ``-X matrix X`` below them complete the
+        inverses of the diagonal blocks of size 2 s.
         """
         row, column = self.index(0), self.index(1)
 
@@ -164,17 +166,17 @@ class Square:
         return inverse
 
 
-def _turned(x):
+def _operand(x):
     return x.ref.transpose((1, 0)) if isinstance(x, Transposed) else x
 
 
 def products_of_parts(parts, tiles):
-    """The pairs of two numbers in two parts each, without the product of the small ones."""
+    """Pairs whose products add up to that of two operands in two parts, without low times low."""
     return [(parts[0], tiles[0]), (parts[0], tiles[1]), (parts[1], tiles[0])]
 
 
 def store_parts(matrix, tiles):
-    """Writes the two 16-bit parts of `matrix` to two tiles, and returns them."""
+    """Writes `matrix` to two tiles as a sum of two 16-bit parts; returns the parts."""
     parts = in_parts(matrix, _DTYPE, True)
     for part, tile in zip(parts, tiles, strict=True):
         tile[...] = part
@@ -182,24 +184,57 @@ def store_parts(matrix, tiles):
 
 
 def narrow_tiles(*leading: int):
-    """Scratch type of 16-bit matrices."""
+    """Scratch type of 16-bit 64 x 64 matrices."""
     return plgpu.SMEM((*leading, *SQUARE), _DTYPE, transforms=narrow_transforms(CHUNK))
 
 
-def program_place(heads: int):
+class DoubleBuffer(NamedTuple):
+    """Inputs of the chunks, in two slots each: the next chunk is loaded during the current one."""
+
+    sources: Callable[[Any], Any]  # a chunk's slices in global memory
+    tiles: Any  # scratch, ``[2, ...]``
+    loaded: Any  # two barriers with an arrival for each of `tiles`
+    count: int  # chunks
+
+    def start(self):
+        """Loads the first chunk."""
+        self._load(0, 0)
+
+    def slot(self, c):
+        """The slot of chunk c."""
+        return lax.rem(c, jnp.int32(2))
+
+    def wait(self, c, slot):
+        """Waits for chunk c, which is in `slot`, and starts to load the next one."""
+        plgpu.barrier_wait(self.loaded.at[slot])
+        pl.when(c + 1 < self.count)(lambda: self._load(c + 1, 1 - slot))
+
+    def _load(self, c, slot):
+        tiles = [tile.at[slot] for tile in self.tiles]
+        load_tiles(self.sources(c), tiles, self.loaded.at[slot])
+
+
+def load_tiles(sources, tiles, loaded) -> None:
+    """Starts to copy `sources` in global memory to `tiles`; each copy arrives at `loaded`."""
+    for source, tile in zip(sources, tiles, strict=True):
+        plgpu.copy_gmem_to_smem(source, tile, loaded)
+
+
+def program_index(heads: int):
     """Batch and head of a program instance."""
     program = lax.axis_index("program")
     return lax.div(program, jnp.int32(heads)), lax.rem(program, jnp.int32(heads))
 
 
-class Places:
-    """Where the arrays of a program instance are; `group` heads share queries and keys.
+class ProgramSlices:
+    """A program instance's slices of arrays in global memory.
 
-    Keys, and the rows of the state, have `blocks` blocks of 64 coordinates.
+    `group` heads share queries and keys. Keys, and the rows of the state, consist of `blocks`
+    blocks of 64 coordinates.
     """
 
     def __init__(self, heads: int, group: int, blocks: int):
-        self.b, self.h = program_place(heads)
+        self.b, self.h = program_index(heads)
         self.kv = lax.div(self.h, jnp.int32(group))
         self.columns = [pl.ds(i * CHUNK, CHUNK) for i in range(blocks)]
 
@@ -207,12 +242,17 @@ class Places:
         return pl.ds(c * CHUNK, CHUNK)
 
     def keys(self, array, c, shared: bool = True):
-        """One place for each block of coordinates."""
+        """Chunk c of queries or keys, one slice per block of coordinates."""
         head = self.kv if shared else self.h
         return [array.at[self.b, self.tokens(c), head, columns] for columns in self.columns]
 
     def values(self, array, c):
         return array.at[self.b, self.tokens(c), self.h]
+
+    def inputs(self, given, c):
+        """Chunk c of queries, keys and values."""
+        keys = [*self.keys(given["query"], c), *self.keys(given["key"], c)]
+        return [*keys, self.values(given["value"], c)]
 
     def states(self, array, c):
         return [array.at[self.b, self.h, c, columns] for columns in self.columns]
@@ -220,11 +260,51 @@ class Places:
     def state(self, array):
         return [array.at[self.b, self.h, columns] for columns in self.columns]
 
-    def row(self, square: Square, array, c):
-        rows = square.rows(array.at[self.b, self.h, self.tokens(c)])
+    def row(self, math: ChunkMath, array, c):
+        rows = math.rows(array.at[self.b, self.h, self.tokens(c)])
         return by_row(rows, SQUARE)
 
-    def sums(self, square: Square, given, c):
+    def sums(self, math: ChunkMath, given, c):
         gates = given["gates"]
         where = (self.b, self.h, self.tokens(c))
-        return square.sums((gates.upper, gates.lower), given["columns"], where)
+        return math.sums((gates.upper, gates.lower), given["columns"], where)
+
+    def store_vectors(self, vectors, scratch, out, c):
+        """Writes vectors of the tokens of chunk c to ``out [len(vectors), B, N, T]``."""
+        for index, vector in enumerate(vectors):
+            scratch.at[index][...] = vector
+        plgpu.commit_smem()
+        for index in range(len(vectors)):
+            target = out.at[index, self.b, self.h, self.tokens(c)]
+            plgpu.copy_smem_to_gmem(scratch.at[index], target)
+
+    def walk(self, math: ChunkMath, count: int, advance, first, last):
+        """Runs ``state = advance(i, state)`` `count` times.
+
+        The state is a tuple of blocks, loaded from the array `first` and written to `last`.
+        """
+        state = tuple(math.load_wide(ref) for ref in self.state(first))
+        state = lax.fori_loop(0, count, advance, state)
+        for part, target in zip(state, self.state(last), strict=True):
+            target[...] = part
+
+
+def gated_operands(query, key, value, gates, **others) -> dict:
+    """Operands of a kernel whose `gates` have the sums `upper` and `lower` of log-decays.
+
+    These are passed a second time, to be loaded as columns: the compiler would merge loads of one
+    operand with two layouts.
+    """
+    columns = (gates.upper, gates.lower)
+    return {
+        "query": query, "key": key, "value": value, "gates": gates, "columns": columns, **others
+    }  # fmt: skip
+
+
+DECAY_VECTORS = ("entering", "leaving", "inside", "through")
+"""Contributions to the cotangents of the log-decays, sums over the coordinates of a token.
+
+"entering" acts through the decay from the start of the chunk to the token, "leaving" through that
+from the token to the end, and "inside" through those between tokens. The sum of "through" over a
+chunk, times the decay over the whole chunk, acts through that decay.
+"""

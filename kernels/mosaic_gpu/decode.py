@@ -1,11 +1,12 @@
-"""One new query per sequence and head against a cache of keys and values that is read once.
+"""Decoding: one query per sequence and head, and a single pass over the cache of keys and values.
 
-A program instance sums over a part of the keys of one query head, or of several that share them:
-softmax weights times values, and for local linear attention times the products of keys with keys
-and values. The sums of all parts give the system of the query, which a second kernel solves
-without the cache. The head dimension of the cache is 64 or 128, exactly: padding would copy it.
+The keys of a query head, or of several heads that share them, are split among program instances.
+For its split, an instance sums the values with softmax weights, and for local linear attention the
+products of keys with keys and values as well. Together these sums define the linear system of the
+query, which a second kernel solves without reading the cache. Head dimensions are exactly 64 or
+128, since padding would copy the cache.
 
-See ``kernels/README.md`` for the formulas and for the numbers behind the design.
+``kernels/DECODING.md`` has the formulas and the measurements behind the design.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from jax import lax
 
 from lla.kernels.mosaic_gpu.launch import Config, Ring, launch
 from lla.kernels.mosaic_gpu.tile import (
-    COLS,
     LOG2E,
     LOWEST,
-    MATRIX,
     ROW_BLOCK,
-    ROWS,
+    WGMMA,
+    WGMMA_COL,
+    WGMMA_ROW,
     Arithmetic,
-    Turned,
+    Transposed,
     by_column,
     full,
     narrow_transforms,
@@ -37,24 +38,24 @@ from lla.kernels.mosaic_gpu.tile import (
 )
 
 BLOCK = 64
-"""Keys of a tile, and columns of a block of the head dimension."""
+"""Keys of a tile, and coordinates of a block of the head dimension."""
 
 SQUARE = (BLOCK, BLOCK)
-COLUMNS = 8
-"""Columns of the narrowest products, which a vector takes the place of."""
-TOGETHER = 8
-"""Query heads that an instance of `decode_group` can serve: rows that it writes."""
+MIN_COLUMNS = 8
+"""Columns of the narrowest wgmma, used for products with a vector."""
+MAX_HEADS = 8
+"""Query heads that an instance of `decode_gqa` can serve, and rows that it writes."""
 
-# Rows of the scratch "vectors": for `Reader.turned`, for `decode_roles`, and the origin.
-EXCHANGED, SHRINK, ORIGIN = range(3)
+# Rows of the scratch "vectors": of `Consumer.to_columns`, of `decode_specialized`, and the origin.
+TRANSPOSE, SHRINK, ORIGIN = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class CacheShape:
     """Sizes: key and value ``[B, S, K, D]``, and ``N = K * group`` query heads.
 
-    `splits` is the number ``P`` of program instances that share the keys of a query head, or of
-    the query heads that they serve together.
+    `splits` is the number ``P`` of program instances among which the keys of a query head (or of
+    the heads that an instance serves together) are split.
     """
 
     batch: int
@@ -71,28 +72,26 @@ class Cache:
 
     @property
     def blocks(self) -> int:
-        """Blocks of a head."""
+        """Number of blocks of the head dimension."""
         return self.head_dim // BLOCK
 
-    def each(self, *shape: int) -> jax.ShapeDtypeStruct:
-        """An array of every query head, float32."""
+    def per_head(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """A float32 array with `shape` for every query head."""
         return jax.ShapeDtypeStruct((self.batch, self.heads, *shape), jnp.float32)
 
 
 class Sums(NamedTuple):
-    """Sums over parts of the keys, float32.
+    """Sums over the splits of the keys, float32.
 
-    The weights are ``exp2(logit - largest)``. Keys are relative to the first visible one in the
-    moments and in ``t``, which is such a key times the probe.
+    A weight is ``w = exp2(logit - largest)``; k is relative to the first visible key, and
+    ``t = k . probe``.
 
     Attributes:
-      largest: ``[B, N, P, 64]`` equal numbers, the largest logit of a part in base 2.
-      rows: ``[B, N, P, R, D]``, named by `row_names`: "total" is a row of numbers that add up to
-        the sum of the weights, "value" the sum of the weights times values, "key" of the weights
-        times keys relative to the first one, "along" a row of numbers that add up to the sum of
-        the weights times t, "along_value" the sum of the weights times t times values.
-      moments: ``[B, N, P, D, 2 D]``, of the weights times keys times (keys as they are, values),
-        for "lla" alone.
+      largest: ``[B, N, P, 64]``, the largest logit of the split in base 2, 64 times.
+      rows: ``[B, N, P, R, D]``, in the order of `row_names`: "value" is the sum of w v, "key" that
+        of w k, "along_value" that of w t v. "total" and "along" each add up to a scalar, the sums
+        of w and of w t.
+      moments: ``[B, N, P, D, 2 D]``, the sum of w k times (the key as stored, v); "lla" only.
     """
 
     largest: jax.Array
@@ -100,18 +99,18 @@ class Sums(NamedTuple):
     moments: jax.Array | None = None
 
 
-def heads_together(member: str, group: int) -> int:
-    """Query heads that a program instance serves, of the `group` that shares a key head.
+def heads_per_program(member: str, group: int) -> int:
+    """Number of query heads that a program instance serves, of a `group` that shares a key head.
 
-    They are rows of one product (`decode_group`). Local linear attention has moments of each head
-    alone, and a warpgroup for each head was slower than an instance for each.
+    They are rows of the same products (`decode_gqa`). Local linear attention has separate moments
+    for each head, for which an instance per head is faster than a warpgroup per head.
     """
-    most = 1 if member == "lla" else TOGETHER
+    most = 1 if member == "lla" else MAX_HEADS
     return max(heads for heads in range(1, most + 1) if group % heads == 0)
 
 
 def row_names(member: str) -> tuple[str, ...]:
-    """What the rows of `Sums` are."""
+    """Names of the rows of `Sums`."""
     return (
         "total",
         "value",
@@ -119,9 +118,9 @@ def row_names(member: str) -> tuple[str, ...]:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cache", "member", "precise", "interpret"))
+@functools.partial(jax.jit, static_argnames=("cache", "member", "bf16x2", "interpret"))
 def sum_over_cache(
-    cache: Cache,
+    cache: CacheShape,
     member: str,
     query: jax.Array,
     key: jax.Array,
@@ -130,38 +129,38 @@ def sum_over_cache(
     scale: jax.Array,
     probe: jax.Array | None = None,
     *,
-    precise: bool,
+    bf16x2: bool,
     interpret: Any = None,
 ) -> Sums:
-    """The sums over all visible keys, in parts.
+    """The sums over all visible keys, by split.
 
     Args:
       cache: sizes; at least 64 keys.
       member: "softmax", "parallax" or "lla".
       query, probe: ``[B, N, D]`` in 16 bits, the probe for "parallax".
       key, value: ``[B, S, K, D]`` in 16 bits.
-      visible: int32 ``[B]`` twice, the first visible key and the one after the last.
-      scale: float32 ``[B, N]``, or ``[1, 1]`` if they are equal, of the logits.
-      precise: whether weighted keys have two 16-bit parts in the moments.
+      visible: two int32 ``[B]``, the first visible key and the one after the last.
+      scale: of the logits, float32 ``[B, N]``, or ``[1, 1]`` if all are equal.
+      bf16x2: whether the weighted keys in the moments have two 16-bit parts.
       interpret: parameters of the interpreter, or None to compile.
     """
-    from lla.kernels.mosaic_gpu import decode_group, decode_roles, decode_turns
+    from lla.kernels.mosaic_gpu import decode_gqa, decode_pingpong, decode_specialized
 
-    heads = heads_together(member, cache.group)
+    heads = heads_per_program(member, cache.group)
     if heads > 1:
-        kernel = decode_group
+        kernel = decode_gqa
     else:
-        kernel = decode_roles if member == "lla" and cache.blocks == 2 else decode_turns
-    config, scratch = kernel.plan(cache, member, precise)
-    if kernel is decode_group:
-        outputs = decode_group.outputs(cache, member)
+        kernel = decode_specialized if member == "lla" and cache.blocks == 2 else decode_pingpong
+    config, scratch = kernel.plan(cache, member, bf16x2)
+    if kernel is decode_gqa:
+        outputs = decode_gqa.outputs(cache, member)
     else:
         outputs = {
-            "largest": cache.each(cache.splits, ROW_BLOCK),
-            "rows": cache.each(cache.splits, len(row_names(member)), cache.head_dim),
+            "largest": cache.per_head(cache.splits, ROW_BLOCK),
+            "rows": cache.per_head(cache.splits, len(row_names(member)), cache.head_dim),
         }
     if member == "lla":
-        outputs["moments"] = cache.each(cache.splits, cache.head_dim, 2 * cache.head_dim)
+        outputs["moments"] = cache.per_head(cache.splits, cache.head_dim, 2 * cache.head_dim)
     operands = {
         "query": query,
         "key": key,
@@ -172,18 +171,18 @@ def sum_over_cache(
         "probe": probe,
     }
     body = functools.partial(
-        kernel.body, cache, member, precise, config, Arithmetic(interpret is not None)
+        kernel.body, cache, member, bf16x2, config, Arithmetic(interpret is not None)
     )
     results = launch(
         body, outputs, scratch, operands,
         programs=cache.batch * (cache.heads // heads) * cache.splits, config=config,
         interpret=interpret, reduction_bytes=1024,
     )  # fmt: skip
-    return decode_group.sums(cache, member, results) if kernel is decode_group else Sums(**results)
+    return decode_gqa.sums(cache, member, results) if kernel is decode_gqa else Sums(**results)
 
 
-def ring_scratch(cache: Cache, config: Config, readers: int):
-    """Scratch types of the ring of tiles, each of which `readers` warpgroups release."""
+def ring_scratch(cache: CacheShape, config: Config, readers: int):
+    """Scratch types of the ring; each tile is released by `readers` warpgroups."""
     shape = (config.stages, BLOCK, cache.head_dim)
     return (
         [plgpu.SMEM(shape, cache.dtype, transforms=narrow_transforms())] * 2,
@@ -193,13 +192,13 @@ def ring_scratch(cache: Cache, config: Config, readers: int):
 
 
 def make_ring(config: Config, scratch) -> Ring:
-    """The ring of `ring_scratch`."""
-    tiles, filled, released = scratch["ring"]
-    return Ring(tuple(tiles), filled, released, config.stages, late=False)
+    """The ring whose scratch is that of `ring_scratch`."""
+    tiles, produced, consumed = scratch["ring"]
+    return Ring(tuple(tiles), produced, consumed, config.stages, deferred=False)
 
 
-def reader_scratch(cache: Cache, member: str, weighers: int) -> dict:
-    """Scratch types of `Reader`, of which `weighers` weigh keys."""
+def consumer_scratch(cache: CacheShape, member: str, weighers: int) -> dict:
+    """Scratch types of `Consumer`; `weighers` of them compute weights."""
     transforms = narrow_transforms()
     types = {
         "query": plgpu.SMEM((weighers, BLOCK, cache.head_dim), cache.dtype, transforms=transforms),
@@ -211,26 +210,26 @@ def reader_scratch(cache: Cache, member: str, weighers: int) -> dict:
     return types
 
 
-class Share(NamedTuple):
-    """What a program instance sums over: tiles ``[begin, end)`` of the keys of a head.
+class Split(NamedTuple):
+    """The split of the keys that a program instance sums over: tiles ``[begin, end)``.
 
-    `head` is the query head, the first one of those that an instance serves.
+    `head` is the (first) query head that the instance serves, `number` that of the split.
     """
 
     b: jax.Array
     head: jax.Array
     kv_head: jax.Array
-    split: jax.Array
+    number: jax.Array
     low: jax.Array  # the first visible key, and the one after the last
     high: jax.Array
     begin: jax.Array
     end: jax.Array
 
     @classmethod
-    def mine(cls, cache: Cache, given, heads: int = 1) -> Share:
-        """That of an instance with `heads` query heads.
+    def of_program(cls, cache: CacheShape, given, heads: int = 1) -> Split:
+        """The split of this program instance, which serves `heads` query heads.
 
-        Instances that share keys are next to each other, to meet in the second-level cache.
+        Instances that share keys are adjacent, so that the keys stay in the L2 cache.
         """
 
         def cut(number, size):
@@ -248,58 +247,60 @@ class Share(NamedTuple):
         return cls(b, head, kv_head, split, low, high, begin, end)
 
 
-def entry(ref, b, head):
-    """An entry of ``[B, N]``, or the one of ``[1, 1]``."""
+def per_head_scalar(ref, b, head):
+    """An entry of ``[B, N]``, or the only one of ``[1, 1]``."""
     return ref[0, 0] if ref.shape == (1, 1) else ref[b, head]
 
 
-def tile_start(cache: Cache, j):
-    """The last tile overlaps the one before it where the keys do not fill it."""
+def tile_start(cache: CacheShape, j):
+    """First key of tile j; the last tile overlaps the one before where keys do not fill it."""
     return jnp.minimum(j * BLOCK, cache.num_keys - BLOCK)
 
 
-def stream(cache: Cache, given, share: Share, ring: Ring, even: bool = False) -> None:
-    """The warpgroup that fills the ring with tiles of keys and of values.
+def stream(cache: CacheShape, given, split: Split, ring: Ring, even: bool = False) -> None:
+    """The producer warpgroup, which fills the ring with tiles of keys and values.
 
-    If `even`, one more than there are where their number is odd.
+    `even` rounds the number of tiles up to an even one.
     """
-    count = share.end - share.begin
+    count = split.end - split.begin
     if even:
         count = 2 * lax.div(count + 1, jnp.int32(2))
 
-    def fill(t, _):
-        where = (share.b, pl.ds(tile_start(cache, share.begin + t), BLOCK), share.kv_head)
-        return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
+    def produce(t, _):
+        where = (split.b, pl.ds(tile_start(cache, split.begin + t), BLOCK), split.kv_head)
+        return ring.produce(t, [given["key"].at[where], given["value"].at[where]])
 
-    ring.drain(lax.fori_loop(0, count, fill, 0))
+    ring.drain(lax.fori_loop(0, count, produce, 0))
 
 
-def counting(cache: Cache, share: Share, t, shape, axis: int, layout):
-    """Bool `shape`: which keys of the tile t of a share, along `axis`, count."""
-    first, last = counted(share, t)
+def valid_keys(cache: CacheShape, split: Split, t, shape, axis: int, layout):
+    """Bool `shape`: which keys of tile t of the split, along `axis`, are to be summed."""
+    first, last = valid_range(split, t)
     position = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
-    position = position + tile_start(cache, share.begin + t)
+    position = position + tile_start(cache, split.begin + t)
     return (position >= first) & (position < last)
 
 
-def counted(share: Share, t):
-    """The first key that counts in the tile t of a share, and the one after the last."""
-    first = jnp.maximum(share.low, (share.begin + t) * BLOCK)
-    return first, jnp.minimum(share.high, share.end * BLOCK)
+def valid_range(split: Split, t):
+    """The first key of tile t of the split that is to be summed, and the one after the last."""
+    first = jnp.maximum(split.low, (split.begin + t) * BLOCK)
+    return first, jnp.minimum(split.high, split.end * BLOCK)
 
 
-def clear_hidden(cache: Cache, share: Share, arithmetic: Arithmetic, ring: Ring, t, slot) -> None:
-    """Zeros for the keys and values of a tile that do not count.
+def zero_hidden(
+    cache: CacheShape, split: Split, arithmetic: Arithmetic, ring: Ring, t, slot
+) -> None:
+    """Overwrites the keys and values of a tile that are not to be summed with zeros.
 
-    Their weights are zero, but products with what a cache holds behind its end may be NaN. Only
-    the first and the last tile have any. Done by one warpgroup, before any other reads the tile.
+    Their weights are zero, but what the cache holds there may be NaN. Only the first and the last
+    tile have such keys. One warpgroup does this, before any other reads the tile.
     """
-    first, last = counted(share, t)
-    start = tile_start(cache, share.begin + t)
+    first, last = valid_range(split, t)
+    start = tile_start(cache, split.begin + t)
 
     @pl.when((start < first) | (start + BLOCK > last))
     def _():
-        valid = counting(cache, share, t, SQUARE, 0, MATRIX)
+        valid = valid_keys(cache, split, t, SQUARE, 0, WGMMA)
         for tile in ring.tiles:
             for c in range(cache.blocks):
                 ref = tile.at[slot, :, pl.ds(c * BLOCK, BLOCK)]
@@ -308,7 +309,7 @@ def clear_hidden(cache: Cache, share: Share, arithmetic: Arithmetic, ring: Ring,
 
 
 class Scores(NamedTuple):
-    """Of a tile, for each key: the logit in base 2, whether it counts, and t (see `Sums`)."""
+    """Of each key in a tile: the logit in base 2, whether to sum it, and t (see `Sums`)."""
 
     logits: jax.Array
     valid: jax.Array
@@ -316,133 +317,140 @@ class Scores(NamedTuple):
 
 
 @dataclasses.dataclass
-class Reader:
-    """A warpgroup, static number `w`, that weighs the keys of tiles."""
+class Consumer:
+    """A consumer warpgroup, with static index `w`."""
 
-    cache: Cache
+    cache: CacheShape
     member: str
-    precise: bool
+    bf16x2: bool
     arithmetic: Arithmetic
     given: Any
     out: Any
     scratch: Any
-    share: Share
+    split: Split
     ring: Ring
     w: int
-    level: jax.Array | None = None  # the origin times the probe
+    origin_along: jax.Array | None = None  # the origin times the probe
 
     @property
     def blocks(self) -> range:
         return range(self.cache.blocks)
 
     def prepare(self) -> None:
-        """Brings what belongs to the query head into shared memory.
+        """Writes what belongs to the query head to shared memory.
 
-        The query becomes a matrix of equal rows, half of which are the probe if there is one: its
-        products with a tile of keys have logits in some columns and probe products in the others.
+        The query becomes a matrix of equal rows. With a probe, half of the rows are the probe, so
+        that the products with a tile of keys have the logits in some columns and t in the others.
         """
-        share, given = self.share, self.given
-        some_key = jnp.minimum(share.low, self.cache.num_keys - 1)
-        origin = given["key"].at[share.b, some_key, share.kv_head]
-        level = full((ROW_BLOCK,), 0, ROWS)
+        split, given = self.split, self.given
+        some_key = jnp.minimum(split.low, self.cache.num_keys - 1)
+        origin = given["key"].at[split.b, some_key, split.kv_head]
+        origin_along = full((ROW_BLOCK,), 0, WGMMA_ROW)
         for c in self.blocks:
             block = self.read(origin, c)
             self.scratch["vectors"].at[self.w, ORIGIN + c][...] = block
-            rows = by_column(self.read(given["query"].at[share.b, share.head], c), SQUARE)
+            rows = by_column(self.read(given["query"].at[split.b, split.head], c), SQUARE)
             if self.member == "parallax":
-                probe = by_column(self.read(given["probe"].at[share.b, share.head], c), SQUARE)
-                level = level + row_dot(by_column(block, SQUARE), probe)
-                row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=MATRIX)
-                rows = jnp.where(lax.rem(row, jnp.int32(COLUMNS)) < COLUMNS // 2, rows, probe)
+                probe = by_column(self.read(given["probe"].at[split.b, split.head], c), SQUARE)
+                origin_along = origin_along + row_dot(by_column(block, SQUARE), probe)
+                row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=WGMMA)
+                rows = jnp.where(
+                    lax.rem(row, jnp.int32(MIN_COLUMNS)) < MIN_COLUMNS // 2, rows, probe
+                )
             tile = self.scratch["query"].at[self.w, :, pl.ds(c * BLOCK, BLOCK)]
             tile[...] = rows.astype(self.cache.dtype)
-        self.level = level
+        self.origin_along = origin_along
         plgpu.commit_smem()
 
     def write_ones(self) -> None:
-        """Done by one warpgroup, before any of them adds up keys."""
-        self.scratch["ones"][...] = full(SQUARE, 1, MATRIX).astype(self.cache.dtype)
+        """Called in one warpgroup; the others wait for "ones_written"."""
+        self.scratch["ones"][...] = full(SQUARE, 1, WGMMA).astype(self.cache.dtype)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.scratch["ones_written"])
 
     def read(self, source, c: int):
         """Block c of a vector in global memory."""
-        return self.arithmetic.load(source.at[pl.ds(c * BLOCK, BLOCK)], COLS).astype(jnp.float32)
+        return self.arithmetic.load(source.at[pl.ds(c * BLOCK, BLOCK)], WGMMA_COL).astype(
+            jnp.float32
+        )
 
     @property
-    def ones(self) -> Turned:
-        """A matrix whose products with keys are their sums."""
-        return Turned(self.scratch["ones"].at[pl.ds(0, COLUMNS)])
+    def ones(self) -> Transposed:
+        """A matrix whose product with weighted keys is their sum."""
+        return Transposed(self.scratch["ones"].at[pl.ds(0, MIN_COLUMNS)])
 
     def keys(self, slot, c: int):
         """Block c of the keys of a tile, relative to the origin."""
-        origin = self.arithmetic.load(self.scratch["vectors"].at[self.w, ORIGIN + c], COLS)
+        origin = self.arithmetic.load(self.scratch["vectors"].at[self.w, ORIGIN + c], WGMMA_COL)
         return self.block(0, slot, c) - by_column(origin, SQUARE)
 
     def values(self, slot, c: int):
         return self.block(1, slot, c)
 
-    def clear_hidden(self, t, slot) -> None:
-        clear_hidden(self.cache, self.share, self.arithmetic, self.ring, t, slot)
+    def zero_hidden(self, t, slot) -> None:
+        zero_hidden(self.cache, self.split, self.arithmetic, self.ring, t, slot)
 
     def block(self, tile: int, slot, c: int):
         ref = self.ring.tiles[tile].at[slot, :, pl.ds(c * BLOCK, BLOCK)]
         return self.arithmetic.load(ref).astype(jnp.float32)
 
     def score(self, t, slot) -> Scores:
-        """Tile t, which lies in `slot`."""
-        # An index that is known would become a constant of the products, which do not lower.
+        """The scores of tile t, which lies in `slot`."""
+        # Not `self.w`: products with a constant index do not lower.
         w = lax.axis_index("warpgroup")
-        query = self.scratch["query"].at[w, pl.ds(0, COLUMNS)]
-        (products,) = self.arithmetic.products(COLUMNS, [(self.ring.tiles[0].at[slot], query)])
-        logits, along = products, full((ROW_BLOCK,), 0, ROWS)
-        copies = COLUMNS
+        query = self.scratch["query"].at[w, pl.ds(0, MIN_COLUMNS)]
+        (products,) = self.arithmetic.products(MIN_COLUMNS, [(self.ring.tiles[0].at[slot], query)])
+        logits, along = products, full((ROW_BLOCK,), 0, WGMMA_ROW)
+        copies = MIN_COLUMNS
         if self.member == "parallax":
-            copies = COLUMNS // 2
-            column = plgpu.broadcasted_iota(jnp.int32, products.shape, 1, layout=MATRIX)
+            copies = MIN_COLUMNS // 2
+            column = plgpu.broadcasted_iota(jnp.int32, products.shape, 1, layout=WGMMA)
             logits = jnp.where(column < copies, products, 0.0)
-            along = (products - logits).sum(axis=1) / copies - self.level
-        scale = entry(self.given["scale"], self.share.b, self.share.head) * (LOG2E / copies)
+            along = (products - logits).sum(axis=1) / copies - self.origin_along
+        scale = per_head_scalar(self.given["scale"], self.split.b, self.split.head) * (
+            LOG2E / copies
+        )
         logits = logits.sum(axis=1) * scale
-        valid = counting(self.cache, self.share, t, (ROW_BLOCK,), 0, ROWS)
+        valid = valid_keys(self.cache, self.split, t, (ROW_BLOCK,), 0, WGMMA_ROW)
         logits = jnp.where(valid, logits, LOWEST)
         return Scores(logits, valid, along)
 
     def weigh(self, largest, *tiles: Scores):
-        """The largest logit so far, and what it makes of sums so far and of the tiles.
+        """Updates the running maximum of the logits with some tiles.
 
         Returns:
-          the largest logit, the factor of sums relative to the one before, each tile's weights.
+          the new maximum, the factor that rescales earlier sums to it, and the weights of each
+          tile.
         """
         logits = functools.reduce(jnp.maximum, [tile.logits for tile in tiles])
-        new = jnp.maximum(largest, self.across(logits).max(axis=1))
+        new = jnp.maximum(largest, self.as_columns(logits).max(axis=1))
         weights = [jnp.where(tile.valid, jnp.exp2(tile.logits - new), 0.0) for tile in tiles]
         return new, jnp.exp2(largest - new), weights
 
-    def across(self, vector):
-        """A vector of rows as the columns of a matrix.
+    def as_columns(self, vector):
+        """A vector of rows, broadcast along the columns of a matrix.
 
-        The memory of reductions across warps is one for all warpgroups, so this has its own.
+        Goes through memory of this warpgroup: that of reductions across warps is shared by all.
         """
-        return by_column(self.turned(vector), SQUARE)
+        return by_column(self.to_columns(vector), SQUARE)
 
-    def turned(self, vector):
-        """A vector of rows as one of columns."""
-        ref = self.scratch["vectors"].at[self.w, EXCHANGED]
+    def to_columns(self, vector):
+        """A vector with layout `WGMMA_ROW`, converted to `WGMMA_COL`."""
+        ref = self.scratch["vectors"].at[self.w, TRANSPOSE]
         ref[...] = vector
-        return self.arithmetic.load(ref, COLS)
+        return self.arithmetic.load(ref, WGMMA_COL)
 
     def part(self, name: str):
-        """The place of this instance's sums in an output."""
-        return self.out[name].at[self.share.b, self.share.head, self.share.split]
+        """This instance's part of an output."""
+        return self.out[name].at[self.split.b, self.split.head, self.split.number]
 
     def store_rows(self, rows) -> None:
-        """Writes `rows`: by name a vector of numbers, or a vector for each block."""
+        """Writes `rows`, by name: a list with a vector per block, or one vector, to be summed."""
         for r, name in enumerate(row_names(self.member)):
             if name not in rows:
                 continue
             blocks = rows[name]
-            if not isinstance(blocks, list):  # numbers to be added up, and nothing beside them
-                blocks = [blocks] + [full((BLOCK,), 0, ROWS)] * (self.cache.blocks - 1)
+            if not isinstance(blocks, list):  # to be summed: zeros in the other blocks
+                blocks = [blocks] + [full((BLOCK,), 0, WGMMA_ROW)] * (self.cache.blocks - 1)
             for c, block in enumerate(blocks):
                 self.part("rows").at[r, pl.ds(c * BLOCK, BLOCK)][...] = block

@@ -1,4 +1,4 @@
-"""One decoding step from the sums over the cache: softmax, Parallax and local linear attention."""
+"""A decoding step of softmax attention, Parallax or local linear attention."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lla.kernels.mosaic_gpu.decode import Cache, Sums, row_names, sum_over_cache
+from lla.kernels.mosaic_gpu.decode import CacheShape, Sums, row_names, sum_over_cache
 from lla.kernels.mosaic_gpu.decode_solve import fit
 from lla.kernels.mosaic_gpu.tile import LN2
 
 
 class Decoded(NamedTuple):
-    """out ``[B, N, D]`` in the cache's dtype; the others ``[B, N]`` float32.
+    """`out` is ``[B, N, D]`` in the cache's dtype, the others ``[B, N]`` float32.
 
-    `log_sum_exp` is natural, ``-inf`` for a query without keys, whose output is zero.
+    `log_sum_exp` is natural. A query without visible keys has ``-inf`` there, and output zero.
     """
 
     out: jax.Array
@@ -25,7 +25,7 @@ class Decoded(NamedTuple):
 
 
 def attend_cache(
-    cache: Cache,
+    cache: CacheShape,
     member: str,
     query: jax.Array,
     key: jax.Array,
@@ -37,23 +37,23 @@ def attend_cache(
     *,
     tol: float | None = 1e-4,
     max_iters: int = 256,
-    precise: bool = True,
+    bf16x2: bool = True,
     interpret: Any = None,
 ) -> Decoded:
-    """Attention of one query per sequence and head to the visible keys of a cache.
+    """Attention of one query per sequence and head to the visible keys of the cache.
 
     Args:
       cache: sizes.
       member: "softmax", "parallax" or "lla".
       query, probe: ``[B, N, D]`` in 16 bits.
       key, value: ``[B, S, K, D]`` in 16 bits.
-      visible: int32 ``[B]`` twice, the first visible key and the one after the last.
-      scale, ridge: float32 ``[B, N]``, or ``[1, 1]`` if they are equal.
+      visible: two int32 ``[B]``, the first visible key and the one after the last.
+      scale, ridge: float32 ``[B, N]``, or ``[1, 1]`` if all are equal.
       tol, max_iters: see `lla.kernels.mosaic_gpu.decode_solve.fit`.
-      precise, interpret: see `lla.kernels.mosaic_gpu.decode.sum_over_cache`.
+      bf16x2, interpret: see `lla.kernels.mosaic_gpu.decode.sum_over_cache`.
     """
     sums = sum_over_cache(
-        cache, member, query, key, value, visible, scale, probe, precise=precise,
+        cache, member, query, key, value, visible, scale, probe, bf16x2=bf16x2,
         interpret=interpret,
     )  # fmt: skip
     rows, moments, highest = _join(sums)
@@ -79,7 +79,7 @@ def attend_cache(
 
 
 def _join(sums: Sums) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Rows and moments of all parts, relative to the largest logit; and that logit."""
+    """Adds up the splits: rows and moments relative to the largest logit, and that logit."""
     largest = sums.largest[..., 0]
     if largest.shape[-1] == 1:
         rows, moments = sums.rows[:, :, 0], sums.moments

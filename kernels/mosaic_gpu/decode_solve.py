@@ -1,4 +1,4 @@
-"""The systems of decoding: one per query head, small enough for the registers of a warpgroup."""
+"""The linear systems of decoding, one per query head, in the registers of a warpgroup."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from lla.compat import vary_like
-from lla.kernels.mosaic_gpu.decode import BLOCK, SQUARE, Cache, entry
+from lla.kernels.mosaic_gpu.decode import BLOCK, SQUARE, CacheShape, per_head_scalar
 from lla.kernels.mosaic_gpu.tile import (
-    COLS,
-    MATRIX,
     ROW_BLOCK,
-    ROWS,
+    WGMMA,
+    WGMMA_COL,
+    WGMMA_ROW,
     Arithmetic,
     by_column,
     by_row,
     full,
 )
 
-_FLOOR = 1e-13  # of squared residuals, relative to the energy: nothing below it is information
+_FLOOR = 1e-13  # squared residuals below this, relative to the energy, are rounding errors
 
 
 class Fit(NamedTuple):
@@ -38,7 +38,7 @@ class Fit(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("cache", "tol", "max_iters", "interpret"))
 def fit(
-    cache: Cache,
+    cache: CacheShape,
     rows: jax.Array,
     moments: jax.Array,
     query: jax.Array,
@@ -52,8 +52,9 @@ def fit(
 ) -> Fit:
     """The outputs from the sums over all keys, by conjugate gradients.
 
-    With the weighted means k of the keys and v of the values, their covariances C and S, and
-    ``(C + ridge I) x = k - query``, an output is ``v - S^T x``; zero for a query without keys.
+    With the weighted means k of the keys and v of the values, the covariances C of the keys and S
+    of keys and values, and ``(C + ridge I) x = k - query``, the output is ``v - S^T x``. It is zero
+    for a query without keys.
 
     Args:
       cache: sizes.
@@ -62,13 +63,13 @@ def fit(
       query: ``[B, N, D]``.
       key: ``[B, S, K, D]``.
       first: int32 ``[B]``, the key that the sums are relative to.
-      ridge: float32 ``[B, N]``, or ``[1, 1]`` if they are equal.
+      ridge: float32 ``[B, N]``, or ``[1, 1]`` if all are equal.
       tol: the error of x in the norm of the system is at most `tol` times
         ``sqrt(1 + x . A x)``; None for exactly `max_iters` iterations.
       interpret: parameters of the interpreter, or None to compile.
     """
     operands = (rows, moments, query, key, first, ridge)
-    number = cache.each(ROW_BLOCK)
+    number = cache.per_head(ROW_BLOCK)
     shapes = [jax.ShapeDtypeStruct(query.shape, cache.dtype), number, number]
     body = functools.partial(_body, cache, tol, max_iters, Arithmetic(interpret is not None))
     results = plgpu.kernel(
@@ -110,53 +111,53 @@ def _body(cache, tol, max_iters, arithmetic, *refs, row, flag):
         ref = moments.at[part(h), part(c)]
         if arithmetic.interpreted:
             return ref[...]
-        return plgpu.load(ref, layout=MATRIX, optimized=False)
+        return plgpu.load(ref, layout=WGMMA, optimized=False)
 
-    weight = _row_sums(_columns(vector(total, 0, COLS)))
-    some, one = weight > 0, full((ROW_BLOCK,), 1, ROWS)
+    weight = _row_sums(_columns(vector(total, 0, WGMMA_COL)))
+    some, one = weight > 0, full((ROW_BLOCK,), 1, WGMMA_ROW)
     inverse = jnp.where(some, one / jnp.where(some, weight, one), 0.0)
     row[...] = inverse
-    scale, scale_columns = _rows(inverse), arithmetic.load(row, COLS)
-    key_means = [vector(key_sum, h, ROWS) * inverse for h in blocks]  # relative to the origin
-    value_means = [vector(value, c, COLS) * scale_columns for c in blocks]
+    scale, scale_columns = _rows(inverse), arithmetic.load(row, WGMMA_COL)
+    key_means = [vector(key_sum, h, WGMMA_ROW) * inverse for h in blocks]  # relative to the origin
+    value_means = [vector(value, c, WGMMA_COL) * scale_columns for c in blocks]
 
     def centred(h, c, mean):
-        """Block (h, c) of the moments as a covariance with what has the mean `mean`, a vector."""
+        """Block (h, c) of the moments as a covariance, given the mean of the second factor."""
         return matrix(h, c) * scale - _rows(key_means[h]) * _columns(mean)
 
-    # No vector is loaded in two layouts: the compiler would make one load of both.
-    means = [vector(origin, h, ROWS) + key_means[h] for h in blocks]
-    turned = []
+    # No vector is loaded with two layouts, since the compiler merges such loads into one.
+    means = [vector(origin, h, WGMMA_ROW) + key_means[h] for h in blocks]
+    mean_columns = []
     for mean in means:
         row[...] = mean
-        turned.append(arithmetic.load(row, COLS))
-    system = [[centred(h, c, turned[c]) for c in blocks] for h in blocks]
-    target = tuple(means[h] - vector(query, h, ROWS) for h in blocks)
-    ridge = full((ROW_BLOCK,), 0, ROWS) + entry(ridge, b, n)
+        mean_columns.append(arithmetic.load(row, WGMMA_COL))
+    system = [[centred(h, c, mean_columns[c]) for c in blocks] for h in blocks]
+    target = tuple(means[h] - vector(query, h, WGMMA_ROW) for h in blocks)
+    ridge = full((ROW_BLOCK,), 0, WGMMA_ROW) + per_head_scalar(ridge, b, n)
     solver = _Solver(arithmetic, row, flag, system, ridge, tol, max_iters)
     x, count, remainder = solver.solve(target)
     for c in blocks:
-        product = full(SQUARE, 0, MATRIX)
+        product = full(SQUARE, 0, WGMMA)
         for h in blocks:
             product = product + centred(h, cache.blocks + c, value_means[c]) * _rows(x[h])
         out.at[part(c)][...] = (value_means[c] - product.sum(axis=0)).astype(out.dtype)
-    iterations[...] = full((ROW_BLOCK,), 0, ROWS) + count.astype(jnp.float32)
+    iterations[...] = full((ROW_BLOCK,), 0, WGMMA_ROW) + count.astype(jnp.float32)
     residual[...] = remainder
 
 
-# The casts spare the compiler a search for layouts, which it would give up.
+# Without these casts layout inference gives up.
 
 
 def _rows(vector):
-    return plgpu.layout_cast(by_row(vector, SQUARE), MATRIX)
+    return plgpu.layout_cast(by_row(vector, SQUARE), WGMMA)
 
 
 def _columns(vector):
-    return plgpu.layout_cast(by_column(vector, SQUARE), MATRIX)
+    return plgpu.layout_cast(by_column(vector, SQUARE), WGMMA)
 
 
 def _row_sums(matrix):
-    return plgpu.layout_cast(matrix.sum(axis=1), ROWS)
+    return plgpu.layout_cast(matrix.sum(axis=1), WGMMA_ROW)
 
 
 class _State(NamedTuple):
@@ -171,7 +172,10 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass
 class _Solver:
-    """Vectors are lists of blocks, each a vector of rows; numbers are vectors of equal ones."""
+    """Conjugate gradients for one system.
+
+    A vector is a sequence of blocks with layout `WGMMA_ROW`, a scalar a block of equal numbers.
+    """
 
     arithmetic: Arithmetic
     row: Any
@@ -181,17 +185,17 @@ class _Solver:
     tol: float | None
     max_iters: int
 
-    def turned(self, vector):
-        """A vector of rows as the columns of a matrix."""
+    def to_columns(self, vector):
+        """A block, broadcast along the columns of a matrix."""
         self.row[...] = vector
-        return _columns(self.arithmetic.load(self.row, COLS))
+        return _columns(self.arithmetic.load(self.row, WGMMA_COL))
 
     def dot(self, a, b):
         total = sum(x * y for x, y in zip(a, b, strict=True))
-        return _row_sums(self.turned(total))
+        return _row_sums(self.to_columns(total))
 
     def product(self, vector):
-        columns = [self.turned(block) for block in vector]
+        columns = [self.to_columns(block) for block in vector]
         return tuple(
             sum(_row_sums(block * column) for block, column in zip(row, columns, strict=True))
             + self.ridge * own
@@ -200,7 +204,7 @@ class _Solver:
 
     def solve(self, target):
         """The solution, the number of iterations and the relative residual."""
-        zero, one = (full((ROW_BLOCK,), number, ROWS) for number in (0, 1))
+        zero, one = (full((ROW_BLOCK,), number, WGMMA_ROW) for number in (0, 1))
         norm = self.dot(target, target)
         start = _State(
             jnp.int32(0), self.decide(jnp.int32(0), norm, one), (zero,) * len(target), target,
@@ -226,9 +230,10 @@ class _Solver:
 
     def decide(self, count, rz, energy):
         """Whether another iteration is needed, a scalar."""
-        more = full((ROW_BLOCK,), 0, ROWS, jnp.int32) + (count < self.max_iters).astype(jnp.int32)
+        zero = full((ROW_BLOCK,), 0, WGMMA_ROW, jnp.int32)
+        more = zero + (count < self.max_iters).astype(jnp.int32)
         if self.tol is not None:
-            # The ridge is at most the smallest eigenvalue.
+            # No eigenvalue is smaller than the ridge.
             unfinished = (rz > self.tol**2 * energy * self.ridge) & (rz > _FLOOR * energy)
             more = jnp.where(unfinished, more, 0)
         self.flag[...] = more

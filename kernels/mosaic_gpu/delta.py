@@ -1,16 +1,16 @@
 """The gated delta rule on Hopper: one warpgroup walks over the chunks of one head.
 
-Chunks of 64 tokens, 64 coordinates of the values, keys in one or two blocks of 64 coordinates:
-every matrix is 64 x 64, the tile of one warpgroup, and the state stays in its registers in float32.
-See `lla.mixers.delta_rule` for the formulas; here
-a chunk reads the state S before it, so that its corrections come from one right-hand side,
+With chunks of 64 tokens, 64 coordinates of the values, and keys in one or two blocks of 64
+coordinates, every matrix is 64 x 64, a tile of one warpgroup. The state stays in its registers in
+float32. See `lla.mixers.delta_rule` for the formulas. Here a chunk knows the state S before it, so
+that its corrections u have a single right-hand side,
 
     u = T beta (v - start k S),  T = (1 + A)^-1;  o = start q S + L u;  S' = total S + k^T end u
 
-which never takes the difference of two rounded products. A and its inverse, the right-hand side and
-the state that k reads have two 16-bit parts; q, k and v are exact, and what else is multiplied is
-rounded once. The forward pass leaves S, u and T of every chunk, and the backward pass takes the
-chunks in reverse:
+and no difference of two rounded products occurs. A, its inverse, the right-hand side, and the state
+in ``k S`` have two 16-bit parts. q, k and v are exact, and other operands of products are rounded
+once. The forward pass saves S, u and T of every chunk. The backward pass visits the chunks in
+reverse:
 
     du = L^T do + end k dS';  p = T^T du;  r = -p S^T;  dA = -p u^T
     dS = total dS' + q^T (start do) - k^T (start beta p)
@@ -25,14 +25,17 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
+    DECAY_VECTORS,
     SQUARE,
-    Places,
-    Square,
+    ChunkMath,
+    DoubleBuffer,
+    ProgramSlices,
     Transposed,
+    gated_operands,
+    load_tiles,
     narrow_tiles,
     products_of_parts,
     store_parts,
@@ -40,11 +43,11 @@ from lla.kernels.mosaic_gpu.chunk import (
 from lla.kernels.mosaic_gpu.launch import Config, launch
 from lla.kernels.mosaic_gpu.tile import Arithmetic
 
-_DTYPE = jnp.bfloat16  # of every factor of a product
+_DTYPE = jnp.bfloat16  # of the operands of products
 
 
 class Gates(NamedTuple):
-    """What a chunk reads of its gates, float32 ``[B, N, T]``; `total` is ``[B, N, M]``.
+    """The gates of all chunks, float32 ``[B, N, T]``; `total` is ``[B, N, M]`` for M chunks.
 
     `upper` and `lower` are the parts of `lla.mixers.chunks.Sums`.
     """
@@ -58,9 +61,12 @@ class Gates(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass reads: `updates` like the value, and the others of every chunk.
+    """Residuals of the backward pass, in bfloat16.
 
-    All have 16 bits: `states` ``[B, N, M, H, 64]``, `solvers` ``[B, N, M, 64, 64]``.
+    Attributes:
+      states: S before every chunk, ``[B, N, M, H, 64]``.
+      solvers: T of every chunk, ``[B, N, M, 64, 64]``.
+      updates: u, shaped like the value.
     """
 
     states: jax.Array
@@ -68,16 +74,9 @@ class Saved(NamedTuple):
     updates: jax.Array
 
 
-def _operands(query, key, value, gates: Gates, **others):
-    columns = (gates.upper, gates.lower)  # loads of one operand in two layouts become one load
-    return {
-        "query": query, "key": key, "value": value, "gates": gates, "columns": columns, **others
-    }  # fmt: skip
-
-
 @functools.partial(jax.jit, static_argnames=("save", "interpret"))
 def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: Any = None):
-    """Outputs ``[B, T, N, 64]``, the last state, and with `save` what `backward` reads.
+    """Outputs ``[B, T, N, 64]``, the last state, and with `save` the residuals of `backward`.
 
     Args:
       query, key: bfloat16 ``[B, T, N, H]``, H 64 or 128, T a multiple of 64.
@@ -102,103 +101,91 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
         "work": [narrow_tiles() for _ in range(4)],
         "loaded": plgpu.Barrier(num_arrivals=2 * blocks + 1, num_barriers=2),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_forward_body, square, (n, 1, blocks), count, save), outputs, scratch,
-        _operands(query, key, value, gates, state=state), programs=b * n, config=Config(),
+        functools.partial(_forward_body, math, (n, 1, blocks), count, save), outputs, scratch,
+        gated_operands(query, key, value, gates, state=state), programs=b * n, config=Config(),
         interpret=interpret, threads=1,
     )  # fmt: skip
     saved = Saved(found["states"], found["solvers"], found["updates"]) if save else None
     return found["out"], found["state"], saved
 
 
-def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scratch):
-    place, blocks = Places(*sizes), sizes[-1]
+def _forward_body(math: ChunkMath, sizes, count: int, save: bool, given, out, scratch):
+    slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, states = given["gates"], scratch["states"]
     update, work = scratch["update"], scratch["work"]
 
-    def fetch(c, slot):
-        sources = [*place.keys(given["query"], c), *place.keys(given["key"], c)]
-        sources.append(place.values(given["value"], c))
-        for source, target in zip(sources, scratch["inputs"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], scratch["loaded"].at[slot])
+    inputs = DoubleBuffer(
+        lambda c: slices.inputs(given, c), scratch["inputs"], scratch["loaded"], count
+    )
 
     def advance(c, state):
-        slot = lax.rem(c, jnp.int32(2))
-        plgpu.barrier_wait(scratch["loaded"].at[slot])
-        pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
+        slot = inputs.slot(c)
+        inputs.wait(c, slot)
         *keys, value = (target.at[slot] for target in scratch["inputs"])
         queries, keys = keys[:blocks], keys[blocks:]
         beta, start, end = (
-            place.row(square, array, c) for array in (gates.beta, gates.start, gates.end)
+            slices.row(math, array, c) for array in (gates.beta, gates.start, gates.end)
         )
         for part, tiles in zip(state, states, strict=True):
             store_parts(part, tiles)
         plgpu.commit_smem()
         if save:
-            for tiles, target in zip(states, place.states(out["states"], c), strict=True):
+            for tiles, target in zip(states, slices.states(out["states"], c), strict=True):
                 plgpu.copy_smem_to_gmem(tiles[0], target)
 
-        pair = square.pair(*place.sums(square, given, c), transposed=False)
-        (overlap,) = square.multiply([(k, Transposed(k)) for k in keys])
-        strict = square.index(0) > square.index(1)
-        solver = square.inverse(jnp.where(strict, beta * overlap * pair, 0.0), work)
-        solver = square.parts(solver)
+        pair = math.pair(*slices.sums(math, given, c), transposed=False)
+        (overlap,) = math.multiply([(k, Transposed(k)) for k in keys])
+        strict = math.index(0) > math.index(1)
+        solver = math.inverse(jnp.where(strict, beta * overlap * pair, 0.0), work)
+        solver = math.parts(solver)
 
         reads = [(k, tile) for k, tiles in zip(keys, states, strict=True) for tile in tiles]
-        (known,) = square.multiply(reads)
-        right = beta * (square.load(value) - start * known)
+        (known,) = math.multiply(reads)
+        right = beta * (math.load(value) - start * known)
         store_parts(right, work[:2])
         work[2][...] = solver[0]
         plgpu.commit_smem()
         if save:
-            plgpu.copy_smem_to_gmem(work[2], out["solvers"].at[place.b, place.h, c])
-        (updates,) = square.multiply(products_of_parts(solver, work[:2]))
+            plgpu.copy_smem_to_gmem(work[2], out["solvers"].at[slices.b, slices.h, c])
+        (updates,) = math.multiply(products_of_parts(solver, work[:2]))
         update[...] = updates.astype(_DTYPE)
         work[1][...] = (end * updates).astype(_DTYPE)
         plgpu.commit_smem()
         if save:
-            plgpu.copy_smem_to_gmem(update, place.values(out["updates"], c))
+            plgpu.copy_smem_to_gmem(update, slices.values(out["updates"], c))
 
-        scores, incoming = square.multiply(
+        scores, incoming = math.multiply(
             [(q, Transposed(k)) for q, k in zip(queries, keys, strict=True)],
             [(q, tiles[0]) for q, tiles in zip(queries, states, strict=True)],
         )
         weights = (scores * pair).astype(_DTYPE)
-        (result,) = square.multiply([(weights, update)], start=(start * incoming,))
+        (result,) = math.multiply([(weights, update)], start=(start * incoming,))
         work[0][...] = result.astype(_DTYPE)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(work[0], place.values(out["out"], c))
-        total = gates.total[place.b, place.h, c]
+        plgpu.copy_smem_to_gmem(work[0], slices.values(out["out"], c))
+        total = gates.total[slices.b, slices.h, c]
         state = tuple(
-            square.multiply([(Transposed(k), work[1])], start=(total * part,))[0]
+            math.multiply([(Transposed(k), work[1])], start=(total * part,))[0]
             for k, part in zip(keys, state, strict=True)
         )
         plgpu.wait_smem_to_gmem(0)
         return state
 
-    fetch(0, 0)
-    state = tuple(square.load_wide(ref) for ref in place.state(given["state"]))
-    state = lax.fori_loop(0, count, advance, state)
-    for part, target in zip(state, place.state(out["state"]), strict=True):
-        target[...] = part
+    inputs.start()
+    slices.walk(math, count, advance, given["state"], out["state"])
 
 
-VECTORS = ("beta", "entering", "leaving", "inside", "through")
-"""Sums over the coordinates of a token, float32 ``[B, N, T]``, that `backward` returns."""
+VECTORS = ("beta", *DECAY_VECTORS)
+"""Per-token sums that `backward` returns, float32 ``[B, N, T]``."""
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def backward(
     query, key, value, gates: Gates, saved: Saved, d_out, d_state, *, interpret: Any = None
 ):
-    """Cotangents by name: "query", "key", "value" and "state", and the `VECTORS`.
-
-    Of the logarithms of the gates these are parts: what `entering` has acts through the decay from
-    the start of the chunk to the token, `leaving` through that from the token to the end, `inside`
-    through those between tokens, and the sum of `through` over the chunk, times the decay over all
-    of it, through that one.
-    """
+    """Cotangents by name: "query", "key", "value" and "state", and the `VECTORS`."""
     b, t, n, dim = key.shape
     blocks = dim // CHUNK
     keys = jax.ShapeDtypeStruct(key.shape, _DTYPE)
@@ -216,29 +203,28 @@ def backward(
         "vectors": plgpu.SMEM((len(VECTORS), CHUNK), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=3 * blocks + 4),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_backward_body, square, (n, 1, blocks), t // CHUNK), outputs, scratch,
-        _operands(query, key, value, gates, saved=saved, d_out=d_out, d_state=d_state),
+        functools.partial(_backward_body, math, (n, 1, blocks), t // CHUNK), outputs, scratch,
+        gated_operands(query, key, value, gates, saved=saved, d_out=d_out, d_state=d_state),
         programs=b * n, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     return found | dict(zip(VECTORS, found.pop("vectors"), strict=True))
 
 
-def _backward_body(square: Square, sizes, count: int, given, out, scratch):
-    place, blocks = Places(*sizes), sizes[-1]
+def _backward_body(math: ChunkMath, sizes, count: int, given, out, scratch):
+    slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, saved, d_states = given["gates"], given["saved"], scratch["d_states"]
     value, d_out, update, solver, *tiles = scratch["inputs"]
     queries, keys, states = (tiles[i * blocks : (i + 1) * blocks] for i in range(3))
     first, second, third, fourth = scratch["work"]
 
     def fetch(c):
-        sources = [place.values(array, c) for array in (given["value"], given["d_out"])]
-        sources += [place.values(saved.updates, c), saved.solvers.at[place.b, place.h, c]]
-        sources += place.keys(given["query"], c) + place.keys(given["key"], c)
-        sources += place.states(saved.states, c)
-        for source, target in zip(sources, scratch["inputs"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target, scratch["loaded"])
+        sources = [slices.values(array, c) for array in (given["value"], given["d_out"])]
+        sources += [slices.values(saved.updates, c), saved.solvers.at[slices.b, slices.h, c]]
+        sources += slices.keys(given["query"], c) + slices.keys(given["key"], c)
+        sources += slices.states(saved.states, c)
+        load_tiles(sources, scratch["inputs"], scratch["loaded"])
 
     def advance(i, d_state):
         c = count - 1 - i
@@ -246,39 +232,39 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
             tile[...] = part.astype(_DTYPE)
         plgpu.commit_smem()
         plgpu.barrier_wait(scratch["loaded"])
-        sums = place.sums(square, given, c)
+        sums = slices.sums(math, given, c)
 
-        # du, and p of the right-hand side.
-        turned, outgoing = square.multiply(
+        # du, and p, the cotangent of the right-hand side.
+        scores_t, outgoing = math.multiply(
             [(k, Transposed(q)) for q, k in zip(queries, keys, strict=True)],
             list(zip(keys, d_states, strict=True)),
         )
-        weights = (turned * square.pair(*sums, transposed=True)).astype(_DTYPE)
-        end = place.row(square, gates.end, c)
-        (d_update,) = square.multiply([(weights, d_out)], start=(end * outgoing,))
+        weights = (scores_t * math.pair(*sums, transposed=True)).astype(_DTYPE)
+        end = slices.row(math, gates.end, c)
+        (d_update,) = math.multiply([(weights, d_out)], start=(end * outgoing,))
         first[...] = d_update.astype(_DTYPE)
         plgpu.commit_smem()
-        (right,) = square.multiply([(Transposed(solver), first)])
-        d_beta = (right * square.load(value)).sum(axis=1)
-        beta, start = (place.row(square, array, c) for array in (gates.beta, gates.start))
+        (right,) = math.multiply([(Transposed(solver), first)])
+        d_beta = (right * math.load(value)).sum(axis=1)
+        beta, start = (slices.row(math, array, c) for array in (gates.beta, gates.start))
         d_value = beta * right
         second[...] = d_value.astype(_DTYPE)
         third[...] = (-start * d_value).astype(_DTYPE)
-        fourth[...] = (start * square.load(d_out)).astype(_DTYPE)
+        fourth[...] = (start * math.load(d_out)).astype(_DTYPE)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(second, place.values(out["value"], c))
+        plgpu.copy_smem_to_gmem(second, slices.values(out["value"], c))
         right = -right.astype(_DTYPE)
 
         # Scores of the queries, and the coupling between keys.
-        pair = square.pair(*sums, transposed=False)
-        d_scores, d_coupling, overlap = square.multiply(
+        pair = math.pair(*sums, transposed=False)
+        d_scores, d_coupling, overlap = math.multiply(
             [(d_out, Transposed(update))],
             [(right, Transposed(update))],
             [(k, Transposed(k)) for k in keys],
         )
         d_scores = (d_scores * pair).astype(_DTYPE)
         first[...] = d_scores
-        strict = square.index(0) > square.index(1)
+        strict = math.index(0) > math.index(1)
         d_coupling = jnp.where(strict, d_coupling * pair, 0.0)
         d_beta = d_beta + (d_coupling * overlap).sum(axis=1)
         d_coupling = (beta * d_coupling).astype(_DTYPE)
@@ -286,8 +272,8 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         second[...] = d_coupling
         plgpu.commit_smem()
 
-        total = gates.total[place.b, place.h, c]
-        targets = zip(place.keys(out["query"], c), place.keys(out["key"], c), strict=True)
+        total = gates.total[slices.b, slices.h, c]
+        targets = zip(slices.keys(out["query"], c), slices.keys(out["key"], c), strict=True)
         vectors, new = {"beta": d_beta}, []
 
         def note(name, matrix):
@@ -296,48 +282,41 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
 
         for j, (query_target, key_target) in enumerate(targets):
             query, key, state, behind = queries[j], keys[j], states[j], d_states[j]
-            note("through", d_state[j] * square.load(state))
-            d_query, incoming = square.multiply([(d_scores, key)], [(d_out, Transposed(state))])
+            note("through", d_state[j] * math.load(state))
+            d_query, incoming = math.multiply([(d_scores, key)], [(d_out, Transposed(state))])
             incoming = start * incoming
-            note("inside", d_query * square.load(query))
-            note("entering", incoming * square.load(query))
+            note("inside", d_query * math.load(query))
+            note("entering", incoming * math.load(query))
             d_query = (d_query + incoming).astype(_DTYPE)
 
-            d_key, column = square.multiply(
+            d_key, column = math.multiply(
                 [(d_coupling, key)], [(Transposed(first), query), (Transposed(second), key)]
             )
-            note("inside", (d_key - column) * square.load(key))
+            note("inside", (d_key - column) * math.load(key))
             d_key = d_key + column
-            incoming, leaving = square.multiply(
+            incoming, leaving = math.multiply(
                 [(right, Transposed(state))], [(update, Transposed(behind))]
             )
             leaving = end * leaving
-            note("leaving", leaving * square.load(key))
+            note("leaving", leaving * math.load(key))
             incoming = start * incoming
-            note("beta", incoming * square.load(key))
+            note("beta", incoming * math.load(key))
             incoming = beta * incoming
-            note("entering", incoming * square.load(key))
+            note("entering", incoming * math.load(key))
             d_key = d_key + leaving + incoming
             reads = [(Transposed(query), fourth), (Transposed(key), third)]
-            new += square.multiply(reads, start=(total * d_state[j],))
-            # The tiles of these states have been read for the last time.
+            new += math.multiply(reads, start=(total * d_state[j],))
+            # The tiles of this state are not read again, so they can hold the results.
             state[...] = d_query
             behind[...] = d_key.astype(_DTYPE)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(state, query_target)
             plgpu.copy_smem_to_gmem(behind, key_target)
-        for index, name in enumerate(VECTORS):
-            scratch["vectors"].at[index][...] = vectors[name]
-        plgpu.commit_smem()
-        for index in range(len(VECTORS)):
-            target = out["vectors"].at[index, place.b, place.h, place.tokens(c)]
-            plgpu.copy_smem_to_gmem(scratch["vectors"].at[index], target)
+        vectors = [vectors[name] for name in VECTORS]
+        slices.store_vectors(vectors, scratch["vectors"], out["vectors"], c)
         plgpu.wait_smem_to_gmem(0)
         pl.when(c > 0)(lambda: fetch(c - 1))
         return tuple(new)
 
     fetch(count - 1)
-    d_state = tuple(square.load_wide(ref) for ref in place.state(given["d_state"]))
-    d_state = lax.fori_loop(0, count, advance, d_state)
-    for part, target in zip(d_state, place.state(out["state"]), strict=True):
-        target[...] = part
+    slices.walk(math, count, advance, given["d_state"], out["state"])

@@ -1,12 +1,12 @@
-"""The backward passes: gradients of the queries, and of the keys and values.
+"""Backward kernels: gradients of the queries, and of the keys and values.
 
-Both recompute the weights from the log-sum-exp. For local linear attention the probe and the
-adjoint solution come from `lla.kernels.mosaic_gpu.solve`, negated and in 16 bits; for Parallax
-there is a probe only, for softmax attention neither. With ``a = 1 - (k - k_mean) . x`` and
+Both recompute the weights from the log-sum-exp. For local linear attention the probe x and the
+adjoint solution u come from `lla.kernels.mosaic_gpu.solve`, negated and in 16 bits. Parallax has a
+probe only, softmax attention neither. With ``a = 1 - (k - k_mean) . x`` and
 ``e = c - c_mean - (k - k_mean) . u`` the gradient of a logit is ``p (a e - sum p a e)``.
 
-Gradients of keys and values are summed by the program instance that owns the keys, over the queries
-of all heads that share them: no atomics, equal results in every run.
+The program instance that owns keys sums their gradients over the queries of all heads that share
+them. There are no atomics, so that results are deterministic.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from lla.kernels.mosaic_gpu.launch import (
     Masking,
     Ring,
     Shape,
-    hand_on_all,
-    key_place,
+    key_program_index,
     launch,
-    query_place,
+    query_program_index,
     ring_scratch,
     row_tile,
+    run_or_skip,
+    skip_tiles,
     stream_keys_and_values,
-    work_or_pass,
 )
-from lla.kernels.mosaic_gpu.rows import QueryRows
+from lla.kernels.mosaic_gpu.query_rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
-    COLS,
     LOG2E,
     ROW_BLOCK,
+    WGMMA_COL,
     Arithmetic,
     MaskSpec,
     by_column,
@@ -56,8 +56,11 @@ from lla.kernels.mosaic_gpu.tile import (
 class Directions(NamedTuple):
     """The negated probe and adjoint solution, ``[B, T, N, D]`` in 16 bits; None where absent.
 
-    `probe_shift` is the mean key times the probe, ``[B, N, T]``. `probe_low` and `adjoint_low` are
-    what rounding has taken from `probe` and `adjoint`. `key_mean` is there whenever `probe` is.
+    Attributes:
+      probe, adjoint: the high parts.
+      probe_low, adjoint_low: the low parts, that is, the rounding errors of the high ones.
+      probe_shift: the mean key times the probe, ``[B, N, T]``.
+      key_mean: float32; given whenever there is a probe.
     """
 
     probe: jax.Array | None = None
@@ -69,10 +72,9 @@ class Directions(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Numbers of every query, ``[B, N, T]`` float32.
+    """Scalars of every query, float32 ``[B, N, T]``.
 
-    `cotangent_mean` is relative to the adjoint solution: ``c_mean`` plus the mean key times the
-    *negated* solution.
+    `cotangent_mean` is ``c_mean`` plus the mean key times the *negated* adjoint solution.
     """
 
     scale: jax.Array
@@ -81,7 +83,7 @@ class Rows(NamedTuple):
 
 
 class QueryGradients(NamedTuple):
-    """Gradients of query and scale, and ``sum_j p a e`` of every query."""
+    """Gradients of query and scale; `mean` is ``sum_j p a e`` of every query."""
 
     query: jax.Array
     scale: jax.Array
@@ -103,7 +105,7 @@ def query_gradients(
     *,
     interpret: Any = None,
 ) -> QueryGradients:
-    """Gradients that belong to a query."""
+    """Gradients with respect to the queries and their scales."""
     env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups
     outputs = {"query": shape.queries(), "scale": shape.rows(), "mean": shape.rows()}
@@ -140,8 +142,8 @@ def query_gradients(
 
 def _query_body(env: Environment, given, out, scratch):
     count = env.config.warpgroups
-    place = query_place(env.shape, count * ROW_BLOCK)
-    tiles = env.key_tiles(given["masking"], place)
+    program = query_program_index(env.shape, count * ROW_BLOCK)
+    tiles = env.key_tiles(given["masking"], program)
     key_tile, value_tile, *barriers = scratch["ring"]
     ring = Ring((key_tile, value_tile), *barriers, env.config.stages, env.config.hold_sums)
     warpgroup = lax.axis_index("warpgroup")
@@ -149,21 +151,21 @@ def _query_body(env: Environment, given, out, scratch):
     @pl.when(warpgroup < count)
     def _():
         env.set_registers(compute=True)
-        work_or_pass(
-            env, place, warpgroup,
-            lambda: _GradientRows(env, given, out, scratch, place, tiles, warpgroup, ring).run(),
-            lambda: hand_on_all(tiles, (ring,)),
+        run_or_skip(
+            env, program, warpgroup,
+            lambda: _GradientRows(env, given, out, scratch, program, tiles, warpgroup, ring).run(),
+            lambda: skip_tiles(tiles, (ring,)),
         )  # fmt: skip
 
     @pl.when(warpgroup == count)
     def _():
         env.set_registers(compute=False)
-        stream_keys_and_values(env, given, place, tiles, ring)
+        stream_keys_and_values(env, given, program, tiles, ring)
 
 
 @dataclasses.dataclass
 class _GradientRows(QueryRows):
-    """The query gradients of one compute warpgroup."""
+    """The query gradients of one consumer warpgroup."""
 
     ring: Ring
 
@@ -213,7 +215,7 @@ class _GradientRows(QueryRows):
         plgpu.wait_smem_to_gmem(0)
 
     def sums(self, query, cotangent, probe, adjoint):
-        """Sums of the rounded ``p a e``, of ``p a e``, and of ``p a e k``."""
+        """The sums of ``p a e`` after and before rounding, and that of ``p a e k``."""
         arithmetic, block = self.env.arithmetic, self.env.config.block
         rows = self.given["rows"]
         scale, ids = self.scale_and_ids()
@@ -224,7 +226,7 @@ class _GradientRows(QueryRows):
 
         def step(j, carry, masked, add):
             t, excess, mean = carry
-            slot = self.ring.wait(t)
+            slot = self.ring.consumer_wait(t)
             keys, values = (tile.at[slot] for tile in self.ring.tiles)
             products = [[(query, keys)], [(cotangent, values)]]
             if adjoint is not None:
@@ -234,7 +236,7 @@ class _GradientRows(QueryRows):
 
             def use(scores, e, *along):
                 weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
-                self.ring.done_before(t, 0)
+                self.ring.release_deferred(t, 0)
                 e = e()
                 weights = weights * (e - by_row(cotangent_mean, e.shape))
                 for part in along:
@@ -245,14 +247,14 @@ class _GradientRows(QueryRows):
             weights, weights_sum, exact_sum = arithmetic.with_products(block, use, *products)
             mean = mean + exact_sum
             add([(weights, keys)])
-            self.ring.done(slot)
+            self.ring.release_or_defer(slot)
             return t + 1, excess + weights_sum, mean
 
         zero = self.zeros(rows=True)
         (t, excess, mean), (total,) = arithmetic.summing(
             (self.env.shape.head_dim,), self.over_tiles, step, (jnp.int32(0), zero, zero)
         )
-        self.ring.done_before(t, 0)
+        self.ring.release_deferred(t, 0)
         return excess, mean, total
 
 
@@ -280,9 +282,9 @@ def key_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of key and value, in the dtype of the operands.
 
-    `mean` is that of `QueryGradients`. ``config.block`` counts queries. The scores along the
-    directions use their low parts, too, if there is a ``directions.probe_low``; `rows` and the
-    shift are then those of both parts.
+    `mean` is that of `QueryGradients`, and ``config.block`` is a number of queries. If the
+    directions have low parts, the scores along them use both parts; `rows` and `probe_shift` must
+    then be those of both parts as well.
     """
     env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups
@@ -331,27 +333,27 @@ def key_gradients(
 
 def _key_body(env: Environment, has: tuple[bool, bool], given, out, scratch):
     count, block, group = env.config.warpgroups, env.config.block, env.shape.group
-    place = key_place(env.shape, count * ROW_BLOCK)
-    tiles = env.query_tiles(given["masking"], place)
-    *streamed, filled, released = scratch["ring"]
-    ring = Ring(tuple(streamed), filled, released, env.config.stages, env.config.hold_sums)
+    program = key_program_index(env.shape, count * ROW_BLOCK)
+    tiles = env.query_tiles(given["masking"], program)
+    *streamed, produced, consumed = scratch["ring"]
+    ring = Ring(tuple(streamed), produced, consumed, env.config.stages, env.config.hold_sums)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < count)
     def _():
         env.set_registers(compute=True)
-        _key_rows(env, has, given, out, scratch, place, tiles, ring, warpgroup)
+        _key_rows(env, has, given, out, scratch, program, tiles, ring, warpgroup)
 
     @pl.when(warpgroup == count)
     def _():
         env.set_registers(compute=False)
 
         def stream(g, i, t):
-            head = place.head + g
-            where = (place.b, pl.ds(i * block, block), head)
+            head = program.head + g
+            where = (program.b, pl.ds(i * block, block), head)
             sources = [array.at[where] for array in given["streamed"]]
-            numbers = given["numbers"].at[place.b, head, :, pl.ds(i * block, block)]
-            return ring.fill(t, [*sources, numbers])
+            numbers = given["numbers"].at[program.b, head, :, pl.ds(i * block, block)]
+            return ring.produce(t, [*sources, numbers])
 
         def stream_head(g, t):
             return lax.fori_loop(tiles.low, tiles.high, lambda i, t: stream(g, i, t), t)
@@ -359,44 +361,44 @@ def _key_body(env: Environment, has: tuple[bool, bool], given, out, scratch):
         ring.drain(lax.fori_loop(0, group, stream_head, jnp.int32(0)))
 
 
-def _key_rows(env: Environment, has, given, out, scratch, place, tiles, ring: Ring, w):
-    """The key and value gradients of one compute warpgroup."""
+def _key_rows(env: Environment, has, given, out, scratch, program, tiles, ring: Ring, w):
+    """The key and value gradients of one consumer warpgroup."""
     arithmetic, dtype, block = env.arithmetic, env.shape.dtype, env.config.block
-    first = place.first + w * ROW_BLOCK
+    first = program.first + w * ROW_BLOCK
     scores_shape = (ROW_BLOCK, block)
     key, value = (scratch["inputs"].at[w, i] for i in range(2))
     loaded = scratch["loaded"].at[w]
-    where = (place.b, pl.ds(first, ROW_BLOCK), place.kv_head)
+    where = (program.b, pl.ds(first, ROW_BLOCK), program.kv_head)
     plgpu.copy_gmem_to_smem(given["key"].at[where], key, loaded)
     plgpu.copy_gmem_to_smem(given["value"].at[where], value, loaded)
     plgpu.barrier_wait(loaded)
-    ids = env.row_ids(given["masking"], place.b, first, transposed=True)
+    ids = env.row_ids(given["masking"], program.b, first, transposed=True)
 
     def step(i, t, masked, add):
-        slot = ring.wait(t)
+        slot = ring.consumer_wait(t)
         query, cotangent, *directions = (tile.at[slot] for tile in ring.tiles[:-1])
         probe = directions[0] if has[0] else None
         adjoint = directions[1] if has[1] else None
 
         def number(name):
             ref = ring.tiles[-1].at[slot, _NUMBERS.index(name)]
-            return by_column(arithmetic.load(ref, COLS), scores_shape)
+            return by_column(arithmetic.load(ref, WGMMA_COL), scores_shape)
 
         products = [[(key, query)], [(value, cotangent)]]
         if adjoint is not None:
             products[1].append((key, adjoint))
         if probe is not None:
             products.append([(key, probe)])
-        if len(directions) == 4:  # what rounding has taken from both
+        if len(directions) == 4:  # the low parts
             products[2].append((key, directions[2]))
             products[1].append((key, directions[3]))
         scores, e, *along = arithmetic.products(block, *products)
-        ring.done_before(t, 0)
+        ring.release_deferred(t, 0)
         scale = number("scale")
         scores = scores * (scale * LOG2E)
         if masked:
             valid = env.valid(
-                given["masking"], place.b, scores_shape, i * block, first,
+                given["masking"], program.b, scores_shape, i * block, first,
                 transposed=True, row_ids=ids,
             )  # fmt: skip
             scores = jnp.where(valid, scores, -jnp.inf)
@@ -413,7 +415,7 @@ def _key_rows(env: Environment, has, given, out, scratch, place, tiles, ring: Ri
         if adjoint is not None:
             key_products.append((weights, adjoint))
         add(key_products, [(weights, cotangent)])
-        ring.done(slot)
+        ring.release_or_defer(slot)
         return t + 1
 
     def loop(body, carry):
@@ -423,7 +425,7 @@ def _key_rows(env: Environment, has, given, out, scratch, place, tiles, ring: Ri
         return lax.fori_loop(0, env.shape.group, head, carry)
 
     t, (d_key, d_value) = arithmetic.summing((env.shape.head_dim,) * 2, loop, step, jnp.int32(0))
-    ring.done_before(t, 0)
+    ring.release_deferred(t, 0)
     for gradient, tile, target in ((d_key, key, out["key"]), (d_value, value, out["value"])):
         tile[...] = gradient.astype(dtype)
         plgpu.commit_smem()

@@ -1,4 +1,4 @@
-"""Shapes, configurations and the pieces that every kernel launch needs."""
+"""Shapes, launch configurations, and what all kernels have in common."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jax import lax
 
 from lla.compat import vary_like
 from lla.kernels.mosaic_gpu.tile import (
-    COLS,
     ONES,
     ROW_BLOCK,
-    ROWS,
+    WGMMA_COL,
+    WGMMA_ROW,
     Arithmetic,
     MaskSpec,
     SequenceMask,
@@ -30,10 +30,10 @@ from lla.kernels.mosaic_gpu.tile import (
 )
 
 SHARED_MEMORY = 232_448
-"""Bytes that a program instance may have on Hopper."""
+"""Bytes of shared memory that a program instance can have on Hopper."""
 
 REGISTERS = 65_536
-"""Registers of a multiprocessor, which a program instance has to itself."""
+"""Registers of a multiprocessor."""
 
 _THREADS = 128  # of a warpgroup
 
@@ -42,8 +42,9 @@ _THREADS = 128  # of a warpgroup
 class Shape:
     """Padded sizes: query ``[B, T, K * G, D]``, key and value ``[B, S, K, D]``.
 
-    ``num_queries`` is a multiple of 64, ``num_keys`` of every key tile and of the rows of a program
-    instance that owns keys, ``head_dim`` (of keys and values alike) is 32, 64 or 128.
+    ``num_queries`` is a multiple of 64. ``num_keys`` is a multiple of every key tile, and of the
+    rows of a program instance that owns keys. ``head_dim``, of keys and values alike, is 32, 64 or
+    128.
     """
 
     batch: int
@@ -59,7 +60,7 @@ class Shape:
         return self.kv_heads * self.group
 
     def rows(self, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-        """One number for every query."""
+        """``[B, N, T]``: one number per query."""
         return jax.ShapeDtypeStruct((self.batch, self.heads, self.num_queries), dtype)
 
     def queries(self, dtype=None) -> jax.ShapeDtypeStruct:
@@ -76,20 +77,20 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How one kernel is launched.
+    """The launch configuration of a kernel.
 
     Attributes:
-      warpgroups: compute warpgroups of a program instance, 64 rows each.
+      warpgroups: consumer warpgroups of a program instance, 64 rows each.
       block: columns of a tile: keys, or queries where the rows are keys.
       stages: tiles in flight.
-      registers: registers of a thread of the compute warpgroups and of the streaming one.
+      registers: registers per thread of a consumer, and of the producer.
       resident_operand: whether the query is kept in registers rather than in shared memory.
-      shared_mean: whether the solve keeps the mean key in shared memory, too.
+      shared_mean: whether the solve also keeps the mean key in shared memory.
       hold_sums: see `lla.kernels.mosaic_gpu.tile.Arithmetic`.
-      sum_products: whether the output and the solve take sums over the rows of weights from
-        products with a tile of ones, too, for tiles of at most 64 rows.
-      turns: whether the compute warpgroups of the solve issue the products of an iteration one
-        after the other, so that the exponentials of one run beside the products of the others.
+      sum_products: whether the output and the solve compute the row sums of weights as products
+        with a tile of ones. Needs tiles of at most 64 keys.
+      pingpong: whether the consumers of the solve take turns in issuing the products of an
+        iteration, so that the exponentials of one overlap with the products of the others.
     """
 
     warpgroups: int = 2
@@ -100,10 +101,10 @@ class Config:
     shared_mean: bool = True
     hold_sums: bool = True
     sum_products: bool = False
-    turns: bool = False
+    pingpong: bool = False
 
     def check_registers(self) -> None:
-        """Raises ValueError unless the warpgroups can have their `registers`."""
+        """Raises ValueError unless `registers` fit."""
         compute, stream = self.registers
         needed = _THREADS * (self.warpgroups * compute + stream)
         if needed > REGISTERS or any(count % 8 for count in self.registers):
@@ -114,7 +115,7 @@ class Config:
 
 
 class Masking(NamedTuple):
-    """What a mask reads: int32 ``[B, 2]`` (offset, length); segment ids ``[B, T]``, ``[B, S]``."""
+    """Mask operands: int32 ``[B, 2]`` (offset, length); segment ids ``[B, T]`` and ``[B, S]``."""
 
     numbers: jax.Array
     query_segments: jax.Array | None
@@ -139,26 +140,26 @@ class Environment:
     def sequence(self, masking, b) -> SequenceMask:
         return SequenceMask(masking[0][b, 0], masking[0][b, 1])
 
-    def key_tiles(self, masking, place: Place) -> TileRange:
+    def key_tiles(self, masking, program: ProgramIndex) -> TileRange:
         """Key tiles that the query rows of a program instance see."""
         rows = self.config.warpgroups * ROW_BLOCK
-        sequence = self.sequence(masking, place.b)
-        return key_tiles(self.mask, sequence, place.first, rows, self.config.block)
+        sequence = self.sequence(masking, program.b)
+        return key_tiles(self.mask, sequence, program.first, rows, self.config.block)
 
-    def query_tiles(self, masking, place: Place) -> TileRange:
+    def query_tiles(self, masking, program: ProgramIndex) -> TileRange:
         """Query tiles that see the keys of a program instance."""
         keys = self.config.warpgroups * ROW_BLOCK
-        sequence = self.sequence(masking, place.b)
+        sequence = self.sequence(masking, program.b)
         return query_tiles(
-            self.mask, sequence, place.first, keys, self.config.block, self.shape.num_queries
+            self.mask, sequence, program.first, keys, self.config.block, self.shape.num_queries
         )
 
     def valid(self, masking, b, shape, first_query, first_key, *, transposed, row_ids=None):
-        """The mask of one tile; `row_ids` are the segment ids along the rows, loaded once."""
+        """The mask of one tile; `row_ids` are the segment ids of the rows, loaded beforehand."""
         column_ids = None
         if self.mask.segments:
             ref, first = (masking[1], first_query) if transposed else (masking[2], first_key)
-            column_ids = self.arithmetic.load(ref.at[b, pl.ds(first, shape[1])], COLS)
+            column_ids = self.arithmetic.load(ref.at[b, pl.ds(first, shape[1])], WGMMA_COL)
         ids = (column_ids, row_ids) if transposed else (row_ids, column_ids)
         return visible(
             self.mask, self.sequence(masking, b), shape, first_query, first_key,
@@ -169,11 +170,11 @@ class Environment:
         if not self.mask.segments:
             return None
         ref = masking[2 if transposed else 1]
-        return self.arithmetic.load(ref.at[b, pl.ds(first, ROW_BLOCK)], ROWS)
+        return self.arithmetic.load(ref.at[b, pl.ds(first, ROW_BLOCK)], WGMMA_ROW)
 
     @property
     def query_programs(self) -> int:
-        """Program instances that own all query rows."""
+        """Number of program instances that it takes to own all query rows."""
         rows = self.config.warpgroups * ROW_BLOCK
         return self.shape.batch * self.shape.heads * -(-self.shape.num_queries // rows)
 
@@ -182,15 +183,15 @@ class Environment:
 
 
 def set_registers(config: Config, arithmetic: Arithmetic, *, compute: bool) -> None:
-    """Called first by every warpgroup, those that compute and the one that streams."""
+    """Reallocates registers between the warpgroups; the first call of every warpgroup."""
     if arithmetic.interpreted:
         return
     count = config.registers[0 if compute else 1]
     plgpu.set_max_registers(count, action="increase" if compute else "decrease")
 
 
-class Place(NamedTuple):
-    """Where a program instance works: batch, query head, key head, and its first row."""
+class ProgramIndex(NamedTuple):
+    """What a program instance works on: batch, query head, key head, and its first row."""
 
     b: jax.Array
     head: jax.Array
@@ -198,88 +199,91 @@ class Place(NamedTuple):
     first: jax.Array
 
 
-def query_place(shape: Shape, rows: int) -> Place:
-    """Longest causal rows first; heads that share keys next to each other.
+def query_program_index(shape: Shape, rows: int) -> ProgramIndex:
+    """Programs that own query rows: longest causal rows first, heads that share keys adjacent.
 
-    Rows are dealt out from the end, so that the first place begins before row 0 where they do not
-    come out even: see `work_or_pass`.
+    Rows are assigned from the end. If their number is not a multiple of `rows`, the last program
+    starts before row 0: see `run_or_skip`.
     """
     program = lax.axis_index("program")
     per_tile = jnp.int32(shape.batch * shape.heads)
     which = lax.rem(program, per_tile)
     first = shape.num_queries - (lax.div(program, per_tile) + 1) * rows
     b, head = lax.div(which, jnp.int32(shape.heads)), lax.rem(which, jnp.int32(shape.heads))
-    return Place(b, head, lax.div(head, jnp.int32(shape.group)), first)
+    return ProgramIndex(b, head, lax.div(head, jnp.int32(shape.group)), first)
 
 
-def key_place(shape: Shape, keys: int) -> Place:
-    """The first keys, which most queries see, first."""
+def key_program_index(shape: Shape, keys: int) -> ProgramIndex:
+    """Programs that own keys: those that most causal queries see first."""
     program = lax.axis_index("program")
     per_tile = jnp.int32(shape.batch * shape.kv_heads)
     which, tile = lax.rem(program, per_tile), lax.div(program, per_tile)
     b, head = lax.div(which, jnp.int32(shape.kv_heads)), lax.rem(which, jnp.int32(shape.kv_heads))
-    return Place(b, head * shape.group, head, tile * keys)
+    return ProgramIndex(b, head * shape.group, head, tile * keys)
 
 
 class Ring(NamedTuple):
-    """Tiles streamed through shared memory: refs ``[stages, block, D]`` and their barriers."""
+    """A ring buffer of tiles in shared memory, refs ``[stages, block, D]``, and its barriers."""
 
     tiles: tuple
-    filled: Any  # one arrival for each of `tiles`
-    released: Any  # one arrival for each compute warpgroup
+    produced: Any  # one arrival per ref in `tiles`
+    consumed: Any  # one arrival per consumer warpgroup
     stages: int
-    late: bool  # whether a tile is read until the products of the next one are done
+    deferred: bool  # whether a tile is read until the products of the next one are done
 
-    def wait(self, t):
+    def consumer_wait(self, t):
         slot = lax.rem(t, jnp.int32(self.stages))
-        plgpu.barrier_wait(self.filled.at[slot])
+        plgpu.barrier_wait(self.produced.at[slot])
         return slot
 
-    def release(self, slot):
-        plgpu.barrier_arrive(self.released.at[slot])
+    def consumer_release(self, slot):
+        plgpu.barrier_arrive(self.consumed.at[slot])
 
-    def done(self, slot):
-        """Called after a tile's last product was issued: releases it unless that still runs."""
-        if not self.late:
-            self.release(slot)
+    def release_or_defer(self, slot):
+        """Call after issuing a tile's last product: releases the tile unless that is deferred."""
+        if not self.deferred:
+            self.consumer_release(slot)
 
-    def done_before(self, t, first):
-        """Called once the products before tile t are done: releases it unless t is `first`."""
-        if not self.late:
+    def release_deferred(self, t, first):
+        """Call once the products of the tile before t are done: releases it if that was deferred.
+
+        There is no such tile if t is `first`.
+        """
+        if not self.deferred:
             return
 
         @pl.when(t > first)
         def _():
-            self.release(lax.rem(t - 1, jnp.int32(self.stages)))
+            self.consumer_release(lax.rem(t - 1, jnp.int32(self.stages)))
 
-    def hand_on(self, t):
-        """Waits for tile t and releases it unread."""
-        self.release(self.wait(t))
+    def skip(self, t):
+        """Waits for tile t and releases it without reading it."""
+        self.consumer_release(self.consumer_wait(t))
 
-    def fill(self, t, sources):
-        """Copies `sources` (refs to tiles in global memory) once slot t is free; returns t + 1."""
+    def produce(self, t, sources):
+        """Copies `sources` (tiles in global memory) into slot t once it is free; returns t + 1."""
         slot = lax.rem(t, jnp.int32(self.stages))
 
         @pl.when(t >= self.stages)
         def _():
-            plgpu.barrier_wait(self.released.at[slot])
+            plgpu.barrier_wait(self.consumed.at[slot])
 
         for source, tile in zip(sources, self.tiles, strict=True):
-            plgpu.copy_gmem_to_smem(source, tile.at[slot], self.filled.at[slot])
+            plgpu.copy_gmem_to_smem(source, tile.at[slot], self.produced.at[slot])
         return t + 1
 
     def drain(self, t):
-        """Waits until everything filled has been released."""
+        """Waits until every tile before t has been consumed."""
         left = jnp.minimum(t, jnp.int32(self.stages))
 
         def wait(i, _):
-            plgpu.barrier_wait(self.released.at[lax.rem(i, jnp.int32(self.stages))])
+            plgpu.barrier_wait(self.consumed.at[lax.rem(i, jnp.int32(self.stages))])
 
         lax.fori_loop(t - left, t, wait, None)
 
 
 def ring_scratch(shape: Shape, config: Config, tiles: int):
-    """Scratch types of a ring: the tiles, then filled, then released."""
+    """Scratch types of a ring: the tiles, then produced, then consumed."""
     tile = plgpu.SMEM(
         (config.stages, config.block, shape.head_dim), shape.dtype,
         transforms=narrow_transforms(config.block, shape.head_dim),
@@ -288,7 +292,7 @@ def ring_scratch(shape: Shape, config: Config, tiles: int):
 
 
 def ring_barriers(config: Config, tiles: int) -> tuple:
-    """Scratch types of a ring's barriers: filled, then released."""
+    """Scratch types of a ring's barriers: produced, then consumed."""
     return (
         plgpu.Barrier(num_arrivals=tiles, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
@@ -296,7 +300,7 @@ def ring_barriers(config: Config, tiles: int) -> tuple:
 
 
 def ones_scratch(shape: Shape, config: Config) -> dict:
-    """Scratch types by name of the ones that `Config.sum_products` takes, for each warpgroup."""
+    """Scratch types by name: the ones that `Config.sum_products` needs, for each warpgroup."""
     if not config.sum_products:
         return {}
     if config.block > ROW_BLOCK:
@@ -305,31 +309,34 @@ def ones_scratch(shape: Shape, config: Config) -> dict:
     return {"ones": plgpu.SMEM(lead, shape.dtype, transforms=ones_transforms())}
 
 
-class Turns(NamedTuple):
-    """Lets compute warpgroups do something one after the other, as often as each other."""
+class Pingpong(NamedTuple):
+    """Makes consumer warpgroups take turns, so that one multiplies while another does the softmax.
 
-    barriers: Any  # one for each of them, or None: no turns
+    All of them must acquire and release equally often.
+    """
+
+    barriers: Any  # one per warpgroup, or None to let them run freely
     count: int
 
     def start(self, w):
-        """Called once by every compute warpgroup, before the first `take`."""
+        """Called once by every consumer warpgroup, before its first `acquire`."""
         if self.barriers is not None:
 
             @pl.when(w == self.count - 1)
             def _():
                 plgpu.barrier_arrive(self.barriers.at[0])
 
-    def take(self, w):
+    def acquire(self, w):
         if self.barriers is not None:
             plgpu.barrier_wait(self.barriers.at[w])
 
-    def end(self, w):
-        """Ends the turn of warpgroup `w`; the next one's begins."""
+    def release(self, w):
+        """Passes the turn of warpgroup `w` to the next one."""
         if self.barriers is not None:
             plgpu.barrier_arrive(self.barriers.at[lax.rem(w + 1, jnp.int32(self.count))])
 
     def finish(self, w):
-        """Called once by every compute warpgroup, after the last `end`."""
+        """Called once by every consumer warpgroup, after its last `release`."""
         if self.barriers is not None:
 
             @pl.when(w == 0)
@@ -337,15 +344,15 @@ class Turns(NamedTuple):
                 plgpu.barrier_wait(self.barriers.at[0])
 
 
-def turns_scratch(config: Config) -> dict:
-    """Scratch types by name of `Turns`."""
-    if not config.turns:
+def pingpong_scratch(config: Config) -> dict:
+    """Scratch types by name that `Pingpong` needs."""
+    if not config.pingpong:
         return {}
-    return {"turns": plgpu.Barrier(num_barriers=config.warpgroups)}
+    return {"scheduler": plgpu.Barrier(num_barriers=config.warpgroups)}
 
 
 def row_tile(shape: Shape, config: Config, copies: int = 1):
-    """Scratch of 16-bit row tiles ``[warpgroups, copies, 64, D]`` (no `copies` axis if it is 1)."""
+    """Scratch type of 16-bit row tiles ``[warpgroups, copies, 64, D]`` (no axis for one copy)."""
     lead = (config.warpgroups,) if copies == 1 else (config.warpgroups, copies)
     return plgpu.SMEM(
         (*lead, ROW_BLOCK, shape.head_dim),
@@ -354,50 +361,50 @@ def row_tile(shape: Shape, config: Config, copies: int = 1):
     )
 
 
-def work_or_pass(env: Environment, place: Place, w, work, hand_on) -> None:
-    """``work()`` in a compute warpgroup that has query rows, ``hand_on()`` in one that has none.
+def run_or_skip(env: Environment, program: ProgramIndex, w, run, skip) -> None:
+    """``run()`` in a consumer warpgroup that has query rows, ``skip()`` in one that has none.
 
-    The latter has to arrive at every barrier at which the others are waited for.
+    `skip` has to arrive at every barrier that waits for all consumers.
     """
     if env.shape.num_queries % (env.config.warpgroups * ROW_BLOCK) == 0:
-        work()
+        run()
         return
-    first = place.first + w * ROW_BLOCK
+    first = program.first + w * ROW_BLOCK
 
     @pl.when(first >= 0)
     def _():
-        work()
+        run()
 
     @pl.when(first < 0)
     def _():
-        hand_on()
+        skip()
 
 
-def hand_on_all(tiles: TileRange, rings: tuple[Ring, ...], t=0, turn=lambda: None):
-    """Hands on every tile of `rings`, the first of which has number t; returns that of the next.
+def skip_tiles(tiles: TileRange, rings: tuple[Ring, ...], t=0, each_tile=lambda: None):
+    """Skips all `tiles` in `rings`, the first of which is number t; returns the next number.
 
-    `turn` is called for every tile.
+    `each_tile` is called once per tile.
     """
 
     def step(_, t):
-        turn()
+        each_tile()
         for ring in rings:
-            ring.hand_on(t)
+            ring.skip(t)
         return t + 1
 
     return lax.fori_loop(tiles.low, tiles.high, step, jnp.int32(t))
 
 
-def run_by_tile(marked, place: Place, w, run, usual, other) -> None:
-    """``run(other)`` in a warpgroup whose 64 rows ``marked [B, N, T/64]`` holds nonzero for.
+def run_by_tile(marked, program: ProgramIndex, w, run, usual, other) -> None:
+    """``run(other)`` in a warpgroup whose 64 rows are `marked`, else ``run(usual)``.
 
-    Elsewhere, and without `marked`, ``run(usual)``.
+    `marked` is ``[B, N, T/64]``, nonzero for marked tiles; None marks none.
     """
     if marked is None:
         run(usual)
         return
-    tile = lax.div(place.first, jnp.int32(ROW_BLOCK)) + w
-    mark = marked[place.b, place.head, tile]
+    tile = lax.div(program.first, jnp.int32(ROW_BLOCK)) + w
+    mark = marked[program.b, program.head, tile]
 
     @pl.when(mark == 0)
     def _():
@@ -409,12 +416,12 @@ def run_by_tile(marked, place: Place, w, run, usual, other) -> None:
 
 
 def shared_bytes(scratch) -> int:
-    """Bytes of shared memory that scratch types take, every buffer aligned to 1 KiB."""
+    """Bytes of shared memory that scratch types take, with every buffer aligned to 1 KiB."""
     total = 0
     for leaf in jax.tree.leaves(scratch):
         if isinstance(leaf, plgpu.Barrier):
             total += 8 * math.prod(leaf.num_barriers)
-        else:  # a union has the size of its largest member
+        else:  # a union counts as its largest member
             size = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
             total += -(-size // 1024) * 1024
     return total
@@ -426,24 +433,24 @@ def launch(
 ) -> dict:  # fmt: skip
     """Runs a kernel body on `programs` instances of `threads` warpgroups.
 
-    The functions that launch kernels are under `jax.jit`, so that equal launches of a program,
-    those of a model's layers, are lowered and compiled once.
+    The functions that call this are under `jax.jit`, so that equal launches, such as those of a
+    model's layers, are lowered and compiled once.
 
     Args:
-      body: ``body(given, out, scratch)`` with refs in the structure of the other arguments.
+      body: ``body(given, out, scratch)``, with refs in the structure of the other arguments.
       outputs: `jax.ShapeDtypeStruct` by name.
       scratch: scratch types by name.
       operands: a pytree of arrays.
-      reduction_bytes: memory for reductions across warps, which all warpgroups share.
-      threads: None means those of `config` that compute, and one that streams.
-      lanes: for bodies with thousands of operations, each on one register of a thread: lowers
-        without inferring layouts, which takes time that grows faster than the body.
+      reduction_bytes: shared memory for reductions across warps, one buffer for all warpgroups.
+      threads: None for the consumers of `config` and one producer.
+      lanes: whether to lower with lane semantics, without layout inference. For bodies of thousands
+        of operations, since the time of the inference grows faster than the body.
 
     Returns:
       the results by name.
 
     Raises:
-      ValueError: the scratch does not fit into shared memory.
+      ValueError: if the scratch does not fit into shared memory.
     """
     needed = shared_bytes(scratch) + reduction_bytes
     if needed > SHARED_MEMORY:
@@ -471,16 +478,18 @@ def launch(
         ),
         interpret=interpret if interpret is not None else False,
     )(*leaves)
-    # The results of a kernel carry no varying axes of their own.
+    # Kernel results carry no varying mesh axes.
     return {n: vary_like(r, *leaves) for n, r in zip(outputs, results, strict=True)}
 
 
-def stream_keys_and_values(env: Environment, given, place: Place, tiles: TileRange, ring: Ring):
-    """The streaming warpgroup of a kernel that needs keys and values once."""
+def stream_keys_and_values(
+    env: Environment, given, program: ProgramIndex, tiles: TileRange, ring: Ring
+):
+    """The producer warpgroup of a kernel that reads keys and values once."""
     block = env.config.block
 
     def stream(j, t):
-        where = (place.b, pl.ds(j * block, block), place.kv_head)
-        return ring.fill(t, [given["key"].at[where], given["value"].at[where]])
+        where = (program.b, pl.ds(j * block, block), program.kv_head)
+        return ring.produce(t, [given["key"].at[where], given["value"].at[where]])
 
     ring.drain(lax.fori_loop(tiles.low, tiles.high, stream, jnp.int32(0)))

@@ -1,15 +1,17 @@
 """Linear attention with a decay for every coordinate of the key, on Hopper.
 
-One warpgroup walks over the chunks of 64 tokens of one head; the state, transposed, stays in its
-registers in float32. See `lla.mixers.linear_recurrence` for the formulas.
+One warpgroup walks over the chunks of 64 tokens of one head. The transposed state stays in its
+registers, in float32. See `lla.mixers.linear_recurrence` for the formulas.
 
-The decay between the tokens j < i of a chunk must not be split into factors above 1. The highest
-bit in which i and j differ says between which two halves of a block they lie, of 1, 2, 4, ..., 32
-tokens each, and the decay is that from j to the end of its half times that from the start of the
-other half to i. So each of six levels scales every token once (the rows of a later half as queries,
-those of an earlier one as keys) and has one product of the result with itself, of which the blocks
-below the diagonal blocks of that level count. All exponents are sums of logarithms, taken as
-products with matrices of zeros and ones and two 16-bit parts of the logarithms: no differences.
+The decay between two tokens j < i of a chunk must not be split into factors above 1. The highest
+bit in which i and j differ defines a block of tokens whose first half contains j and whose second
+half contains i. The decay is then split at the border: from j to the end of the first half, and
+from the start of the second half to i. There are six levels, with halves of 1, 2, ..., 32 tokens. A
+level scales every token once, as a query in a second half and as a key in a first half, and
+multiplies the result by its own transpose; the off-diagonal blocks of that level are kept.
+
+Exponents are sums of log-decays, never differences. They are computed as products of a 0-1 matrix
+with the log-decays in two 16-bit parts.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from jax import lax
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
     SQUARE,
-    Square,
+    ChunkMath,
+    DoubleBuffer,
     Transposed,
-    program_place,
+    load_tiles,
+    program_index,
     store_parts,
 )
 from lla.kernels.mosaic_gpu.launch import Config, launch
@@ -39,34 +43,34 @@ _LEVELS = 6  # halves of 1, 2, ..., 32 tokens
 
 
 def _tile(*sizes: int):
-    """Scratch type of a 16-bit matrix; all have the layout of that with the fewest columns."""
+    """Scratch type of a 16-bit matrix, given its sizes and the fewest columns of any matrix."""
     *shape, narrowest = sizes
     return plgpu.SMEM(tuple(shape), _DTYPE, transforms=narrow_transforms(narrowest))
 
 
 class _Chunk:
-    """The gates of a chunk: decays ``[64, H]`` from products with the logarithms in `tiles`."""
+    """The gates of a chunk: decays ``[64, H]`` from the log-decays in `tiles`."""
 
-    def __init__(self, square: Square, dim: int, tiles):
-        self.square, self.shape, self.tiles = square, (CHUNK, dim), tiles
-        self.column = square.index(1)
+    def __init__(self, math: ChunkMath, dim: int, tiles):
+        self.math, self.shape, self.tiles = math, (CHUNK, dim), tiles
+        self.column = math.index(1)
 
     @property
     def row(self):
-        """Anew for every mask, or what masks have in common would stay in registers."""
-        return self.square.index(0)
+        """Computed for every mask again, or the common parts of masks would occupy registers."""
+        return self.math.index(0)
 
     def on_diagonal(self, matrix):
         return jnp.where(self.row == self.column, matrix, 0.0)
 
     def read(self, ref):
-        store_parts(self.square.load_wide(ref), self.tiles)
+        store_parts(self.math.load_wide(ref), self.tiles)
         plgpu.commit_smem()
 
     def decay(self, which):
-        """Of every row: the logarithms of the columns for which `which` holds."""
+        """The decay of every row: over the tokens (columns) for which `which` is True."""
         which = jnp.where(which, 1.0, 0.0).astype(_DTYPE)
-        (sums,) = self.square.multiply([(which, tile) for tile in self.tiles], shape=self.shape)
+        (sums,) = self.math.multiply([(which, tile) for tile in self.tiles], shape=self.shape)
         return jnp.exp2(sums * LOG2E)
 
     def start(self):
@@ -79,11 +83,11 @@ class _Chunk:
         return self.decay(self.column >= 0)
 
     def later(self, size, shape):
-        """Whether a row is in a later half of blocks of `size`."""
-        return (self.square.index(0, shape) & size) != 0
+        """Whether a row is in the second half of its block, with halves of `size`."""
+        return (self.math.index(0, shape) & size) != 0
 
     def level(self, size):
-        """The decays of queries from the start of their half, and of keys to the end of theirs."""
+        """The decays of queries from the start of their half, of keys to the end of theirs."""
         row, column = self.row, self.column
         passed = jnp.where((row & size) != 0, row - column, column - row - 1)
         return self.decay(((row ^ column) < size) & (passed >= 0))
@@ -105,13 +109,13 @@ def _operands(query, key, value, log_decay, **others):
 
 @functools.partial(jax.jit, static_argnames=("save", "interpret"))
 def forward(query, key, value, log_decay, state, *, save: bool, interpret: Any = None):
-    """Outputs ``[B, T, N, 64]``, the last state, and with `save` those before every chunk.
+    """Outputs ``[B, T, N, 64]``, the last state, and with `save` the states before every chunk.
 
     Args:
       query, key: bfloat16 ``[B, T, N, H]``, T a multiple of 64, H 32 or 64.
       value: bfloat16 ``[B, T, N, 64]``.
       log_decay: float32 ``[B, T, N, H]``.
-      state: float32 ``[B, N, 64, H]``: transposed, as the last one.
+      state: transposed, float32 ``[B, N, 64, H]``; so is the last state.
     """
     b, t, n, dim = key.shape
     count = t // CHUNK
@@ -129,67 +133,66 @@ def forward(query, key, value, log_decay, state, *, save: bool, interpret: Any =
         "out": _tile(*SQUARE, dim),
         "loaded": plgpu.Barrier(num_arrivals=3, num_barriers=2),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_forward_body, square, n, count, dim, save), outputs, scratch,
+        functools.partial(_forward_body, math, n, count, dim, save), outputs, scratch,
         _operands(query, key, value, log_decay, state=state), programs=b * n, config=Config(),
         interpret=interpret, threads=1,
     )  # fmt: skip
     return found["out"], found["state"], found.get("states")
 
 
-def _forward_body(square: Square, heads: int, count: int, dim: int, save, given, out, scratch):
-    b, h = program_place(heads)
+def _forward_body(math: ChunkMath, heads: int, count: int, dim: int, save, given, out, scratch):
+    b, h = program_index(heads)
     shape = (CHUNK, dim)
 
-    def fetch(c, slot):
+    def sources(c):
         where = (b, pl.ds(c * CHUNK, CHUNK), h)
-        for name, target in zip(("query", "key", "value"), scratch["inputs"], strict=True):
-            barrier = scratch["loaded"].at[slot]
-            plgpu.copy_gmem_to_smem(given[name].at[where], target.at[slot], barrier)
+        return [given[name].at[where] for name in ("query", "key", "value")]
+
+    inputs = DoubleBuffer(sources, scratch["inputs"], scratch["loaded"], count)
 
     def advance(c, state):
-        slot = lax.rem(c, jnp.int32(2))
+        slot = inputs.slot(c)
         tokens = pl.ds(c * CHUNK, CHUNK)
         scratch["state"][...] = state.astype(_DTYPE)
-        gates = _Chunk(square, dim, scratch["logs"])
+        gates = _Chunk(math, dim, scratch["logs"])
         gates.read(given["log_decay"].at[b, tokens, h])
         if save:
             plgpu.copy_smem_to_gmem(scratch["state"], out["states"].at[b, h, c])
-        plgpu.barrier_wait(scratch["loaded"].at[slot])
-        pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
+        inputs.wait(c, slot)
         query, key, value = (target.at[slot] for target in scratch["inputs"])
 
-        (weights,) = square.multiply([(query, Transposed(key))])
+        (weights,) = math.multiply([(query, Transposed(key))])
         weights = gates.on_diagonal(weights)
 
         def add_level(i, weights):
             size, work = lax.shift_left(jnp.int32(1), i), lax.rem(i, jnp.int32(2))
             later = gates.later(size, shape)
-            scaled = jnp.where(later, square.load(query), square.load(key)) * gates.level(size)
+            scaled = jnp.where(later, math.load(query), math.load(key)) * gates.level(size)
             scaled = scaled.astype(_DTYPE)
             tile = scratch["work"].at[work]
             tile[...] = scaled
             plgpu.commit_smem()
-            (products,) = square.multiply([(scaled, Transposed(tile))])
+            (products,) = math.multiply([(scaled, Transposed(tile))])
             return weights + jnp.where(gates.below(size), products, 0.0)
 
         weights = lax.fori_loop(0, _LEVELS, add_level, weights)
-        incoming = (square.load(query) * gates.start()).astype(_DTYPE)
-        (result,) = square.multiply(
+        incoming = (math.load(query) * gates.start()).astype(_DTYPE)
+        (result,) = math.multiply(
             [(incoming, Transposed(scratch["state"])), (weights.astype(_DTYPE), value)]
         )
         scratch["out"][...] = result.astype(_DTYPE)
-        tile = scratch["work"].at[c * 0]  # not a constant, which a product cannot take
-        tile[...] = (square.load(key) * gates.end()).astype(_DTYPE)
+        tile = scratch["work"].at[c * 0]  # products with a constant index do not lower
+        tile[...] = (math.load(key) * gates.end()).astype(_DTYPE)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch["out"], out["out"].at[b, tokens, h])
-        (state,) = square.multiply([(Transposed(value), tile)], start=(gates.total() * state,))
+        (state,) = math.multiply([(Transposed(value), tile)], start=(gates.total() * state,))
         plgpu.wait_smem_to_gmem(0)
         return state
 
-    fetch(0, 0)
-    state = square.load_wide(given["state"].at[b, h])
+    inputs.start()
+    state = math.load_wide(given["state"].at[b, h])
     state = lax.fori_loop(0, count, advance, state)
     out["state"].at[b, h][...] = state
 
@@ -215,16 +218,16 @@ def backward(query, key, value, log_decay, states, d_out, d_state, *, interpret:
         "d_value": _tile(*whole),
         "loaded": plgpu.Barrier(num_arrivals=5),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     return launch(
-        functools.partial(_backward_body, square, n, t // CHUNK, dim), outputs, scratch,
+        functools.partial(_backward_body, math, n, t // CHUNK, dim), outputs, scratch,
         _operands(query, key, value, log_decay, states=states, d_out=d_out, d_state=d_state),
         programs=b * n, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
 
 
-def _backward_body(square: Square, heads: int, count: int, dim: int, given, out, scratch):
-    b, h = program_place(heads)
+def _backward_body(math: ChunkMath, heads: int, count: int, dim: int, given, out, scratch):
+    b, h = program_index(heads)
     shape = (CHUNK, dim)
     query, key, value, d_out, state = scratch["inputs"]
 
@@ -232,69 +235,68 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         tokens = (b, pl.ds(c * CHUNK, CHUNK), h)
         sources = [given[name].at[tokens] for name in ("query", "key", "value", "d_out")]
         sources.append(given["states"].at[b, h, c])
-        for source, target in zip(sources, scratch["inputs"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target, scratch["loaded"])
+        load_tiles(sources, scratch["inputs"], scratch["loaded"])
 
     def advance(i, d_state):
         c = count - 1 - i
         tokens = pl.ds(c * CHUNK, CHUNK)
         scratch["d_state"][...] = d_state.astype(_DTYPE)
-        gates = _Chunk(square, dim, scratch["logs"])
+        gates = _Chunk(math, dim, scratch["logs"])
         gates.read(given["log_decay"].at[b, tokens, h])
         plgpu.barrier_wait(scratch["loaded"])
         column = gates.column
 
-        turned, d_weights, d_turned = square.multiply(
+        weights_t, d_weights, d_weights_t = math.multiply(
             [(key, Transposed(query))], [(d_out, Transposed(value))], [(value, Transposed(d_out))]
         )
-        turned = gates.on_diagonal(turned)
+        weights_t = gates.on_diagonal(weights_t)
         on_diagonal = gates.on_diagonal(d_weights).sum(axis=1)
 
         def add_level(i, carry):
-            turned, d_query, d_key = carry
+            weights_t, d_query, d_key = carry
             size, work = lax.shift_left(jnp.int32(1), i), lax.rem(i, jnp.int32(2))
             later = gates.later(size, shape)
             decay = gates.level(size)
-            scaled = jnp.where(later, square.load(query), square.load(key)) * decay
+            scaled = jnp.where(later, math.load(query), math.load(key)) * decay
             scaled = scaled.astype(_DTYPE)
             tile = scratch["work"].at[work]
             tile[...] = scaled
             plgpu.commit_smem()
-            (products,) = square.multiply([(scaled, Transposed(tile))])
-            turned = turned + jnp.where(gates.above(size), products, 0.0)
+            (products,) = math.multiply([(scaled, Transposed(tile))])
+            weights_t = weights_t + jnp.where(gates.above(size), products, 0.0)
             below, above = gates.below(size), gates.above(size)
-            both = jnp.where(below, d_weights, jnp.where(above, d_turned, 0.0))
-            (d_rows,) = square.multiply([(both.astype(_DTYPE), tile)], shape=shape)
+            both = jnp.where(below, d_weights, jnp.where(above, d_weights_t, 0.0))
+            (d_rows,) = math.multiply([(both.astype(_DTYPE), tile)], shape=shape)
             d_rows = d_rows * decay
             d_query = d_query + jnp.where(later, d_rows, 0.0)
-            return turned, d_query, d_key + jnp.where(later, 0.0, d_rows)
+            return weights_t, d_query, d_key + jnp.where(later, 0.0, d_rows)
 
-        zero = square.load(key) * 0.0
-        turned, d_query, d_key = lax.fori_loop(0, _LEVELS, add_level, (turned, zero, zero))
-        # What acts through the logarithms up to a token, and through those behind it.
-        onward = d_query * square.load(query) - d_key * square.load(key)
+        zero = math.load(key) * 0.0
+        weights_t, d_query, d_key = lax.fori_loop(0, _LEVELS, add_level, (weights_t, zero, zero))
+        # Through the log-decays up to a token, minus through those after it.
+        onward = d_query * math.load(query) - d_key * math.load(key)
         on_diagonal = lax.broadcast_in_dim(on_diagonal, shape, [0])
-        d_query = d_query + on_diagonal * square.load(key)
-        d_key = d_key + on_diagonal * square.load(query)
+        d_query = d_query + on_diagonal * math.load(key)
+        d_key = d_key + on_diagonal * math.load(query)
 
         start = gates.start()
-        (incoming,) = square.multiply([(d_out, state)], shape=shape)
+        (incoming,) = math.multiply([(d_out, state)], shape=shape)
         incoming = incoming * start
         d_query = d_query + incoming
         scratch["results"][0][...] = d_query.astype(_DTYPE)
-        onward = onward + incoming * square.load(query)
-        scratch["work"].at[c * 0][...] = (square.load(query) * start).astype(_DTYPE)
+        onward = onward + incoming * math.load(query)
+        scratch["work"].at[c * 0][...] = (math.load(query) * start).astype(_DTYPE)
 
         end = gates.end()
-        (outgoing,) = square.multiply([(value, scratch["d_state"])], shape=shape)
+        (outgoing,) = math.multiply([(value, scratch["d_state"])], shape=shape)
         outgoing = outgoing * end
         d_key = d_key + outgoing
         scratch["results"][1][...] = d_key.astype(_DTYPE)
-        leaving = outgoing * square.load(key)
-        outgoing = (square.load(key) * end).astype(_DTYPE)
+        leaving = outgoing * math.load(key)
+        outgoing = (math.load(key) * end).astype(_DTYPE)
         plgpu.commit_smem()
-        (d_value,) = square.multiply(
-            [(turned.astype(_DTYPE), d_out), (outgoing, Transposed(scratch["d_state"]))]
+        (d_value,) = math.multiply(
+            [(weights_t.astype(_DTYPE), d_out), (outgoing, Transposed(scratch["d_state"]))]
         )
         scratch["d_value"][...] = d_value.astype(_DTYPE)
         plgpu.commit_smem()
@@ -303,29 +305,29 @@ def _backward_body(square: Square, heads: int, count: int, dim: int, given, out,
         plgpu.copy_smem_to_gmem(scratch["d_value"], out["value"].at[b, tokens, h])
 
         total = gates.total()
-        through = total * d_state * square.load(state)
-        (new,) = square.multiply(
+        through = total * d_state * math.load(state)
+        (new,) = math.multiply(
             [(Transposed(d_out), scratch["work"].at[c * 0])], start=(total * d_state,)
         )
 
-        # Sums of `onward` from a token on, of `leaving` before it, and of `through` over the rows.
+        # Sums of `onward` from a token on, of `leaving` before it, and of `through` over all rows.
         def sums(which, matrix, so_far):
             store_parts(matrix, scratch["logs"])
             plgpu.commit_smem()
             which = jnp.where(which, 1.0, 0.0).astype(_DTYPE)
             pairs = [(which, tile) for tile in scratch["logs"]]
-            return square.multiply(pairs, start=(so_far,))[0]
+            return math.multiply(pairs, start=(so_far,))[0]
 
         d_log = sums(column >= gates.row, onward, onward * 0.0)
         d_log = sums(column < gates.row, leaving, d_log)
         d_log = sums(column >= 0, through, d_log)
         out["log_decay"].at[b, tokens, h][...] = d_log
         plgpu.commit_smem()
-        pl.when(c > 0)(lambda: fetch(c - 1))  # everything of this chunk has been read
+        pl.when(c > 0)(lambda: fetch(c - 1))  # all inputs of this chunk have been read
         plgpu.wait_smem_to_gmem(0)
         return new
 
     fetch(count - 1)
-    d_state = square.load_wide(given["d_state"].at[b, h])
+    d_state = math.load_wide(given["d_state"].at[b, h])
     d_state = lax.fori_loop(0, count, advance, d_state)
     out["state"].at[b, h][...] = d_state

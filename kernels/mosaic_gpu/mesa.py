@@ -1,12 +1,14 @@
-"""The solves of the mesa layer on Hopper: one warpgroup takes one chunk of 64 tokens.
+"""The solves of the mesa layer on Hopper: one warpgroup per chunk of 64 tokens.
 
-See `lla.mixers.mesa` for the formulas. A product of all tokens' matrices with their directions x is
+See `lla.mixers.mesa` for the formulas. The products of the tokens' matrices with their directions x
+are
 
     start (x H0) + ((x k^T) pair beta) k + Lambda x,
 
-six products of 64 x 64 matrices: keys are exact in 16 bits, and directions, the moment H0 and the
-weights of the keys have two 16-bit parts, so that the iterates are those of float32 to about 2^-16.
-Everything stays in registers and shared memory, and a chunk ends when its own tokens have.
+which takes six products of 64 x 64 matrices. Keys are exact in 16 bits. Directions, the moment H0
+and the weights of the keys have two 16-bit parts, so that the iterates agree with those of float32
+to about 2^-16. Everything stays in registers and shared memory, and each chunk stops by itself,
+once all of its tokens have converged.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from jax import lax
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
     SQUARE,
-    Square,
+    ChunkMath,
     Transposed,
     narrow_tiles,
     products_of_parts,
     store_parts,
 )
 from lla.kernels.mosaic_gpu.launch import Config, launch
-from lla.kernels.mosaic_gpu.tile import ROW_BLOCK, ROWS, Arithmetic, by_column, by_row, full
+from lla.kernels.mosaic_gpu.tile import ROW_BLOCK, WGMMA_ROW, Arithmetic, by_column, by_row, full
 
 _DTYPE = jnp.bfloat16
 
@@ -54,10 +56,10 @@ def solve(
     Args:
       moment: H before the chunk, float32 ``[G, 64, 64]``.
       key: bfloat16 ``[G, 64, 64]``.
-      beta, start: ``[G, 64]``, float32, of the tokens; so are the two parts of `sums`
-        (`lla.mixers.chunks.Sums`).
-      ridge: ``[N, 64]``; G is a multiple of N, and the heads are the last axis of chunks.
-      inverse, right: float32 like `moment`: of the preconditioner, and the right-hand sides.
+      beta, start: of each token, float32 ``[G, 64]``.
+      sums: the two parts of `lla.mixers.chunks.Sums`, likewise.
+      ridge: of each of N heads, ``[N, 64]``; chunk g belongs to head ``g % N``.
+      inverse, right: the diagonal preconditioner and the right-hand sides, like `moment`.
       max_iters, tol: as for `lla.mixers.mesa.mesa`.
     """
     scratch = {
@@ -72,7 +74,7 @@ def solve(
         "start": start, "ridge": ridge, "inverse": inverse, "right": right,
     }  # fmt: skip
     body = functools.partial(
-        _body, Square(Arithmetic(interpret is not None)), ridge.shape[0], max_iters, tol
+        _body, ChunkMath(Arithmetic(interpret is not None)), ridge.shape[0], max_iters, tol
     )
     found = launch(
         body, {"x": jax.ShapeDtypeStruct(right.shape, jnp.float32)}, scratch, operands,
@@ -81,51 +83,51 @@ def solve(
     return found["x"]
 
 
-def _body(tile: Square, heads: int, max_iters: int, tol: float, given, out, scratch):
+def _body(math: ChunkMath, heads: int, max_iters: int, tol: float, given, out, scratch):
     g = lax.axis_index("program")
     key, moment = scratch["key"], scratch["tiles"]
     plgpu.copy_gmem_to_smem(given["key"].at[g], key, scratch["loaded"])
-    store_parts(tile.load_wide(given["moment"].at[g]), moment)
+    store_parts(math.load_wide(given["moment"].at[g]), moment)
     plgpu.commit_smem()
     plgpu.barrier_wait(scratch["loaded"])
 
-    sums = tile.sums(given["sums"], given["columns"][1:], (g,))
-    pair = tile.pair(*sums, transposed=False)
-    pair = pair * by_column(tile.columns(given["columns"][0].at[g]), SQUARE)
-    start = tile.rows(given["start"].at[g])
-    ridge = by_column(tile.columns(given["ridge"].at[lax.rem(g, jnp.int32(heads))]), SQUARE)
-    inverse = tile.load_wide(given["inverse"].at[g])
-    right = tile.load_wide(given["right"].at[g])
+    sums = math.sums(given["sums"], given["columns"][1:], (g,))
+    pair = math.pair(*sums, transposed=False)
+    pair = pair * by_column(math.columns(given["columns"][0].at[g]), SQUARE)
+    start = math.rows(given["start"].at[g])
+    ridge = by_column(math.columns(given["ridge"].at[lax.rem(g, jnp.int32(heads))]), SQUARE)
+    inverse = math.load_wide(given["inverse"].at[g])
+    right = math.load_wide(given["right"].at[g])
 
     def product(x, parts):
-        incoming, scores = tile.multiply(
+        incoming, scores = math.multiply(
             products_of_parts(parts, moment), [(part, Transposed(key)) for part in parts]
         )
-        weights = tile.parts(scores * pair)
+        weights = math.parts(scores * pair)
         begin = by_row(start, SQUARE) * incoming + ridge * x
-        return tile.multiply([(part, key) for part in weights], start=(begin,))[0]
+        return math.multiply([(part, key) for part in weights], start=(begin,))[0]
 
     def dot(x, y):
         return (x * y).sum(axis=1)
 
     def unfinished(square):
-        """Whether any token is, as a number that all threads have."""
+        """Whether any token is, as a scalar that all threads agree on."""
         scratch["residual"][...] = square - bound
         plgpu.commit_smem()
-        excess = by_column(tile.columns(scratch["residual"]), SQUARE).max(axis=1)
+        excess = by_column(math.columns(scratch["residual"]), SQUARE).max(axis=1)
         scratch["flag"][...] = jnp.where(excess > 0, 1, 0).astype(jnp.int32)
         plgpu.commit_smem()
         return scratch["flag"][0]
 
     def advance(carry):
         count, _, x, residual, direction, square = carry
-        parts = tile.parts(direction)
+        parts = math.parts(direction)
         direction = parts[0].astype(jnp.float32) + parts[1].astype(jnp.float32)
         image = product(direction, parts)
         curvature = dot(direction, image)
-        # A finished row stays as it is; so does one whose curvature has underflown.
+        # Rows that have converged, or whose curvature has underflowed, are frozen.
         active = (square > bound) & (curvature > 0)
-        one = full((ROW_BLOCK,), 1, ROWS)
+        one = full((ROW_BLOCK,), 1, WGMMA_ROW)
         step = jnp.where(active, square / jnp.where(active, curvature, one), 0.0)
         x = x + by_row(step, SQUARE) * direction
         residual = residual - by_row(step, SQUARE) * image

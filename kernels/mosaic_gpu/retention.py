@@ -1,9 +1,9 @@
 """Linear attention with one decay for each head and token, on Hopper.
 
-One warpgroup walks over the chunks of 64 tokens of one head and 64 coordinates of its values. Keys
-have one or two blocks of 64 coordinates, and as many 64 x 64 blocks has the state, which stays in
+One warpgroup walks over the chunks of 64 tokens of one head, for 64 coordinates of its values. Keys
+have one or two blocks of 64 coordinates. The state has as many 64 x 64 blocks, which stay in
 registers in float32. Heads may share queries and keys. See `lla.mixers.linear_recurrence` for the
-formulas; every factor of a product is rounded to 16 bits once.
+formulas. The operands of products are rounded to 16 bits once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
 from lla.kernels.mosaic_gpu.chunk import (
     CHUNK,
-    Places,
-    Square,
+    DECAY_VECTORS,
+    ChunkMath,
+    DoubleBuffer,
+    ProgramSlices,
     Transposed,
+    gated_operands,
+    load_tiles,
     narrow_tiles,
 )
 from lla.kernels.mosaic_gpu.launch import Config, launch
@@ -29,12 +32,12 @@ from lla.kernels.mosaic_gpu.tile import Arithmetic
 
 _DTYPE = jnp.bfloat16
 
-VECTORS = ("entering", "leaving", "inside", "through")
-"""As in `lla.kernels.mosaic_gpu.delta`."""
+VECTORS = DECAY_VECTORS
+"""Per-token sums that `backward` returns, float32 ``[B, N, T]``."""
 
 
 class Gates(NamedTuple):
-    """What a chunk reads of its gates, float32 ``[B, N, T]``; `total` is ``[B, N, M]``.
+    """The gates of all chunks, float32 ``[B, N, T]``; `total` is ``[B, N, M]`` for M chunks.
 
     `upper` and `lower` are the parts of `lla.mixers.chunks.Sums`.
     """
@@ -46,16 +49,9 @@ class Gates(NamedTuple):
     total: jax.Array
 
 
-def _operands(query, key, value, gates: Gates, **others):
-    columns = (gates.upper, gates.lower)  # loads of one operand in two layouts become one load
-    return {
-        "query": query, "key": key, "value": value, "gates": gates, "columns": columns, **others
-    }  # fmt: skip
-
-
 @functools.partial(jax.jit, static_argnames=("save", "interpret"))
 def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: Any = None):
-    """Outputs ``[B, T, N, 64]``, the last state, and with `save` those before every chunk.
+    """Outputs ``[B, T, N, 64]``, the last state, and with `save` the states before every chunk.
 
     Args:
       query, key: bfloat16 ``[B, T, K, H]``, H 64 or 128, T a multiple of 64, K a divisor of N.
@@ -78,65 +74,59 @@ def forward(query, key, value, gates: Gates, state, *, save: bool, interpret: An
         "work": [narrow_tiles() for _ in range(2)],
         "loaded": plgpu.Barrier(num_arrivals=2 * blocks + 1, num_barriers=2),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_forward_body, square, (n, n // kv_heads, blocks), count, save), outputs,
-        scratch, _operands(query, key, value, gates, state=state), programs=b * n,
+        functools.partial(_forward_body, math, (n, n // kv_heads, blocks), count, save), outputs,
+        scratch, gated_operands(query, key, value, gates, state=state), programs=b * n,
         config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     return found["out"], found["state"], found.get("states")
 
 
-def _forward_body(square: Square, sizes, count: int, save: bool, given, out, scratch):
-    place, blocks = Places(*sizes), sizes[-1]
+def _forward_body(math: ChunkMath, sizes, count: int, save: bool, given, out, scratch):
+    slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, states = given["gates"], scratch["states"]
     written, result = scratch["work"]
 
-    def fetch(c, slot):
-        sources = [*place.keys(given["query"], c), *place.keys(given["key"], c)]
-        sources.append(place.values(given["value"], c))
-        for source, target in zip(sources, scratch["inputs"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], scratch["loaded"].at[slot])
+    inputs = DoubleBuffer(
+        lambda c: slices.inputs(given, c), scratch["inputs"], scratch["loaded"], count
+    )
 
     def advance(c, state):
-        slot = lax.rem(c, jnp.int32(2))
+        slot = inputs.slot(c)
         for tile, part in zip(states, state, strict=True):
             tile[...] = part.astype(_DTYPE)
         plgpu.commit_smem()
         if save:
-            for tile, target in zip(states, place.states(out["states"], c), strict=True):
+            for tile, target in zip(states, slices.states(out["states"], c), strict=True):
                 plgpu.copy_smem_to_gmem(tile, target)
-        plgpu.barrier_wait(scratch["loaded"].at[slot])
-        pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
+        inputs.wait(c, slot)
         *keys, value = (target.at[slot] for target in scratch["inputs"])
         queries, keys = keys[:blocks], keys[blocks:]
 
-        scores, incoming = square.multiply(
+        scores, incoming = math.multiply(
             [(q, Transposed(k)) for q, k in zip(queries, keys, strict=True)],
             list(zip(queries, states, strict=True)),
         )
-        pair = square.pair(*place.sums(square, given, c), transposed=False)
+        pair = math.pair(*slices.sums(math, given, c), transposed=False)
         weights = (scores * pair).astype(_DTYPE)
-        incoming = place.row(square, gates.start, c) * incoming
-        (rows,) = square.multiply([(weights, value)], start=(incoming,))
+        incoming = slices.row(math, gates.start, c) * incoming
+        (rows,) = math.multiply([(weights, value)], start=(incoming,))
         result[...] = rows.astype(_DTYPE)
-        end = place.row(square, gates.end, c)
-        written[...] = (end * square.load(value)).astype(_DTYPE)
+        end = slices.row(math, gates.end, c)
+        written[...] = (end * math.load(value)).astype(_DTYPE)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(result, place.values(out["out"], c))
-        total = gates.total[place.b, place.h, c]
+        plgpu.copy_smem_to_gmem(result, slices.values(out["out"], c))
+        total = gates.total[slices.b, slices.h, c]
         state = tuple(
-            square.multiply([(Transposed(k), written)], start=(total * part,))[0]
+            math.multiply([(Transposed(k), written)], start=(total * part,))[0]
             for k, part in zip(keys, state, strict=True)
         )
         plgpu.wait_smem_to_gmem(0)
         return state
 
-    fetch(0, 0)
-    state = tuple(square.load_wide(ref) for ref in place.state(given["state"]))
-    state = lax.fori_loop(0, count, advance, state)
-    for part, target in zip(state, place.state(out["state"]), strict=True):
-        target[...] = part
+    inputs.start()
+    slices.walk(math, count, advance, given["state"], out["state"])
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
@@ -160,29 +150,28 @@ def backward(query, key, value, gates: Gates, states, d_out, d_state, *, interpr
         "vectors": plgpu.SMEM((len(VECTORS), CHUNK), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=3 * blocks + 2),
     }
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_backward_body, square, (n, n // kv_heads, blocks), t // CHUNK), outputs,
+        functools.partial(_backward_body, math, (n, n // kv_heads, blocks), t // CHUNK), outputs,
         scratch,
-        _operands(query, key, value, gates, states=states, d_out=d_out, d_state=d_state),
+        gated_operands(query, key, value, gates, states=states, d_out=d_out, d_state=d_state),
         programs=b * n, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     return found | dict(zip(VECTORS, found.pop("vectors"), strict=True))
 
 
-def _backward_body(square: Square, sizes, count: int, given, out, scratch):
-    place, blocks = Places(*sizes), sizes[-1]
+def _backward_body(math: ChunkMath, sizes, count: int, given, out, scratch):
+    slices, blocks = ProgramSlices(*sizes), sizes[-1]
     gates, d_states = given["gates"], scratch["d_states"]
     scored, read, *results = scratch["work"]
     value, d_out, *tiles = scratch["inputs"]
     queries, keys, states = (tiles[i * blocks : (i + 1) * blocks] for i in range(3))
 
     def fetch(c):
-        sources = [place.values(given["value"], c), place.values(given["d_out"], c)]
-        sources += place.keys(given["query"], c) + place.keys(given["key"], c)
-        sources += place.states(given["states"], c)
-        for source, target in zip(sources, scratch["inputs"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target, scratch["loaded"])
+        sources = [slices.values(given["value"], c), slices.values(given["d_out"], c)]
+        sources += slices.keys(given["query"], c) + slices.keys(given["key"], c)
+        sources += slices.states(given["states"], c)
+        load_tiles(sources, scratch["inputs"], scratch["loaded"])
 
     def advance(i, d_state):
         c = count - 1 - i
@@ -192,64 +181,57 @@ def _backward_body(square: Square, sizes, count: int, given, out, scratch):
         plgpu.commit_smem()
         plgpu.barrier_wait(scratch["loaded"])
 
-        turned, outgoing = square.multiply(
+        scores_t, outgoing = math.multiply(
             [(k, Transposed(q)) for q, k in zip(queries, keys, strict=True)],
             list(zip(keys, d_states, strict=True)),
         )
-        sums = place.sums(square, given, c)
-        weights = (turned * square.pair(*sums, transposed=True)).astype(_DTYPE)
-        end, start = (place.row(square, array, c) for array in (gates.end, gates.start))
+        sums = slices.sums(math, given, c)
+        weights = (scores_t * math.pair(*sums, transposed=True)).astype(_DTYPE)
+        end, start = (slices.row(math, array, c) for array in (gates.end, gates.start))
         outgoing = end * outgoing
-        leaving = (outgoing * square.load(value)).sum(axis=1)
-        (d_value,) = square.multiply([(weights, d_out)], start=(outgoing,))
+        leaving = (outgoing * math.load(value)).sum(axis=1)
+        (d_value,) = math.multiply([(weights, d_out)], start=(outgoing,))
         results[0][...] = d_value.astype(_DTYPE)
-        read[...] = (start * square.load(d_out)).astype(_DTYPE)
-        (d_scores,) = square.multiply([(d_out, Transposed(value))])
-        d_scores = (d_scores * square.pair(*sums, transposed=False)).astype(_DTYPE)
+        read[...] = (start * math.load(d_out)).astype(_DTYPE)
+        (d_scores,) = math.multiply([(d_out, Transposed(value))])
+        d_scores = (d_scores * math.pair(*sums, transposed=False)).astype(_DTYPE)
         scored[...] = d_scores
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(results[0], place.values(out["value"], c))
+        plgpu.copy_smem_to_gmem(results[0], slices.values(out["value"], c))
         plgpu.wait_smem_to_gmem(0)
 
-        total = gates.total[place.b, place.h, c]
+        total = gates.total[slices.b, slices.h, c]
         targets = zip(
-            place.keys(out["query"], c, False), place.keys(out["key"], c, False), strict=True
+            slices.keys(out["query"], c, False), slices.keys(out["key"], c, False), strict=True
         )
         entering, inside, new = None, None, []
         for j, (query_target, key_target) in enumerate(targets):
             query, key, state = queries[j], keys[j], states[j]
-            gone = (d_state[j] * square.load(state)).sum(axis=1)
+            gone = (d_state[j] * math.load(state)).sum(axis=1)
             through = gone if through is None else through + gone
-            d_query, incoming = square.multiply([(d_scores, key)], [(d_out, Transposed(state))])
+            d_query, incoming = math.multiply([(d_scores, key)], [(d_out, Transposed(state))])
             incoming = start * incoming
-            came = (incoming * square.load(query)).sum(axis=1)
+            came = (incoming * math.load(query)).sum(axis=1)
             entering = came if entering is None else entering + came
-            between = (d_query * square.load(query)).sum(axis=1)
+            between = (d_query * math.load(query)).sum(axis=1)
             results[0][...] = (d_query + incoming).astype(_DTYPE)
-            d_key, written = square.multiply(
+            d_key, written = math.multiply(
                 [(Transposed(scored), query)], [(value, Transposed(d_states[j]))]
             )
-            between = between - (d_key * square.load(key)).sum(axis=1)
+            between = between - (d_key * math.load(key)).sum(axis=1)
             inside = between if inside is None else inside + between
             results[1][...] = (d_key + end * written).astype(_DTYPE)
-            (part,) = square.multiply([(Transposed(query), read)], start=(total * d_state[j],))
+            (part,) = math.multiply([(Transposed(query), read)], start=(total * d_state[j],))
             new.append(part)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(results[0], query_target)
             plgpu.copy_smem_to_gmem(results[1], key_target)
             plgpu.wait_smem_to_gmem(0)
-        pl.when(c > 0)(lambda: fetch(c - 1))  # everything of this chunk has been read
-        for index, vector in enumerate((entering, leaving, inside, through)):
-            scratch["vectors"].at[index][...] = vector
-        plgpu.commit_smem()
-        for index in range(len(VECTORS)):
-            target = out["vectors"].at[index, place.b, place.h, place.tokens(c)]
-            plgpu.copy_smem_to_gmem(scratch["vectors"].at[index], target)
+        pl.when(c > 0)(lambda: fetch(c - 1))  # all inputs of this chunk have been read
+        vectors = (entering, leaving, inside, through)
+        slices.store_vectors(vectors, scratch["vectors"], out["vectors"], c)
         plgpu.wait_smem_to_gmem(0)
         return tuple(new)
 
     fetch(count - 1)
-    d_state = tuple(square.load_wide(ref) for ref in place.state(given["d_state"]))
-    d_state = lax.fori_loop(0, count, advance, d_state)
-    for part, target in zip(d_state, place.state(out["state"]), strict=True):
-        target[...] = part
+    slices.walk(math, count, advance, given["d_state"], out["state"])

@@ -1,10 +1,10 @@
-"""The selective scan on Hopper: one warpgroup takes 64 channels of one sequence.
+"""The selective scan on Hopper: one warpgroup per 64 channels of a sequence.
 
-Their states, 64 x 16 numbers, stay in registers while it walks over the tokens, 16 at a time: these
-come into shared memory before they are needed, and the states in front of them are kept for the
-backward pass. That computes the states of 16 tokens again, into shared memory and rounded to 16
-bits, and walks back through them. Sums over the channels, for the gradients of B and C, are
-products with a matrix of ones. See `lla.mixers.selective_scan` for the recurrence.
+The states of the channels, 64 x 16 numbers, stay in registers. Tokens are processed in chunks of
+16, which are prefetched into shared memory. The state before every chunk is saved for the backward
+pass, which recomputes the states within a chunk, stores them in shared memory rounded to 16 bits,
+and walks back through them. Sums over channels, for the gradients of B and C, are products with a
+matrix of ones. See `lla.mixers.selective_scan` for the recurrence.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lla.kernels.mosaic_gpu.chunk import Square, Transposed, program_place
+from lla.kernels.mosaic_gpu.chunk import (
+    ChunkMath,
+    DoubleBuffer,
+    Transposed,
+    load_tiles,
+    program_index,
+)
 from lla.kernels.mosaic_gpu.launch import Config, launch
 from lla.kernels.mosaic_gpu.tile import (
     LN2,
     LOG2E,
-    MATRIX,
     ROW_BLOCK,
+    WGMMA,
     Arithmetic,
     by_column,
     by_row,
@@ -33,17 +39,17 @@ from lla.kernels.mosaic_gpu.tile import (
 )
 
 TOKENS = 16
-"""Tokens at a time."""
+"""Tokens of a chunk."""
 
 CHANNELS = ROW_BLOCK
 """Channels of a program instance."""
 
 STATES = 16
-"""Numbers in the state of a channel."""
+"""Size of the state of a channel."""
 
 _SHAPE = (CHANNELS, STATES)
 _DTYPE = jnp.bfloat16
-_PAIR = 2 * STATES  # columns of what is summed over the channels for one token
+_PAIR = 2 * STATES  # columns to sum over the channels for one token: gradients of B and C
 
 
 def _tokens(copies: int, columns: int = CHANNELS, dtype=jnp.float32):
@@ -51,31 +57,31 @@ def _tokens(copies: int, columns: int = CHANNELS, dtype=jnp.float32):
 
 
 class _Scan:
-    """What both passes do with a token: `tiles` are x, delta, B and C, ``[copies, 16, ...]``."""
+    """Access to tokens, for both passes; `tiles` are x, delta, B and C, ``[copies, 16, ...]``."""
 
-    def __init__(self, square: Square, given, tiles, place):
-        self.square, self.tiles = square, tiles
+    def __init__(self, math: ChunkMath, given, tiles, place):
+        self.math, self.tiles = math, tiles
         self.b, block = place
         self.channels = pl.ds(block * CHANNELS, CHANNELS)
-        # The rates, so that decays are powers of two.
-        self.rates = square.load_wide(given["rates"].at[self.channels]) * LOG2E
+        # In base 2: decays are computed by exp2.
+        self.rates = math.load_wide(given["rates"].at[self.channels]) * LOG2E
 
     def token(self, slot, t):
-        """delta, x, B and C of a token, ``[64, 16]`` each."""
+        """delta, x, B and C of a token, each broadcast to ``[64, 16]``."""
         rows = (by_row(self.row(i, slot, t), _SHAPE) for i in (1, 0))
         columns = (
-            by_column(self.square.columns(tile.at[slot, t]), _SHAPE) for tile in self.tiles[2:4]
+            by_column(self.math.columns(tile.at[slot, t]), _SHAPE) for tile in self.tiles[2:4]
         )
         return (*rows, *columns)
 
     def row(self, i, slot, t):
-        return self.square.rows(self.tiles[i].at[slot, t]).astype(jnp.float32)
+        return self.math.rows(self.tiles[i].at[slot, t]).astype(jnp.float32)
 
     def decay(self, delta):
         return jnp.exp2(delta * self.rates)
 
     def sources(self, given, names, c):
-        """Where 16 tokens are in global memory."""
+        """The slices of chunk c in global memory."""
         tokens = pl.ds(c * TOKENS, TOKENS)
         for name in names:
             array = given[name]
@@ -84,7 +90,7 @@ class _Scan:
 
 
 def _in_groups(size: int, step, carry):
-    """``carry = step(t, carry)`` for the tokens in order, `size` of them in a turn of the loop."""
+    """Runs ``carry = step(t, carry)`` over the tokens in order, unrolled by `size`."""
 
     def group(i, carry):
         for t in range(size):
@@ -96,7 +102,7 @@ def _in_groups(size: int, step, carry):
 
 @functools.partial(jax.jit, static_argnames=("save", "interpret"))
 def forward(x, delta, rates, b, c, state, *, save: bool, interpret: Any = None):
-    """y ``[B, T, D]``, the last state, and with `save` those before every 16 tokens.
+    """y ``[B, T, D]``, the last state, and with `save` the states before every chunk.
 
     All arrays but x and y are float32; D is a multiple of 64, T of 16.
 
@@ -121,26 +127,24 @@ def forward(x, delta, rates, b, c, state, *, save: bool, interpret: Any = None):
         "loaded": plgpu.Barrier(num_arrivals=4, num_barriers=2),
     }
     operands = {"x": x, "delta": delta, "rates": rates, "b": b, "c": c, "state": state}
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_forward_body, square, d // CHANNELS, count, save), outputs, scratch,
+        functools.partial(_forward_body, math, d // CHANNELS, count, save), outputs, scratch,
         operands, programs=batch * d // CHANNELS, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     return found["y"], found["state"], found.get("states")
 
 
-def _forward_body(square: Square, blocks: int, count: int, save: bool, given, out, scratch):
-    scan = _Scan(square, given, scratch["tiles"], program_place(blocks))
-
-    def fetch(c, slot):
-        sources = scan.sources(given, ("x", "delta", "b", "c"), c)
-        for source, target in zip(sources, scratch["tiles"], strict=True):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], scratch["loaded"].at[slot])
+def _forward_body(math: ChunkMath, blocks: int, count: int, save: bool, given, out, scratch):
+    scan = _Scan(math, given, scratch["tiles"], program_index(blocks))
+    inputs = DoubleBuffer(
+        lambda c: scan.sources(given, ("x", "delta", "b", "c"), c), scratch["tiles"],
+        scratch["loaded"], count,
+    )  # fmt: skip
 
     def advance(c, state):
-        slot = lax.rem(c, jnp.int32(2))
-        plgpu.barrier_wait(scratch["loaded"].at[slot])
-        pl.when(c + 1 < count)(lambda: fetch(c + 1, 1 - slot))
+        slot = inputs.slot(c)
+        inputs.wait(c, slot)
         if save:
             out["states"].at[scan.b, c, scan.channels][...] = state
 
@@ -157,8 +161,8 @@ def _forward_body(square: Square, blocks: int, count: int, save: bool, given, ou
         plgpu.wait_smem_to_gmem(0)
         return state
 
-    fetch(0, 0)
-    state = square.load_wide(given["state"].at[scan.b, scan.channels])
+    inputs.start()
+    state = math.load_wide(given["state"].at[scan.b, scan.channels])
     state = lax.fori_loop(0, count, advance, state)
     out["state"].at[scan.b, scan.channels][...] = state
 
@@ -195,9 +199,9 @@ def backward(x, delta, rates, b, c, states, d_y, d_state, *, interpret: Any = No
         "x": x, "delta": delta, "rates": rates, "b": b, "c": c, "states": states, "d_y": d_y,
         "d_state": d_state,
     }  # fmt: skip
-    square = Square(Arithmetic(interpret is not None))
+    math = ChunkMath(Arithmetic(interpret is not None))
     found = launch(
-        functools.partial(_backward_body, square, blocks, count), outputs, scratch, operands,
+        functools.partial(_backward_body, math, blocks, count), outputs, scratch, operands,
         programs=batch * blocks, config=Config(), interpret=interpret, threads=1,
     )  # fmt: skip
     sums = found.pop("sums").sum(1).reshape(batch, t, 2, STATES)
@@ -205,23 +209,21 @@ def backward(x, delta, rates, b, c, states, d_y, d_state, *, interpret: Any = No
     return found | {"rates": rates, "b": sums[:, :, 0], "c": sums[:, :, 1]}
 
 
-def _backward_body(square: Square, blocks: int, count: int, given, out, scratch):
+def _backward_body(math: ChunkMath, blocks: int, count: int, given, out, scratch):
     tiles = scratch["tiles"]
-    scan = _Scan(square, given, tiles, program_place(blocks))
+    scan = _Scan(math, given, tiles, program_index(blocks))
     block = lax.rem(lax.axis_index("program"), jnp.int32(blocks))
     summed, ones = scratch["summed"], scratch["ones"]
-    ones[...] = full(_SHAPE, 1, MATRIX, _DTYPE)
+    ones[...] = full(_SHAPE, 1, WGMMA, _DTYPE)
 
     def fetch(c):
-        for source, target in zip(
-            scan.sources(given, ("x", "delta", "b", "c", "d_y"), c), tiles, strict=True
-        ):
-            plgpu.copy_gmem_to_smem(source, target.at[0], scratch["loaded"])
+        sources = scan.sources(given, ("x", "delta", "b", "c", "d_y"), c)
+        load_tiles(sources, [tile.at[0] for tile in tiles], scratch["loaded"])
 
     def advance(i, carry):
         d_state, d_rates = carry
         c = count - 1 - i
-        state = square.load_wide(given["states"].at[scan.b, c, scan.channels])
+        state = math.load_wide(given["states"].at[scan.b, c, scan.channels])
         plgpu.barrier_wait(scratch["loaded"])
 
         def forth(t, state):
@@ -232,12 +234,12 @@ def _backward_body(square: Square, blocks: int, count: int, given, out, scratch)
         _in_groups(4, forth, state)
 
         def back(t, which, carry):
-            """Token t, the earlier one of two if `which` is 0."""
+            """Token t, the first of a pair if `which` is 0, else the second."""
             d_state, d_rates = carry
             delta, x, b, c_row = scan.token(0, t)
             d_y = by_row(scan.row(4, 0, t), _SHAPE)
             decay = scan.decay(delta)
-            kept = decay * square.load(scratch["states"].at[t])
+            kept = decay * math.load(scratch["states"].at[t])
             d_state = d_state + d_y * c_row
             inflow = delta * x
             sums = (d_state * inflow, (kept + inflow * b) * d_y)
@@ -257,7 +259,7 @@ def _backward_body(square: Square, blocks: int, count: int, given, out, scratch)
             pair = TOKENS // 2 - 1 - i
             carry = back(2 * pair, 0, back(2 * pair + 1, 1, carry))
             plgpu.commit_smem()
-            (sums,) = square.multiply([(Transposed(summed), ones)], shape=_SHAPE)
+            (sums,) = math.multiply([(Transposed(summed), ones)], shape=_SHAPE)
             scratch["sums"].at[pair][...] = sums.sum(axis=1) * (1 / STATES)
             return carry
 
@@ -273,7 +275,7 @@ def _backward_body(square: Square, blocks: int, count: int, given, out, scratch)
         return d_state, d_rates
 
     fetch(count - 1)
-    d_state = square.load_wide(given["d_state"].at[scan.b, scan.channels])
+    d_state = math.load_wide(given["d_state"].at[scan.b, scan.channels])
     d_state, d_rates = lax.fori_loop(0, count, advance, (d_state, d_state * 0.0))
     out["state"].at[scan.b, scan.channels][...] = d_state
     out["rates"].at[scan.b, scan.channels][...] = d_rates

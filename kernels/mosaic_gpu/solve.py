@@ -1,11 +1,11 @@
 """The solve: ``A_i x_i = k_mean_i - q_i`` (forward) or ``A_i u_i = h_i`` (adjoint).
 
-A program instance takes 64 rows a warpgroup. It streams the keys once for the right-hand side (the
-statistics of the softmax and the mean key; or the weighted cotangents) and once for every iteration
-of conjugate gradients, recomputing the weights. Iterate and residual stay in shared memory in
-float32; the direction is rounded to 16 bits and used as rounded everywhere.
+A consumer warpgroup owns 64 rows. The keys are streamed once for the right-hand side (log-sum-exp
+and mean key, or the weighted cotangents) and once per iteration of conjugate gradients, which
+recomputes the weights. Iterate and residual stay in shared memory in float32. The direction is
+rounded to 16 bits, and the rounded direction is used everywhere.
 
-See ``kernels/README.md`` for the formulas and for the stopping rule.
+The formulas are derived in ``kernels/MATHEMATICS.md``, the stopping rule in ``kernels/HOPPER.md``.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from lla.kernels.mosaic_gpu.launch import (
     Config,
     Environment,
     Masking,
+    Pingpong,
     Ring,
     Shape,
-    Turns,
-    hand_on_all,
     launch,
     ones_scratch,
-    query_place,
+    pingpong_scratch,
+    query_program_index,
     ring_scratch,
     row_tile,
     run_by_tile,
-    turns_scratch,
-    work_or_pass,
+    run_or_skip,
+    skip_tiles,
 )
-from lla.kernels.mosaic_gpu.solve_rows import ROW_OUTPUTS, Iteration, SolveRows, any_flag
+from lla.kernels.mosaic_gpu.solve_rows import ROW_OUTPUTS, CGOptions, SolveRows, any_flag
 from lla.kernels.mosaic_gpu.tile import (
     ROW_BLOCK,
-    ROWS,
+    WGMMA_ROW,
     Arithmetic,
     MaskSpec,
     full,
@@ -52,8 +52,8 @@ class Solution(NamedTuple):
     """Vectors are ``[B, T, N, D]``, rows ``[B, N, T]`` in float32.
 
     Attributes:
-      high, low: the *negated* solution as a sum of two 16-bit parts (the right-hand side if there
-        was no iteration).
+      high, low: the *negated* solution as a sum of two 16-bit parts; without iterations, the
+        right-hand side.
       shift_high, shift: the mean key times `high`, and times both.
       iterations, residual: diagnostics.
       key_mean: float32, weighted mean of the keys.
@@ -73,12 +73,15 @@ class Solution(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """What the adjoint solve needs beside the operands of the forward one.
+    """Operands of the adjoint solve in addition to those of the forward solve.
 
-    `key_mean` None means that it is computed here; `delta` is cotangent times output,
-    ``[B, N, T]``. `probe_square` is the square length of the probe, ``[B, N, T]``: an error of the
-    solution reaches the gradient of the keys times the probe. Read where the iteration has a
-    tolerance.
+    Attributes:
+      value, cotangent: ``[B, S, K, D]`` and ``[B, T, N, D]``.
+      log_sum_exp: from the forward pass.
+      delta: cotangent times output, ``[B, N, T]``.
+      key_mean: None to compute it here.
+      probe_square: squared norm of the probe, ``[B, N, T]``, which multiplies errors of the
+        solution in the gradient of the keys. Read only if there is a tolerance.
     """
 
     value: jax.Array
@@ -90,10 +93,10 @@ class Adjoint(NamedTuple):
 
 
 class Preconditioner(NamedTuple):
-    """What the direct method has computed before the solve.
+    """What the direct solver computes before the solve.
 
     `inverse` comes from `lla.kernels.mosaic_gpu.inverse.inverse_systems`, the rest from a forward
-    solve without iterations; the adjoint solve has its own.
+    solve without iterations. The adjoint solve takes the rest from `Adjoint`.
     """
 
     inverse: jax.Array
@@ -102,40 +105,40 @@ class Preconditioner(NamedTuple):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["marked"], meta_fields=["iteration"]
+    jax.tree_util.register_dataclass, data_fields=["marked"], meta_fields=["options"]
 )
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """Another iteration for some tiles of 64 rows: those with a nonzero in ``marked [B, N, T/64]``.
+class TileOverride:
+    """Other options for the tiles of 64 rows where ``marked [B, N, T/64]`` (int32) is nonzero.
 
-    `marked` is int32. Both iterations must be able to move, or neither.
+    Either both options allow iterations or neither does.
     """
 
-    iteration: Iteration
+    options: CGOptions
     marked: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "iteration", "interpret"))
+@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "options", "interpret"))
 def solve(
     shape: Shape,
     mask: MaskSpec,
     config: Config,
-    iteration: Iteration,
+    options: CGOptions,
     query: jax.Array,
     key: jax.Array,
     scale: jax.Array,
     ridge: jax.Array | None,
     masking: Masking,
     adjoint: Adjoint | None = None,
-    choice: Choice | None = None,
+    override: TileOverride | None = None,
     preconditioner: Preconditioner | None = None,
     *,
     interpret: Any = None,
 ) -> Solution:
     """Solves for all rows; `scale` and `ridge` are ``[B, N, T]`` float32.
 
-    With a `choice`, the tiles it marks follow its iteration instead of `iteration`. With a
-    `preconditioner` its mean key and log-sum-exp are not in the results again.
+    The tiles that `override` marks use its options instead of `options`. The mean key and
+    log-sum-exp of a `preconditioner` are not repeated in the results.
     """
     env = Environment(shape, mask, config, Arithmetic(interpret is not None, config.hold_sums))
     count = config.warpgroups
@@ -156,14 +159,14 @@ def solve(
         outputs["key_mean"] = shape.queries(jnp.float32)
 
     wide = plgpu.SMEM((count, ROW_BLOCK, shape.head_dim), jnp.float32, transforms=wide_transforms())
-    # A warpgroup's part of a pair has the bytes of its part of a wide tile.
+    # A warpgroup's slice of `pair` takes the same bytes as its slice of `wide`.
     pair = row_tile(shape, config, 2)
     ring = ring_scratch(shape, config, 1)
     scratch = {
         "ring": ring,
-        # One member of a union at a time.
+        # Only one member of a union is in use at a time.
         "iterate": plgpu.RefUnion(*((wide, pair) if forward else (wide, pair, ring[0]))),
-        "remainder": plgpu.RefUnion(wide, pair),
+        "residual": plgpu.RefUnion(wide, pair),
         "rows": plgpu.SMEM((count, len(ROW_OUTPUTS), ROW_BLOCK), jnp.float32),
         "flags": plgpu.SMEM((2, count, ROW_BLOCK), jnp.int32),
         "loaded": plgpu.Barrier(num_arrivals=1 if forward else 2, num_barriers=count),
@@ -172,7 +175,7 @@ def solve(
     }
     if not config.resident_operand:
         scratch["query"] = row_tile(shape, config)
-    scratch |= ones_scratch(shape, config) | turns_scratch(config)
+    scratch |= ones_scratch(shape, config) | pingpong_scratch(config)
     if config.shared_mean:
         scratch["mean"] = row_tile(shape, config, 2)
     if not forward:
@@ -184,10 +187,10 @@ def solve(
         "ridge": ridge,
         "masking": masking.operands(),
         "adjoint": adjoint,
-        "marked": None if choice is None else choice.marked,
+        "marked": None if override is None else override.marked,
         "preconditioner": preconditioner,
     }
-    body = functools.partial(_body, env, iteration, None if choice is None else choice.iteration)
+    body = functools.partial(_body, env, options, None if override is None else override.options)
     results = launch(
         body, outputs, scratch, operands,
         programs=env.query_programs, config=config, interpret=interpret,
@@ -195,10 +198,10 @@ def solve(
     return Solution(**results)
 
 
-def _body(env: Environment, iteration: Iteration, other: Iteration | None, given, out, scratch):
+def _body(env: Environment, options: CGOptions, other: CGOptions | None, given, out, scratch):
     count = env.config.warpgroups
-    place = query_place(env.shape, count * ROW_BLOCK)
-    tiles = env.key_tiles(given["masking"], place)
+    program = query_program_index(env.shape, count * ROW_BLOCK)
+    tiles = env.key_tiles(given["masking"], program)
     key_tile, *barriers = scratch["ring"]
     keys = Ring((key_tile,), *barriers, env.config.stages, env.config.hold_sums)
     values = None
@@ -211,78 +214,78 @@ def _body(env: Environment, iteration: Iteration, other: Iteration | None, given
     @pl.when(warpgroup < count)
     def _():
         env.set_registers(compute=True)
-        turns = Turns(scratch.get("turns"), count)
-        turns.start(warpgroup)
+        pingpong = Pingpong(scratch.get("scheduler"), count)
+        pingpong.start(warpgroup)
 
-        def run(iteration):
+        def run(options):
             SolveRows(
-                env, given, out, scratch, place, tiles, warpgroup, iteration, keys, values
+                env, given, out, scratch, program, tiles, warpgroup, options, keys, values
             ).run()
 
-        work_or_pass(
-            env, place, warpgroup,
-            lambda: run_by_tile(given["marked"], place, warpgroup, run, iteration, other),
-            lambda: _hand_on(env, iteration, given, scratch, tiles, warpgroup, keys, values),
+        run_or_skip(
+            env, program, warpgroup,
+            lambda: run_by_tile(given["marked"], program, warpgroup, run, options, other),
+            lambda: _skip(env, options, given, scratch, tiles, warpgroup, keys, values),
         )  # fmt: skip
-        turns.finish(warpgroup)
+        pingpong.finish(warpgroup)
 
     @pl.when(warpgroup == count)
     def _():
         env.set_registers(compute=False)
-        _stream(env, iteration, given, scratch, place, tiles, keys, values)
+        _stream(env, options, given, scratch, program, tiles, keys, values)
 
 
 def _target_known(given) -> bool:
-    """Whether the solve starts without a pass for its right-hand side."""
+    """Whether the right-hand side is known without a pass over the keys."""
     return given["adjoint"] is None and given["preconditioner"] is not None
 
 
-def _hand_on(env, iteration, given, scratch, tiles, w, keys: Ring, values: Ring | None):
-    """A compute warpgroup without rows: keeps step with the others and wants no iteration."""
+def _skip(env, options, given, scratch, tiles, w, keys: Ring, values: Ring | None):
+    """A consumer warpgroup without rows: keeps step with the others, and never votes to go on."""
     flags, decision = scratch["flags"], scratch["decision"]
     rings = (keys,) if values is None else (keys, values)
-    t = jnp.int32(0) if _target_known(given) else hand_on_all(tiles, rings)
-    if not iteration.max_iters:
+    t = jnp.int32(0) if _target_known(given) else skip_tiles(tiles, rings)
+    if not options.max_iters:
         return
 
     def decide():
         plgpu.barrier_arrive(decision)
         plgpu.barrier_wait(decision)
 
-    turns = Turns(scratch.get("turns"), env.config.warpgroups)
+    pingpong = Pingpong(scratch.get("scheduler"), env.config.warpgroups)
 
-    def turn():
-        turns.take(w)
-        turns.end(w)
+    def take_turn():
+        pingpong.acquire(w)
+        pingpong.release(w)
 
     def one_more(carry):
         i, _, t = carry
-        t = hand_on_all(tiles, (keys,), t, turn)
+        t = skip_tiles(tiles, (keys,), t, take_turn)
         decide()
         return i + 1, any_flag(flags, i, env.config.warpgroups), t
 
     for slot in range(2):
-        flags.at[slot, w][...] = full((ROW_BLOCK,), 0, ROWS, jnp.int32)
-    decide()  # that the iterations can start
+        flags.at[slot, w][...] = full((ROW_BLOCK,), 0, WGMMA_ROW, jnp.int32)
+    decide()  # the iterations start
     lax.while_loop(lambda c: c[1] > 0, one_more, (jnp.int32(0), jnp.int32(1), t))
 
 
-def _stream(env, iteration, given, scratch, place, tiles, keys: Ring, values: Ring | None):
-    """The streaming warpgroup: keys once for the right-hand side and once for every iteration."""
+def _stream(env, options, given, scratch, program, tiles, keys: Ring, values: Ring | None):
+    """The producer: streams the keys once for the right-hand side and once per iteration."""
     block = env.config.block
 
     def source(array, j):
-        return array.at[place.b, pl.ds(j * block, block), place.kv_head]
+        return array.at[program.b, pl.ds(j * block, block), program.kv_head]
 
     def stream(t):
         def step(j, t):
-            return keys.fill(t, [source(given["key"], j)])
+            return keys.produce(t, [source(given["key"], j)])
 
         return lax.fori_loop(tiles.low, tiles.high, step, t)
 
     def stream_both(j, t):
-        values.fill(t, [source(given["adjoint"].value, j)])
-        return keys.fill(t, [source(given["key"], j)])
+        values.produce(t, [source(given["adjoint"].value, j)])
+        return keys.produce(t, [source(given["key"], j)])
 
     if _target_known(given):
         t = jnp.int32(0)
@@ -291,8 +294,8 @@ def _stream(env, iteration, given, scratch, place, tiles, keys: Ring, values: Ri
     else:
         t = lax.fori_loop(tiles.low, tiles.high, stream_both, jnp.int32(0))
         values.drain(t)
-    if iteration.max_iters:
-        plgpu.barrier_wait(scratch["decision"])  # that the iterations can start
+    if options.max_iters:
+        plgpu.barrier_wait(scratch["decision"])  # the iterations start
 
         def one_more(carry):
             i, _, t = carry

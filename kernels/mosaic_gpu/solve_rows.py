@@ -1,4 +1,4 @@
-"""The solve of one compute warpgroup; see `lla.kernels.mosaic_gpu.solve`."""
+"""The solve of one consumer warpgroup; see `lla.kernels.mosaic_gpu.solve`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jax import lax
 
 from lla.kernels.mosaic_gpu.inverse import apply_inverse
 from lla.kernels.mosaic_gpu.launch import Ring
-from lla.kernels.mosaic_gpu.rows import QueryRows
+from lla.kernels.mosaic_gpu.query_rows import QueryRows
 from lla.kernels.mosaic_gpu.tile import (
-    COLS,
-    MATRIX,
     ROW_BLOCK,
-    ROWS,
+    WGMMA,
+    WGMMA_COL,
+    WGMMA_ROW,
     by_column,
     by_row,
     full,
@@ -28,42 +28,44 @@ from lla.kernels.mosaic_gpu.tile import (
     row_dot,
 )
 
-WORST_ROW = 4.0
-"""No row of a tile may have more than this multiple of the tolerance, which is for their mean."""
+MAX_ROW_ERROR = 4.0
+"""The tolerance applies to the mean over rows; no single row may exceed this multiple of it."""
 
-SMALLEST = 1e-36
-"""Rows with a curvature below this stand still: float32 holds no inverse of what is much smaller.
+MIN_CURVATURE = 1e-36
+"""Rows with a smaller curvature are frozen, because its inverse would overflow in float32.
 
-A row that a loss hardly depends on, behind softmax weights of e^-45, say, has an adjoint target
-whose square is of that size.
+This happens in the adjoint solve for rows that the loss hardly depends on, for instance through
+softmax weights of e^-45.
 """
 
-WORST_BOUND = 10.0
-"""Where `Iteration.precise`, no row's error bound may exceed this multiple of the tolerance."""
+MAX_ROW_BOUND = 10.0
+"""With `CGOptions.bf16x2`, the error bound of no row may exceed this multiple of the tolerance."""
 
-LEAST_LEFT = 0.01
-"""Of the variance of the cotangents, this part at least counts as not explained by the keys."""
+MIN_UNEXPLAINED = 0.01
+"""At least this fraction of the variance of the cotangents counts as unexplained by the keys."""
 
-LEAST_VARIANCE = 1e-5
-"""The variance of the cotangents is at least this part of their squared weighted sum.
+MIN_VARIANCE = 1e-5
+"""Lower bound of the variance of the cotangents, relative to the square of `Adjoint.delta`.
 
-Where values are equal it would be rounding errors, and so would what an iteration improves.
+Where all values are equal the computed variance is nothing but rounding errors.
 """
 
 
 @dataclasses.dataclass(frozen=True)
-class Iteration:
-    """When to stop: at the estimated relative error `tol`, or after `max_iters`.
+class CGOptions:
+    """Options of conjugate gradients.
 
-    ``tol=None`` runs exactly `max_iters` iterations; ``max_iters=0`` computes the right-hand side
-    only. `precise` uses two 16-bit parts for directions and for all weights (of the mean key, the
-    adjoint target and the scores): five products an iteration instead of three, for systems that
-    the rounding of one part would spoil.
+    Attributes:
+      tol: estimated relative error at which to stop; None for exactly `max_iters` iterations.
+      max_iters: 0 computes the right-hand side only.
+      bf16x2: whether directions and all weights (of the mean key, the adjoint target and the
+        scores) have two 16-bit parts. An iteration then takes five products instead of three. For
+        systems that are too ill-conditioned for one part.
     """
 
     tol: float | None
     max_iters: int
-    precise: bool = False
+    bf16x2: bool = False
 
 
 # Rows of the scratch buffer that outputs pass through.
@@ -72,27 +74,27 @@ ROW_OUTPUTS = (
 )  # fmt: skip
 
 
-# Rows of that buffer which are free while the iterations run.
+# Rows of that buffer that the iterations use as scratch.
 VARIANCE, WEIGHTED = "shift_high", "shift"
 
 
 def any_flag(flags, i, count: int):
-    """Whether any warpgroup wants another iteration after the i-th."""
+    """Whether any warpgroup votes for another iteration after the i-th."""
     slot = lax.rem(i, jnp.int32(2))
     return functools.reduce(lambda a, b: a | b, [flags[slot, w, 0] for w in range(count)])
 
 
 class _CG(NamedTuple):
-    """Conjugate gradients of 64 rows; rows ``[64]`` from `rz` on."""
+    """State of conjugate gradients for 64 rows; the fields from `rz` on are ``[64]``."""
 
     count: jax.Array
     go: jax.Array
-    t: jax.Array  # tiles consumed so far
+    t: jax.Array  # number of tiles consumed so far
     direction: tuple[jax.Array, ...]  # [64, D], the sum of one or two 16-bit parts
     rz: jax.Array
     energy: jax.Array
     contraction: jax.Array
-    free_step: jax.Array  # a step along `direction` that takes no product
+    free_step: jax.Array  # length of a last step along `direction`, which takes no product
 
 
 def _sum_of(parts: tuple[jax.Array, ...]) -> jax.Array:
@@ -101,9 +103,9 @@ def _sum_of(parts: tuple[jax.Array, ...]) -> jax.Array:
 
 @dataclasses.dataclass
 class SolveRows(QueryRows):
-    """The solve of one compute warpgroup."""
+    """The solve of one consumer warpgroup."""
 
-    iteration: Iteration
+    options: CGOptions
     keys: Ring
     values: Ring | None
     query: Any = None  # first operand of the logits, in shared memory or in registers
@@ -119,7 +121,7 @@ class SolveRows(QueryRows):
         return self.given["preconditioner"] is not None
 
     def load(self, name: str, member: int | None = None):
-        """A warpgroup's part of the scratch array `name`."""
+        """The warpgroup's slice of the scratch array `name`."""
         array = self.scratch[name] if member is None else self.scratch[name][member]
         return self.env.arithmetic.load(array.at[self.w])
 
@@ -130,9 +132,9 @@ class SolveRows(QueryRows):
         return self.given["preconditioner" if self.forward else "adjoint"].key_mean
 
     def centre(self):
-        """The mean key that a product is centred with, ``[64, D]``.
+        """The mean key that centres the products, ``[64, D]``.
 
-        An error e of it adds e eᵀ to the system, which is why shared memory has two parts of it.
+        An error e of the mean adds e eᵀ to the system; shared memory therefore holds two parts.
         """
         if self.env.config.shared_mean:
             tiles = [self.scratch["mean"].at[self.w, part] for part in range(2)]
@@ -140,12 +142,12 @@ class SolveRows(QueryRows):
         tile = self.row_tile(self.global_mean())
         if self.env.arithmetic.interpreted:
             return tile[...]
-        return plgpu.load(tile, layout=MATRIX, optimized=False)
+        return plgpu.load(tile, layout=WGMMA, optimized=False)
 
     def reload_mean(self):
-        """The mean key in float32, through the memory of the remainder."""
+        """The mean key in float32, loaded through the memory of the residual."""
         mean = self.global_mean()
-        tile, barrier = self.scratch["remainder"][0].at[self.w], self.scratch["reloaded"].at[self.w]
+        tile, barrier = self.scratch["residual"][0].at[self.w], self.scratch["reloaded"].at[self.w]
         plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(self.row_tile(mean), tile, barrier)
         plgpu.barrier_wait(barrier)
@@ -158,7 +160,7 @@ class SolveRows(QueryRows):
         loaded = scratch["loaded"].at[self.w]
         resident = self.env.config.resident_operand
         if resident:
-            self.query = scratch["remainder"][1].at[self.w, 1]
+            self.query = scratch["residual"][1].at[self.w, 1]
         else:
             self.query = scratch["query"].at[self.w]
         plgpu.copy_gmem_to_smem(self.row_tile(given["query"]), self.query, loaded)
@@ -176,7 +178,7 @@ class SolveRows(QueryRows):
             t, target, key_mean = self.statistics()
         else:
             t, target, key_mean = self.adjoint_target()
-        if not self.iteration.max_iters:
+        if not self.options.max_iters:
             self.finish(-target, None, jnp.int32(0), self.zeros(rows=True))
             return
         if self.env.config.shared_mean:
@@ -186,27 +188,27 @@ class SolveRows(QueryRows):
         plgpu.barrier_arrive(scratch["decision"])
         plgpu.barrier_wait(scratch["decision"])
         self.store_row("residual", row_dot(target, target))
-        scratch["remainder"][0].at[self.w][...] = target
+        scratch["residual"][0].at[self.w][...] = target
         scratch["iterate"][0].at[self.w][...] = self.zeros()
         state = self.iterate(t, target)
         x = self.load("iterate", 0)
         x = x + by_row(state.free_step, x.shape) * _sum_of(state.direction)
         norm, square = self.load_row("residual"), state.rz
         if self.preconditioned:
-            r = self.load("remainder", 0)
+            r = self.load("residual", 0)
             square = row_dot(r, r)
         residual = jnp.sqrt(square / jnp.where(norm > 0, norm, 1.0))
         self.finish(-x, self.reload_mean(), state.count, residual)
 
     @property
     def cotangent(self):
-        return self.scratch["remainder"][1].at[self.w, 0]
+        return self.scratch["residual"][1].at[self.w, 0]
 
     def statistics(self):
         """Log-sum-exp and mean key by the online softmax; the target is ``k_mean - q``."""
         t, largest, total, mean = self.online_softmax(self.keys, self.query, 0, self.rounded_parts)
-        # The sum of the weights as rounded serves both: the error of the log-sum-exp is that of the
-        # rounding, averaged over the keys, and only scales the weights of a row.
+        # The sum of the rounded weights serves both. In the log-sum-exp their rounding errors
+        # average out over the keys, and an error of it only scales the weights of a row.
         some = total > 0
         total = jnp.where(some, total, 1.0)
         mean = mean * by_row(1 / total, mean.shape)
@@ -224,7 +226,7 @@ class SolveRows(QueryRows):
         return by_row(jnp.where(some, 1.0, 0.0), mean.shape) * (mean - query)
 
     def known_target(self):
-        """The same from statistics that are given, without a tile."""
+        """The target from given statistics, without reading any tile."""
         mean = self.reload_mean()
         some = self.row_vector(self.given["preconditioner"].log_sum_exp) < jnp.inf
         return jnp.int32(0), self.target(mean, some), mean
@@ -236,17 +238,17 @@ class SolveRows(QueryRows):
         scale, ids = self.scale_and_ids()
         log_sum_exp, delta = self.row_vector(adjoint.log_sum_exp), self.row_vector(adjoint.delta)
         with_mean = adjoint.key_mean is None
-        with_variance = self.iteration.precise and self.iteration.max_iters > 0
+        with_variance = self.options.bf16x2 and self.options.max_iters > 0
 
         def step(j, carry, masked, add):
             t, excess, square, rounded_excess, rounded_total = carry
-            slot = self.keys.wait(t)
-            self.values.wait(t)
+            slot = self.keys.consumer_wait(t)
+            self.values.consumer_wait(t)
             keys, values = self.keys.tiles[0].at[slot], self.values.tiles[0].at[slot]
 
             def use(scores, c):
                 weights = self.weights(scores(), j, masked, scale, ids, log_sum_exp)
-                self.keys.done_before(t, 0)
+                self.keys.release_deferred(t, 0)
                 c = c()
                 c = c - by_row(delta, c.shape)
                 weighted = weights * c
@@ -257,7 +259,7 @@ class SolveRows(QueryRows):
             parts, parts_sum, exact_sum, exact_square, *rounded_weights = arithmetic.with_products(
                 block, use, [(self.query, keys)], [(self.cotangent, values)]
             )
-            self.values.release(slot)
+            self.values.consumer_release(slot)
             excess, square = excess + exact_sum, square + exact_square
             rounded_excess = rounded_excess + parts_sum
             products = [[(part, keys) for part in parts]]
@@ -265,7 +267,7 @@ class SolveRows(QueryRows):
                 rounded_total = rounded_total + weights_sum
                 products.append([(weights, keys)])
             add(*products)
-            self.keys.done(slot)
+            self.keys.release_or_defer(slot)
             return t + 1, excess, square, rounded_excess, rounded_total
 
         zero = self.zeros(rows=True)
@@ -273,10 +275,10 @@ class SolveRows(QueryRows):
             (self.env.shape.head_dim,) * (2 if with_mean else 1), self.over_tiles, step,
             (jnp.int32(0), zero, zero, zero, zero),
         )  # fmt: skip
-        self.keys.done_before(t, 0)
+        self.keys.release_deferred(t, 0)
         self.store_row("cotangent_mean", delta + excess)
         if with_variance:
-            variance = jnp.maximum(square - excess * excess, LEAST_VARIANCE * delta * delta)
+            variance = jnp.maximum(square - excess * excess, MIN_VARIANCE * delta * delta)
             self.store_row(VARIANCE, variance)
         if with_mean:
             some = rounded_total > 0
@@ -287,7 +289,7 @@ class SolveRows(QueryRows):
         return t, sums[0] - by_row(rounded_excess, self.matrix) * mean, mean
 
     def iterate(self, t, target) -> _CG:
-        """Conjugate gradients from zero; the rule of ``kernels/README.md`` ends them."""
+        """Conjugate gradients from zero, with the stopping rule of ``kernels/HOPPER.md``."""
         scale, ids = self.scale_and_ids()
         if self.forward and self.preconditioned:
             log_sum_exp = self.row_vector(self.given["preconditioner"].log_sum_exp)
@@ -296,22 +298,22 @@ class SolveRows(QueryRows):
         else:
             log_sum_exp = self.row_vector(self.given["adjoint"].log_sum_exp)
         ridge = self.row_vector(self.given["ridge"])
-        one = full((ROW_BLOCK,), 1, ROWS)
-        iterates, remainders = (self.scratch[n][0].at[self.w] for n in ("iterate", "remainder"))
+        one = full((ROW_BLOCK,), 1, WGMMA_ROW)
+        iterates, residuals = (self.scratch[n][0].at[self.w] for n in ("iterate", "residual"))
 
         def step(state: _CG) -> _CG:
             t, image = self.product(state.t, state.direction, scale, log_sum_exp, ids)
             p = _sum_of(state.direction)
             image = image + by_row(ridge, p.shape) * p
             curvature = row_dot(p, image)
-            moving = (curvature > SMALLEST) & (state.rz > 1e-13 * state.energy)
+            moving = (curvature > MIN_CURVATURE) & (state.rz > 1e-13 * state.energy)
             inverse = jnp.where(moving, 1 / jnp.where(moving, curvature, one), 0.0)
-            r = self.load("remainder", 0)
+            r = self.load("residual", 0)
             length = row_dot(r, p) * inverse
             x = self.load("iterate", 0) + by_row(length, p.shape) * p
             iterates[...] = x
             r = r - by_row(length, p.shape) * image
-            remainders[...] = r
+            residuals[...] = r
             z, rz, error_bound = self.precondition(r, ridge)
             energy = state.energy + length * state.rz
             next_p = z + by_row(-row_dot(image, z) * inverse, p.shape) * p
@@ -319,8 +321,8 @@ class SolveRows(QueryRows):
             contraction = rz / jnp.where(state.rz > 0, state.rz, one)
             rate = jnp.minimum(0.95, jnp.maximum(contraction, state.contraction))
             fast = contraction < 0.3
-            # Step lengths are much alike, but for the second one of a system that has no
-            # preconditioner: see "The last step" in kernels/README.md.
+            # The next step length is close to this one, except for the second step without a
+            # preconditioner: see "The last step" in kernels/HOPPER.md.
             free = length
             if not self.preconditioned:
                 first = jnp.where(state.count == 0, 1.0, 0.0)
@@ -328,12 +330,12 @@ class SolveRows(QueryRows):
                 free = length * (1 - share) / (1 - share + first * contraction * share)
             free = jnp.where(fast, free, 0.0)
             error = length * rz * jnp.where(fast, rate, one) / (1 - rate)
-            left = energy
-            if not self.forward and self.iteration.precise:
+            unexplained = energy
+            if not self.forward and self.options.bf16x2:
                 variance = self.load_row(VARIANCE)
-                left = variance - energy - ridge * row_dot(x, x)
-                left = jnp.maximum(left, LEAST_LEFT * variance)
-            go = self.decide(state.count, error, error_bound, energy, left)
+                unexplained = variance - energy - ridge * row_dot(x, x)
+                unexplained = jnp.maximum(unexplained, MIN_UNEXPLAINED * variance)
+            go = self.decide(state.count, error, error_bound, energy, unexplained)
             return _CG(state.count + 1, go, t, self.parts(next_p), rz, energy, contraction, free)
 
         zero = self.zeros(rows=True)
@@ -351,9 +353,9 @@ class SolveRows(QueryRows):
         return lax.while_loop(lambda state: state.go > 0, step, start)
 
     def precondition(self, r, ridge):
-        """Approximate inverse systems times the residual, or the residual where there are none.
+        """The preconditioned residual z, ``r . z``, and a bound of the squared error in the A-norm.
 
-        Also the product of both, and the bound of the squared error in the A-norm.
+        Without a preconditioner z is the residual itself.
         """
         square = row_dot(r, r)
         if not self.preconditioned:
@@ -365,39 +367,40 @@ class SolveRows(QueryRows):
         # The eigenvalues of the preconditioned system are 1 up to rounding.
         return z, jnp.where(good, rz, square), jnp.where(good, 2 * rz, square / ridge)
 
-    def decide(self, count, error, error_bound, energy, left):
+    def decide(self, count, error, error_bound, energy, unexplained):
         """Whether to go on after iteration `count`; the same for all warpgroups.
 
-        `left`, of the adjoint solve: what the gradient of the keys sees of each row is the error
-        relative to that.
+        In the adjoint solve, `unexplained` is what the error of a row is measured against for the
+        gradient of the keys.
 
-        The sum over the rows of a warpgroup goes through memory of its own: the scratch memory of
-        reductions across warps is one for all warpgroups.
+        Rows are reduced through scratch memory of each warpgroup: that of Pallas's reductions
+        across warps is shared by all warpgroups.
         """
-        more = full((ROW_BLOCK,), 0, ROWS, jnp.int32) + (
-            count + 1 < self.iteration.max_iters
+        more = full((ROW_BLOCK,), 0, WGMMA_ROW, jnp.int32) + (
+            count + 1 < self.options.max_iters
         ).astype(jnp.int32)
-        if self.iteration.tol is not None:
-            bound = self.iteration.tol**2
-            # Mean over the rows of the relative error, or of the error relative to the mean.
+        if self.options.tol is not None:
+            bound = self.options.tol**2
+            # Forward, the mean over rows of the relative error; adjoint, the mean error relative to
+            # the mean energy.
             excess = error / energy - bound if self.forward else error - bound * energy
-            if self.forward and self.iteration.precise:
-                # The estimate is blind to small eigenvalues that the iteration has not met yet.
-                far = error_bound > WORST_BOUND**2 * bound * energy
+            if self.forward and self.options.bf16x2:
+                # The estimate misses small eigenvalues that the iteration has not found yet.
+                far = error_bound > MAX_ROW_BOUND**2 * bound * energy
                 excess = jnp.where(far, 1.0, excess)
-            # A row that is not finite must not decide for the others.
+            # Rows that are not finite do not count.
             excess = jnp.where(jnp.abs(excess) < 1e30, excess, 0.0)
             columns = self.to_columns("iterations", excess)
             unfinished = columns.sum(axis=1) > 0
             if self.forward:
-                # Few bad rows among many good ones do not show in the mean.
-                unfinished = unfinished | (columns.max(axis=1) > (WORST_ROW**2 - 1) * bound)
+                # A few bad rows hardly change the mean.
+                unfinished = unfinished | (columns.max(axis=1) > (MAX_ROW_ERROR**2 - 1) * bound)
             else:
-                # In the gradient of the keys a row counts times its probe, of which few can be by
-                # far the longest, and with the cotangents less what the keys explain of them,
-                # which can be little.
+                # In the gradient of the keys the error of a row is multiplied by its probe, and a
+                # few probes can be much longer than the others. It is compared with what the keys
+                # leave unexplained of the cotangents, which can be small.
                 weight = self.row_vector(self.given["adjoint"].probe_square)
-                weighted = weight * (error - bound * left)
+                weighted = weight * (error - bound * unexplained)
                 weighted = jnp.where(jnp.abs(weighted) < 1e30, weighted, 0.0)
                 columns = self.to_columns(WEIGHTED, weighted)
                 unfinished = unfinished | (columns.sum(axis=1) > 0)
@@ -409,7 +412,7 @@ class SolveRows(QueryRows):
         return any_flag(flags, count, self.env.config.warpgroups)
 
     def product(self, t, direction, scale, log_sum_exp, ids):
-        """``C_i y_i`` for the directions, centred before and after the weights are rounded."""
+        """``C_i y_i`` for the directions y, centred before and after the weights are rounded."""
         centre = row_dot(self.centre(), _sum_of(direction))
 
         def scores_along(slot):
@@ -428,17 +431,17 @@ class SolveRows(QueryRows):
         return t, image - by_row(excess, self.matrix) * self.centre()
 
     def parts(self, array) -> tuple[jax.Array, ...]:
-        """`array` in as many 16-bit parts as the iteration uses."""
-        return in_parts(array, self.env.shape.dtype, self.iteration.precise)
+        """`array` in one or two 16-bit parts, as the options say."""
+        return in_parts(array, self.env.shape.dtype, self.options.bf16x2)
 
     def rounded_parts(self, array, summed: bool = True):
-        """`parts`, and the sums of the rows of what they represent."""
-        return rounded_parts(array, self.env.shape.dtype, self.iteration.precise, summed)
+        """`parts`, and the row sums of what they represent."""
+        return rounded_parts(array, self.env.shape.dtype, self.options.bf16x2, summed)
 
     # -- Results
 
     def finish(self, negated, mean, count, residual):
-        """Writes the negated solution in two parts, and the rows."""
+        """Writes the negated solution in two parts, and the row outputs."""
         dtype = self.env.shape.dtype
         high = negated.astype(dtype)
         low = (negated - high.astype(jnp.float32)).astype(dtype)
@@ -446,11 +449,11 @@ class SolveRows(QueryRows):
             shift_high = row_dot(mean, high.astype(jnp.float32))
             self.store_row("shift_high", shift_high)
             self.store_row("shift", shift_high + row_dot(mean, low.astype(jnp.float32)))
-        self.store_row("iterations", full((ROW_BLOCK,), 0, ROWS) + count.astype(jnp.float32))
+        self.store_row("iterations", full((ROW_BLOCK,), 0, WGMMA_ROW) + count.astype(jnp.float32))
         self.store_row("residual", residual)
-        # Without iterations no warpgroup has waited for the others to be done with the values,
-        # whose memory the iterates share.
-        pair = self.scratch["remainder" if mean is None else "iterate"][1]
+        # The iterates share memory with the tiles of values. Without iterations nothing has waited
+        # for the other warpgroups to be done with those.
+        pair = self.scratch["residual" if mean is None else "iterate"][1]
         for member, (name, part) in enumerate((("high", high), ("low", low))):
             tile = pair.at[self.w, member]
             tile[...] = part
@@ -466,18 +469,18 @@ class SolveRows(QueryRows):
         self.scratch["rows"].at[self.w, ROW_OUTPUTS.index(name)][...] = vector
 
     def to_columns(self, name: str, vector):
-        """Numbers of the rows as a ``[64, 64]`` matrix of equal rows, through a row of scratch."""
+        """A vector of rows, broadcast along the columns of ``[64, 64]``, through scratch memory."""
         self.store_row(name, vector)
         ref = self.scratch["rows"].at[self.w, ROW_OUTPUTS.index(name)]
-        return by_column(self.env.arithmetic.load(ref, COLS), (ROW_BLOCK, ROW_BLOCK))
+        return by_column(self.env.arithmetic.load(ref, WGMMA_COL), (ROW_BLOCK, ROW_BLOCK))
 
     def load_row(self, name: str):
         ref = self.scratch["rows"].at[self.w, ROW_OUTPUTS.index(name)]
-        return self.env.arithmetic.load(ref, ROWS)
+        return self.env.arithmetic.load(ref, WGMMA_ROW)
 
     def store_mean(self, mean):
-        """Writes the mean key, through the memory of the remainder."""
-        tile = self.scratch["remainder"][0].at[self.w]
+        """Writes the mean key, through the memory of the residual."""
+        tile = self.scratch["residual"][0].at[self.w]
         tile[...] = mean
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tile, self.row_tile(self.out["key_mean"]))

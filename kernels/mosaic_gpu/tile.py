@@ -1,9 +1,9 @@
-"""What the Hopper kernels share: layouts, products, masks and the tiles a block of rows visits.
+"""Building blocks of the Hopper kernels: layouts, products, masks, and ranges of tiles.
 
-A kernel's program instance (CTA) has two or more compute warpgroups of 64 rows each and one
-warpgroup that streams tiles from global memory. Inside a warpgroup ``[64, C]`` float32 arrays are
-spread over the registers as wgmma leaves them (`MATRIX`), vectors of rows as the reduction of such
-an array (`ROWS`), vectors of columns likewise (`COLS`).
+A program instance (CTA) has two or more consumer warpgroups, which compute 64 rows each, and one
+producer warpgroup, which streams tiles from global memory. In a consumer a float32 array
+``[64, C]`` has the register layout of a wgmma accumulator (`WGMMA`). A vector with one entry per
+row, or per column, has the layout of a reduction of such an array (`WGMMA_ROW`, `WGMMA_COL`).
 """
 
 from __future__ import annotations
@@ -20,100 +20,102 @@ from jax import lax
 
 from lla.kernels.tiles import MaskSpec, SequenceMask
 
-MATRIX = plgpu.Layout.WGMMA
-ROWS = MATRIX.reduce(1)
-COLS = MATRIX.reduce(0)
-TURNED = plgpu.Layout.WGMMA_TRANSPOSED
-"""Of a matrix whose transpose is what memory holds."""
+WGMMA = plgpu.Layout.WGMMA
+WGMMA_ROW = WGMMA.reduce(1)
+WGMMA_COL = WGMMA.reduce(0)
+WGMMA_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+"""For matrices whose transpose lies in memory."""
 
 ROW_BLOCK = 64
-"""Rows of a compute warpgroup, the height of a wgmma instruction."""
+"""Rows of a consumer warpgroup: the M of a wgmma instruction."""
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-# Starting value of a running maximum: finite, so that a fully masked tile gives weights of zero.
+# Initial value of a running maximum. Finite, so that a fully masked tile gives weights of zero.
 LOWEST = -1e30
 
 
 def narrow_transforms(*sizes: int) -> tuple:
-    """Layout in shared memory of 16-bit tiles with 32 columns, or a multiple of 64.
+    """Shared-memory layout of 16-bit tiles with 32 columns or a multiple of 64.
 
-    All operands of a product share one layout, whose swizzle must exceed none of `sizes`: the
-    columns, and the smallest number of rows that are summed over.
+    The operands of a product share one layout. Its swizzle is limited by all of `sizes`: the number
+    of columns, and the smallest number of rows that a product sums over.
     """
     columns = min((64, *sizes))
     return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
 
 
 def wide_transforms() -> tuple:
-    """Layout in shared memory of float32 tiles with a multiple of 32 columns."""
+    """Shared-memory layout of float32 tiles with a multiple of 32 columns."""
     return (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 ONES = 16
-"""Columns of a tile of ones, the fewest that a product takes from shared memory."""
+"""Columns of a tile of ones: the fewest that its shared-memory layout allows."""
 
 
 def ones_transforms() -> tuple:
-    """Layout in shared memory of a 16-bit tile of ones ``[n, ONES]``."""
+    """Shared-memory layout of a 16-bit tile of ones ``[n, ONES]``."""
     return (plgpu.TilingTransform((8, ONES)), plgpu.SwizzleTransform(2 * ONES))
 
 
-class Turned(NamedTuple):
-    """An operand of a product that lies in shared memory as its transpose."""
+class Transposed(NamedTuple):
+    """An operand of a product whose transpose is stored in shared memory."""
 
     ref: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """Products and loads, either as Hopper instructions or, to be interpreted, in plain JAX.
+    """Products and loads: Hopper instructions, or plain JAX for the interpreter.
 
-    `hold_sums` says whether `summing` keeps its sums in accumulators and waits late; otherwise it
-    waits after every tile, which takes fewer registers.
+    The GPU interpreter of JAX 0.11 supports neither accumulators that outlive a scope nor wgmma
+    operands in registers.
 
-    The interpreter of JAX 0.11 knows neither accumulators that outlive a scope nor operands of
-    wgmma in registers.
+    Attributes:
+      interpreted: whether to use plain JAX.
+      hold_sums: whether `summing` keeps its sums in accumulators throughout the loop. Otherwise it
+        waits for them after every tile, which takes fewer registers.
+      issued: number of products issued so far, in program order, while a kernel is traced.
     """
 
     interpreted: bool = False
     hold_sums: bool = True
-    # Products issued so far while a kernel is traced, in program order.
     issued: list[int] = dataclasses.field(default_factory=lambda: [0], compare=False)
 
-    def load(self, ref, layout=MATRIX):
+    def load(self, ref, layout=WGMMA):
         if self.interpreted:
             return ref[...]
-        # A vector has no access wider than its elements to be coalesced into.
-        return plgpu.load(ref, layout=layout, optimized=layout is MATRIX)
+        # The loads of a vector's elements cannot be coalesced into wider ones.
+        return plgpu.load(ref, layout=layout, optimized=layout is WGMMA)
 
     def load_row(self, ref):
-        """``[128]``, a number for every thread."""
+        """A vector ``[128]`` with one element per thread."""
         if self.interpreted:
             return ref[...]
         layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
         return plgpu.load(ref, layout=layout, optimized=False)
 
-    def load_turned(self, ref):
-        """The transpose of a matrix in global memory, in the layout `TURNED`."""
+    def load_transposed(self, ref):
+        """The transpose of a matrix in global memory, with layout `WGMMA_TRANSPOSED`."""
         if self.interpreted:
             return ref[...].T
-        return plgpu.load(ref.transpose((1, 0)), layout=TURNED, optimized=False)
+        return plgpu.load(ref.transpose((1, 0)), layout=WGMMA_TRANSPOSED, optimized=False)
 
-    def store_turned(self, ref, matrix):
-        """Writes the transpose of a `MATRIX` to global memory."""
+    def store_transposed(self, ref, matrix):
+        """Writes the transpose of a matrix with layout `WGMMA` to global memory."""
         if self.interpreted:
             ref[...] = matrix.T
         else:
-            ref.transpose((1, 0))[...] = plgpu.layout_cast(matrix, TURNED)
+            ref.transpose((1, 0))[...] = plgpu.layout_cast(matrix, WGMMA_TRANSPOSED)
 
     def with_products(self, columns: int, use, *sums):
-        """Calls ``use(*reads)`` while products run; returns what it returned.
+        """Issues products, and returns ``use(*reads)``, which runs while they are in flight.
 
-        Each of `sums` is a list of pairs ``(a, b)``, and the function at the same place in `reads`
-        waits for and returns the float32 sum of its ``a @ b^T``: ``a [64, d]`` in shared memory or
-        registers, ``b [columns, d]`` in shared memory. All products are issued before the call;
-        when a read returns, all products issued before those of its sum are done, too.
+        Each of `sums` is a list of pairs ``(a, b)`` with ``a [64, d]`` in shared memory or
+        registers and ``b [columns, d]`` in shared memory. The matching function in `reads` waits
+        for the float32 sum of the ``a @ b^T`` and returns it. Products complete in the order of
+        issue: once a read returns, all earlier products are done.
         """
         if self.interpreted:
             results = [sum(self._dot(a, b, True) for a, b in pairs) for pairs in sums]
@@ -131,22 +133,21 @@ class Arithmetic:
         return pl.run_scoped(issue, *scratch)
 
     def _issue(self, accumulator, a, b):
-        plgpu.wgmma(accumulator, a, b.ref.transpose((1, 0)) if isinstance(b, Turned) else b)
+        plgpu.wgmma(accumulator, a, b.ref.transpose((1, 0)) if isinstance(b, Transposed) else b)
         self.issued[0] += 1
 
     def _read(self, accumulator, number: int):
-        """Waits until no product runs but those issued after the first `number`."""
+        """The accumulator, once the first `number` products are done."""
         return plgpu.wgmma_accumulator_load(accumulator, wait_n=self.issued[0] - number)
 
     def products(self, columns: int, *sums):
-        """The results of `with_products`, waited for."""
+        """The sums of `with_products`, after waiting for all of them."""
         return self.with_products(columns, lambda *reads: tuple(read() for read in reads), *sums)
 
     def accumulate(self, totals, *sums):
-        """Adds the products ``a @ b`` of every list of pairs to the total at the same place.
+        """Adds the products ``a @ b`` of each list of pairs to its total, and waits for them.
 
-        ``a [64, n]`` in registers, ``b [n, c]`` in shared memory, or ``b [c, n]`` as a `Turned`
-        one. Waits for the result.
+        ``a [64, n]`` is in registers, ``b [n, c]`` in shared memory or `Transposed`.
         """
         if self.interpreted:
             return tuple(
@@ -162,10 +163,9 @@ class Arithmetic:
         return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))
 
     def accumulate_transposed(self, totals, *sums):
-        """Adds the products ``a^T @ b`` of every list of pairs to the total at the same place.
+        """Adds the products ``a^T @ b`` of each list of pairs to its total, and waits for them.
 
-        ``a [n, 64]`` and ``b [n, c]`` in shared memory, or ``b [c, n]`` as a `Turned` one. Waits
-        for the result.
+        ``a [n, 64]`` and ``b [n, c]`` are in shared memory; b may be `Transposed`.
         """
         if self.interpreted:
             return tuple(
@@ -181,11 +181,14 @@ class Arithmetic:
         return pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in totals))
 
     def summing(self, columns: tuple[int, ...], loop, body, carry):
-        """Runs `body` over a `loop` of tiles while sums ``[64, c]`` for `columns` c stay in place.
+        """Runs `body` over the tiles of `loop`, with accumulators ``[64, c]`` for c in `columns`.
 
-        ``carry = body(j, carry, masked, add)`` calls ``add(*sums)``, which is like `accumulate`
-        without waiting: what it reads must stay until the next `products` have returned.
-        `loop` is a function of a body without `add` and of the first carry.
+        Args:
+          columns: widths of the accumulators.
+          loop: ``loop(body, carry)`` runs ``carry = body(j, carry, masked)`` over the tiles.
+          body: ``body(j, carry, masked, add)`` calls ``add(*sums)``, which is like `accumulate` but
+            does not wait: its operands must stay in place until the next `products` have returned.
+          carry: the first carry.
 
         Returns:
           the last carry and the tuple of sums.
@@ -201,7 +204,7 @@ class Arithmetic:
 
                 return body(j, carry, masked, add), box[0]
 
-            zeros = tuple(full((ROW_BLOCK, c), 0, MATRIX) for c in columns)
+            zeros = tuple(full((ROW_BLOCK, c), 0, WGMMA) for c in columns)
             return loop(step, (carry, zeros))
 
         def scoped(*accumulators):
@@ -217,13 +220,13 @@ class Arithmetic:
         return pl.run_scoped(scoped, *scratch)
 
     def _product(self, a, b):
-        return self._dot(a, b.ref, True) if isinstance(b, Turned) else self._dot(a, b, False)
+        return self._dot(a, b.ref, True) if isinstance(b, Transposed) else self._dot(a, b, False)
 
     def _dot(self, a, b, transposed: bool):
         a = a if isinstance(a, jax.Array) else a[...]
         dims = (((1,), (1 if transposed else 0,)), ((), ()))
         out = lax.dot_general(a, b[...], dims, preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # these reads have to end before the tile is overwritten
+        plgpu.commit_smem()  # the reads have to finish before the tile is overwritten
         return out
 
 
@@ -242,29 +245,29 @@ def by_column(vector, shape):
 
 
 def rounded(array, dtype):
-    """`array` in 16 bits, and the sums of its rows as rounded.
+    """`array` in 16 bits, and its row sums after rounding.
 
-    The barrier keeps the conversion packed, two numbers an instruction: without it the compiler
-    converts every number by itself because both forms are used, at an eighth of the rate.
+    The barrier keeps the conversion packed, two numbers per instruction. Without it the compiler
+    converts one number at a time, since both forms are used, at an eighth of the rate.
     """
     array = lax.optimization_barrier(array.astype(dtype))
     return array, array.astype(jnp.float32).sum(axis=1)
 
 
-def in_parts(array, dtype, precise: bool) -> tuple[jax.Array, ...]:
-    """`array` in one 16-bit part, or as the sum of two if `precise`."""
+def in_parts(array, dtype, bf16x2: bool) -> tuple[jax.Array, ...]:
+    """`array` rounded to 16 bits, or split into a sum of two 16-bit parts if `bf16x2`."""
     high = array.astype(dtype)
-    if not precise:
+    if not bf16x2:
         return (high,)
     high = lax.optimization_barrier(high)
     return high, (array - high.astype(jnp.float32)).astype(dtype)
 
 
-def rounded_parts(array, dtype, precise: bool, summed: bool = True):
-    """`in_parts`, and the sums of the rows of what the parts represent; None unless `summed`."""
+def rounded_parts(array, dtype, bf16x2: bool, summed: bool = True):
+    """`in_parts`, and the row sums of what the parts represent (None unless `summed`)."""
     if not summed:
-        return in_parts(array, dtype, precise), None
-    if precise:
+        return in_parts(array, dtype, bf16x2), None
+    if bf16x2:
         return in_parts(array, dtype, True), array.sum(axis=1)
     array, total = rounded(array, dtype)
     return (array,), total
@@ -279,7 +282,7 @@ def row_dot(a, b):
 
 
 class TileRange(NamedTuple):
-    """Tiles ``[low, high)``, of which ``[full_low, full_high)`` need no mask."""
+    """Tiles ``[low, high)``; those in ``[full_low, full_high)`` are visible throughout."""
 
     low: jax.Array
     high: jax.Array
@@ -297,7 +300,7 @@ def _ceil_tiles(position, size: int):
 
 def key_tiles(spec: MaskSpec, mask: SequenceMask, first, rows: int, size: int) -> TileRange:
     """Key tiles of `size` that the query rows ``[first, first + rows)`` see."""
-    begin = first + mask.offset  # position of the first row, and after the last one
+    begin = first + mask.offset  # position of the first row; end: after the last one
     end = begin + rows
     high, full_high = mask.length, mask.length
     low = full_low = jnp.int32(0)
@@ -342,7 +345,8 @@ def _tile_range(spec: MaskSpec, low, high, full_low, full_high, size: int) -> Ti
 def over_tiles(spec: MaskSpec, tiles: TileRange, body, carry, *, low_edge: bool):
     """Runs ``carry = body(tile, carry, masked)`` over the tiles in order.
 
-    `low_edge` says whether tiles before the full ones can exist; otherwise their loop is left out.
+    `low_edge` says whether partly masked tiles can precede the full ones. If not, the loop over
+    them is omitted.
     """
 
     def loop(low, high, masked, carry):
@@ -359,14 +363,14 @@ def visible(
     spec: MaskSpec, mask: SequenceMask, shape, first_query, first_key, *, transposed: bool,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """Bool `shape`: queries by keys, or keys by queries if `transposed`.
+    """The mask of a tile, bool: queries by keys, or keys by queries if `transposed`.
 
-    Segment ids are vectors along their own axis.
+    Segment ids are vectors along the axis of their queries or keys.
     """
     query_axis = 1 if transposed else 0
 
     def positions(axis):
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)
 
     keys = positions(1 - query_axis) + first_key
     valid = keys < mask.length

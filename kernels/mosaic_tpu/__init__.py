@@ -1,4 +1,4 @@
-"""Pallas kernels for TPUs; their design is in ``kernels/TPU.md``.
+"""Pallas kernels for TPUs; their design is described in ``kernels/TPU.md``.
 
-Interpreted, lowered and compiled ahead of time, never run on hardware.
+They have been interpreted, lowered and compiled ahead of time, but never run on hardware.
 """

@@ -1,4 +1,4 @@
-"""The forward pass of a whole family in one kernel: statistics, solve, output."""
+"""The forward pass in one kernel: softmax statistics, solve and output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import jax.numpy as jnp
 from lla.kernels.mosaic_tpu import launch, tile
 from lla.kernels.mosaic_tpu import solve as solver
 from lla.kernels.mosaic_tpu.launch import Operands, RowTile, Shape, row_block, row_numbers, vectors
-from lla.kernels.mosaic_tpu.solve import Iteration
+from lla.kernels.mosaic_tpu.solve import CGOptions
 from lla.kernels.mosaic_tpu.tile import LOWEST, NT, Arithmetic, MaskSpec
 from lla.kernels.tiles import row_dot
 
-ROWS = ("log_sum_exp", "relative", "iterations", "residual")
-"""Numbers of each row in `Forward.rows`; `relative` is the log-sum-exp of the relative logits."""
+ROW_STATISTICS = ("log_sum_exp", "relative", "iterations", "residual")
+"""Statistics of each row in `Forward.rows`.
+
+`relative` is the log-sum-exp of the logits relative to the origin.
+"""
 
 
 class Forward(NamedTuple):
@@ -24,9 +27,9 @@ class Forward(NamedTuple):
 
     Attributes:
       out: ``[M, R, Dv]``.
-      rows: float32 ``[M, 4, R]``, see `ROWS`.
+      rows: float32 ``[M, 4, R]``, see `ROW_STATISTICS`.
       key_mean: float32 ``[M, R, D]``, relative to the origin; None for softmax attention.
-      probe: float32 ``[M, R, D]``, the solution; None where nothing is solved.
+      probe: float32 ``[M, R, D]``, the solution; None without a solve.
     """
 
     out: jax.Array
@@ -44,7 +47,7 @@ class Masking(NamedTuple):
 
 
 def row_operands(shape: Shape, masking: Masking, query, key, value, probe, rows) -> Operands:
-    """What every kernel that owns query rows is given."""
+    """The operands that all kernels with query rows have in common."""
     operands = Operands(shape, masking.numbers)
     operands.blocked("query", query, row_block(shape, shape.head_dim))
     operands.blocked("probe", probe, row_block(shape, shape.head_dim))
@@ -60,7 +63,7 @@ def forward(
     shape: Shape,
     mask: MaskSpec,
     arithmetic: Arithmetic,
-    iteration: Iteration | None,
+    options: CGOptions | None,
     query,
     key,
     value,
@@ -70,24 +73,25 @@ def forward(
     *,
     interpret: Any = None,
 ) -> Forward:
-    """Softmax attention, attention along `probe`, or along the solution if there is an `iteration`.
+    """Softmax attention, attention along `probe`, or along the solution if there is an `options`.
 
     Args:
-      query, probe: ``[M, R, D]``; `probe` None for the other two members.
+      options: of the solve; None without one.
+      query, probe: ``[M, R, D]``; `probe` is given for Parallax only.
       key, value: ``[M, S, D]`` and ``[M, S, Dv]``.
       rows: float32 ``[M, 1, R]`` or ``[M, 2, R]``, scale and (for a solve) ridge of each row.
     """
     operands = row_operands(shape, masking, query, key, value, probe, rows)
     groups, count, d, dv = shape.groups, shape.blocks.rows, shape.head_dim, shape.value_dim
-    probed = probe is not None or iteration is not None
+    probed = probe is not None or options is not None
 
     def struct(*size, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((groups, *size), dtype)
 
-    whole = struct(shape.num_rows, d)
+    whole, statistics = struct(shape.num_rows, d), len(ROW_STATISTICS)
     outputs = {
         "out": (struct(shape.num_rows, dv, dtype=shape.dtype), row_block(shape, dv)),
-        "rows": (struct(len(ROWS), shape.num_rows), row_numbers(shape, len(ROWS))),
+        "rows": (struct(statistics, shape.num_rows), row_numbers(shape, statistics)),
     }
     scratch = launch.row_scratch(shape) | {
         "largest": vectors(count), "total": vectors(count), "out": vectors(count, dv)
@@ -95,12 +99,12 @@ def forward(
     if probed:
         outputs["key_mean"] = (whole, row_block(shape, d))
         scratch["key_mean"] = vectors(count, d)
-    if iteration is not None:
+    if options is not None:
         outputs["probe"] = (whole, row_block(shape, d))
         scratch |= solver.scratch(count, d)
 
     def body(given, out, memory):
-        _body(shape, mask, arithmetic, iteration, given, out, memory)
+        _body(shape, mask, arithmetic, options, given, out, memory)
 
     results = launch.call(
         body, "lla_forward", operands, outputs, scratch,
@@ -109,7 +113,7 @@ def forward(
     return Forward(results["out"], results["rows"], results.get("key_mean"), results.get("probe"))
 
 
-def _body(shape, mask, arithmetic: Arithmetic, iteration, given, out, memory):
+def _body(shape, mask, arithmetic: Arithmetic, options, given, out, memory):
     rows = RowTile(shape, mask, given, memory)
     scale = rows.number(0)
     probed = "key_mean" in out
@@ -117,7 +121,7 @@ def _body(shape, mask, arithmetic: Arithmetic, iteration, given, out, memory):
     def logits(keys):
         return scale * tile.product((rows.queries,), (keys,), NT)
 
-    # -- Statistics, by an online softmax; softmax attention is done with them.
+    # -- Statistics, by an online softmax, which is all that softmax attention needs.
     sums = memory["key_mean" if probed else "out"]
     largest, total = memory["largest"], memory["total"]
     largest[...] = jnp.full_like(largest, LOWEST)
@@ -157,30 +161,30 @@ def _body(shape, mask, arithmetic: Arithmetic, iteration, given, out, memory):
         out["out"][...] = mean.astype(shape.dtype)
     else:
         out["key_mean"][...] = mean
-        if iteration is None:
+        if options is None:
             probe, centre = (given["probe"][...],), given["probe"][...].astype(jnp.float32)
         else:
             active = seen & rows.exists
             target = jnp.where(active, mean - rows.centred(), 0.0)
             probe, numbers["iterations"], numbers["residual"] = solver.solve(
-                rows, memory, arithmetic, iteration, target, weights, mean, rows.number(1),
+                rows, memory, arithmetic, options, target, weights, mean, rows.number(1),
                 active, energy_offset=1,
             )  # fmt: skip
             out["probe"][...] = probe
             centre, probe = arithmetic.rounded(probe), arithmetic.parts(probe)
         _output(rows, memory, arithmetic, weights, probe, row_dot(mean, centre), seen)
         out["out"][...] = memory["out"][...].astype(shape.dtype)
-    for index, name in enumerate(ROWS):
+    for index, name in enumerate(ROW_STATISTICS):
         column = numbers.get(name, jnp.zeros_like(scale))
         out["rows"][pl.ds(index, 1), :] = tile.to_row(column)
 
 
 def _output(rows: RowTile, memory, arithmetic: Arithmetic, weights, probe, centre, seen):
-    """The output along `probe`, into ``memory["out"]``.
+    """Writes the output along `probe` to ``memory["out"]``.
 
-    The weights sum to 1 for any probe. Where rounding changes that by more than their own error,
-    the output is divided by the sum; elsewhere that would only multiply it by the error of
-    `centre`.
+    The weights sum to 1 for any probe. Weights rounded to one part miss 1 by their rounding errors,
+    so the output is divided by their sum. More precise weights do not need that, and their sum
+    would bring in the error of `centre`.
     """
     sums, total = memory["out"], memory["total"]
     sums[...] = jnp.zeros_like(sums)

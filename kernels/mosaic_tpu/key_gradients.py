@@ -1,6 +1,6 @@
 """Gradients of keys and values: a program instance owns keys and streams the rows that see them.
 
-The rows of a key head are those of all its query heads, so that the sum over them needs neither
+The rows of a key head are those of all its query heads, so that summing over these needs neither
 atomics nor copies of the keys.
 """
 
@@ -17,7 +17,7 @@ from jax import lax
 from lla.kernels.mosaic_tpu import launch, tile
 from lla.kernels.mosaic_tpu.forward import Masking
 from lla.kernels.mosaic_tpu.launch import SUBLANES, Operands, Shape, vectors
-from lla.kernels.mosaic_tpu.row_gradients import ROWS
+from lla.kernels.mosaic_tpu.row_gradients import ROW_OUTPUTS
 from lla.kernels.mosaic_tpu.tile import NT, Arithmetic, MaskSpec, SequenceMask
 
 
@@ -41,8 +41,8 @@ def key_gradients(
 
     Args:
       query: ``[M, R, D]``; key ``[M, S, D]``; value ``[M, S, Dv]``; cotangent ``[M, R, Dv]``.
-      probe: ``[M, R, D]``, float32 where it is a solution; None for softmax attention.
-      solution: float32 ``[M, R, D]``, of the adjoint system; None without a solve.
+      probe: ``[M, R, D]``, in float32 if it is a solution; None for softmax attention.
+      solution: of the adjoint system, float32 ``[M, R, D]``; None without a solve.
       rows, origins: float32 ``[M, 8, R]`` and ``[M, 8 * tiles, D]``, from
         `lla.kernels.mosaic_tpu.row_gradients`.
     """
@@ -96,7 +96,7 @@ def _body(shape: Shape, mask: MaskSpec, arithmetic: Arithmetic, given, out, memo
     d_value[...] = jnp.zeros_like(d_value)
 
     def in_parts(ref):
-        """A direction; one that was given is exact as it is."""
+        """A direction as operands of products; a given probe is exact in its own dtype."""
         array = ref[...]
         return (array,) if array.dtype == shape.dtype else arithmetic.parts(array)
 
@@ -104,7 +104,7 @@ def _body(shape: Shape, mask: MaskSpec, arithmetic: Arithmetic, given, out, memo
         query, cotangent = (refs["query"][...],), (refs["cotangent"][...],)
         keys = given["key"][...]
         keys = (keys - refs["origins"][:1] if shape.has_origins else keys,)
-        number = {name: refs["rows"][i : i + 1, :] for i, name in enumerate(ROWS)}
+        number = {name: refs["rows"][i : i + 1, :] for i, name in enumerate(ROW_OUTPUTS)}
         index = (low + pl.program_id(0)) * size + lax.broadcasted_iota(jnp.int32, (1, size), 1)
         valid = tile.visible(
             mask, sequence.length, lax.div(index, group) + sequence.offset, positions,
@@ -112,7 +112,7 @@ def _body(shape: Shape, mask: MaskSpec, arithmetic: Arithmetic, given, out, memo
         )  # fmt: skip
         logits = number["scale"] * tile.product(keys, query, NT)
         p = jnp.where(valid, jnp.exp(logits - number["log_sum_exp"]), 0.0)
-        # As in the other kernel: p, p a, and e.
+        # p, p a and e are as in `row_gradients`.
         e = tile.product(values, cotangent, NT) - number["cotangent_shift"]
         weighted = p
         if "probe" in refs:

@@ -1,4 +1,4 @@
-"""Sizes, the pieces that every kernel needs, and the call itself."""
+"""Shapes, operands and the kernel call."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lla.kernels.mosaic_tpu.tile import MaskSpec, SequenceMask
 
 LANES = 128
 SUBLANES = 8  # of float32
-# A shift by this costs a float32 number of size 1 an error of 1.5e-5.
+# Shifting a float32 number of size 1 by this costs an error of 1.5e-5.
 LARGEST_ORIGIN = 256.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class BlockSizes:
     """Tile sizes of one call.
 
     Attributes:
       rows: query rows of a program instance, and of a tile that the key gradients stream.
-      keys: keys of a tile that is streamed past query rows.
+      keys: keys of a tile that is streamed for query rows.
       own_keys: keys of a program instance of the key gradients.
     """
 
@@ -43,8 +43,8 @@ class Shape:
     """Padded sizes: keys ``[M, S, D]`` of ``M = batch * kv_heads`` heads, rows ``[M, R, D]``.
 
     The rows of a key head are those of all query heads that share it: row ``t * group + g`` is
-    query t of head g. `num_keys` and `num_rows` are multiples of the blocks, `num_queries` is
-    the T that exists; `head_dim` and `value_dim` are multiples of 128.
+    query t of head g. `num_keys` and `num_rows` are multiples of the blocks, `head_dim` and
+    `value_dim` of 128. `num_queries` is T before padding.
     """
 
     batch: int
@@ -56,7 +56,7 @@ class Shape:
     head_dim: int
     value_dim: int
     dtype: Any
-    blocks: Blocks
+    blocks: BlockSizes
 
     @property
     def groups(self) -> int:
@@ -64,11 +64,11 @@ class Shape:
 
     @property
     def has_origins(self) -> bool:
-        """Whether keys are taken relative to an origin of each tile of rows; see `RowTile`."""
+        """Whether keys are taken relative to an origin; see `RowTile`."""
         return self.dtype == jnp.float32
 
     def with_whole_lanes(self) -> Shape:
-        """The same with rows padded to a multiple of 128."""
+        """This shape with rows padded to a multiple of 128."""
         if self.num_rows % LANES == 0:
             return self
         count = -(-self.num_rows // LANES) * LANES
@@ -81,10 +81,10 @@ class Shape:
 
 
 class Operands:
-    """What a kernel is given: arrays by name, each with the way it reaches the kernel.
+    """The operands of a kernel: arrays and block specs by name.
 
-    `blocked` arrays are copied by tiles of the grid; `streamed` ones stay in HBM; `numbers` are in
-    scalar memory.
+    `blocked` arrays are copied block by block along the grid, `streamed` ones stay in HBM, and
+    `numbers` go to scalar memory.
     """
 
     def __init__(self, shape: Shape, numbers):
@@ -101,17 +101,17 @@ class Operands:
 
 
 def row_block(shape: Shape, width: int) -> pl.BlockSpec:
-    """The rows of a program instance from ``[M, R, width]``."""
+    """The rows of a program instance, from ``[M, R, width]``."""
     return pl.BlockSpec((None, shape.blocks.rows, width), lambda m, i: (m, i, 0))
 
 
 def row_numbers(shape: Shape, count: int) -> pl.BlockSpec:
-    """`count` numbers for each row of a program instance from ``[M, count, R]``."""
+    """`count` numbers of each row of a program instance, from ``[M, count, R]``."""
     return pl.BlockSpec((None, count, shape.blocks.rows), lambda m, i: (m, 0, i))
 
 
 def row_ids(shape: Shape) -> pl.BlockSpec:
-    """The segment ids of its rows from ``[B, 1, R]``."""
+    """The segment ids of the rows of a program instance, from ``[B, 1, R]``."""
     return pl.BlockSpec((None, 1, shape.blocks.rows), lambda m, i: (shape.sequence(m), 0, i))
 
 
@@ -125,11 +125,12 @@ def call(
     interpret: Any,
     vmem_limit: int | None = None,
 ) -> dict[str, jax.Array]:
-    """Runs ``body(given, out, scratch)``, refs by name, for every head and each of its `tiles`.
+    """Runs ``body(given, out, scratch)`` for every key head and each of its `tiles`.
 
     Args:
-      outputs: shape and dtype of each result, and the part that a program instance writes.
-      interpret: what `pallas_call` takes; None to compile.
+      body: takes dicts of refs by name.
+      outputs: shape, dtype and block spec of each result.
+      interpret: as for `pallas_call`; None to compile.
       vmem_limit: bytes of vector memory that the compiler may use; None for its default.
 
     Returns:
@@ -144,7 +145,7 @@ def call(
 
     @jax.custom_batching.custom_vmap
     def launched(*arrays):
-        # More sequences than in the shape where `vmap` has added some.
+        # Under `vmap` there are more sequences than in the shape.
         times = arrays[0].shape[0] // operands.shape.batch
         launch = pl.pallas_call(
             kernel,
@@ -154,7 +155,7 @@ def call(
             ],
             grid=(times * operands.shape.groups, tiles),
             in_specs=[
-                _as_a_whole(a, operands.specs[n]) for n, a in zip(names, arrays, strict=True)
+                _whole_array(a, operands.specs[n]) for n, a in zip(names, arrays, strict=True)
             ],
             out_specs=[spec for _, spec in outputs.values()],
             scratch_shapes=list(scratch.values()),
@@ -169,7 +170,7 @@ def call(
 
     @launched.def_vmap
     def fold(size, mapped, *arrays):
-        """An axis of `vmap` becomes part of the sequences: Pallas maps no arrays in HBM."""
+        """Folds the mapped axis into the sequences: Pallas cannot `vmap` arrays in HBM."""
         arrays = [
             a if given else jnp.broadcast_to(a[None], (size, *a.shape))
             for a, given in zip(arrays, mapped, strict=True)
@@ -181,8 +182,8 @@ def call(
     return dict(zip(outputs, launched(*operands.arrays.values()), strict=True))
 
 
-def _as_a_whole(array, spec) -> pl.BlockSpec:
-    """A memory space stands for the array as a whole in it."""
+def _whole_array(array, spec) -> pl.BlockSpec:
+    """The block spec of an operand; a memory space stands for the whole array in it."""
     if isinstance(spec, pl.BlockSpec):
         return spec
     return pl.BlockSpec(array.shape, lambda m, i: (0,) * array.ndim, memory_space=spec)
@@ -194,20 +195,20 @@ def vectors(rows: int, width: int = 1):
 
 
 def row_scratch(shape: Shape) -> dict:
-    """What a `RowTile` keeps in vector memory."""
+    """Scratch that a `RowTile` needs."""
     return {"origin": vectors(SUBLANES, shape.head_dim)} if shape.has_origins else {}
 
 
 class RowTile:
     """The query rows of a program instance, and the keys that they see.
 
-    Keys reach the rows relative to an origin, the first key of the first tile: where keys share an
-    offset this saves digits. Differences of bfloat16 numbers have more digits than products take,
-    so with these the origin is 0.
+    In float32 the keys are taken relative to an origin, the first key of the first tile, which
+    keeps accuracy when the keys share an offset. In bfloat16 the origin is 0, since the differences
+    would not be exact.
 
     Attributes:
       queries: ``[rows, D]``.
-      exists: bool ``[rows, 1]``, False for rows that only pad.
+      exists: bool ``[rows, 1]``, False for padding rows.
       origin: float32 ``[1, D]``, or None for 0.
     """
 
@@ -234,27 +235,27 @@ class RowTile:
             pltpu.sync_copy(given["key"].at[self.head, first_keys], memory["origin"])
             self.origin = memory["origin"][:1]
             if mask.window is not None or mask.segments:
-                # Some rows may not see that key: see `lla.kernels.tiles.segment_origin`.
+                # Some rows may not see this key: see `lla.kernels.tiles.segment_origin`.
                 small = jnp.abs(self.origin) <= LARGEST_ORIGIN
                 self.origin = jnp.where(small, self.origin, 0.0)
 
     def centred(self):
-        """``query - origin`` in float32, what a regression around the query is about."""
+        """``query - origin`` in float32."""
         queries = self.queries.astype(jnp.float32)
         return queries if self.origin is None else queries - self.origin
 
     def origin_logits(self):
-        """``query . origin``, by which relative logits are smaller; None for 0."""
+        """``query . origin``, which relative logits lack; None for 0."""
         if self.origin is None:
             return None
         return (self.queries * self.origin).sum(1, keepdims=True)
 
     def number(self, index: int):
-        """One of the given numbers of the rows, as a column."""
+        """Number `index` of each row, as a column."""
         return tile.to_column(self.given["rows"][pl.ds(index, 1), :])
 
     def stream(self, body, *names: str):
-        """Runs ``body(valid, *tiles)`` for the tiles of keys from the arrays `names` in HBM."""
+        """Runs ``body(valid, *tiles)`` for each tile of keys of the arrays `names` in HBM."""
         block, low = self.shape.blocks.keys, self.low
         specs = [pl.BlockSpec((block, self.given[n].shape[-1]), _from(low)) for n in names]
         sources = [self.given[n].at[self.head] for n in names]

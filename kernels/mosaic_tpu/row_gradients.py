@@ -1,4 +1,4 @@
-"""Gradients of what belongs to queries: the adjoint solve and what follows it, in one kernel."""
+"""Gradients of query, probe or ridge, and scale: adjoint solve and gradients in one kernel."""
 
 from __future__ import annotations
 
@@ -19,20 +19,28 @@ from lla.kernels.mosaic_tpu.launch import (
     row_numbers,
     vectors,
 )
-from lla.kernels.mosaic_tpu.solve import Iteration
+from lla.kernels.mosaic_tpu.solve import CGOptions
 from lla.kernels.mosaic_tpu.tile import NT, Arithmetic, MaskSpec
 from lla.kernels.tiles import row_dot
 
-GIVEN_ROWS = ("scale", "log_sum_exp", "delta", "ridge")
-"""Numbers of each row that the kernel reads.
+ROW_INPUTS = ("scale", "log_sum_exp", "delta", "ridge")
+"""Inputs of each row: `log_sum_exp` is the relative one, `delta` is cotangent . output.
 
-The log-sum-exp is the relative one, `delta` is cotangent . output, a ridge only solves have.
+Only solves have a ridge.
 """
 
-ROWS = ("scale", "log_sum_exp", "probe_shift", "cotangent_shift", "mean", "d_scale", "d_ridge")
-"""Numbers of each row in `RowGradients.rows`, which has one more to make it eight.
+ROW_OUTPUTS = (
+    "scale",
+    "log_sum_exp",
+    "probe_shift",
+    "cotangent_shift",
+    "mean",
+    "d_scale",
+    "d_ridge",
+)
+"""Outputs of each row in `RowGradients.rows`, which pads them to eight.
 
-The first five are for `key_gradients`: the centred products are ``probe . k - probe_shift`` and
+`key_gradients` reads the first five: the centred products are ``probe . k - probe_shift`` and
 ``cotangent . v - solution . k - cotangent_shift``, and `mean` is the sum of p a e.
 """
 
@@ -42,10 +50,10 @@ class RowGradients(NamedTuple):
 
     Attributes:
       query: ``[M, R, D]``.
-      direction: ``[M, R, D]``: the adjoint solution, float32; the gradient of a given probe, in its
-        dtype; None for softmax attention.
-      rows: float32 ``[M, 8, R]``, see `ROWS`.
-      origins: float32 ``[M, 8 * tiles, D]``, eight times that of each tile of rows; None for 0.
+      direction: ``[M, R, D]``: the adjoint solution in float32, or the gradient of a given probe in
+        its dtype; None for softmax attention.
+      rows: float32 ``[M, 8, R]``, see `ROW_OUTPUTS`.
+      origins: float32 ``[M, 8 * tiles, D]``, the origin of each tile of rows 8 times; None for 0.
     """
 
     query: jax.Array
@@ -58,7 +66,7 @@ def row_gradients(
     shape: Shape,
     mask: MaskSpec,
     arithmetic: Arithmetic,
-    iteration: Iteration | None,
+    options: CGOptions | None,
     query,
     key,
     value,
@@ -74,9 +82,9 @@ def row_gradients(
 
     Args:
       query: ``[M, R, D]``; key ``[M, S, D]``; value ``[M, S, Dv]``; cotangent ``[M, R, Dv]``.
-      probe: the solution, float32 ``[M, R, D]``, if there is an `iteration`, else the given probe.
+      probe: the solution, float32 ``[M, R, D]``, if there is an `options`, else the given probe.
       key_mean: float32 ``[M, R, D]``; None, as `probe`, for softmax attention.
-      rows: float32 ``[M, 3, R]`` or ``[M, 4, R]``, see `GIVEN_ROWS`.
+      rows: float32 ``[M, 3, R]`` or ``[M, 4, R]``, see `ROW_INPUTS`.
     """
     operands = row_operands(shape, masking, query, key, value, probe, rows)
     operands.blocked("cotangent", cotangent, row_block(shape, shape.value_dim))
@@ -86,10 +94,10 @@ def row_gradients(
     def struct(*size, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((groups, *size), dtype)
 
-    whole = row_block(shape, d)
+    whole, number = row_block(shape, d), len(ROW_OUTPUTS) + 1
     outputs = {
         "query": (struct(shape.num_rows, d, dtype=shape.dtype), whole),
-        "rows": (struct(len(ROWS) + 1, shape.num_rows), row_numbers(shape, len(ROWS) + 1)),
+        "rows": (struct(number, shape.num_rows), row_numbers(shape, number)),
     }
     scratch = launch.row_scratch(shape) | {"sums": vectors(count, d), "total": vectors(count)}
     if shape.has_origins:
@@ -99,11 +107,11 @@ def row_gradients(
         scratch |= {"key_mean": vectors(count, d), "weight": vectors(count)}
     else:
         outputs["direction"] = (struct(shape.num_rows, d, dtype=probe.dtype), whole)
-    if iteration is not None:
+    if options is not None:
         scratch |= solver.scratch(count, d)
 
     def body(given, out, memory):
-        _body(shape, mask, arithmetic, iteration, given, out, memory)
+        _body(shape, mask, arithmetic, options, given, out, memory)
 
     results = launch.call(
         body, "lla_row_gradients", operands, outputs, scratch,
@@ -114,7 +122,7 @@ def row_gradients(
     )
 
 
-def _body(shape, mask, arithmetic: Arithmetic, iteration, given, out, memory):
+def _body(shape, mask, arithmetic: Arithmetic, options, given, out, memory):
     rows = RowTile(shape, mask, given, memory)
     if rows.origin is not None:
         out["origins"][...] = jnp.broadcast_to(rows.origin, (SUBLANES, shape.head_dim))
@@ -130,9 +138,9 @@ def _body(shape, mask, arithmetic: Arithmetic, iteration, given, out, memory):
         return jnp.where(valid, jnp.exp(logits - shift), 0.0)
 
     def stream(weigh):
-        """Sums ``weigh(p, keys, values)``, rounded, and its products with the keys.
+        """Sums the rounded ``weigh(p, keys, values)`` and its products with the keys.
 
-        For softmax attention also p itself: no other pass needs the mean key.
+        For softmax attention also p and p k: no other pass computes the mean key.
         """
         cleared = ("sums", "total") if probed else ("sums", "total", "key_mean", "weight")
         for name in cleared:
@@ -157,10 +165,10 @@ def _body(shape, mask, arithmetic: Arithmetic, iteration, given, out, memory):
         cotangent_mean = delta + total[...]
         target = sums[...] - total[...] * key_mean
     numbers = {"scale": scale, "log_sum_exp": log_sum_exp}
-    if iteration is not None:
+    if options is not None:
         ridge, probe = rows.number(3), given["probe"][...]
         solution, _, _ = solver.solve(
-            rows, memory, arithmetic, iteration, target, weights, key_mean, ridge,
+            rows, memory, arithmetic, options, target, weights, key_mean, ridge,
             seen & rows.exists, energy_offset=0,
         )  # fmt: skip
         out["direction"][...] = solution
@@ -173,15 +181,15 @@ def _body(shape, mask, arithmetic: Arithmetic, iteration, given, out, memory):
     cotangent_shift = cotangent_mean
     if probed:
         probe_shift = numbers["probe_shift"] = row_dot(key_mean, probe)
-    if iteration is not None:
+    if options is not None:
         solution_parts = arithmetic.parts(solution)
         cotangent_shift = cotangent_mean - row_dot(key_mean, arithmetic.rounded(solution))
     numbers["cotangent_shift"] = cotangent_shift
 
     def weigh(p, keys, values):
-        """p a e: softmax weight, effective weight over it, and what a unit of that changes."""
+        """p a e: softmax weight p, effective weight p a, and its cotangent e."""
         e = tile.product(cotangent, (values,), NT) - cotangent_shift
-        if iteration is not None:
+        if options is not None:
             e = e - tile.product(solution_parts, (keys,), NT)
         if probed:
             p = p * (1 - (tile.product(probe_parts, (keys,), NT) - probe_shift))
@@ -190,15 +198,15 @@ def _body(shape, mask, arithmetic: Arithmetic, iteration, given, out, memory):
     stream(weigh)
     numbers["mean"] = total[...]
     if not probed:
-        # The sum of p e is zero but for the rounding of the output; keys that share an offset would
-        # multiply it.
+        # Rounding of the output makes the sum of p e nonzero. Centring the keys keeps an offset
+        # that they share from multiplying it.
         key_mean = memory["key_mean"][...] / jnp.where(seen, memory["weight"][...], 1.0)
     weighted_keys = sums[...] - total[...] * key_mean
     d_query = scale * weighted_keys
-    if iteration is not None:
+    if options is not None:
         d_query = d_query + solution
     out["query"][...] = d_query.astype(shape.dtype)
     numbers["d_scale"] = row_dot(rows.queries.astype(jnp.float32), weighted_keys)
-    for index, name in enumerate((*ROWS, None)):
+    for index, name in enumerate((*ROW_OUTPUTS, None)):
         column = numbers.get(name, jnp.zeros_like(scale))
         out["rows"][pl.ds(index, 1), :] = tile.to_row(column)

@@ -1,8 +1,8 @@
-"""Conjugate gradients for the rows of a program instance, the keys streamed in every iteration.
+"""Conjugate gradients for the rows of a program instance; every iteration streams the keys.
 
-The iteration and its stopping rule are those of `lla.kernels.cg`: every row stops by its own bound,
-and nothing that another row does changes it. The state lies in vector memory; a program instance is
-done when all its rows are.
+Iteration and stopping rule are those of `lla.kernels.cg`: every row stops by its own error bound,
+independently of the others. The state lies in vector memory. A program instance ends when all of
+its rows have stopped.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ _SCALARS = ("rz", "radau", "energy", "done", "iterations", "excess")
 
 
 @dataclasses.dataclass(frozen=True)
-class Iteration:
-    """When a solve stops: `tol` as in `lla.Solver`, None for exactly `max_iters` iterations."""
+class CGOptions:
+    """Options of conjugate gradients.
+
+    `tol` is as in `lla.Solver`; None runs exactly `max_iters` iterations.
+    """
 
     tol: float | None
     max_iters: int
@@ -41,7 +44,7 @@ def solve(
     rows: RowTile,
     memory: dict,
     arithmetic: Arithmetic,
-    iteration: Iteration,
+    options: CGOptions,
     target,
     weights,
     key_mean,
@@ -55,9 +58,9 @@ def solve(
     Args:
       memory: refs of `scratch`.
       target: ``[rows, D]`` float32.
-      weights: ``weights(valid, keys)``, softmax weights ``[rows, L]`` of a tile of keys.
+      weights: maps ``(valid, keys)`` of a tile to its softmax weights ``[rows, L]``.
       key_mean: ``[rows, D]``.
-      ridge, active: ``[rows, 1]``; rows that are not active keep the solution 0.
+      ridge, active: ``[rows, 1]``; inactive rows keep the solution 0.
       energy_offset: see `lla.kernels.cg.cg_solve`.
 
     Returns:
@@ -73,7 +76,7 @@ def solve(
         )
 
     def write(state: cg.CGState):
-        # The direction is used as products see it, everywhere.
+        # Use the rounded direction everywhere, as the products do.
         state = state._replace(direction=arithmetic.rounded(state.direction))
         for name, array in state._asdict().items():
             memory[name][...] = array.astype(jnp.float32)
@@ -97,12 +100,12 @@ def solve(
 
     def step(carry):
         count, _ = carry
-        state = cg.cg_step(read(), product, identity, ridge, iteration.tol)
+        state = cg.cg_step(read(), product, identity, ridge, options.tol)
         write(state)
         return count + 1, unfinished()
 
     def unfinished():
-        """Scalar: 1 if any row goes on, else 0."""
+        """A scalar: 1 if any row goes on, else 0."""
         return 1 - memory["done"][...].min()
 
     norm = row_dot(target, target)
@@ -113,7 +116,7 @@ def solve(
         )
     )  # fmt: skip
     lax.while_loop(
-        lambda carry: (carry[0] < iteration.max_iters) & (carry[1] > 0),
+        lambda carry: (carry[0] < options.max_iters) & (carry[1] > 0),
         step,
         (jnp.int32(0), unfinished()),
     )

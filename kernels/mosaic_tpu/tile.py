@@ -1,8 +1,8 @@
-"""Arithmetic, masks and layouts on one tile; no references, no control flow.
+"""Arithmetic, masks and layouts of one tile, as pure functions.
 
-A tile has queries along its rows and keys along its columns, or the other way round in the kernel
-of the key gradients. What belongs to a row is a column ``[R, 1]``, what belongs to a column a row
-``[1, L]``; arrays in memory hold both kinds as rows.
+A tile has queries along its rows and keys along its columns; in the kernel of the key gradients it
+is the other way round. Scalars of the rows form a column ``[R, 1]``, scalars of the columns a row
+``[1, L]``. In memory both are stored as rows.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from jax import lax
 
 from lla.kernels.tiles import MaskSpec, SequenceMask
 
-# Below every logit; finite, so that the difference of two of them is a number.
+# Below every logit. Finite, so that the difference of two of them is not NaN.
 LOWEST = -1e30
-# The dimension of each operand that a product sums over.
+# The contracted dimension of each operand of a product.
 INNER, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """How products are formed.
+    """How products are computed.
 
-    A product has operands of `dtype` only: inputs as they are, and float32 numbers rounded to it,
-    in two parts where `precise` asks for that. With float32 nothing is rounded. Sums are float32.
+    All operands of products have `dtype`. Computed float32 numbers are rounded to it, or split into
+    two parts if `bf16x2`; with float32 nothing is rounded. Sums are accumulated in float32.
     """
 
     dtype: Any
-    precise: bool
+    bf16x2: bool
 
     @property
     def coarse(self) -> bool:
-        """Whether weights are rounded to bfloat16, in one part."""
-        return self.dtype != jnp.float32 and not self.precise
+        """Whether weights are rounded to a single bfloat16 part."""
+        return self.dtype != jnp.float32 and not self.bf16x2
 
     def parts(self, array) -> tuple:
-        """float32 `array` as what products take."""
+        """The float32 `array` as operands of products."""
         if self.dtype == jnp.float32:
             return (array,)
         high = round_to_bfloat16(array)
@@ -48,27 +48,30 @@ class Arithmetic:
         return high.astype(self.dtype), low.astype(self.dtype)
 
     def rounded(self, array):
-        """The float32 numbers that `parts` stands for."""
+        """The float32 numbers that `parts` represents."""
         if self.dtype == jnp.float32:
             return array
         high = round_to_bfloat16(array)
-        return high + round_to_bfloat16(array - high) if self.precise else high
+        return high + round_to_bfloat16(array - high) if self.bf16x2 else high
 
     def weighted_sum(self, weights, vectors):
-        """``weights @ vectors`` with rounded weights, and the sums of their rows."""
+        """``weights @ vectors`` with rounded weights, and the row sums of these weights."""
         total = self.rounded(weights).sum(-1, keepdims=True)
         return product(self.parts(weights), (vectors,)), total
 
 
 def round_to_bfloat16(array):
-    """float32 numbers that bfloat16 holds; by bits, as compilers may drop a pair of conversions."""
+    """Rounds float32 to bfloat16 precision.
+
+    Works on the bits, since compilers may drop a pair of conversions.
+    """
     bits = lax.bitcast_convert_type(array, jnp.int32)
     bits = (bits + 0x8000) & jnp.int32(-0x10000)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def product(a: tuple, b: tuple, contracted=INNER):
-    """Product of two sums of parts in float32, without the terms that are too small to matter."""
+    """The float32 product of two sums of parts, without the product of the low parts."""
     precision = lax.Precision.HIGHEST if a[0].dtype == jnp.float32 else None
     total = None
     for i, x in enumerate(a):
@@ -101,7 +104,7 @@ def _diagonal(vector, axis: int):
 
 
 def ids_to_column(row):
-    """The same for int32, whose sums hardware may lack: in halves, which float32 holds."""
+    """`to_column` for int32, in halves that float32 holds: hardware may lack integer sums."""
     high, low = row >> 16, row & 0xFFFF
     high, low = (to_column(half.astype(jnp.float32)).astype(jnp.int32) for half in (high, low))
     return (high << 16) | low
@@ -112,7 +115,7 @@ def ids_to_column(row):
 
 
 def visible(spec: MaskSpec, length, positions, keys, query_ids=None, key_ids=None):
-    """Bool, broadcast of `positions` and `keys`, one of which is a row and the other a column."""
+    """The mask of a tile, bool; of `positions` and `keys` one is a row and one a column."""
     valid = keys < length
     if spec.is_causal or spec.window is not None:
         distance = keys - positions
@@ -127,7 +130,7 @@ def visible(spec: MaskSpec, length, positions, keys, query_ids=None, key_ids=Non
 
 
 def key_tiles(spec: MaskSpec, sequence: SequenceMask, first, last, size: int):
-    """Tiles ``[low, high)`` of `size` keys that any of the queries ``first ... last`` sees."""
+    """Tiles ``[low, high)`` of `size` keys that any of the queries ``first`` to ``last`` sees."""
     low, high = jnp.int32(0), sequence.length
     begin, end = first + sequence.offset, last + sequence.offset + 1
     if spec.is_causal:
@@ -154,7 +157,7 @@ def row_tiles(
         left, right = spec.window
         low, high = jnp.maximum(low, begin - right), jnp.minimum(high, end + left)
     high = jnp.where(first < sequence.length, high, 0)
-    # Positions far outside would overflow as numbers of rows.
+    # Positions far outside would overflow when multiplied by `group`.
     low, high = (jnp.clip(n, 0, queries) for n in (low, high))
     return _tiles(low * group, high * group, size)
 

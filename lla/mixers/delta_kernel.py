@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lla.compat import match_varying
-from lla.mixers import chunks, hopper
-
-_SIZE = hopper.SIZE
+from lla.mixers import hopper
 
 
 def run(
@@ -77,13 +75,7 @@ def _backward(interpret, residuals, cotangents):
     found = delta.backward(
         query, key, value, gates, saved, d_out.astype(jnp.bfloat16), d_last, interpret=interpret
     )
-    by_chunk = (*gates.total.shape, _SIZE)
-    entering, leaving, inside, through = (
-        found[name].reshape(by_chunk) for name in ("entering", "leaving", "inside", "through")
-    )
-    through = gates.total * through.sum(-1)
-    d_log = chunks.spread_cotangents(entering + inside, leaving, through)
-    d_beta, d_log = (_by_token(a.reshape(gates.beta.shape)) for a in (found["beta"], d_log))
+    d_beta, d_log = _by_token(found["beta"]), hopper.log_decay_cotangents(found, gates.total)
     return found["state"], found["query"], found["key"], found["value"], d_beta, d_log
 
 
@@ -99,8 +91,4 @@ def _gates(beta, log_decay):
     """`lla.kernels.mosaic_gpu.delta.Gates` from ``[B, T, N]``."""
     from lla.kernels.mosaic_gpu import delta
 
-    beta, log_decay = _by_token(beta), _by_token(log_decay)
-    sums = chunks.running_sums(log_decay.reshape(*beta.shape[:2], -1, _SIZE))
-    start, end = chunks.start_decays(sums), chunks.end_decays(sums)
-    upper, lower, starts, ends = (a.reshape(beta.shape) for a in (*sums, start, end))
-    return delta.Gates(beta, upper, lower, starts, ends, start[..., -1])
+    return delta.Gates(_by_token(beta), *hopper.gates(_by_token(log_decay)))

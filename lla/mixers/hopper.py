@@ -9,19 +9,27 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from lla.mixers import chunks
 from lla.ops import mosaic_gpu
 
 SIZE = 64
 """Tokens of a chunk, and coordinates of a block of values."""
 
 
-MEASURED = {"delta_rule": 64}
-"""Kernels that were checked and timed on a GPU, with the most coordinates of keys that were.
+MEASURED = {
+    "delta_rule": 128,
+    "linear": 64,
+    "mesa": 64,
+    "retention": 64,
+    "retention_shared": 128,
+    "selective_scan": 16,
+}
+"""Kernels that were checked and timed on a GPU, with the widest keys that were.
 
-Read from experiments/benchmarks/results/mixer_updates_h200.json. Those of the delta rule have been
-rewritten since, for wider keys: in the interpreter their numbers are the same, on a GPU they have
-not run again. The others have been interpreted and compiled ahead of time only, and serve nobody
-who has not asked for them.
+The number of `selective_scan` is the size of a state. Read from
+experiments/benchmarks/results/mixer_updates_h200.json, which has no errors for `retention_shared`,
+where all heads share their keys, only times of Mamba-2 with states of 128. A kernel that is not
+listed has to be asked for with `unmeasured_kernels`.
 """
 
 _asked = 0  # how many `unmeasured_kernels` are open; of all threads, since programs trace in some
@@ -113,6 +121,34 @@ class Blocks:
         array = jnp.moveaxis(array, 2, 3)
         array = array.reshape(-1, self.heads, self.key_dim, self.count * SIZE)
         return array[:, :, : self.dim, : self.value_dim]
+
+
+def gates(log_decay: jax.Array) -> tuple[jax.Array, ...]:
+    """Decays of the tokens within their chunks, from log-decays ``[B, N, T]``.
+
+    Returns:
+      the two parts of the running sums, the decays from the start of the chunk to the token and
+      from the token to the end, all ``[B, N, T]``; and the decays over whole chunks, ``[B, N, M]``.
+    """
+    sums = chunks.running_sums(log_decay.reshape(*log_decay.shape[:2], -1, SIZE))
+    start, end = chunks.start_decays(sums), chunks.end_decays(sums)
+    return *(array.reshape(log_decay.shape) for array in (*sums, start, end)), start[..., -1]
+
+
+def log_decay_cotangents(found: dict[str, jax.Array], total: jax.Array) -> jax.Array:
+    """Cotangents ``[B, T, N]`` of the log-decays.
+
+    Args:
+      found: by name, the `lla.kernels.mosaic_gpu.chunk.DECAY_VECTORS` that a backward kernel
+      returns. total: the decays over whole chunks, ``[B, N, M]``.
+    """
+    entering, leaving, inside, through = (
+        found[name].reshape(*total.shape, SIZE)
+        for name in ("entering", "leaving", "inside", "through")
+    )
+    through = total * through.sum(-1)
+    cotangents = chunks.spread_cotangents(entering + inside, leaving, through)
+    return jnp.swapaxes(cotangents.reshape(*total.shape[:2], -1), 1, 2)
 
 
 def _pad(array: jax.Array, axis: int, count: int) -> jax.Array:

@@ -121,6 +121,8 @@ def linear_recurrence(
     log_decay = log_decay.astype(dtype)
     per_head = log_decay.ndim == 3
     kernel, largest = ("retention", 128) if per_head else ("linear", hopper.SIZE)
+    if per_head and key.shape[2] == 1:
+        kernel = "retention_shared"
     if form == "parallel" and hopper.serve(kernel, key, value, largest):
         kernels = retention_kernel
         if not per_head:

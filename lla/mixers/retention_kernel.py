@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lla.compat import match_varying
-from lla.mixers import chunks, hopper
+from lla.mixers import hopper
 
 
 def run(
@@ -74,13 +74,7 @@ def _backward(interpret, residuals, cotangents):
     query, _, _, gates, _ = residuals
     d_out, d_last = cotangents
     found = retention.backward(*residuals, d_out.astype(jnp.bfloat16), d_last, interpret=interpret)
-    by_chunk = (*gates.total.shape, hopper.SIZE)
-    entering, leaving, inside, through = (
-        found[name].reshape(by_chunk) for name in retention.VECTORS
-    )
-    through = gates.total * through.sum(-1)
-    d_log = chunks.spread_cotangents(entering + inside, leaving, through)
-    d_log = jnp.swapaxes(d_log.reshape(gates.start.shape), 1, 2)
+    d_log = hopper.log_decay_cotangents(found, gates.total)
     d_query, d_key = found["query"], found["key"]
     if query.shape[2] == 1:  # shared by all heads
         d_query, d_key = (
@@ -96,8 +90,4 @@ def _gates(log_decay):
     """`lla.kernels.mosaic_gpu.retention.Gates` from ``[B, T, N]``."""
     from lla.kernels.mosaic_gpu import retention
 
-    log_decay = jnp.swapaxes(log_decay, 1, 2)
-    sums = chunks.running_sums(log_decay.reshape(*log_decay.shape[:2], -1, hopper.SIZE))
-    start, end = chunks.start_decays(sums), chunks.end_decays(sums)
-    flat = (array.reshape(log_decay.shape) for array in (*sums, start, end))
-    return retention.Gates(*flat, start[..., -1])
+    return retention.Gates(*hopper.gates(jnp.swapaxes(log_decay, 1, 2)))

@@ -97,7 +97,7 @@ def local_linear_attention(
       NotImplementedError: if no requested implementation can serve the call.
 
     Source: Zuo et al., "Local Linear Attention", arXiv 2510.01450, in the centred form derived in
-    ``kernels/README.md``.
+    ``kernels/MATHEMATICS.md``.
     """
     arrays = dict(
         query=query, key=key, value=value, ridge=ridge, scale=scale, query_offset=query_offset,

@@ -1,7 +1,7 @@
 """One new token per sequence on a Hopper GPU: the kernels that read the cache once.
 
 The kernels themselves are in `lla.kernels.mosaic_gpu.decode`, their design in
-``kernels/README.md``.
+``kernels/DECODING.md``.
 """
 
 from __future__ import annotations
@@ -114,13 +114,13 @@ def _attend(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Arra
 
 
 def _run(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Array, Stats]:
-    from lla.kernels.mosaic_gpu.decode import Cache, heads_together
+    from lla.kernels.mosaic_gpu.decode import CacheShape, heads_per_program
     from lla.kernels.mosaic_gpu.decode_attend import attend_cache
 
     b, _, k, g, h = floats.query.shape
     s = floats.key.shape[1]
-    queries = b * k * g // heads_together(static.member, g)
-    cache = Cache(b, s, k, g, h, floats.query.dtype, choose_splits(queries, s))
+    queries = b * k * g // heads_per_program(static.member, g)
+    cache = CacheShape(b, s, k, g, h, floats.query.dtype, choose_splits(queries, s))
     high = jnp.clip(jnp.minimum(places.offset + 1, places.lengths), 0, s)
     low = jnp.zeros_like(high)
     if static.window is not None:
@@ -141,7 +141,7 @@ def _run(static: _Static, floats: _Floats, places: _Places) -> tuple[jax.Array, 
         cache, static.member, rows(floats.query), floats.key, floats.value,
         (low, high), scale, ridge, rows(floats.probe),
         tol=solver.tol if solver.adaptive else None, max_iters=solver.max_iters,
-        precise=(static.static_ridge or 0) < _LARGE_RIDGE or solver.tol < 1e-4,
+        bf16x2=(static.static_ridge or 0) < _LARGE_RIDGE or solver.tol < 1e-4,
         interpret=static.interpret,
     )  # fmt: skip
     out = found.out

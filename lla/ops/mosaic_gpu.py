@@ -1,6 +1,6 @@
 """The Hopper kernels behind the operator: padding, tolerances, and one custom_vjp.
 
-The kernels themselves are in `lla.kernels.mosaic_gpu`, their design in ``kernels/README.md``.
+The kernels themselves are in `lla.kernels.mosaic_gpu`, their design in ``kernels/HOPPER.md``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_DIRECT_DIM = 32
 # What the inverse systems of the direct solver may take at a time. Where one sequence takes more,
 # the solver has to be asked for by name.
 _INVERSE_BYTES = 2**30
-# Estimated relative error of the effective weights at which a tile stops; see kernels/README.md.
+# Estimated relative error of the effective weights at which a tile stops; see kernels/HOPPER.md.
 _TOLERANCES = {
     "large": (1e-3, 3e-3), "medium": (1.5e-3, 5e-3), "small": (1e-3, 1e-3), "direct": (1e-3, 1e-4),
 }  # fmt: skip
@@ -40,6 +40,7 @@ _SPLIT_BELOW = 5.0
 # looked at: for a ridge that is traced, or known to be between this number and the one above.
 _PRECISE_RIDGE = 0.5
 _PRECISE_TOL = 1e-3
+_FIELDS = fields([RESIDUAL_NAMES[i] for i in (0, 1, 2, 2, 2, 2, 3)], "qnh nq nq nq qnh qnh qnh")
 
 
 def refuse(problem: Problem) -> str | None:
@@ -108,7 +109,7 @@ class _Spec:
     @property
     def precise(self) -> bool:
         """Whether any tile may need two parts."""
-        return self.forward.precise or self.precise_forward is not None
+        return self.forward.bf16x2 or self.precise_forward is not None
 
     @property
     def solve_config(self):
@@ -117,7 +118,7 @@ class _Spec:
             return self.configs.solve_direct
         if self.precise_forward is not None:
             return self.configs.solve_mixed
-        return self.configs.solve_precise if self.forward.precise else self.configs.solve
+        return self.configs.solve_bf16x2 if self.forward.bf16x2 else self.configs.solve
 
 
 class _Operands(NamedTuple):
@@ -129,9 +130,6 @@ class _Operands(NamedTuple):
     probe: jax.Array | None
     ridge: jax.Array | None
     scale: jax.Array
-
-
-_FIELDS = fields([RESIDUAL_NAMES[i] for i in (0, 1, 2, 2, 2, 2, 3)], "qnh nq nq nq qnh qnh qnh")
 
 
 class _Saved(NamedTuple):
@@ -163,7 +161,9 @@ def mosaic_gpu(
     b, t, k, g, h = problem.query.shape
     s, hv = problem.key.shape[1], problem.value.shape[-1]
     dim = next(d for d in table.HEAD_DIMS if d >= max(h, hv))
-    padded_t, padded_s = (-(-n // table.ROWS) * table.ROWS for n in (t, s))
+    padded_t, padded_s = (
+        -(-n // table.SEQUENCE_MULTIPLE) * table.SEQUENCE_MULTIPLE for n in (t, s)
+    )
 
     def pad(array, *sizes, fill=0):
         widths = [(0, size - n) for size, n in zip(sizes, array.shape, strict=True)]
@@ -216,7 +216,7 @@ def mosaic_gpu(
         backward=backward,
         precise_forward=precise_forward,
         precise_backward=precise_backward,
-        split=(problem.static_ridge or 0) < _SPLIT_BELOW or forward.precise,
+        split=(problem.static_ridge or 0) < _SPLIT_BELOW or forward.bf16x2,
         direct=h if direct else None,
         interpret=interpret,
     )
@@ -233,7 +233,7 @@ def mosaic_gpu(
 
 def choose_by_tile(problem: Problem) -> bool:
     """Whether the ridges and keys of a tile decide if it needs two parts."""
-    if problem.member != "lla" or iterations(problem, precise=False)[0].precise:
+    if problem.member != "lla" or iterations(problem, precise=False)[0].bf16x2:
         return False
     return problem.static_ridge is None or problem.static_ridge < _SPLIT_BELOW
 
@@ -278,7 +278,7 @@ def mark_small(
 
 def iterations(problem: Problem, *, precise: bool, direct: bool = False):
     """When the forward and the adjoint solve stop; `precise` asks for two parts."""
-    from lla.kernels.mosaic_gpu.solve import Iteration
+    from lla.kernels.mosaic_gpu.solve import CGOptions
 
     solver: Solver = problem.solver
     ridge = problem.static_ridge
@@ -293,11 +293,11 @@ def iterations(problem: Problem, *, precise: bool, direct: bool = False):
         backward_tol = solver.backward_tol
     precise = small or tol < _PRECISE_TOL
     if solver.num_iters is not None:
-        return (Iteration(None, solver.num_iters, precise),) * 2
+        return (CGOptions(None, solver.num_iters, precise),) * 2
     max_iters = solver.max_iters or (_MAX_PRECISE_ITERS if precise else _MAX_ITERS)
     return (
-        Iteration(tol, max_iters, precise),
-        Iteration(backward_tol, max_iters, precise),
+        CGOptions(tol, max_iters, precise),
+        CGOptions(backward_tol, max_iters, precise),
     )
 
 
@@ -334,7 +334,7 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
     precise = spec.member == "lla" and spec.precise
     attend = functools.partial(
         attend_kernel.attend, spec.shape, spec.mask,
-        spec.configs.attend_precise if precise else spec.configs.attend,
+        spec.configs.attend_bf16x2 if precise else spec.configs.attend,
         query, key, value, scale, masking, interpret=spec.interpret,
     )  # fmt: skip
     iterations = jnp.zeros(scale.shape, jnp.int32)
@@ -343,7 +343,7 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
         if spec.direct is None:
             solution = solve_kernel.solve(
                 spec.shape, spec.mask, spec.solve_config, spec.forward, query, key, scale, ridge,
-                masking, choice=_choice(spec.precise_forward, marked), interpret=spec.interpret,
+                masking, override=_choice(spec.precise_forward, marked), interpret=spec.interpret,
             )  # fmt: skip
         else:
             solution = _by_sequences(
@@ -356,7 +356,7 @@ def _forward(spec: _Spec, operands: _Operands, masking, marked) -> tuple[_Saved,
             marked,
         )
         saved = _Saved(
-            out=attend(solution.high, solved, precise=spec.precise).out,
+            out=attend(solution.high, solved, bf16x2=spec.precise).out,
             log_sum_exp=solution.log_sum_exp,
             shift_high=solution.shift_high,
             shift=solution.shift,
@@ -428,9 +428,9 @@ def _inverse(spec: _Spec, shape, query, key, scale, ridge, masking, log_sum_exp)
 
 
 def _choice(iteration, marked):
-    from lla.kernels.mosaic_gpu.solve import Choice
+    from lla.kernels.mosaic_gpu.solve import TileOverride
 
-    return None if iteration is None else Choice(iteration, marked)
+    return None if iteration is None else TileOverride(iteration, marked)
 
 
 def _backward(
@@ -454,7 +454,7 @@ def _backward(
             value, cotangent, saved.log_sum_exp, delta, saved.key_mean, probe_square
         )
         if spec.direct is None:
-            iteration = spec.backward if spec.member == "lla" else solve_kernel.Iteration(None, 0)
+            iteration = spec.backward if spec.member == "lla" else solve_kernel.CGOptions(None, 0)
             adjoint = solve_kernel.solve(
                 spec.shape, spec.mask, spec.solve_config, iteration, query, key, scale, ridge,
                 masking, target, _choice(spec.precise_backward, marked), interpret=spec.interpret,

@@ -98,7 +98,7 @@ def mosaic_tpu(
 
     Args:
       problem: one that `refuse_shape` accepts.
-      blocks: a `lla.kernels.mosaic_tpu.launch.Blocks`; None chooses.
+      blocks: a `lla.kernels.mosaic_tpu.launch.BlockSizes`; None chooses.
       interpret: True or a `pallas.tpu.InterpretParams` to interpret, None to compile.
       handover: see `lla.ops.handover`.
     """
@@ -166,7 +166,7 @@ def mosaic_tpu(
     if problem.member == "lla":
         resolved = resolve_solver(problem, "cg")
         iterations = [
-            solve.Iteration(tol if resolved.adaptive else None, resolved.max_iters)
+            solve.CGOptions(tol if resolved.adaptive else None, resolved.max_iters)
             for tol in (resolved.tol, resolved.backward_tol)
         ]
     spec = _Spec(
@@ -242,7 +242,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
-    from lla.kernels.mosaic_tpu.forward import ROWS, forward
+    from lla.kernels.mosaic_tpu.forward import ROW_STATISTICS, forward
 
     numbers = [operands.scale] if operands.ridge is None else [operands.scale, operands.ridge]
     results = forward(
@@ -250,7 +250,7 @@ def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
         operands.value, operands.probe, jnp.stack(numbers, axis=1), masking,
         interpret=spec.interpret,
     )  # fmt: skip
-    rows = dict(zip(ROWS, jnp.moveaxis(results.rows, 1, 0), strict=True))
+    rows = dict(zip(ROW_STATISTICS, jnp.moveaxis(results.rows, 1, 0), strict=True))
     saved = _Saved(results.out, rows["relative"], results.probe, results.key_mean)
     stats = Stats(rows["log_sum_exp"], rows["iterations"].astype(jnp.int32), rows["residual"])
     return saved, stats
@@ -258,7 +258,7 @@ def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
 
 def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangent) -> _Operands:
     from lla.kernels.mosaic_tpu.key_gradients import key_gradients
-    from lla.kernels.mosaic_tpu.row_gradients import ROWS, row_gradients
+    from lla.kernels.mosaic_tpu.row_gradients import ROW_OUTPUTS, row_gradients
 
     count = spec.shape.num_rows
     shape = spec.shape.with_whole_lanes()
@@ -290,7 +290,7 @@ def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangen
     by_query, by_direction = (
         None if a is None else a[:, :count] for a in (by_row.query, by_row.direction)
     )
-    by_number = dict(zip(ROWS, jnp.moveaxis(by_row.rows[..., :count], 1, 0), strict=False))
+    by_number = dict(zip(ROW_OUTPUTS, jnp.moveaxis(by_row.rows[..., :count], 1, 0), strict=False))
     return _Operands(
         query=by_query,
         key=d_key,

@@ -32,7 +32,7 @@ class Solver:
         float16, 1e-12 for float64. The Hopper kernels compare it with an estimate, averaged over
         64 queries, instead of a bound; their defaults are 1e-3 and 1.5e-3, and below 1e-3 they
         multiply in two 16-bit parts what rounding would spoil, as they do where the ridge is small
-        for the keys (``kernels/README.md``).
+        for the keys (``kernels/HOPPER.md``).
       backward_tol: tolerance of the adjoint solve; None means ten times ``tol`` where that is
         given, else 1e-5, 5e-4, 1e-4 and 1e-11 (Hopper kernels: 1e-3 to 5e-3).
       max_iters: bound on the iterations of a solve; None means ``max(64, 4 * head_dim)``, in the

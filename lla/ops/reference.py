@@ -17,7 +17,7 @@ from lla.ops.problem import Problem
 
 
 def attend_one_query(member, query, probe, key, value, ridge, scale, valid):
-    """One query of the family; section 2 of the derivation in ``kernels/README.md``.
+    """One query of the family; section 2 of the derivation in ``kernels/MATHEMATICS.md``.
 
     Args:
       member: ``"softmax"``, ``"parallax"`` or ``"lla"``.

@@ -2,7 +2,7 @@
 
 A tile keeps its softmax weights in memory, where every solver iteration reuses them; nothing else
 of size queries x keys exists, so memory is linear in the number of keys. The derivation is in
-``kernels/README.md``.
+``kernels/MATHEMATICS.md``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from lla.experiment.workdir import WorkdirError
+from lla.runs.workdir import WorkdirError
 from lla.training.program import TrainState
 
 

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lla.experiment import Progress, Workdir, WorkdirError, environment
-from lla.experiment.lock import exclusive
-from lla.experiment.workdir import check_config, directory, read_json, read_records, write_whole
+from lla.runs import Progress, Workdir, WorkdirError, environment
+from lla.runs.lock import exclusive
+from lla.runs.workdir import check_config, directory, read_json, read_records, write_whole
 from lla.training.checkpoint import Checkpoints
 from lla.training.program import Program, Sums, means
 from lla.training.records import NoRecords, Records, plain_numbers

@@ -14,7 +14,7 @@ from typing import TextIO
 
 import jax
 
-from lla.experiment.lock import claimed
+from lla.runs.lock import claimed
 from lla.training.loop import fit
 from lla.training.program import Program, Runs
 from lla.training.settings import Sharding

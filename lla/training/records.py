@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lla.experiment import Workdir
+from lla.runs import Workdir
 
 
 class Records:

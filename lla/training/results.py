@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lla.experiment.workdir import (
+from lla.runs.workdir import (
     WorkdirError,
     read_config,
     read_json,

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lla import mixers, tasks
-from lla.experiment.boundary import check_keys, check_types, from_config, plain
 from lla.models import ModelConfig
+from lla.runs.config import check_keys, check_types, from_config, plain
 from lla.typed import LARGEST_SEED, conform
 
 _LARGEST_COUNT = 2**31 - 1  # steps are int32

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from lla.experiment.boundary import from_config, plain
-from lla.experiment.workdir import check_config
+from lla.runs.config import from_config, plain
+from lla.runs.workdir import check_config
 from lla.training import results
 from lla.training.program import Runs, abstract_model
 from lla.training.results import FINAL, SELECT, read_results, select, summary, write_results

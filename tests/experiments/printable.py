@@ -2,7 +2,7 @@
 
 import itertools
 
-from lla.experiment import figures
+from lla.runs import figures
 
 
 def check(figure):

@@ -1,17 +1,11 @@
 """The benchmark of decoding: records, refusal of what is wrong, table and figure."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lla
+from lla.experiments.benchmarks import compilation, decoding, decoding_traffic, report, results
 
-NAMES = (
-    "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "mixers_tables",
-    "peers_tables", "stages_tables", "decoding_tables", "decoding", "decoding_solvers",
-    "decoding_traffic",
-)  # fmt: skip
 MEASURED = ("softmax", "lla_10")
 SMALL = [
     "--implementations", *MEASURED, "cudnn", "--dtype=float32", "--head_dims=8", "--lengths=16",
@@ -21,16 +15,16 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def measured(bench, tmp_path_factory):
+def measured(tmp_path_factory):
     """One small run: exit status, arguments, path."""
     path = tmp_path_factory.mktemp("decoding") / "decoding_cpu.json"
     argv = [*SMALL, f"--output={path}"]
-    return bench.decoding.main(argv), argv, path
+    return decoding.main(argv), argv, path
 
 
-def test_run(bench, measured, monkeypatch, capsys):
+def test_run(measured, monkeypatch, capsys):
     status, argv, path = measured
-    document = bench.measure.load(path)
+    document = results.load(path)
     assert status == 0 and document["header"]["benchmark"] == "decoding"
     records = {r["implementation"]: r for r in document["records"]}
     assert set(records) == {*MEASURED, "cudnn", "copy"}
@@ -42,48 +36,32 @@ def test_run(bench, measured, monkeypatch, capsys):
         assert record["cache_bytes"] == 2 * 3 * 16 * 8 * 4
         assert (record["batch"], record["n"], record["group"]) == (3, 16, 2)
     # What is timed is kept, unless the code or the sizes change.
-    monkeypatch.setattr(bench.decoding, "compile_cell", None)
-    monkeypatch.setattr(bench.decoding, "copy_bandwidth", None)
-    assert bench.decoding.main(argv) == 0
-    assert bench.measure.load(path)["records"] == document["records"]
+    monkeypatch.setattr(decoding, "compile_case", None)
+    monkeypatch.setattr(decoding, "copy_bandwidth", None)
+    assert decoding.main(argv) == 0
+    assert results.load(path)["records"] == document["records"]
     assert "| 3 | 16 | lla, ridge 10 | " in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_not_timed(bench):
-    options = bench.decoding.parse([*SMALL, "--implementations", "softmax"])
-    ((cell,),) = bench.decoding.make_cells(options)
-    inputs = bench.decoding.make_inputs(cell, options.steps, 0)
+def test_what_is_wrong_is_not_timed():
+    options = decoding.parse([*SMALL, "--implementations", "softmax"])
+    ((case,),) = decoding.make_cases(options)
+    inputs = decoding.make_inputs(case, options.steps, 0)
 
     def call(cache, tokens):
         return cache, tokens["query"][-1], jnp.ones_like(tokens["query"][-1])
 
-    found = bench.hopper.Compiled(call, {"temp_bytes": 0}, 0.0)
-    (record,) = bench.decoding.run_group([cell], {cell: found}, options)
+    found = compilation.Compiled(call, {"temp_bytes": 0}, 0.0)
+    (record,) = decoding.run_group([case], {case: found}, options)
     assert record["status"] == "refused" and "time_min_s" not in record
     assert record["errors"]["output"] > 0.1
     assert inputs[0].key.shape == (3, 16, 1, 8)
 
 
-def test_figure(bench, measured, tmp_path):
-    paths = bench.report.draw(measured[2], tmp_path)
+def test_figure(measured, tmp_path):
+    paths = report.draw("small", results.load(measured[2]), tmp_path)
     assert [path.suffix for path in paths] == [".png", ".svg"]
     assert all(path.stat().st_size > 1000 for path in paths)
-
-
-def test_the_direct_solver_is_the_exact_operator(bench):
-    """On sums in float64."""
-    cache = bench.decoding_solvers.Cache(2, 24, 3, 1, 8, jnp.dtype(jnp.float32), 1)
-    with jax.enable_x64(True):
-        sums = bench.decoding_solvers.make_sums(cache, 24, 0.1, 0)
-        wide = [a if a.dtype == jnp.int32 else a.astype(jnp.float64) for a in sums]
-        got = bench.decoding_solvers.direct(*wide)
-        key = jax.random.split(jax.random.key(0), 3)[2]
-        value = jax.random.normal(key, (2, 24, 3, 8), jnp.float32)
-        want = lla.local_linear_attention(
-            *(a.astype(jnp.float64) for a in (sums[2][:, None], sums[3], value)),
-            ridge=0.1, is_causal=False, implementation="reference",
-        )  # fmt: skip
-    np.testing.assert_allclose(got, want[:, 0], rtol=1e-4, atol=1e-5)
 
 
 class Counter:
@@ -96,9 +74,9 @@ class Counter:
         return 0.25
 
 
-def test_counted_bytes(bench, tmp_path, monkeypatch):
+def test_counted_bytes(tmp_path, monkeypatch):
     """Bytes are those of the copy, in the ratio of the times that the memory is busy in a call."""
-    traffic = bench.decoding_traffic
+    traffic = decoding_traffic
     small = [
         "--implementations", "softmax", "cudnn", "--head_dims=8", "--lengths=16", "--batches=3",
         "--kv_heads=1", "--groups=2", "--steps=2", "--copied=65536", "--seconds=0.02",
@@ -108,14 +86,14 @@ def test_counted_bytes(bench, tmp_path, monkeypatch):
     busy = iter([0.5, 3.0])  # of the copy, then of two steps of softmax attention
     monkeypatch.setattr(traffic, "busy_seconds", lambda counter, call, seconds: next(busy))
     assert traffic.main(small) == 0
-    document = bench.measure.load(tmp_path / "traffic.json")
+    document = results.load(tmp_path / "traffic.json")
     records = {r["implementation"]: r for r in document["records"]}
     assert records["cudnn"]["status"] == "unavailable"
     record = records["softmax"]
     assert record["cache_bytes"] == 2 * 3 * 16 * 1 * 8 * 2
     assert record["bytes_per_busy_second"] == 2 * 65536 / 0.5
     assert record["moved_bytes"] == 3.0 * (2 * 65536 / 0.5) / 2
-    assert "softmax" in bench.decoding_tables.traffic_markdown(document)
+    assert "softmax" in decoding_traffic.markdown(document)
 
 
 def points(axis):
@@ -123,7 +101,7 @@ def points(axis):
     return [bars.lines[0].get_xydata().tolist() for bars in axis.containers]
 
 
-def test_figure_has_a_row_for_each_head_dimension(bench):
+def test_figure_has_a_row_for_each_head_dimension():
     pytest.importorskip("matplotlib")
     cells = [(64, 1, 10), (64, 1, 20), (64, 32, 10), (128, 32, 10)]
     records = [
@@ -133,8 +111,8 @@ def test_figure_has_a_row_for_each_head_dimension(bench):
         for d, b, n in cells
     ]  # fmt: skip
     records += [{**records[0], "group": 4}, {**records[0], "status": "refused"}]
-    assert bench.decoding_tables.panels(records) == [[(64, 1), (64, 32)], [(128, 32)]]
-    axes = bench.decoding_tables.draw(records).axes
+    assert decoding.panels(records) == [[(64, 1), (64, 32)], [(128, 32)]]
+    axes = decoding.draw(records).axes
     drawn = [points(axis) for axis in axes]
     expected = [[[[10, 640], [20, 1280]]], [[[10, 20480]]], [[[10, 40960]]], []]
     assert [np.shape(here) for here in drawn] == [np.shape(here) for here in expected]
@@ -143,7 +121,7 @@ def test_figure_has_a_row_for_each_head_dimension(bench):
     assert bar.get_segments()[0][:, 1] == pytest.approx([10240, 20480])  # the least, the median
 
 
-def test_figure_of_counted_bytes(bench):
+def test_figure_of_counted_bytes():
     pytest.importorskip("matplotlib")
 
     def record(n, moved, **changes):
@@ -152,18 +130,18 @@ def test_figure_of_counted_bytes(bench):
 
     records = [record(200, 600), record(100, 250), record(100, 900, batch=1), record(1, 9, group=4)]
     records += [{"group": 1, "batch": 64, "status": "unavailable"}, record(100, 220, head_dim=128)]
-    drawn = [points(axis) for axis in bench.decoding_tables.draw_traffic(records).axes]
+    drawn = [points(axis) for axis in decoding_traffic.draw(records).axes]
     assert drawn == [[[[100, 1.25], [200, 1.5]]], [[[100, 1.1]]]]
 
 
-def test_busy_seconds_of_a_call(bench, monkeypatch):
+def test_busy_seconds_of_a_call(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(bench.decoding_traffic.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(decoding_traffic.time, "perf_counter", lambda: next(clock))
     # Every look at the clock takes a second: three turns of four calls in 4 seconds.
-    found = bench.decoding_traffic.busy_seconds(Counter(), lambda: jnp.ones(()), 2.5)
+    found = decoding_traffic.busy_seconds(Counter(), lambda: jnp.ones(()), 2.5)
     assert found == 0.25 * 4 / 12
 
 
-def test_without_a_counter(bench, tmp_path, capsys):
-    assert bench.decoding_traffic.main([f"--output={tmp_path / 'traffic.json'}"]) == 1
+def test_without_a_counter(tmp_path, capsys):
+    assert decoding_traffic.main([f"--output={tmp_path / 'traffic.json'}"]) == 1
     assert "counter" in capsys.readouterr().err

@@ -7,29 +7,26 @@ import numpy as np
 import pytest
 
 import lla
+from lla.experiments.benchmarks import mixers, results, truth
 
-NAMES = (
-    "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "peers_tables",
-    "stages_tables", "peers_adapters", "peers", "mixers_tables", "mixers",
-)  # fmt: skip
 SMALL = ["--length=16", "--width=16", "--heads=2", "--repeats=2", "--budget=0.1", "--workers=2"]
 MEASURED = ("softmax", "linear")
 
 
 @pytest.fixture(scope="module")
-def measured(bench, tmp_path_factory):
+def measured(tmp_path_factory):
     """One small run: exit status, arguments, path."""
     path = tmp_path_factory.mktemp("mixers") / "mixers_cpu.json"
     argv = [*SMALL, "--batch=2", "--only", *MEASURED, f"--output={path}"]
-    return bench.mixers.main(argv), argv, path
+    return mixers.main(argv), argv, path
 
 
-def test_run(bench, measured, monkeypatch, capsys):
+def test_run(measured, monkeypatch, capsys):
     status, argv, path = measured
-    document = bench.measure.load(path)
+    document = results.load(path)
     assert status == 0 and document["header"]["benchmark"] == "mixers"
     records = {(r["implementation"], r["pass"]): r for r in document["records"]}
-    assert set(records) == {(name, which) for name in MEASURED for which in bench.subjects.PASSES}
+    assert set(records) == {(name, which) for name in MEASURED for which in truth.PASSES}
     for (name, which), record in records.items():
         assert record["status"] == "timed" and record["repeats"] == 2
         assert record["parameters"] == 4 * 16 * 16 + {"softmax": 2, "linear": 1}[name] * 8
@@ -40,16 +37,16 @@ def test_run(bench, measured, monkeypatch, capsys):
         assert set(record["errors"]) == {"output"} | gradients
         assert max(record["errors"].values()) < 1e-5
     # What is timed is kept, unless the code or the sizes change.
-    monkeypatch.setattr(bench.mixers, "compile_program", None)
-    assert bench.mixers.main(argv) == 0
-    assert bench.measure.load(path)["records"] == document["records"]
+    monkeypatch.setattr(mixers, "compile_program", None)
+    assert mixers.main(argv) == 0
+    assert results.load(path)["records"] == document["records"]
     assert "| softmax (xla) | 1040 | " in capsys.readouterr().out
 
 
-def test_what_is_wrong_or_fails_does_not_stop_the_others(bench, monkeypatch, tmp_path):
+def test_what_is_wrong_or_fails_does_not_stop_the_others(monkeypatch, tmp_path):
     """A wrong output, a wrong gradient, an exception; afterwards they are measured in place."""
-    options, create = bench.mixers.reference_options, lla.mixers.create
-    compile_program = bench.mixers.compile_program
+    options, create = mixers.reference_options, lla.mixers.create
+    compile_program = mixers.compile_program
 
     def wrong_reference(name):
         return {**options(name), **({"scale": 2.0} if name == "softmax" else {})}
@@ -59,8 +56,8 @@ def test_what_is_wrong_or_fails_does_not_stop_the_others(bench, monkeypatch, tmp
         if (program.mixer, program.which) != ("linear", "forward_backward"):
             return made
 
-        def call(given):
-            out = made.call(given)
+        def call(*given):
+            out = made.call(*given)
             return {**out, "parameters": jax.tree.map(lambda leaf: 1.5 * leaf, out["parameters"])}
 
         return dataclasses.replace(made, call=call)
@@ -73,14 +70,14 @@ def test_what_is_wrong_or_fails_does_not_stop_the_others(bench, monkeypatch, tmp
     path = tmp_path / "out.json"
     argv = [*SMALL, "--dtypes=bfloat16", "--only", "hyena", *MEASURED, f"--output={path}"]
     with monkeypatch.context() as patch:
-        patch.setattr(bench.mixers, "reference_options", wrong_reference)
-        patch.setattr(bench.mixers, "compile_program", wrong_gradient)
+        patch.setattr(mixers, "reference_options", wrong_reference)
+        patch.setattr(mixers, "compile_program", wrong_gradient)
         patch.setattr(lla.mixers, "create", broken)
-        assert bench.mixers.main(argv) == 1
-    records = bench.measure.load(path)["records"]
+        assert mixers.main(argv) == 1
+    records = results.load(path)["records"]
     found = {(r["implementation"], r["pass"]): r for r in records}
     assert len(found) == len(records) == 3 * 2
-    for which in bench.subjects.PASSES:
+    for which in truth.PASSES:
         assert found["hyena", which]["status"] == "unavailable"
         assert found["hyena", which]["reason"] == "ValueError: out of order"
         assert found["softmax", which]["status"] == "refused"
@@ -90,25 +87,25 @@ def test_what_is_wrong_or_fails_does_not_stop_the_others(bench, monkeypatch, tmp
     refused = found["linear", "forward_backward"]
     assert refused["status"] == "refused" and "output" not in refused["reason"]
     np.testing.assert_allclose(refused["errors"]["parameters"], 0.5, rtol=1e-2)
-    text = bench.mixers_tables.tables(records)
+    text = mixers.result_tables(records)
     assert "| hyena |  | unavailable |  |  | unavailable |" in text
     assert "- hyena, bfloat16, forward: unavailable: ValueError: out of order" in text
-    assert bench.mixers.main([*argv, "--only", "linear"]) == 0
-    again = bench.measure.load(path)["records"]
+    assert mixers.main([*argv, "--only", "linear"]) == 0
+    again = results.load(path)["records"]
     assert len(again) == 6 and [r["status"] for r in again].count("timed") == 2
 
 
-def test_every_mixer_has_a_reference(bench):
+def test_every_mixer_has_a_reference():
     for name in lla.mixers.names():
         valid = lla.mixers.options(name)
-        for option, value in bench.mixers.reference_options(name).items():
+        for option, value in mixers.reference_options(name).items():
             assert option in valid and valid[option] != value
 
 
-def test_table(bench):
+def test_table():
     records = []
     for name, factor in (("softmax", 1), ("lla", 3)):
-        for i, which in enumerate(bench.subjects.PASSES, 1):
+        for i, which in enumerate(truth.PASSES, 1):
             records.append({
                 "implementation": name, "pass": which, "dtype": "float32", "batch": 1, "n": 8,
                 "width": 16, "heads": 2, "head_dim": 8, "parameters": 1040, "served_by": "xla",
@@ -118,10 +115,10 @@ def test_table(bench):
                 "commit": "abc", "date": "2000-01-01",
             })  # fmt: skip
     times = "6 (3); 1e-06 | 3.00 | 1 | 12 (6); 1e-06 | 3.00 | 1 | 1.2; 1.2 |"
-    header = bench.mixers.make_header(bench.mixers.parse([]))
+    header = results.make_header("mixers", {})
     for text in (
-        bench.mixers_tables.tables(records),
-        bench.report.markdown({"header": header, "records": records}),
+        mixers.result_tables(records),
+        mixers.markdown({"header": header, "records": records}),
     ):
         assert "**float32**, batch 1, 8 tokens, width 16, 2 heads" in text
         assert f"| lla (xla) | 1040 | {times}" in text

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 
 import lla
+from lla.experiments.benchmarks import hopper, peers, peers_adapters, results, truth
 
-NAMES = (
-    "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "peers_tables",
-    "stages_tables", "peers_adapters", "peers",
-)  # fmt: skip
 SMALL = [
     "--implementation=xla", "--batch=1", "--heads=2", "--length=16", "--head_dims=8",
     "--ridges=1", "--repeats=2", "--budget=0.1", "--workers=2",
@@ -41,10 +38,10 @@ def arrays(inputs):
     }
 
 
-def test_adapters_say_why_they_cannot_run(bench, without_torch, tmp_path):
+def test_adapters_say_why_they_cannot_run(without_torch, tmp_path):
     found = {}
     for argv in ([], [f"--flash_lla={tmp_path}"]):
-        for adapter in bench.peers.make_adapters(bench.peers.parse(argv), {}):
+        for adapter in peers.make_adapters(peers.parse(argv), {}):
             found[adapter.name, adapter.member, bool(argv)] = adapter.available()
     expected = {
         "mosaic_gpu": "needs a GPU", "cudnn": "needs a GPU", "torch_flash": "torch",
@@ -53,31 +50,31 @@ def test_adapters_say_why_they_cannot_run(bench, without_torch, tmp_path):
     for (name, _, given), reason in found.items():
         wanted = "torch" if given and name == "flash_lla" else expected[name]
         assert wanted in reason
-    assert len(found) == 2 * 9
+    assert {name for name, _, _ in found} == set(expected)
     with pytest.raises(SystemExit, match="flash"):
-        bench.peers.make_adapters(bench.peers.parse(["--only", "flash"]), {})
+        peers.make_adapters(peers.parse(["--only", "flash"]), {})
 
 
-def test_layouts_are_inverted(bench):
-    case = bench.peers_adapters.Case(2, 3, 5, 4, "bfloat16")
+def test_layouts_are_inverted():
+    sizes = peers_adapters.Sizes(2, 3, 5, 4, "bfloat16")
     array = np.arange(2 * 3 * 5 * 4).reshape(2, 5, 3, 4)
     shapes = {"fla": (2, 5, 3, 4), "torch_flash": (2, 3, 5, 4), "flash_lla": (6, 5, 4)}
-    for adapter in bench.peers.make_adapters(bench.peers.parse([]), {}):
+    for adapter in peers.make_adapters(peers.parse([]), {}):
         if adapter.name in shapes:
             there = adapter.to_layout(array)
             assert there.shape == shapes[adapter.name]
-            np.testing.assert_array_equal(adapter.from_layout(there, case), array)
+            np.testing.assert_array_equal(adapter.from_layout(there, sizes), array)
             if adapter.name == "flash_lla":
                 np.testing.assert_array_equal(there[4], array[1, :, 1])
 
 
-def test_checked_heads(bench):
-    case = bench.peers_adapters.Case(2, 16, 16, 8, "bfloat16")
-    assert bench.peers.checked_heads(case, 2) == [(0, 0), (1, 15)]
-    few = bench.peers_adapters.Case(1, 2, 16, 8, "bfloat16")
-    assert bench.peers.checked_heads(few, 8) == [(0, 0), (0, 1)]
+def test_checked_heads():
+    sizes = peers_adapters.Sizes(2, 16, 16, 8, "bfloat16")
+    assert peers.checked_heads(sizes, 2) == [(0, 0), (1, 15)]
+    few = peers_adapters.Sizes(1, 2, 16, 8, "bfloat16")
+    assert peers.checked_heads(few, 8) == [(0, 0), (0, 1)]
     array = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    picked = bench.peers_adapters.pick(array, [(0, 0), (1, 3)])
+    picked = peers_adapters.pick(array, [(0, 0), (1, 3)])
     np.testing.assert_array_equal(picked, np.stack([array[0, :, 0], array[1, :, 3]]))
 
 
@@ -103,41 +100,41 @@ def mesanet(query, key, value, probe):
 
 
 @pytest.mark.parametrize("definition", [parallax, mesanet])
-def test_exact_results(bench, inputs, definition):
+def test_exact_results(inputs, definition):
     """Outputs by the definition, gradients by central differences along one direction."""
-    results, _ = bench.peers.exact(definition.__name__, None, inputs)
+    exact, _ = peers.exact(definition.__name__, None, inputs)
     names = ("query", "key", "value", "probe")
 
     def outputs(given):
         return np.stack([definition(*(given[name][h] for name in names)) for h in range(2)])
 
-    np.testing.assert_allclose(results["output"], outputs(inputs), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(exact["output"], outputs(inputs), rtol=1e-10, atol=1e-12)
     for name in names:
-        if name in results:
+        if name in exact:
             direction = np.random.default_rng(1).standard_normal(inputs[name].shape)
             ends = [outputs({**inputs, name: inputs[name] + s * direction}) for s in (1e-5, -1e-5)]
             slope = np.vdot(inputs["cotangent"], ends[0] - ends[1]) / 2e-5
-            np.testing.assert_allclose(np.vdot(results[name], direction), slope, rtol=1e-6)
-    assert ("probe" in results) == (definition is parallax)
+            np.testing.assert_allclose(np.vdot(exact[name], direction), slope, rtol=1e-6)
+    assert ("probe" in exact) == (definition is parallax)
 
 
 @pytest.fixture(scope="module")
-def measured(bench, tmp_path_factory):
+def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("peers") / "peers_cpu.json"
     argv = [*SMALL, "--members", "softmax", "lla", f"--out={path}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torch", None)
-        return bench.peers.main(argv), argv, path
+        return peers.main(argv), argv, path
 
 
-def test_run(bench, measured, without_torch, monkeypatch, capsys):
+def test_run(measured, without_torch, monkeypatch, capsys):
     status, argv, path = measured
-    document = bench.measure.load(path)
+    document = results.load(path)
     assert status == 0 and document["header"]["benchmark"] == "peers"
     ours = [r for r in document["records"] if r["implementation"] == "xla"]
     others = [r for r in document["records"] if r["implementation"] != "xla"]
     found = {(r["member"], r["ridge"], r["pass"]) for r in ours}
-    passes = bench.subjects.PASSES
+    passes = truth.PASSES
     assert found == {(m, r, p) for m, r in (("softmax", None), ("lla", 1)) for p in passes}
     for record in ours:
         assert record["status"] == "timed" and record["repeats"] == 2
@@ -147,16 +144,16 @@ def test_run(bench, measured, without_torch, monkeypatch, capsys):
         assert ("mean_iterations" in record) == (record["member"] == "lla")
     assert len(others) == 2 * 4 and all(r["status"] == "unavailable" for r in others)
     # What is finished is kept, what was unavailable is tried again and replaced.
-    monkeypatch.setattr(bench.hopper, "compile_program", None)
-    assert bench.peers.main(argv) == 0
-    assert len(bench.measure.load(path)["records"]) == len(document["records"])
+    monkeypatch.setattr(hopper, "compile_program", None)
+    assert peers.main(argv) == 0
+    assert len(results.load(path)["records"]) == len(document["records"])
     assert "| xla, lla, ridge 1 | " in capsys.readouterr().out
 
 
-def make_fake(bench, name, act, when=0):
+def make_fake(name, act, when=0):
     """An adapter of softmax attention that calls `act(results)` from its call `when` on."""
 
-    class Fake(bench.peers_adapters.Adapter):
+    class Fake(peers_adapters.Adapter):
         member, calls = "softmax", 0
 
         def available(self):
@@ -178,7 +175,7 @@ def make_fake(bench, name, act, when=0):
             jax.block_until_ready(results)
 
         def collect(self, results, case, heads):
-            pick = bench.peers_adapters.pick
+            pick = peers_adapters.pick
             return {name: pick(np.asarray(array), heads) for name, array in results.items()}
 
     fake = Fake()
@@ -190,22 +187,22 @@ def broken(results):
     raise RuntimeError("out of order\nand more")
 
 
-def test_one_adapter_does_not_stop_another(bench, arrays):
+def test_one_adapter_does_not_stop_another(arrays):
     fakes = [
-        make_fake(bench, "right", lambda results: results),
-        make_fake(bench, "broken", broken),
-        make_fake(bench, "breaks later", broken, when=1),
-        make_fake(bench, "wrong", lambda results: {"output": 1.25 * results["output"]}),
-        make_fake(bench, "not finite", lambda results: {"output": jnp.nan * results["output"]}),
+        make_fake("right", lambda results: results),
+        make_fake("broken", broken),
+        make_fake("breaks later", broken, when=1),
+        make_fake("wrong", lambda results: {"output": 1.25 * results["output"]}),
+        make_fake("not finite", lambda results: {"output": jnp.nan * results["output"]}),
     ]
-    case = bench.peers_adapters.Case(*CASE)
+    sizes = peers_adapters.Sizes(*CASE)
     todo = [(fake, None) for fake in reversed(fakes)]
-    options = bench.peers.parse(SMALL)
-    checked = bench.peers.check_group(options, case, todo, arrays)
-    records = bench.peers.time_group(options, *checked)
+    options = peers.parse(SMALL)
+    checked = peers.check_group(options, sizes, todo, arrays)
+    records = peers.time_group(options, *checked)
     found = {r["implementation"]: r for r in records if r["pass"] == "forward"}
     for record in records:
-        bench.measure.check_record({**record, "commit": "abc", "date": "2000-01-01"})
+        results.check_record({**record, "commit": "abc", "date": "2000-01-01"})
         if record["pass"] != "forward":
             assert record["reason"] == "ValueError: no gradients"
     assert found["right"]["status"] == "timed" and found["right"]["errors"]["output"] < 1e-2
@@ -234,9 +231,9 @@ def made_up(implementation, member, ridge, which, seconds, error, bound):
     return record
 
 
-def test_table(bench):
+def test_table():
     records = []
-    for i, which in enumerate(bench.subjects.PASSES, 1):
+    for i, which in enumerate(truth.PASSES, 1):
         records += [
             made_up("flash_lla", "lla", 0.01, which, 9e-3 * i, 3.4, 0.1),
             made_up("flash_lla", "lla", 10.0, which, 9e-3 * i, 3e-3, 0.1),
@@ -249,7 +246,7 @@ def test_table(bench):
     for name in ("errors", "bounds", "worst_row", "truth", "time_min_s", "time_median_s"):
         del gone[name]
     records.append(gone)
-    lines = bench.peers_tables.table(records).splitlines()
+    lines = peers.result_tables(records).splitlines()
     assert lines[0].startswith("**Head dimension 64**, batch 2, 16 heads, n = 4096")
     rows = [line for line in lines if line.startswith("| ")]
     assert [row.split(" | ")[0][2:] for row in rows] == [
@@ -265,6 +262,6 @@ def test_table(bench):
     assert "| refused |  | refused |  | not finite | not finite |" in rows[4]
     assert "| unavailable |" in rows[6]
     assert lines[-1].endswith("unavailable: ModuleNotFoundError: No module named 'fla'")
-    header = bench.peers.make_header(bench.peers.parse([]))
-    text = bench.peers_tables.markdown({"header": header, "records": records})
+    header = results.make_header("peers", {})
+    text = peers.markdown({"header": header, "records": records})
     assert text.startswith("Measured on") and lines[0] in text

@@ -6,10 +6,8 @@ import math
 import numpy as np
 import pytest
 
-NAMES = (
-    "measure", "subjects", "report", "hopper_tables", "hopper_cells", "hopper", "solvers_tables",
-    "hopper_solvers",
-)  # fmt: skip
+from lla.experiments.benchmarks import hopper, hopper_solvers
+
 SMALL = [
     "--implementation=xla", "--head_dims=8", "--ridges", "1", "0.1", "--batch=1", "--heads=2",
     "--length=32", "--accuracy_length=16", "--repeats=2", "--budget=0.1", "--workers=2",
@@ -30,12 +28,12 @@ def document(times, **changes):
     return records
 
 
-def test_a_run(bench, tmp_path, capsys):
+def test_a_run(tmp_path, capsys):
     path = tmp_path / "solvers.json"
     arguments = [*SMALL, "--inputs", "normal", "sharp", f"--output={path}"]
-    assert bench.hopper_solvers.main(arguments) == 0
+    assert hopper_solvers.main(arguments) == 0
     records = json.loads(path.read_text())["records"]
-    keys = [tuple(r[name] for name in bench.hopper_solvers.KEY_FIELDS) for r in records]
+    keys = [tuple(r[name] for name in hopper_solvers.KEY_FIELDS) for r in records]
     assert len(keys) == len(set(keys)) == 2 * 2 * 2 * 2
     assert {r["status"] for r in records} == {"timed"}
     assert {r["inputs"] for r in records} == {"normal", "sharp"}
@@ -44,13 +42,12 @@ def test_a_run(bench, tmp_path, capsys):
     direct = [r["accuracy_iterations"] for r in records if r["method"] == "direct"]
     cg = [r["accuracy_iterations"] for r in records if r["method"] == "cg"]
     assert max(direct) < min(cg)
-    backward = [r["mean_iterations"] for r in records if r["pass"] == "forward_backward"]
-    assert len(backward) == 8 and all(np.isfinite(backward))
+    backward = [r for r in records if r["pass"] == "forward_backward"]
+    assert backward and all(np.isfinite(r["mean_iterations"]) for r in backward)
     assert "**sharp**" in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_not_timed(bench, tmp_path, monkeypatch, capsys):
-    solve, hopper = bench.hopper_solvers, bench.hopper
+def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
     true = hopper.make_function
 
     def wrong(program, solver=None):
@@ -62,7 +59,7 @@ def test_what_is_wrong_is_not_timed(bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hopper, "make_function", wrong)
     path = tmp_path / "solvers.json"
     arguments = [*SMALL, "--ridges", "1", "--inputs", "normal", f"--output={path}"]
-    assert solve.main(arguments) == 1
+    assert hopper_solvers.main(arguments) == 1
     records = json.loads(path.read_text())["records"]
     status = {r["method"]: r["status"] for r in records}
     assert status == {"cg": "timed", "direct": "refused"}
@@ -70,35 +67,38 @@ def test_what_is_wrong_is_not_timed(bench, tmp_path, monkeypatch, capsys):
     assert "refused" in capsys.readouterr().out
 
 
-def test_crossings(bench):
-    tables = bench.solvers_tables
+def test_crossings():
     # Level in the middle of the logarithms of 0.1 and 1; 0.01 has no direct time.
     times = {
         ("cg", 1.0): 1.0, ("cg", 0.1): 4.0, ("cg", 0.01): 9.0,
         ("direct", 1.0): 2.0, ("direct", 0.1): 2.0,
     }  # fmt: skip
-    found = tables.crossing(document(times), 16)
+    found = hopper_solvers.crossing(document(times), 16)
     assert found["measured"] == 0.1 and found["ridges"] == [0.1, 1.0]
     assert found["estimate"] == pytest.approx(10**-0.5)
-    assert tables._crossing_text(found) == "0.1 (0.32) [0.1]"
-    slow = tables.crossing(document({**times, ("direct", 0.1): 5.0}), 16)
-    assert tables._crossing_text(slow) == "never [0.1]"
-    assert tables._crossing_text(tables.crossing(document(times, status="refused"), 16)) == ""
+    assert hopper_solvers._crossing_text(found) == "0.1 (0.32) [0.1]"
+    slow = hopper_solvers.crossing(document({**times, ("direct", 0.1): 5.0}), 16)
+    assert hopper_solvers._crossing_text(slow) == "never [0.1]"
+    assert (
+        hopper_solvers._crossing_text(
+            hopper_solvers.crossing(document(times, status="refused"), 16)
+        )
+        == ""
+    )
 
 
-def test_crossing_of_all_inputs(bench):
+def test_crossing_of_all_inputs():
     """By geometric means: half the time on one kind outweighs 1.5 times the time on another."""
-    tables = bench.solvers_tables
     easy = {("cg", 1.0): 1.0, ("direct", 1.0): 3.0, ("cg", 0.1): 2.0, ("direct", 0.1): 3.0}
     hard = {("cg", 1.0): 4.0, ("direct", 1.0): 3.0, ("cg", 0.1): 6.0, ("direct", 0.1): 3.0}
     records = [*document(easy), *document(hard, inputs="sharp")]
-    found = tables.crossing(records, 16)
+    found = hopper_solvers.crossing(records, 16)
     assert found["measured"] == 0.1 and found["ridges"] == [0.1, 1.0]
     gains = [math.log(12 / 9), math.log(4 / 9)]
     assert found["estimate"] == pytest.approx(10 ** (gains[0] / (gains[0] - gains[1]) - 1))
-    assert tables.crossing(records, 16, kind="normal")["measured"] is None
-    assert tables.crossing(records, 16, kind="sharp")["measured"] == 1.0
+    assert hopper_solvers.crossing(records, 16, kind="normal")["measured"] is None
+    assert hopper_solvers.crossing(records, 16, kind="sharp")["measured"] == 1.0
     # A kind without a time of both leaves the ridge out.
     del hard["direct", 0.1]
     records = [*document(easy), *document(hard, inputs="sharp")]
-    assert tables.crossing(records, 16)["ridges"] == [1.0]
+    assert hopper_solvers.crossing(records, 16)["ridges"] == [1.0]

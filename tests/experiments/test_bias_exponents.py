@@ -1,34 +1,21 @@
 """The exact biases against theory and brute force, the job end to end, and its README."""
 
-import csv
-import importlib
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from lla.experiments.bias_exponents import population, summary
+from tests.experiments.scripts import ROOT, run, table
+
 FOLDER = ROOT / "experiments" / "bias_exponents"
-CONFIG = ROOT / "configs" / "bias_exponents.py"
 RESULTS = FOLDER / "results" / "full"
 DRAWN = ("summary.csv", "figure.png", "figure.svg")
 
 
-@pytest.fixture(scope="module")
-def population():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield importlib.import_module("population")
-        del sys.modules["population"]
-
-
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("name", ["sine", "exponential", "rational"])
-def test_exponents(population, name, dim):
+def test_exponents(name, dim):
     bandwidths = np.geomspace(5e-4, 4e-3, 4)
     each = [population.squared_bias(population.TARGETS[name], dim, b) for b in bandwidths]
     for fit, wanted in (("constant", (3, 2)), ("linear", (4, 4))):
@@ -37,7 +24,7 @@ def test_exponents(population, name, dim):
             assert abs(population.exponent(bandwidths, amounts) - power) < 0.06
 
 
-def test_what_the_exponents_depend_on(population):
+def test_what_the_exponents_depend_on():
     bandwidths = np.geomspace(5e-4, 2e-3, 3)
 
     def exponent(name, fit, ridge):
@@ -53,7 +40,7 @@ def test_what_the_exponents_depend_on(population):
 
 
 @pytest.mark.parametrize("name", ["sine", "exponential", "rational"])
-def test_leading_terms(population, name):
+def test_leading_terms(name):
     target, bandwidth = population.TARGETS[name], 5e-4
     theory = population.leading_terms(target, bandwidth)
     for fit, terms in population.squared_bias(target, 1, bandwidth).items():
@@ -61,7 +48,7 @@ def test_leading_terms(population, name):
             assert amount == pytest.approx(theory[fit][quantity], rel=0.01)
 
 
-def test_derivatives_of_the_targets(population):
+def test_derivatives_of_the_targets():
     x, step = np.linspace(0, 1, 11), 1e-5
     for target in population.TARGETS.values():
         for function, derivative in (
@@ -72,13 +59,13 @@ def test_derivatives_of_the_targets(population):
             np.testing.assert_allclose(derivative(x), central, atol=1e-6)
 
 
-def test_linear_data_have_no_bias_in_the_linear_fit_alone(population):
+def test_linear_data_have_no_bias_in_the_linear_fit_alone():
     line = population.Target(lambda x: 3 * x - 1, np.ones_like, np.zeros_like)
     biases = population.squared_bias(line, 1, 0.1)
     assert biases["linear"]["integrated"] < 1e-28 < 1e-6 < biases["constant"]["integrated"]
 
 
-def test_product_formula_against_a_plane_of_keys(population):
+def test_product_formula_against_a_plane_of_keys():
     """Weighted least squares over a grid of quadrature points in the unit square."""
     target, bandwidth, ridge = population.TARGETS["exponential"], 0.15, 1e-3
     node, weight = population._panels(np.linspace(0, 1, 9))
@@ -103,19 +90,10 @@ def test_product_formula_against_a_plane_of_keys(population):
         assert found[name]["integrated"] == pytest.approx(total, rel=1e-6)
 
 
-def run(script, *arguments):
-    # One device, as a user has it.
-    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = os.environ | {"XLA_FLAGS": " ".join(kept)}
-    return subprocess.run(
-        [sys.executable, FOLDER / script, *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def test_smoke_and_resume(tmp_path):
-    flags = (f"--config={CONFIG}:smoke", f"--workdir={tmp_path}")
-    done = run("main.py", *flags)
+    """From a folder without the repository: the config is named, the script is a module."""
+    flags = ("--config=bias_exponents:smoke", f"--workdir={tmp_path}")
+    done = run("-m", "lla.experiments.run_study", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr and str(tmp_path / "figure.png") in done.stdout
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -130,9 +108,9 @@ def test_smoke_and_resume(tmp_path):
     first = {name: (tmp_path / name).read_bytes() for name in (*DRAWN, "metrics.jsonl")}
     torn, *whole = first["metrics.jsonl"].splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(whole) + torn[:-99])
-    again = run("main.py", *flags)
+    again = run("-m", "lla.experiments.run_study", *flags, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "3 pieces, 2 already finished" in again.stdout
+    assert "3 trials, 2 already finished" in again.stdout
     for name in ("metrics.jsonl", "summary.csv"):
         assert sorted((tmp_path / name).read_bytes().splitlines()) == sorted(
             first[name].splitlines()
@@ -140,18 +118,9 @@ def test_smoke_and_resume(tmp_path):
     assert (tmp_path / "figure.svg").read_bytes() == first["figure.svg"]
 
 
-def table(path):
-    with (path / "summary.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 def test_readme_has_the_tables_of_the_committed_results():
-    done = run("summary.py", RESULTS)
-    assert done.returncode == 0, done.stderr
     readme = (FOLDER / "README.md").read_text()
-    tables = done.stdout.strip().split("\n\n")
-    assert len(tables) == 4
-    for part in tables:
+    for part in summary.markdown(RESULTS).strip().split("\n\n"):
         assert part in readme
 
 

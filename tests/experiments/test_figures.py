@@ -1,14 +1,12 @@
 """Figures at the size of print: ticks, marks, legends, and all that are committed."""
 
 import importlib
-import json
 import pathlib
-import sys
 
 import numpy as np
 import pytest
 
-from lla.experiment import figures, styles
+from lla.runs import figures, styles
 from tests.experiments import printable
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
@@ -157,77 +155,9 @@ def test_one_that_cannot(change):
         printable.check(figure)
 
 
-@pytest.mark.parametrize("name", ["in_context_regression", "mqar", "state_tracking"])
-def test_committed_figures_of_trained_models(name):
-    plot = importlib.import_module(f"experiments.{name}.plot")
-    experiment = plot.summary.EXPERIMENT
-    results = experiment.folder / "results"
-    if not any(results.glob("*.csv")):
-        pytest.skip("no results")
-    drawn = plot.draw(experiment.points(results), results)
-    assert set(drawn) == {"figure", "curves", *(["updates"] if experiment.goal else [])}
-    for kind, figure in drawn.items():
-        if figure is None:
-            assert kind == "curves" and not any((results / "curves").glob("*.csv"))
-            assert not (results / "curves.png").exists()
-            continue
-        printable.check(figure)
-        assert (results / f"{kind}.png").is_file() and (results / f"{kind}.svg").is_file()
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """`script(folder, name)`: a script, imported as its folder imports it; nothing of it stays."""
-    before = set(sys.modules)
-
-    def load(folder, name="plot"):
-        monkeypatch.syspath_prepend(EXPERIMENTS / folder)
-        return importlib.import_module(name)
-
-    yield load
-    for name in set(sys.modules) - before:
-        if "experiments" in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def test_committed_figure_of_memory_and_time(script):
-    plot = script("memory_and_time")
-    for file in sorted(plot.summary.RESULTS.glob("*.json")):
-        document = json.loads(file.read_text())
-        if document["header"]["benchmark"] == "memory_and_time" and len(document["records"]) > 20:
-            printable.check(plot.make(document))
-
-
-@pytest.mark.parametrize("folder", ["bias_exponents", "solver_iterations"])
-def test_committed_figures_of_exact_studies(script, folder):
-    plot = script(folder)
-    path = EXPERIMENTS / folder / "results" / "full"
-    printable.check(plot.make(plot.read_config(path), plot.summary.table(path)))
-
-
-@pytest.mark.parametrize("study", ["full", "sweep", "sunspots", "ablation"])
-def test_committed_figures_of_test_time_regression(script, study):
-    figure, rows = script("test_time_regression").make(
-        EXPERIMENTS / "test_time_regression" / "results" / study
-    )
-    assert rows
-    printable.check(figure)
-
-
-def test_committed_figures_of_benchmarks(script):
-    report = script("benchmarks", "report")
-    drawn = 0
-    for file in sorted(report.measure.RESULTS.glob("*.json")):
-        document = report.measure.load(file)
-        if document["header"]["benchmark"] in report.DRAWN:
-            printable.check(report.make(document))
-            drawn += 1
-    assert drawn >= len(report.DRAWN)
-
-
 def test_marks_of_trained_figures_are_on_their_ticks():
     for name in ("in_context_regression", "state_tracking"):
-        plot = importlib.import_module(f"experiments.{name}.plot")
+        plot = importlib.import_module(f"lla.experiments.{name}.plot")
         results = plot.summary.EXPERIMENT.folder / "results"
         figure = plot.draw(plot.summary.EXPERIMENT.points(results), results)["figure"]
         for axis in figure.axes:

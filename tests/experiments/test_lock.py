@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from lla.experiment import WorkdirError
-from lla.experiment.lock import claimed, exclusive
+from lla.runs import WorkdirError
+from lla.runs.lock import claimed, exclusive
 
 HOLDER = (
     "import sys\n"
-    "from lla.experiment.lock import exclusive\n"
+    "from lla.runs.lock import exclusive\n"
     "with exclusive(sys.argv[1]):\n"
     "    print('held', flush=True)\n"
     "    sys.stdin.read()\n"

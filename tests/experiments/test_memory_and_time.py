@@ -1,42 +1,27 @@
 """Memory and time against length: cells, resuming, what is not run, figure and README tables."""
 
-import importlib
-import pathlib
-import sys
-import types
-
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "memory_and_time"
-NAMES = ("benches", "cells", "main", "plot", "summary")
+from lla.experiments.benchmarks import truth
+from lla.experiments.benchmarks.results import load
+from lla.experiments.memory_and_time import cases, main, plot, summary
+
 SMALL = ["--heads=1", "--head_dims=8", "--repeats=2", "--seconds_per_cell=0.01", "--checked=16"]
 QUICK = ["--series", "softmax", "--lengths", "8", "16", *SMALL]
 
 
-@pytest.fixture(scope="module")
-def figure():
-    """The scripts, imported as they import each other; nothing of them stays."""
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-        for name in set(sys.modules) - before:
-            if "experiments" in str(getattr(sys.modules[name], "__file__", "")):
-                del sys.modules[name]
-
-
-def run(figure, path, *arguments):
-    status = figure.main.main([*arguments, f"--out={path}"])
-    return status, figure.benches.measure.load(path)["records"]
+def run(path, *arguments):
+    status = main.main([*arguments, f"--out={path}"])
+    return status, load(path)["records"]
 
 
 @pytest.fixture(scope="module")
-def measured(figure, tmp_path_factory):
+def measured(tmp_path_factory):
     """One small run of the series that are not in experiments/benchmarks, and of CG."""
     path = tmp_path_factory.mktemp("memory_and_time") / "cpu.json"
     arguments = ["--series", "lla_cg", "dense_matrices", "mesanet", "--lengths", "16", *SMALL]
-    return *run(figure, path, *arguments), path, arguments
+    return *run(path, *arguments), path, arguments
 
 
 def test_records(measured):
@@ -52,76 +37,75 @@ def test_records(measured):
         assert 0 < record["errors"]["output"] < 1e-5
 
 
-def test_finished_cells_are_skipped(figure, measured, monkeypatch):
+def test_finished_cases_are_skipped(measured, monkeypatch):
     _, records, path, arguments = measured
 
     def fail(*_):
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(figure.main, "compile_cell", fail)
-    assert run(figure, path, *arguments) == (0, records)
+    monkeypatch.setattr(main, "compile_case", fail)
+    assert run(path, *arguments) == (0, records)
     # Nor does a run that needs the memory alone compile what is measured.
-    assert run(figure, path, *arguments, "--memory_only")[1] == records
+    assert run(path, *arguments, "--memory_only")[1] == records
 
 
-def test_memory_first_and_time_later(figure, tmp_path):
+def test_memory_first_and_time_later(tmp_path):
     path = tmp_path / "cpu.json"
-    _, records = run(figure, path, *QUICK, "--memory_only")
-    assert [r["reason"] for r in records] == [figure.main.NOT_RUN] * 4
-    amounts = {figure.main.key(r): r["temp_bytes"] for r in records}
-    _, records = run(figure, path, *QUICK[:2], "--lengths", "8", *SMALL)
+    _, records = run(path, *QUICK, "--memory_only")
+    assert [r["reason"] for r in records] == [main.NOT_RUN] * 4
+    amounts = {main.key(r): r["temp_bytes"] for r in records}
+    _, records = run(path, *QUICK[:2], "--lengths", "8", *SMALL)
     found = {(r["n"], r["status"]) for r in records}
     assert len(records) == 4 and found == {(8, "timed"), (16, "memory only")}
-    assert {figure.main.key(r): r["temp_bytes"] for r in records} == amounts
+    assert {main.key(r): r["temp_bytes"] for r in records} == amounts
 
 
-def test_what_does_not_fit_or_is_too_slow_is_not_run(figure, tmp_path):
-    _, records = run(figure, tmp_path / "a.json", *QUICK, "--memory_limit_gib=1e-9")
-    assert {figure.summary.state(r) for r in records} == {"out of memory"}
-    _, records = run(figure, tmp_path / "b.json", *QUICK, "--call_limit=1e-9")
-    found = {r["n"]: figure.summary.state(r) for r in records}
+def test_what_does_not_fit_or_is_too_slow_is_not_run(tmp_path):
+    _, records = run(tmp_path / "a.json", *QUICK, "--memory_limit_gib=1e-9")
+    assert {summary.state(r) for r in records} == {"out of memory"}
+    _, records = run(tmp_path / "b.json", *QUICK, "--call_limit=1e-9")
+    found = {r["n"]: summary.state(r) for r in records}
     assert found == {8: "timed", 16: "too slow"}
     assert {r["repeats"] for r in records if r["n"] == 8} == {1}
 
 
-def test_a_wrong_implementation_is_not_timed(figure, monkeypatch, tmp_path):
-    right = figure.benches.subjects.SUBJECTS["xla_softmax"]
+def test_a_wrong_implementation_is_not_timed(monkeypatch, tmp_path):
+    right = truth.IMPLEMENTATIONS["xla_softmax"]
     wrong = right._replace(function=lambda query, key, value, ridge: value)
-    monkeypatch.setattr(figure.cells, "make_subject", lambda *_: ("wrong", wrong))
-    status, records = run(figure, tmp_path / "a.json", *QUICK)
+    monkeypatch.setattr(cases, "make_implementation", lambda *_: ("wrong", wrong))
+    status, records = run(tmp_path / "a.json", *QUICK)
     assert status == 1 and {r["status"] for r in records} == {"refused"}
     assert all("time_min_s" not in r for r in records)
 
 
-def test_nothing_is_begun_after_the_budget(figure, tmp_path):
-    assert figure.main.main([*QUICK, "--budget_seconds=0", f"--out={tmp_path / 'a.json'}"]) == 0
+def test_nothing_is_begun_after_the_budget(tmp_path):
+    assert main.main([*QUICK, "--budget_seconds=0", f"--out={tmp_path / 'a.json'}"]) == 0
     assert not (tmp_path / "a.json").exists()
 
 
-def test_parts_share_the_work(figure):
-    flags = (figure.cells.SERIES, "float32", (8, 1), (64, 128), (512, 1024))
-    whole = figure.cells.make_units(*flags)
-    assert len(whole) == len(figure.cells.SERIES) * 2 * 2 * 2
+def test_parts_share_the_work():
+    flags = (cases.SERIES, "float32", (8, 1), (64, 128), (512, 1024))
+    whole = cases.make_units(*flags)
+    assert len(whole) == len(cases.SERIES) * 2 * 2 * 2
     assert whole[0][0] == ("lla_cg", "float32", "forward_backward", 8, 64, 512)
-    parts = [figure.cells.make_units(*flags, (i, 4)) for i in (1, 2, 3, 4)]
+    parts = [cases.make_units(*flags, (i, 4)) for i in (1, 2, 3, 4)]
     assert sorted(unit for part in parts for unit in part) == sorted(whole)
-    assert {unit[0].series for unit in parts[-1]} == set(figure.cells.DENSE)
+    assert {unit[0].series for unit in parts[-1]} == set(cases.DENSE)
     with pytest.raises(SystemExit):
-        figure.main.parse(["--part=1/4"])
+        main.parse(["--part=1/4"])
 
 
-def test_inputs_of_shorter_cells_are_the_beginning_of_longer_ones(figure):
-    cells = figure.cells
-    short, long = (cells.one_head(0, n, 8, 0)["key"] for n in (5, 9))
+def test_inputs_of_shorter_cases_are_the_beginning_of_longer_ones():
+    short, long = (cases.one_head(0, n, 8, 0)["key"] for n in (5, 9))
     assert np.array_equal(short, long[:5])
-    cell = cells.Cell("softmax", "float32", "forward", 2, 8, 5)
-    inputs = cells.make_inputs(cell, 9, 1.0, 0)
+    cell = cases.Case("softmax", "float32", "forward", 2, 8, 5)
+    inputs = cases.make_inputs(cell, 9, 1.0, 0)
     assert np.array_equal(inputs["key"][0, :, 0], short) and inputs["ridge"].shape == (1, 5, 2)
     assert not np.array_equal(inputs["key"][0, :, 1], short)
 
 
-def test_exact_results_are_kept(figure, tmp_path):
-    get = figure.cells.truth.__wrapped__
+def test_exact_results_are_kept(tmp_path):
+    get = cases.exact_results.__wrapped__
     first = get("softmax", 8, 8, 1.0, 0, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 1
     again = get("softmax", 8, 8, 1.0, 0, str(tmp_path))
@@ -130,20 +114,20 @@ def test_exact_results_are_kept(figure, tmp_path):
         assert np.array_equal(array, again.results[name])
 
 
-def test_extrapolation(figure):
+def test_extrapolation():
     quadratic = {512: 7.0, 1024: 28.0}
-    assert figure.main.extrapolate(quadratic, 4096) == pytest.approx(16 * 28)
-    assert figure.main.extrapolate(quadratic, 1024) is None
+    assert main.extrapolate(quadratic, 4096) == pytest.approx(16 * 28)
+    assert main.extrapolate(quadratic, 1024) is None
 
 
-def test_figure_and_tables(figure, measured, tmp_path):
+def test_figure_and_tables(measured, tmp_path):
     path = measured[2]
-    png, svg = (written.read_bytes() for written in figure.plot.draw(path, tmp_path))
+    png, svg = (written.read_bytes() for written in plot.draw(path, tmp_path))
     assert png.startswith(b"\x89PNG") and b"<svg" in svg
     text = f"a\n<!-- generated: {path.stem} -->\nold\n<!-- end generated -->\nb\n"
-    text = figure.summary.render(text, path.parent)
+    text = summary.render(text, path.parent)
     assert "old" not in text and "| n | LLA, CG | LLA, dense, n² + n d² | MesaNet |" in text
-    assert figure.summary.render(text, path.parent) == text
+    assert summary.render(text, path.parent) == text
 
 
 def record(n, median, least=None, **more):
@@ -152,34 +136,34 @@ def record(n, median, least=None, **more):
     return {"n": n, "status": "timed", **seconds, **more}
 
 
-def shown(figure, *records):
-    return list(figure.summary.settled({r["n"]: r for r in records}))
+def shown(*records):
+    return list(summary.settled({r["n"]: r for r in records}))
 
 
-def test_short_times_that_are_not_the_devices_are_left_out(figure):
+def test_short_times_that_are_not_the_devices_are_left_out():
     # One longer sequence took less; repeats that differ; with a length all shorter ones go.
-    assert shown(figure, record(1, 0.5), record(2, 0.6), record(4, 0.1), record(8, 0.2)) == [4, 8]
-    assert shown(figure, record(1, 0.1), record(2, 0.3, 0.2), record(4, 0.4)) == [4]
-    assert shown(figure, record(1, 0.1), record(2, 0.25, 0.2), record(4, 0.4)) == [1, 2, 4]
+    assert shown(record(1, 0.5), record(2, 0.6), record(4, 0.1), record(8, 0.2)) == [4, 8]
+    assert shown(record(1, 0.1), record(2, 0.3, 0.2), record(4, 0.4)) == [4]
+    assert shown(record(1, 0.1), record(2, 0.25, 0.2), record(4, 0.4)) == [1, 2, 4]
     # From a millisecond on launches do not matter.
-    assert shown(figure, record(1, 5.0, 1.0), record(2, 3.0)) == [1, 2]
-    assert shown(figure, record(1, 5.0), {"n": 2, "status": "memory only"}) == [1]
+    assert shown(record(1, 5.0, 1.0), record(2, 3.0)) == [1, 2]
+    assert shown(record(1, 5.0), {"n": 2, "status": "memory only"}) == [1]
     # The queue tells by itself.
     waits, busy = {"calls_in_queue": 1.1}, {"calls_in_queue": 9.0}
-    assert shown(figure, record(1, 0.2, **waits), record(2, 0.2, 0.1, **busy)) == [2]
-    assert shown(figure, record(1, 0.2, **busy), record(2, 0.1, **busy)) == [1, 2]
-    assert shown(figure, record(1, 2.0, **waits), record(2, 9.0, **waits)) == [1, 2]
+    assert shown(record(1, 0.2, **waits), record(2, 0.2, 0.1, **busy)) == [2]
+    assert shown(record(1, 0.2, **busy), record(2, 0.1, **busy)) == [1, 2]
+    assert shown(record(1, 2.0, **waits), record(2, 9.0, **waits)) == [1, 2]
 
 
-def test_the_committed_figure_leaves_out_what_is_noise(figure):
-    document = figure.benches.measure.load(figure.plot.main_result())
+def test_the_committed_figure_leaves_out_what_is_noise():
+    document = load(plot.main_result())
     records = [r for r in document["records"] if (r["heads"], r["head_dim"]) == (8, 64)]
-    found = figure.summary.series(records, implementation="softmax", which="forward")
-    times = [r["time_median_s"] for r in figure.summary.settled(found).values()]
+    found = summary.series(records, implementation="softmax", which="forward")
+    times = [r["time_median_s"] for r in summary.settled(found).values()]
     assert len(times) >= 3 and times == sorted(times)
 
 
-def test_readme_tables_are_those_of_the_results(figure):
-    text = figure.summary.README.read_text(encoding="utf-8")
-    assert figure.summary.render(text) == text
-    assert (figure.summary.RESULTS / "figure.png").read_bytes().startswith(b"\x89PNG")
+def test_readme_tables_are_those_of_the_results():
+    text = summary.README.read_text(encoding="utf-8")
+    assert summary.render(text) == text
+    assert (summary.RESULTS / "figure.png").read_bytes().startswith(b"\x89PNG")

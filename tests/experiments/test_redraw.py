@@ -1,56 +1,96 @@
-"""Figures and tables of committed results, drawn again without arguments."""
+"""Scripts that draw and print committed results: without arguments, and with wrong ones."""
 
+import importlib
 import pathlib
-import shutil
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2] / "experiments"
-DRAWN = ("summary.csv", "figure.png", "figure.svg")
+from lla.experiments.benchmarks import report, results
+from lla.runs import figures, tables
+from tests.experiments import printable
+
+pytest.importorskip("matplotlib")
+slow = pytest.mark.slow
+PLOTS = [
+    "bias_exponents", "in_context_regression", "mad", "memory_and_time", "mqar",
+    "solver_iterations", "state_tracking", pytest.param("test_time_regression", marks=slow),
+]  # fmt: skip
+NAMES = (
+    "bias_exponents", "in_context_regression", "mad", "memory_and_time", "mqar",
+    "solver_iterations", "state_tracking", "test_time_regression",
+)  # fmt: skip
+SUMMARIES = ("bias_exponents", "mad", "memory_and_time", "solver_iterations")
 
 
-def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=300
-    )
+def script(name, kind="plot"):
+    return importlib.import_module(f"lla.experiments.{name}.{kind}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_time_regression", "bias_exponents", "solver_iterations"])
-def test_committed_results_are_drawn_without_arguments(name, tmp_path):
-    """From a copy of the experiment, so that nothing is drawn into the repository."""
-    copy = shutil.copytree(ROOT / name, tmp_path / name)
-    committed = sorted(file.parent for file in copy.glob("results/*/config.json"))
-    assert committed
-    for folder in committed:
-        for file in DRAWN:
-            (folder / file).unlink()
-    done = run(copy / "plot.py")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(folder / file) for folder in committed for file in DRAWN]
-    for folder in committed:
-        original = ROOT / name / folder.relative_to(copy) / "summary.csv"
-        assert (folder / "summary.csv").read_bytes() == original.read_bytes()
-        assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
-    if (copy / "summary.py").read_text().count("__main__"):
-        assert run(copy / "summary.py").stdout == "".join(
-            run(copy / "summary.py", folder).stdout for folder in committed
-        )
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """The files that would be written. Figures are checked and tables compared instead."""
+    files = []
+
+    def save(figure, folder, salt, *, name="figure", **options):
+        printable.check(figure)
+        files.extend(pathlib.Path(folder) / f"{name}.{kind}" for kind in ("png", "svg"))
+        return files[-2:]
+
+    def write_csv(file, rows, write=tables.write_csv, **options):
+        assert write(tmp_path / "table.csv", rows, **options).read_bytes() == file.read_bytes()
+        return file
+
+    monkeypatch.setattr(figures, "save", save)
+    monkeypatch.setattr(tables, "write_csv", write_csv)
+    return files
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_committed_results_are_drawn_without_arguments(name, drawn, capsys):
+    assert script(name).main([]) == 0
+    printed = capsys.readouterr().out.split()
+    assert drawn and set(map(str, drawn)) <= set(printed)
+    assert all(file.is_file() for file in drawn)
+    if hasattr(script(name), "RESULTS"):  # one figure for each of the committed work directories
+        committed = script(name).RESULTS.glob("*/config.json")
+        assert {file.parent for file in drawn} == {file.parent for file in committed}
+
+
+def test_committed_figures_of_benchmarks(drawn):
+    for found in report.documents(results.RESULTS).values():
+        for name, document in found.items():
+            report.draw(name, document, report.FIGURES)
+    assert drawn and all(file.is_file() for file in drawn)
 
 
 @pytest.mark.parametrize(
-    "script",
+    ("name", "kind"),
+    [(name, "summary") for name in SUMMARIES] + [(name, "plot") for name in NAMES],
+)
+def test_help(name, kind, capsys):
+    with pytest.raises(SystemExit) as end:
+        script(name, kind).main(["--help"])
+    assert end.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
     [
-        "solver_iterations/plot.py",
-        pytest.param("bias_exponents/plot.py", marks=pytest.mark.slow),
-        pytest.param("bias_exponents/summary.py", marks=pytest.mark.slow),
-        pytest.param("solver_iterations/summary.py", marks=pytest.mark.slow),
-        pytest.param("test_time_regression/plot.py", marks=pytest.mark.slow),
+        ("solver_iterations", "plot"),
+        ("solver_iterations", "summary"),
+        ("bias_exponents", "plot"),
+        ("bias_exponents", "summary"),
+        ("test_time_regression", "plot"),
     ],
 )
-def test_what_is_no_work_directory_is_a_line(script, tmp_path):
-    done = run(ROOT / script, tmp_path)
-    assert done.returncode == 1 and not list(tmp_path.iterdir())
-    assert done.stderr == f"FATAL {tmp_path} is no work directory: it has no config.json.\n"
+def test_what_is_no_work_directory_is_a_line(name, kind, tmp_path, capsys):
+    assert script(name, kind).main([str(tmp_path)]) == 1 and not list(tmp_path.iterdir())
+    expected = f"FATAL {tmp_path} is no work directory: it has no config.json.\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_without_committed_results_there_is_a_line(tmp_path, capsys, monkeypatch):
+    plot = script("solver_iterations")
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    assert plot.main([]) == 1
+    assert capsys.readouterr().err == f"FATAL {tmp_path} has no results; name a work directory.\n"

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from experiments import run_figures
+from lla.experiments import run_figures
 from lla.training import sweep
 from lla.training.program import Runs
 
@@ -81,6 +81,13 @@ def test_points_are_chosen_by_name(tmp_path):
     assert not set(phases["select"].seeds) & set(phases["final"].seeds)
     with pytest.raises(ValueError, match="no config 'mqra'"):
         run_figures.grids(["mqra:full"], "", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mqar", "mad"])
+def test_committed_results_are_found_by_the_digest_of_their_settings(name, tmp_path):
+    (grid,) = run_figures.grids([f"{name}:full"], "", tmp_path)
+    committed = {row["settings"] for row in grid.known}
+    assert committed and committed <= {cell.digest for cell in grid.points}
 
 
 @pytest.mark.slow

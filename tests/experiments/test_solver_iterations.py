@@ -1,31 +1,17 @@
 """Error against solver iterations: the job end to end, and what its README says of the results."""
 
-import csv
-import os
-import pathlib
-import subprocess
-import sys
+from lla.experiments.solver_iterations import summary
+from tests.experiments.scripts import ROOT, run, table
 
-ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "experiments" / "solver_iterations"
 CONFIG = ROOT / "configs" / "solver_iterations.py"
 RESULTS = FOLDER / "results" / "full"
 DRAWN = ("summary.csv", "figure.png", "figure.svg")
 
 
-def run(script, *arguments):
-    # One device, as a user has it.
-    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = os.environ | {"XLA_FLAGS": " ".join(kept)}
-    return subprocess.run(
-        [sys.executable, FOLDER / script, *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def test_smoke_and_resume(tmp_path):
     flags = (f"--config={CONFIG}:smoke", f"--workdir={tmp_path}", "--config.iterations=(2,)")
-    done = run("main.py", *flags)
+    done = run("experiments/run_study.py", *flags)
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr and str(tmp_path / "figure.png") in done.stdout
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -37,24 +23,15 @@ def test_smoke_and_resume(tmp_path):
 
     # A killed run: half of the last record is missing. Rerunning computes it again.
     (tmp_path / "metrics.jsonl").write_bytes(first["metrics.jsonl"][:-99])
-    again = run("main.py", *flags)
+    again = run("experiments/run_study.py", *flags)
     assert again.returncode == 0, again.stderr
-    assert "2 pieces, 1 already finished" in again.stdout
+    assert "2 trials, 1 already finished" in again.stdout
     assert {name: (tmp_path / name).read_bytes() for name in first} == first
 
 
-def table(path):
-    with (path / "summary.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 def test_readme_has_the_tables_of_the_committed_results():
-    done = run("summary.py", RESULTS)
-    assert done.returncode == 0, done.stderr
     readme = (FOLDER / "README.md").read_text()
-    tables = done.stdout.strip().split("\n\n")
-    assert len(tables) == 5
-    for part in tables:
+    for part in summary.markdown(summary.table(RESULTS)).strip().split("\n\n"):
         assert part in readme
 
 

@@ -1,33 +1,14 @@
 """What the studies' dataclasses refuse, before anything is computed or written."""
 
-import json
-import pathlib
-import subprocess
-import sys
+import importlib
 
 import pytest
+from absl import app
+from ml_collections import ConfigDict
 
-ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = """
-import importlib.util, json, sys
-sys.path.insert(0, "experiments/" + sys.argv[1])
-import study
-from lla.experiment import from_config
+from lla.experiments import run_study
+from lla.runs import from_config
 
-def config(file, variant):
-    spec = importlib.util.spec_from_file_location("config", f"configs/{file}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant).to_dict()
-
-for file, kind, changes in json.loads(sys.argv[2]):
-    try:
-        for variant in ("", "smoke"):
-            from_config(getattr(study, kind), config(file, variant) | changes)
-        print("accepted")
-    except ValueError as error:
-        print(error)
-"""
 CASES = {
     "bias_exponents": (
         ("bias_exponents", "Study"),
@@ -87,10 +68,30 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_impossible_studies_are_refused(name):
     (file, kind), cases = CASES[name]
-    given = json.dumps([(file, kind, changes) for changes, _ in cases])
     folder = "test_time_regression" if name == "sunspots" else name
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, folder, given], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [message for _, message in cases]
+    study = getattr(importlib.import_module(f"lla.experiments.{folder}.study"), kind)
+    get_config = importlib.import_module(f"lla.configs.{file}").get_config
+    for changes, message in cases:
+        for variant in ("", "smoke"):
+            config = get_config(variant).to_dict() | changes
+            if message == "accepted":
+                from_config(study, config)
+                continue
+            with pytest.raises(ValueError) as refused:
+                from_config(study, config)
+            assert str(refused.value) == message
+
+
+def test_every_config_names_a_study():
+    for (file, kind), _ in CASES.values():
+        config = importlib.import_module(f"lla.configs.{file}").get_config("")
+        assert run_study.STUDIES[config.experiment][1] == kind
+
+
+def test_a_config_of_something_else_is_refused(monkeypatch):
+    class Flag:
+        value = ConfigDict({"experiment": "mqar"})
+
+    monkeypatch.setattr(run_study, "_CONFIG", Flag)
+    with pytest.raises(app.UsageError, match=r"must be one of bias_exponents.*got 'mqar'"):
+        run_study.main(["run_study.py"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lla import estimators, mixers
-from lla.experiment import styles
+from lla.runs import styles
 
 # Linear RGB of what is seen, from linear RGB (Machado et al., 2009, severity 1).
 VISION = {

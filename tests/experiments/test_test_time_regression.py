@@ -1,41 +1,20 @@
 """The main job end to end, and the statistics behind its tables."""
 
-import csv
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from lla.experiments.test_time_regression import summary
+from tests.experiments.scripts import ROOT, run, table
+
 MAIN = ROOT / "experiments" / "test_time_regression" / "main.py"
 CONFIG = ROOT / "configs" / "test_time_regression.py"
 
 
-@pytest.fixture
-def summary(monkeypatch):
-    monkeypatch.syspath_prepend(str(MAIN.parent))
-    import summary
-
-    return summary
-
-
-def run(config, workdir, *flags):
-    # One device, as a user has it.
-    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = os.environ | {"XLA_FLAGS": " ".join(kept)}
-    return subprocess.run(
-        [sys.executable, MAIN, f"--config={config}", f"--workdir={workdir}", *flags],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def test_smoke_resume_and_refusal(tmp_path):
     flags = ("--config.segment_lengths=(32,)",)  # one setting: every estimator, once
-    done = run(f"{CONFIG}:smoke", tmp_path, *flags)
+    done = run(MAIN, f"--config={CONFIG}:smoke", f"--workdir={tmp_path}", *flags)
     assert done.returncode == 0, done.stderr
     assert "left" in done.stderr and "100%" in done.stderr
     assert str(tmp_path / "figure.png") in done.stdout
@@ -46,30 +25,31 @@ def test_smoke_resume_and_refusal(tmp_path):
     records = (tmp_path / "metrics.jsonl").read_text().splitlines()
     labels = {json.loads(line)["label"] for line in records}
     assert labels == {*config["estimators"], "oracle"}
-    with (tmp_path / "summary.csv").open() as file:
-        assert {row["label"] for row in csv.DictReader(file)} == labels
+    assert {row["label"] for row in table(tmp_path)} == labels
 
-    # A killed run: two pieces are missing. Rerunning computes these and gives the same records.
+    # A killed run: two trials are missing. Rerunning computes these and gives the same records.
     (tmp_path / "metrics.jsonl").write_text("\n".join(records[:-2]) + "\n")
-    again = run(f"{CONFIG}:smoke", tmp_path, *flags)
+    again = run(MAIN, f"--config={CONFIG}:smoke", f"--workdir={tmp_path}", *flags)
     assert again.returncode == 0, again.stderr
     assert f"{len(records) - 2} already finished" in again.stdout
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == records
 
-    other = run(f"{CONFIG}:smoke", tmp_path, "--config.dim=4")
+    other = run(MAIN, f"--config={CONFIG}:smoke", f"--workdir={tmp_path}", "--config.dim=4")
     assert other.returncode != 0
     assert "another config" in other.stderr and "dim: 8 there, 4 now" in other.stderr
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == records
 
 
 def test_a_typo_in_an_override_names_the_key(tmp_path):
-    wrong = run(f"{CONFIG}:smoke", tmp_path / "new", "--config.dimm=4")
+    wrong = run(
+        MAIN, f"--config={CONFIG}:smoke", f"--workdir={tmp_path / 'new'}", "--config.dimm=4"
+    )
     assert wrong.returncode != 0
     assert "did you mean config.dim?" in wrong.stderr
     assert not (tmp_path / "new").exists()
 
 
-def test_published_ordering_in_the_committed_results(summary):
+def test_published_ordering_in_the_committed_results():
     rows = summary.synthetic_table(MAIN.parent / "results" / "full")
     row = {(r["kind"], r["dim"], r["segment_length"], r["label"]): r for r in rows}
 
@@ -86,7 +66,7 @@ def test_published_ordering_in_the_committed_results(summary):
     assert interval("mesanet_decay", kind="iid_keys")[1] < interval("lla", kind="iid_keys")[0]
 
 
-def test_bands_cover(summary):
+def test_bands_cover():
     rng = np.random.default_rng(0)
     hits = ratio_hits = 0
     for _ in range(400):
@@ -100,7 +80,7 @@ def test_bands_cover(summary):
     assert 0.91 < ratio_hits / 400 < 0.985
 
 
-def test_a_grid_is_chosen_on_one_half_and_reported_on_the_other(summary):
+def test_a_grid_is_chosen_on_one_half_and_reported_on_the_other():
     point = {"kind": "piecewise", "dim": 8, "segment_length": 4, "label": "lla"}
     good = point | {"per_sequence": [1.0, 1.0, 5.0, 7.0], "options": {"beta": 1}}
     lucky = point | {"per_sequence": [2.0, 2.0, 0.0, 0.0], "options": {"beta": 2}}
@@ -108,7 +88,7 @@ def test_a_grid_is_chosen_on_one_half_and_reported_on_the_other(summary):
     assert chosen["options"] == {"beta": 1} and chosen["per_sequence"] == [5.0, 7.0]
 
 
-def test_block_bootstrap_is_wider_for_dependent_errors(summary):
+def test_block_bootstrap_is_wider_for_dependent_errors():
     resample = summary.moving_blocks(200, 20, 500, seed=0)
     assert resample.shape == (500, 200)
     assert ((np.diff(resample[:, :20], axis=1) - 1) % 200 == 0).all()  # a block stays together

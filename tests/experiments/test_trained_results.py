@@ -4,14 +4,14 @@ import random
 
 import pytest
 
-from experiments import trained_curves
-from experiments import trained_figures as shared
-from experiments.in_context_regression import plot as regression_plot
-from experiments.in_context_regression import summary as regression
-from experiments.mqar import plot as mqar_plot
-from experiments.mqar import summary as mqar
-from experiments.state_tracking import plot as tracking_plot
-from experiments.state_tracking import summary as tracking
+from lla.experiments.in_context_regression import plot as regression_plot
+from lla.experiments.in_context_regression import summary as regression
+from lla.experiments.mqar import plot as mqar_plot
+from lla.experiments.mqar import summary as mqar
+from lla.experiments.state_tracking import plot as tracking_plot
+from lla.experiments.state_tracking import summary as tracking
+from lla.experiments.trained import curves
+from lla.experiments.trained import tables as shared
 from tests.experiments import printable
 from tests.experiments.trained import (
     mqar_rows,
@@ -81,14 +81,14 @@ VALIDATION = shared.FURTHER + "validation/accuracy"
 
 def selected(mechanism, runs, **options):
     """Rows of the phase "select" at `CELL`; `runs`: learning rate -> validation accuracies."""
-    return phase_rows("select", mechanism, curves(runs), **CELL, **options)
+    return phase_rows("select", mechanism, rising(runs), **CELL, **options)
 
 
 def final(mechanism, runs, **options):
-    return phase_rows("final", mechanism, curves(runs), **CELL, **options)
+    return phase_rows("final", mechanism, rising(runs), **CELL, **options)
 
 
-def curves(runs):
+def rising(runs):
     return {
         rate: [None if value is None else (0, value / 2, value) for value in values]
         for rate, values in runs.items()
@@ -177,7 +177,7 @@ def test_the_validation_split_alone_is_another_metric(tmp_path):
 
 def test_an_unknown_phase_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"phase 'finale'; known: select, final"):
-        mqar_points(tmp_path, phase_rows("finale", "lla", curves({0.1: (1.0,)}), **CELL))
+        mqar_points(tmp_path, phase_rows("finale", "lla", rising({0.1: (1.0,)}), **CELL))
 
 
 def test_files_without_phases_give_way_to_those_with_final_runs(tmp_path):
@@ -317,7 +317,7 @@ def test_curves_in_the_result_files(tmp_path):
     runs = {0.001: [(0, 0.1, 0.5, 0.6), (0, 0.3, 0.995), None]}
     rows = phase_rows("final", "lla", runs, **CELL) + selected("lla", {0.001: (0.9,)})
     found = mqar_points(tmp_path, rows)
-    metric, ((point, (steps, values)),) = trained_curves.read(mqar.EXPERIMENT, found, tmp_path)
+    metric, ((point, (steps, values)),) = curves.read(mqar.EXPERIMENT, found, tmp_path)
     assert metric == "validation/accuracy" and point.mechanism == "lla"
     assert steps.tolist() == [0, 250, 500, 750]
     # One that stopped keeps its last value; one that diverged is not drawn.
@@ -335,7 +335,7 @@ def test_the_last_evaluation_is_after_the_last_update(tmp_path):
     text = (tmp_path / "a.csv").read_text().replace(",500,", ",400,")
     (tmp_path / "a.csv").write_text(text)
     found = mqar.EXPERIMENT.points(tmp_path)
-    _, ((_, (steps, _)),) = trained_curves.read(mqar.EXPERIMENT, found, tmp_path)
+    _, ((_, (steps, _)),) = curves.read(mqar.EXPERIMENT, found, tmp_path)
     assert steps.tolist() == [0, 250, 400]
 
 
@@ -359,10 +359,10 @@ def test_curves_beside_the_result_files(tmp_path, metric):
         for i, value in enumerate(curve)
     ]  # fmt: skip
     write_rows(tmp_path / "curves" / "results.csv", evaluations)
-    named, ((point, (steps, values)),) = trained_curves.read(mqar.EXPERIMENT, found, tmp_path)
+    named, ((point, (steps, values)),) = curves.read(mqar.EXPERIMENT, found, tmp_path)
     assert named == metric and point.mechanism == "lla"
     assert steps.tolist() == [0, 500, 1000]
     assert values.tolist() == [[0.0, 0.1, 0.5], [0.0, 0.3, 0.3]]
     # Curves of a file without results are in no figure.
     (tmp_path / "results.csv").rename(tmp_path / "other.csv")
-    assert trained_curves.read(mqar.EXPERIMENT, found, tmp_path)[1] == []
+    assert curves.read(mqar.EXPERIMENT, found, tmp_path)[1] == []

@@ -7,8 +7,8 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from lla.experiment import Progress, Workdir, WorkdirError, from_config, to_config
-from lla.experiment.workdir import directory, read_config, read_records
+from lla.runs import Progress, Workdir, WorkdirError, from_config, to_config
+from lla.runs.workdir import directory, read_config, read_records
 
 CONFIG = {"dim": 4, "dims": (1, 2), "inner": {"rate": 0.5}}
 

@@ -2,9 +2,9 @@
 
 import csv
 
-from experiments import trained_figures as shared
-from experiments.in_context_regression import summary as regression
-from experiments.state_tracking import summary as tracking
+from lla.experiments.in_context_regression import summary as regression
+from lla.experiments.state_tracking import summary as tracking
+from lla.experiments.trained import tables as shared
 
 LONG = shared.FURTHER + tracking.LONG
 
@@ -19,7 +19,7 @@ def write(path, experiment, rows):
             "learning_rate": rate,
             "status": "diverged" if final is None else "finished",
             "steps": 10,
-            "headline": experiment.headline,
+            "headline": experiment.metric,
             "mode": mode,
             "final": final,
             "best": final,
@@ -95,7 +95,7 @@ def write_phases(path, experiment, rows, goal=0.99, shift=-0.001):
             "mode": "min" if validation.endswith("mse") else "max",
             "final": last,
             "best": last,
-            shared.FURTHER + experiment.headline: None if last is None else last + shift,
+            shared.FURTHER + experiment.metric: None if last is None else last + shift,
             "seconds": 17.2,
             "eval_every": 250,
             "curve": "0" if curve is None else " ".join(map(str, curve)),

@@ -1,12 +1,12 @@
 """Compiles every Hopper kernel of the configuration table for an H200, without a GPU.
 
-    pip install "jax-cuda13-plugin" "jax-cuda13-pjrt" "nvidia-cuda-nvcc==13.0.*" "nvidia-nvvm==13.0.*"
+    pip install jax-cuda13-plugin jax-cuda13-pjrt "nvidia-cuda-nvcc==13.0.*" "nvidia-nvvm==13.0.*"
     python tests/kernels/compile_ahead.py
 
-Prints a line ``kernel NAME`` before what the assembler says of it (spills, serialized products),
-and lines ``step NAME COUNT``: the kernels that a decoding step of one sequence launches, all told;
-``layers COUNT BYTES``: temporary memory for the gradients of layers that solve directly.
-"""  # noqa: E501
+Prints a line ``kernel NAME`` before the messages of the assembler about it (spills, serialized
+products). Then lines ``step NAME COUNT``, the number of kernels in a decoding step of one sequence,
+and ``layers COUNT BYTES``, the temporary memory of the gradients of layers with the direct solver.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from lla.kernels.mosaic_gpu import (
 )
 from lla.ops import mosaic_gpu
 
-# What XLA has to know of the card; the numbers are those of its data sheet and CUDA's limits.
+# What XLA needs to know about the card, from its data sheet and the limits of CUDA.
 H200 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
@@ -70,7 +70,7 @@ DECODED = (64, 128)  # head dimensions of the decoding kernels
 
 
 def call(head_dim: int):
-    """Sizes and masks of a call, and what its kernels are given."""
+    """Sizes, masks and operands of a call."""
     b, t, n = 2, 512, 4
     shape = launch.Shape(b, t, t, n // 2, 2, head_dim, jnp.dtype(jnp.bfloat16))
     masking = launch.Masking(jax.ShapeDtypeStruct((b, 2), jnp.int32), None, None)
@@ -79,7 +79,7 @@ def call(head_dim: int):
 
 
 def kernels(head_dim: int):
-    """Name, function and arguments of every kernel."""
+    """Name, function and arguments of every attention kernel."""
     shape, mask, chosen, masking, query, key, row, mean = call(head_dim)
     rows = gradients.Rows(row, row, row)
     directions = gradients.Directions(query, row, query, query, mean)
@@ -87,25 +87,25 @@ def kernels(head_dim: int):
     marked = jax.ShapeDtypeStruct((*row.shape[:2], row.shape[2] // 64), jnp.int32)
 
     def solving(mode, adjoint):
-        iteration = solve.Iteration(3e-3, 32, mode == "precise")
-        names = {"precise": "solve_precise", "chosen": "solve_mixed"}
+        options = solve.CGOptions(3e-3, 32, mode == "bf16x2")
+        names = {"bf16x2": "solve_bf16x2", "mixed": "solve_mixed"}
         config = getattr(chosen, names.get(mode, "solve"))
         extra = (solve.Adjoint(key, query, row, row, mean, row),) if adjoint else (None,)
-        if mode == "chosen":
+        if mode == "mixed":
             extra = *extra, marked
 
         def run(*arrays):
-            if mode == "chosen":
+            if mode == "mixed":
                 *arrays, mark = arrays
-                arrays = *arrays, solve.Choice(solve.Iteration(1e-3, 256, True), mark)
-            return solve.solve(shape, mask, config, iteration, *arrays)
+                arrays = *arrays, solve.TileOverride(solve.CGOptions(1e-3, 256, True), mark)
+            return solve.solve(shape, mask, config, options, *arrays)
 
         return run, (query, key, row, row, masking, *extra)
 
-    def attending(probe, solved, precise=False):
-        config = chosen.attend_precise if precise else chosen.attend
+    def attending(probe, solved, bf16x2=False):
+        config = chosen.attend_bf16x2 if bf16x2 else chosen.attend
         return (
-            lambda *a: attend.attend(shape, mask, config, *a, precise=precise),
+            lambda *a: attend.attend(shape, mask, config, *a, bf16x2=bf16x2),
             (query, key, key, row, masking, probe, solved),
         )
 
@@ -115,7 +115,7 @@ def kernels(head_dim: int):
             (query, key, key, query, rows, row, directions, masking),
         )
 
-    for mode in ("plain", "precise", "chosen"):
+    for mode in ("plain", "bf16x2", "mixed"):
         suffix = "" if mode == "plain" else f"_{mode}"
         yield f"solve{suffix}", *solving(mode, False)
         yield f"adjoint{suffix}", *solving(mode, True)
@@ -123,8 +123,8 @@ def kernels(head_dim: int):
     yield "parallax", *attending(query, None)
     solved = attend.Solved(row, row, query)
     yield "solved", *attending(query, solved)
-    yield "solved_precise", *attending(query, solved, precise=True)
-    yield "solved_chosen", *attending(query, solved._replace(marked=marked), precise=True)
+    yield "solved_bf16x2", *attending(query, solved, bf16x2=True)
+    yield "solved_mixed", *attending(query, solved._replace(marked=marked), bf16x2=True)
     yield (
         "query_gradients",
         lambda *a: gradients.query_gradients(shape, mask, chosen.query_gradients, *a),
@@ -136,12 +136,12 @@ def kernels(head_dim: int):
 
 
 def direct_kernels(head_dim: int, dim: int):
-    """Name, function and arguments of the direct solver's kernels for systems of `dim` rows."""
+    """Name, function and arguments of every kernel of the direct solver, for `dim` dimensions."""
     shape, mask, chosen, masking, query, key, row, mean = call(head_dim)
     b, t, n = shape.batch, shape.num_queries, shape.heads
     sums = inverse.num_sums(dim)
     centred = jax.ShapeDtypeStruct((b, key.shape[2], dim, key.shape[1]), jnp.float32)
-    yield f"products_{dim}", inverse.products, (centred,)
+    yield f"products_{dim}", inverse.key_products, (centred,)
     parts = (jax.ShapeDtypeStruct((b, key.shape[2], sums, key.shape[1]), jnp.bfloat16),) * 2
     yield (
         f"moments_{dim}",
@@ -151,7 +151,7 @@ def direct_kernels(head_dim: int, dim: int):
     found = jax.ShapeDtypeStruct((b, n, sums, t), jnp.float32)
     yield f"invert_{dim}", lambda *a: inverse.invert(shape, dim, *a), (found, row)
     inverses = jax.ShapeDtypeStruct((b, n, dim, head_dim, t), jnp.float32)
-    iteration = solve.Iteration(1e-3, 256, True)
+    options = solve.CGOptions(1e-3, 256, True)
     adjoint = solve.Adjoint(key, query, row, row, mean, row)
     for name, preconditioner, extra in (
         ("solve", solve.Preconditioner(inverses, row, mean), None),
@@ -159,47 +159,47 @@ def direct_kernels(head_dim: int, dim: int):
     ):
         yield (
             f"{name}_direct_{dim}",
-            lambda *a: solve.solve(shape, mask, chosen.solve_direct, iteration, *a),
+            lambda *a: solve.solve(shape, mask, chosen.solve_direct, options, *a),
             (query, key, row, row, masking, extra, None, preconditioner),
         )
 
 
 def decoding_kernels(head_dim: int, group: int):
-    """Name, function and arguments of every kernel for single steps.
+    """Name, function and arguments of every decoding kernel.
 
-    With a group, those that serve its query heads together.
+    For a `group` of more than one, only those that serve its query heads together.
     """
-    cache = decode.Cache(2, 4096, 8, group, head_dim, jnp.dtype(jnp.bfloat16), 4)
+    cache = decode.CacheShape(2, 4096, 8, group, head_dim, jnp.dtype(jnp.bfloat16), 4)
     keys = jax.ShapeDtypeStruct((2, 4096, 8, head_dim), cache.dtype)
     query = jax.ShapeDtypeStruct((2, cache.heads, head_dim), cache.dtype)
     place = jax.ShapeDtypeStruct((2,), jnp.int32)
     suffix = "" if group == 1 else f"_group_{group}"
 
-    def sums(member, precise):
-        return lambda *a: decode.sum_over_cache(cache, member, *a, precise=precise)
+    def sums(member, bf16x2):
+        return lambda *a: decode.sum_over_cache(cache, member, *a, bf16x2=bf16x2)
 
-    arguments = (query, keys, keys, (place, place), cache.each())
-    for name, member, precise in (
+    arguments = (query, keys, keys, (place, place), cache.per_head())
+    for name, member, bf16x2 in (
         ("softmax", "softmax", False),
         ("parallax", "parallax", False),
         ("lla", "lla", False),
-        ("lla_precise", "lla", True),
+        ("lla_bf16x2", "lla", True),
     ):
-        if group == 1 or decode.heads_together(member, group) > 1:
+        if group == 1 or decode.heads_per_program(member, group) > 1:
             extra = (query,) if member == "parallax" else ()
-            yield f"decode_{name}{suffix}", sums(member, precise), (*arguments, *extra)
+            yield f"decode_{name}{suffix}", sums(member, bf16x2), (*arguments, *extra)
     if group > 1:
         return
-    rows, moments = cache.each(3, head_dim), cache.each(head_dim, 2 * head_dim)
+    rows, moments = cache.per_head(3, head_dim), cache.per_head(head_dim, 2 * head_dim)
     yield (
         "decode_fit",
         lambda *a: decode_solve.fit(cache, *a, tol=1e-4, max_iters=256),
-        (rows, moments, query, keys, place, cache.each()),
+        (rows, moments, query, keys, place, cache.per_head()),
     )
 
 
 def step(member):
-    """A decoding step and its arguments: one sequence, whose cache several instances share."""
+    """A decoding step of one sequence, with its cache split among instances, and its arguments."""
     cache = jax.eval_shape(lambda: lla.KVCache.create(1, 16384, num_kv_heads=8, head_dim=64))
     tokens = [jax.ShapeDtypeStruct((1, 1, 8, 64), jnp.bfloat16)] * 3
     options = {"implementation": "mosaic_gpu"}
@@ -209,7 +209,7 @@ def step(member):
 
 
 def layers(count: int):
-    """The gradients of some layers that solve directly, and their arguments."""
+    """The gradients of `count` layers with the direct solver, and their arguments."""
 
     def loss(query, key, value):
         for _ in range(count):
@@ -224,7 +224,7 @@ def layers(count: int):
 
 
 def launches(compiled) -> int:
-    """Kernels of a program, whose fused computations hold no calls of their own."""
+    """Number of kernels in a compiled program; fused computations contain no calls."""
     return len(re.findall(r" (?:fusion|custom-call|copy)\(", compiled.as_text()))
 
 

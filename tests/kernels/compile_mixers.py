@@ -1,4 +1,4 @@
-"""The kernels of recurrences that compile_ahead.py compiles, with their arguments."""
+"""The recurrent kernels that compile_ahead.py compiles, with their arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _wide(*shape):
 
 
 def kernels():
-    """(name, function, arguments) of every kernel."""
+    """Name, function and arguments of every recurrent kernel."""
     b, t, n, count = BATCH, LENGTH, HEADS, LENGTH // 64
     value, rows, totals = _narrow(b, t, n, 64), _wide(b, n, t), _wide(b, n, count)
     for dim in (64, 128):

@@ -1,11 +1,11 @@
-"""One case of the Hopper kernels in the GPU interpreter, as a process of its own.
+"""Runs one case of the attention kernels for Hopper in the GPU interpreter.
 
-    python tests/kernels/interpret.py CASE [--races]
+    python -m tests.kernels.interpret CASE [--races]
 
 Prints one line of JSON: relative errors of the output and of every gradient against the exact
-reference in float64, whether everything is finite, and (with ``--races``) the number of kernels in
-which the detector has found a race. A missing barrier arrival blocks the
-interpreter for good, so that the caller has to set a time limit.
+reference in float64, whether everything is finite, and (with ``--races``) the number of kernels
+with a race. A missing barrier arrival blocks the interpreter forever, so the caller has to set a
+time limit.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import sys
 import threading
 from typing import Any
 
-# The interpreter's threads wait for each other inside callbacks, while XLA's own pool, by default
-# with a thread a core, has to run the products of the others.
+# The interpreter's threads wait for each other inside callbacks. XLA's thread pool, by default with
+# one thread per core, needs enough threads to run the products of the others meanwhile.
 os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
-if "direct" in str(sys.argv[1:]):  # most of the time goes into compiling
+if "direct" in str(sys.argv[1:]):  # these spend most of their time compiling
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import jax
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lla
+from tests.ops.harness import relative_error
 
 DIVIDED_MEMBERS = 2
 
@@ -39,15 +40,23 @@ DIVIDED_MEMBERS = 2
 class Case:
     """Sizes and options of one call.
 
-    `ridge` None and "mixed" pass an array, unknown when tracing: ones; or tiles with small and
-    large numbers, of one program instance, too. `faint` lets the cotangent fall from row to row,
-    down to where float32 cannot hold its square. `warpgroups` are those of an instance that owns
-    queries; the rows of three come out even for no number of queries here. With an `offset`, times
-    one normal vector, that all keys share, products are cut off as on tensor cores. With `clusters`
-    queries and keys are near that many points: few keys explain the cotangents almost completely,
-    along with probes of very different length. `single` lets the direct solver have the inverse
-    systems of one sequence at a time. Keys and values beyond the lengths are NaN, and so are those
-    from `nan_from` on, where rows before it are compared alone.
+    Keys and values beyond the sequence lengths are NaN.
+
+    Attributes:
+      ridge: None and "mixed" pass a traced array. None is all ones; "mixed" has tiles with small
+        and with large ridges, also within one program instance.
+      faint: whether the cotangent decreases from row to row, to where its square underflows.
+      warpgroups: consumers of a program instance that owns queries. No number of queries below is a
+        multiple of the rows of three.
+      sum_products, pingpong: see `lla.kernels.mosaic_gpu.launch.Config`.
+      offset: all keys share an offset of this size per coordinate. Products then truncate their
+        sums as tensor cores do.
+      clusters: if positive, queries and keys lie near so many points. A few keys then explain
+        nearly all of the cotangents, and probes differ much in length.
+      direct: whether to use the direct solver.
+      single: whether the direct solver processes one sequence at a time.
+      nan_from: keys and values from here on are NaN, and only rows before are compared.
+      options: further arguments of the operator.
     """
 
     member: str
@@ -63,7 +72,7 @@ class Case:
     faint: bool = False
     warpgroups: int = 2
     sum_products: bool = False
-    turns: bool = False
+    pingpong: bool = False
     offset: float = 0.0
     clusters: int = 0
     direct: bool = False
@@ -97,9 +106,9 @@ CASES = {
     "lla_head_dim_128": Case("lla", head_dim=128, value_dim=128),
     "softmax_sum_products": Case("softmax", 200, 200, sum_products=True),
     "lla_sum_products": Case("lla", 200, 200, ridge="mixed", sum_products=True),
-    "lla_turns": Case("lla", 200, 200, ridge="mixed", turns=True),
-    "lla_turns_three_warpgroups": Case(
-        "lla", 200, 200, ridge=10.0, warpgroups=3, turns=True, sum_products=True
+    "lla_pingpong": Case("lla", 200, 200, ridge="mixed", pingpong=True),
+    "lla_pingpong_three_warpgroups": Case(
+        "lla", 200, 200, ridge=10.0, warpgroups=3, pingpong=True, sum_products=True
     ),
     "lla_sum_products_128": Case("lla", head_dim=128, value_dim=128, ridge=10.0, sum_products=True),
     "lla_offset_sum_products": Case("lla", ridge=10.0, offset=4.0, sum_products=True),
@@ -139,12 +148,12 @@ CASES = {
 
 
 def record_race_detectors() -> list:
-    """The race detectors of all kernels to come; JAX keeps that of the last one only.
+    """A list to which every kernel from now on adds its race detector; JAX keeps only the last.
 
-    The first two members of every union of the kernels (`wide` and `pair` in the code) are divided
-    among the warpgroups at the same bytes, which the detector does not know: it takes any two
-    members of a union for overlapping. Between these two it is asked about accesses of one
-    warpgroup only.
+    The detector assumes that any two members of a union overlap. But of the first two members of
+    the unions in the kernels (`wide` and `pair`) each warpgroup uses its own slice, at the same
+    bytes in both. Accesses to these two are therefore only checked against those of the same
+    warpgroup.
     """
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
@@ -174,10 +183,10 @@ def record_race_detectors() -> list:
     return states
 
 
-def cut_off_dot(arithmetic, a, b, transposed: bool):
-    """A product that adds up 16 terms at a time and rounds sums towards zero.
+def truncating_dot(arithmetic, a, b, transposed: bool):
+    """A product that adds 16 terms at a time and rounds sums towards zero, as tensor cores do.
 
-    Tensor cores round so (Fasi et al., PeerJ Computer Science 7, e330, 2021).
+    Source: Fasi et al., PeerJ Computer Science 7, e330, 2021.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -190,7 +199,7 @@ def cut_off_dot(arithmetic, a, b, transposed: bool):
         terms = jnp.dot(a[:, part], b[part], preferred_element_type=jnp.float32)
         new = total + terms
         back = new - total
-        lost = (total - (new - back)) + (terms - back)  # exactly what rounding took
+        lost = (total - (new - back)) + (terms - back)  # the exact rounding error
         beyond = lost * jnp.sign(new) < 0
         total = jnp.where(beyond, jnp.nextafter(new, jnp.zeros_like(new)), new)
     plgpu.commit_smem()
@@ -198,7 +207,7 @@ def cut_off_dot(arithmetic, a, b, transposed: bool):
 
 
 def run(case: Case, races: bool) -> dict[str, Any]:
-    """Errors by name."""
+    """What the module prints."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from lla.kernels.mosaic_gpu import configs, tile
@@ -222,7 +231,7 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     if case.offset:
         offset = case.offset * rng.standard_normal(case.head_dim)
         arrays["key"] = (arrays["key"].astype(np.float32) + offset).astype(arrays["key"].dtype)
-        tile.Arithmetic._dot = cut_off_dot
+        tile.Arithmetic._dot = truncating_dot
     if case.clusters:
         centres = rng.standard_normal((case.clusters, case.head_dim))
         for name in ("query", "key"):
@@ -277,10 +286,10 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     changes = {}
     if case.warpgroups != 2:
         changes = {"warpgroups": case.warpgroups, "registers": (160, 24), "stages": 4}
-    for name in ("sum_products", "turns"):
+    for name in ("sum_products", "pingpong"):
         if getattr(case, name):
             changes[name] = True
-    owners = ("solve", "solve_precise", "solve_mixed", "attend", "attend_precise")
+    owners = ("solve", "solve_bf16x2", "solve_mixed", "attend", "attend_bf16x2")
     if not case.sum_products:
         owners += ("query_gradients",)
     chosen = dataclasses.replace(
@@ -303,10 +312,7 @@ def run(case: Case, races: bool) -> dict[str, Any]:
         actual, exact = (
             {n: found[n][:, : case.nan_from] for n in rows} for found in (actual, exact)
         )
-    errors = {
-        name: float(np.linalg.norm(actual[name] - exact[name]) / np.linalg.norm(exact[name]))
-        for name in exact
-    }
+    errors = {name: relative_error(actual[name], exact[name]) for name in exact}
     finite = all(bool(np.isfinite(a).all()) for a in actual.values())
     found = sum(bool(state.races_found) for state in states)
     return {"errors": errors, "finite": finite, "kernels": len(states), "races": found}

@@ -1,11 +1,10 @@
-"""One decoding case of the Hopper kernels in the GPU interpreter, as a process of its own.
+"""Runs one case of the decoding kernels for Hopper in the GPU interpreter.
 
     python -m tests.kernels.interpret_decode CASE [--races]
 
 Prints one line of JSON: errors of the output and of the log-sum-exp against the exact reference in
-float64, and (with ``--races``) the number of kernels in which the detector has found a race. The
-cases `step` and `step_gradient` are `lla.decode_step` with everything that can vary, against the
-blockwise implementation.
+float64, and (with ``--races``) the number of kernels with a race. The cases `step` and
+`step_gradient` compare `lla.decode_step`, with all of its options, with the XLA implementation.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.kernels.interpret import record_race_detectors
+from tests.ops.harness import FUNCTIONS, relative_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Case:
     head_dim: int = 64
     splits: int = 2
     ridge: float = 0.1
-    precise: bool = True
-    one_number: bool = False  # scale and ridge ``[1, 1]``
+    bf16x2: bool = True
+    one_number: bool = False  # whether scale and ridge are ``[1, 1]``
 
 
 CASES = {
@@ -45,9 +45,9 @@ CASES = {
     "parallax": Case("parallax", ((70, 190), (0, 0)), one_number=True),
     "lla": Case("lla", ((0, 200), (5, 70), (0, 0), (0, 1))),
     "lla_grouped": Case("lla", ((0, 130),), num_keys=130, kv_heads=2, group=2, splits=3),
-    "lla_one_part": Case("lla", ((0, 200),), ridge=10.0, precise=False),
+    "lla_one_part": Case("lla", ((0, 200),), ridge=10.0, bf16x2=False),
     "lla_head_dim_128": Case("lla", ((3, 170),), head_dim=128, splits=1, one_number=True),
-    # Query heads of a group in one instance.
+    # One program instance for the query heads of a group.
     "softmax_group_4": Case("softmax", ((0, 200), (70, 70), (130, 190)), kv_heads=2, group=4),
     "softmax_group_7": Case("softmax", ((0, 200), (0, 1)), group=7),
     "softmax_group_4_head_dim_128": Case(
@@ -55,7 +55,7 @@ CASES = {
     ),
     "parallax_group_2": Case("parallax", ((70, 190), (0, 0)), kv_heads=2, group=2, one_number=True),
     "parallax_group_16_head_dim_128": Case("parallax", ((0, 200),), group=16, head_dim=128),
-    # More tiles than an instance has room for.
+    # More tiles than the ring holds.
     "softmax_long_group": Case("softmax", ((10, 1000),), num_keys=1000, group=4, splits=1),
     "parallax_long_group": Case(
         "parallax", ((0, 700),), num_keys=700, group=2, head_dim=128, splits=1
@@ -69,13 +69,12 @@ CASES = {
 def run(case: Case, races: bool) -> dict:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    import lla
-    from lla.kernels.mosaic_gpu.decode import Cache
+    from lla.kernels.mosaic_gpu.decode import CacheShape
     from lla.kernels.mosaic_gpu.decode_attend import attend_cache
 
     rng = np.random.default_rng(0)
     b, d = len(case.visible), case.head_dim
-    cache = Cache(
+    cache = CacheShape(
         b, case.num_keys, case.kv_heads, case.group, d, jnp.dtype(jnp.bfloat16), case.splits
     )
 
@@ -88,13 +87,13 @@ def run(case: Case, races: bool) -> dict:
     visible = np.asarray(case.visible, np.int32)
     positions = np.arange(case.num_keys)
     mask = (positions >= visible[:, :1]) & (positions < visible[:, 1:])
-    # Whatever hidden tokens hold.
+    # Hidden tokens may hold anything.
     key, value = (np.where(mask[..., None, None], a, np.nan).astype(a.dtype) for a in (key, value))
     rows = (b, cache.heads)
     extra = {}
     if case.member == "parallax":
         extra["probe"] = probe.astype(jnp.bfloat16)
-    # Other numbers for every query head, or one for all.
+    # A different number for every query head, or one for all.
     spread = np.ones((1, 1)) if case.one_number else rng.uniform(0.9, 1.1, rows)
     scale = (d**-0.5 * spread).astype(np.float32)
     if case.member == "lla":
@@ -102,19 +101,14 @@ def run(case: Case, races: bool) -> dict:
     states = record_race_detectors()
     got = attend_cache(
         cache, case.member, query, key, value, (visible[:, 0], visible[:, 1]),
-        scale, **extra, precise=case.precise,
+        scale, **extra, bf16x2=case.bf16x2,
         interpret=plgpu.InterpretGPUParams(detect_races=races),
     )  # fmt: skip
-    function = {
-        "lla": lla.local_linear_attention,
-        "parallax": lla.parallax_attention,
-        "softmax": lla.softmax_attention,
-    }[case.member]
     with jax.enable_x64(True):
         names = {"scale": scale, **extra}
         names = {n: jnp.asarray(np.asarray(a, np.float64))[:, None] for n, a in names.items()}
         arrays = [jnp.asarray(np.asarray(a, np.float64)) for a in (key, value)]
-        out, stats = function(
+        out, stats = FUNCTIONS[case.member](
             query=jnp.asarray(np.asarray(query, np.float64))[:, None],
             key=arrays[0], value=arrays[1], **names, is_causal=False,
             mask=jnp.asarray(mask)[:, None, None], implementation="reference", return_stats=True,
@@ -125,7 +119,7 @@ def run(case: Case, races: bool) -> dict:
     assert (np.isfinite(found) == seen).all()
     assert not actual[~seen].any()
     return {
-        "error": float(np.linalg.norm(actual - exact) / np.linalg.norm(exact)),
+        "error": relative_error(actual, exact),
         "log_sum_exp": float(np.abs(found[seen] - lse[seen]).max()),
         "iterations": float(np.asarray(got.iterations).max()),
         "kernels": len(states),
@@ -134,7 +128,7 @@ def run(case: Case, races: bool) -> dict:
 
 
 def run_step(gradient: bool) -> dict:
-    """One step of sequences of different lengths in a window, one of which only pads."""
+    """One step of sequences of different lengths, with a window and a padding row."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     import lla
@@ -173,10 +167,6 @@ def run_step(gradient: bool) -> dict:
             query, key, value, cache, ridge=ridge, implementation=implementation, **options
         )
 
-    def compare(got, want):
-        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-        return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
     if gradient:
 
         def loss(query, ridge, implementation):
@@ -186,27 +176,27 @@ def run_step(gradient: bool) -> dict:
             return jax.grad(loss, (0, 1))(query, ridge, implementation)
 
         usual = gradients("mosaic_gpu")
-        # Of few rows the gradient of the ridge shows every error that the tolerance allows.
+        # With few rows, errors within the tolerance do not average out in the ridge's gradient.
         options["solver"] = lla.Solver(tol=1e-4, backward_tol=1e-4)
         tight, exact = gradients("mosaic_gpu"), gradients("xla")
         return {
-            "usual": [compare(*pair) for pair in zip(usual, exact, strict=True)],
-            "tight": [compare(*pair) for pair in zip(tight, exact, strict=True)],
+            "usual": [relative_error(*pair) for pair in zip(usual, exact, strict=True)],
+            "tight": [relative_error(*pair) for pair in zip(tight, exact, strict=True)],
             "served": served,
         }
     (out, grown, stats), (exact, _, wanted) = (
         step(query, ridge, name) for name in ("mosaic_gpu", "xla")
     )
     assert not np.asarray(out, np.float32)[1].any() and grown.lengths.tolist() == [1, 3, 71, 100]
-    # One number for all ridges takes another way than an array.
-    alike = compare(*(step(query, 0.3, name)[0] for name in ("mosaic_gpu", "xla")))
+    # A single ridge takes another path than an array.
+    alike = relative_error(*(step(query, 0.3, name)[0] for name in ("mosaic_gpu", "xla")))
     some = np.isfinite(np.asarray(wanted.lse))
     assert (np.isfinite(np.asarray(stats.lse)) == some).all()
     bad, *_ = jax.jit(lambda ridge: step(query, ridge, "mosaic_gpu"))(-ridge)
     assert np.isnan(np.asarray(bad, np.float32)[[0, 2, 3]]).all()
     return {
-        "error": max(compare(out, exact), alike),
-        "log_sum_exp": compare(stats.lse[some], wanted.lse[some]),
+        "error": max(relative_error(out, exact), alike),
+        "log_sum_exp": relative_error(stats.lse[some], wanted.lse[some]),
         "iterations": int(stats.iterations.max()),
         "residual": float(stats.residual.max()),
         "served": served,

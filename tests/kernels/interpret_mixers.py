@@ -1,17 +1,17 @@
-"""One case of the kernels of recurrences in the GPU interpreter, as a process of its own.
+"""Runs one case of the recurrent kernels for Hopper in the GPU interpreter.
 
     python -m tests.kernels.interpret_mixers CASE [--races] [--mapped]
 
 Prints one line of JSON: relative errors of the outputs and of all gradients against the recurrent
-form in float32 on the same numbers, and (with ``--races``) the number of kernels in which the
-detector has found a race. With ``--mapped`` the kernels run under `jax.vmap`, and a second case
-with other numbers beside the first.
+form in float32 on the same inputs, and (with ``--races``) the number of kernels with a race. With
+``--mapped`` the kernels run under `jax.vmap`, with a second set of inputs beside the first.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 
@@ -24,17 +24,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lla.mixers import delta_kernel, linear_kernel, mesa, retention_kernel, scan_kernel
+from lla.mixers import delta_kernel, linear_kernel, retention_kernel, scan_kernel
 from lla.mixers.delta_rule import delta_rule
 from lla.mixers.linear_recurrence import linear_recurrence
 from lla.mixers.selective_scan import selective_scan
 from tests.kernels.interpret import record_race_detectors
+from tests.ops.harness import relative_error
 
 BATCH = 1
 
+# As an attribute of `lla.mixers`, `mesa` is the function.
+mesa = importlib.import_module("lla.mixers.mesa")
+
 
 def attention(rng, length, heads, dim, value_dim):
-    """Unit queries and keys, and values, in bfloat16; a state."""
+    """A state, and bfloat16 queries, keys (of unit length) and values."""
     query, key = rng.standard_normal((2, BATCH, length, heads, dim))
     query, key = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key))
     value = rng.standard_normal((BATCH, length, heads, value_dim))
@@ -61,7 +65,7 @@ def delta_case(rng, interpret, *, length=130, heads=2, dim=64, value_dim=64):
 def linear_case(rng, interpret, *, length=130, heads=2, dim=32, value_dim=64, strong=False):
     state, query, *rest = attention(rng, length, heads, dim, value_dim)
     log_decay = gates(rng, query.shape)
-    if strong:  # e^-1000 beside weak ones
+    if strong:  # decays of e^-1000 next to weak ones
         log_decay = log_decay.at[:, 20:26, :, ::3].set(-1000.0).at[:, 70, 0].set(-1000.0)
     arrays = (state, query, *rest, log_decay)
 
@@ -128,6 +132,7 @@ CASES = {
     "linear_blocks": functools.partial(linear_case, heads=1, dim=20, value_dim=84),
     "retention": retention_case,
     "retention_shared": functools.partial(retention_case, dim=128, value_dim=84, shared=True),
+    "retention_128": functools.partial(retention_case, dim=128, value_dim=128),
     "mesa": mesa_case,
     "scan": scan_case,
 }
@@ -160,7 +165,7 @@ def run(name: str, races: bool, mapped: bool) -> dict:
 
     found, wanted = stacked(kernels), stacked(reference, jnp.float32)
     errors = [
-        max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*pair, strict=True))
+        max(relative_error(*run) for run in zip(*pair, strict=True))
         for pair in zip(found, wanted, strict=True)
     ]
     return {

@@ -1,6 +1,6 @@
-"""Every Hopper kernel compiles for an H200, with few spilled registers; launches; memory.
+"""Every Hopper kernel compiles for an H200 with few spills; steps launch few kernels; memory.
 
-Needs the packages named in compile_ahead.py, which bring NVIDIA's assembler, but no GPU:
+Needs the packages named in compile_ahead.py, which include NVIDIA's assembler, but no GPU:
 ``python -m pytest tests/kernels/test_compile_ahead.py -m slow``.
 """
 
@@ -22,33 +22,33 @@ pytestmark = [
     ),
 ]
 
-# Bytes stored by spills, as measured with ptxas 13.0 and rounded up; what is not listed has none.
+# Largest number of spilled bytes per thread, measured with ptxas 13.0 and rounded up; 0 if missing.
 SPILLS = {
-    # Three compute warpgroups have 160 registers a thread; the loops over full tiles spill nothing.
+    # Three consumers have 160 registers per thread. The loops over full tiles spill nothing.
     "solve_32": 96,
     "adjoint_32": 80,
-    "solve_precise_32": 192,
-    "adjoint_precise_32": 224,
-    "solve_chosen_32": 320,
-    "adjoint_chosen_32": 288,
+    "solve_bf16x2_32": 192,
+    "adjoint_bf16x2_32": 224,
+    "solve_mixed_32": 320,
+    "adjoint_mixed_32": 288,
     "query_gradients_32": 64,
     "solve_64": 64,
     "adjoint_64": 64,
-    "solve_precise_64": 32,
-    "adjoint_precise_64": 96,
-    "solve_chosen_64": 64,
-    "adjoint_chosen_64": 96,
+    "solve_bf16x2_64": 32,
+    "adjoint_bf16x2_64": 96,
+    "solve_mixed_64": 64,
+    "adjoint_mixed_64": 96,
     "parallax_64": 128,
     "solved_64": 32,
     "solve_128": 672,
-    "solve_precise_128": 640,
+    "solve_bf16x2_128": 640,
     "adjoint_128": 850,
-    "adjoint_precise_128": 900,
-    # Both ways of computing are in these, and only one of them runs.
-    "solve_chosen_128": 2100,
-    "adjoint_chosen_128": 2200,
-    "solved_precise_128": 32,
-    "solved_chosen_128": 32,
+    "adjoint_bf16x2_128": 900,
+    # These contain the code for one and for two parts, of which a tile runs one.
+    "solve_mixed_128": 2100,
+    "adjoint_mixed_128": 2200,
+    "solved_bf16x2_128": 32,
+    "solved_mixed_128": 32,
     "parallax_128": 224,
     "query_gradients_128": 256,
     "key_gradients_64": 64,
@@ -56,9 +56,9 @@ SPILLS = {
     "key_gradients_128": 64,
     "key_gradients_split_128": 64,
     "decode_lla_128": 64,
-    "decode_lla_precise_128": 64,
+    "decode_lla_bf16x2_128": 64,
     "decode_parallax_group_4_128": 168,
-    # Recurrences: one warpgroup with everything of a chunk.
+    # Recurrences: a single warpgroup holds a whole chunk.
     "delta_forward_64": 256,
     "delta_backward_64": 600,
     "delta_forward_128": 512,
@@ -71,12 +71,12 @@ SPILLS = {
     "scan_backward": 80,
 }
 
-# Products that wait for one another, for want of registers.
+# Kernels whose products wait for one another because registers are short.
 SERIALIZED = {"delta_backward_128"}
 
 
-# Kernels of a decoding step of one sequence, whose time is that of launches.
-LAUNCHES = {"softmax": 5, "lla": 8}
+# Most kernels that a decoding step of one sequence may launch: launching dominates its time.
+MOST_LAUNCHES = {"softmax": 5, "lla": 8}
 
 
 def test_spills_and_launches():
@@ -97,11 +97,13 @@ def test_spills_and_launches():
         assert found, part
         spills[part.split()[0]] = max(map(int, found))
         assert "serialized" not in part or part.split()[0] in SERIALIZED, part
-    assert len(spills) == 81
+    assert SPILLS.keys() <= spills.keys()
     assert {k: v for k, v in spills.items() if v > SPILLS.get(k, 0)} == {}
-    steps = re.findall(r"^step (\w+) (\d+)$", done.stdout, flags=re.MULTILINE)
-    assert {name: int(count) for name, count in steps} == LAUNCHES
+    steps = dict(re.findall(r"^step (\w+) (\d+)$", done.stdout, flags=re.MULTILINE))
+    assert steps.keys() == MOST_LAUNCHES.keys()
+    assert all(int(count) <= MOST_LAUNCHES[name] for name, count in steps.items())
     memory = re.findall(r"^layers (\d) (\d+)$", done.stdout, flags=re.MULTILINE)
     assert [count for count, _ in memory] == ["2", "3"]
-    inverses = 1024 * 4 * 32 * 32 * 4  # bytes of a layer
+    # A layer more keeps its residuals, but not its inverses.
+    inverses = 1024 * 4 * 32 * 32 * 4  # bytes
     assert int(memory[1][1]) - int(memory[0][1]) < inverses / 2

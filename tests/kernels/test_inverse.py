@@ -1,4 +1,4 @@
-"""What the direct solver of the Hopper kernels sums, and its inverses, without the kernels."""
+"""The arithmetic of the direct solver's kernels, run with NumPy instead of Pallas references."""
 
 import types
 
@@ -16,7 +16,7 @@ ROWS = 128
 
 
 class Memory:
-    """An array of rows with the part of a reference's interface that the inversion uses."""
+    """An array with the part of the interface of a reference that the kernels use."""
 
     def __init__(self, array, index=()):
         self.array, self.index = array, index
@@ -54,7 +54,7 @@ def loop(low, high, body, carry):
 
 
 def invert(monkeypatch, sums, ridge, dim):
-    """The inverses ``[rows, dim, 32]`` that the kernel writes, and what it leaves unwritten."""
+    """The inverses ``[rows, dim, 32]`` that the kernel writes; NaN where it writes nothing."""
     from lla.kernels.mosaic_gpu import inverse, launch, tile
 
     plain = types.SimpleNamespace(
@@ -72,7 +72,7 @@ def invert(monkeypatch, sums, ridge, dim):
 
 
 def sums_of(keys, weights, dim):
-    """What the first kernel sums, ``[F, rows]``, for ``keys [n, dim]``, ``weights [rows, n]``."""
+    """The sums ``[F, rows]`` of `moments`, for ``keys [n, dim]`` and ``weights [rows, n]``."""
     from lla.kernels.mosaic_gpu import inverse
 
     found = np.zeros((ROWS, inverse.num_sums(dim)))
@@ -84,7 +84,7 @@ def sums_of(keys, weights, dim):
 
 
 def systems(keys, weights, ridge):
-    """In float64."""
+    """The exact systems, in float64."""
     total = np.maximum(weights.sum(1, keepdims=True), 1e-300)
     weights = weights / total
     mean = weights @ keys
@@ -114,9 +114,9 @@ def test_inverses(monkeypatch, dim):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("scale", [1000, 1e12])
 @pytest.mark.parametrize("dim", [16, 32])
-def test_a_system_that_rounding_spoils_has_no_inverse(monkeypatch, dim, scale):
-    # Keys on a line far away: the covariances are differences of numbers near scale^2, whose
-    # rounding is far above the ridge; but not in every row.
+def test_systems_spoilt_by_rounding_get_a_zero_inverse(monkeypatch, dim, scale):
+    # Keys on a line far away. The covariances are differences of numbers near scale^2, whose
+    # rounding errors are far above the ridge in nearly all rows.
     rng = np.random.default_rng(0)
     keys = (scale + rng.standard_normal((60, 1))) * rng.uniform(0.5, 1.5, dim)
     weights = rng.random((ROWS, 60))
@@ -130,11 +130,11 @@ def test_a_system_that_rounding_spoils_has_no_inverse(monkeypatch, dim, scale):
     assert np.isfinite(found).all()
     none = (found == 0).all(axis=(1, 2))
     assert none.mean() > 0.9
-    # What is left is of use as it is.
+    # The inverses that are kept are positive definite.
     assert np.linalg.eigvalsh(found[~none].astype(np.float64)).min() > 0
 
 
-def test_what_is_served_directly_is_what_can_be_inverted():
+def test_limits_agree_with_the_kernels():
     from lla.kernels.mosaic_gpu import configs, inverse
     from lla.ops import mosaic_gpu
 
@@ -150,7 +150,7 @@ def test_centred_keys():
 
     rng = np.random.default_rng(0)
     key = jnp.asarray(rng.standard_normal((2, 40, 3, 32)) + 5, jnp.bfloat16)
-    key = key.at[..., 10:].set(0)  # of 10 dimensions, padded
+    key = key.at[..., 10:].set(0)  # 10 dimensions, padded
     key = key.at[0, 30].set(jnp.nan)
     found = inverse.centred(key, jnp.asarray([40, 25]), 16)
     assert found.dtype == jnp.float32 and found.shape == (2, 3, 16, 40)
@@ -185,7 +185,7 @@ def test_products_of_keys(monkeypatch, dim):
     assert not high[len(want) :].any() and not low[len(want) :].any()
     error = (high + low)[: len(want)] - want
     assert np.abs(error / np.maximum(1, np.abs(want))).max() < 2.0**-15
-    assert np.abs(high[: len(want)] - want).max() > 2.0**-10  # the second part is needed
+    assert np.abs(high[: len(want)] - want).max() > 2.0**-10  # one part would not do
 
 
 @pytest.mark.parametrize(("sequences", "count"), [(6, 6), (5, 3), (2.5, 2), (0.1, 1)])

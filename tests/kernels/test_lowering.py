@@ -1,4 +1,4 @@
-"""Every configuration of the Hopper kernels lowers for a GPU on a machine without one."""
+"""Every configuration of the Hopper kernels lowers for a GPU, on a machine without one."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def count_kernels(text: str) -> int:
     return text.count("mosaic_gpu_v2") or text.count("mosaic_gpu")
 
 
-@pytest.mark.parametrize("head_dim", [16, 128])  # padded to 64, and not padded
+@pytest.mark.parametrize("head_dim", [16, 128])  # padded, and not padded
 @pytest.mark.parametrize("member", ["softmax", "parallax", "lla"])
 def test_members(member, head_dim):
     kernels = {"softmax": 3, "parallax": 4, "lla": 5}[member]
@@ -87,9 +87,10 @@ def test_ridges(ridge, head_dim):
 @pytest.mark.parametrize("head_dim", [12, 32])
 def test_direct(head_dim, mask):
     text = lower("lla", head_dim, value_dim=24, mask=mask, solver=lla.Solver("direct"))
-    # Statistics, products, sums, inverses, solve, output, adjoint solve, and two of gradients: the
-    # products, sums and inverses of both passes are equal and lowered once.
-    assert count_kernels(text) == 9
+    without = count_kernels(lower("lla", head_dim, value_dim=24, mask=mask, ridge=10.0))
+    # In addition: statistics, products, moments and inverses. The last three are equal in both
+    # passes and lowered once.
+    assert without < count_kernels(text) <= without + 4
 
 
 def test_float16_and_other_value_dim():
@@ -97,7 +98,7 @@ def test_float16_and_other_value_dim():
 
 
 def test_shard_map_and_vmap():
-    """Sharded over the sequences of a batch, with replicated keys and values; and mapped."""
+    """Sharded over the sequences of a batch, with replicated keys and values; and under `vmap`."""
     from lla.ops.mosaic_gpu import mosaic_gpu
 
     def call(query, key, value, cotangent):
@@ -125,7 +126,7 @@ def test_shard_map_and_vmap():
 
 
 def test_equal_layers_are_lowered_once():
-    """Kernels take seconds to lower and to compile, and a model has many equal layers."""
+    """Kernels take seconds to lower and compile, and models have many equal layers."""
     from lla.ops.mosaic_gpu import mosaic_gpu
 
     def kernels(layers):

@@ -1,4 +1,4 @@
-"""What the Hopper kernels refuse, and that refusing falls through to XLA."""
+"""What the Hopper kernels do not support, and that such calls fall through to XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -45,24 +45,24 @@ def test_served_directly(head_dim):
     assert not mosaic_gpu.use_direct(problem(head_dim=64))
 
 
-def test_auto_follows_the_kernels_own_crossings(monkeypatch):
+def test_auto_uses_the_crossings_of_the_kernels(monkeypatch):
     table = {"mosaic_gpu": {"bfloat16": {16: 2.0, 32: 0.5}}, "cpu": {"bfloat16": {32: 9.0}}}
     monkeypatch.setattr(auto, "CROSSINGS", table)
     usual = {"value_dim": 16, "head_dim": 16}
     assert mosaic_gpu.use_direct(problem(**usual))  # ridge 1
     assert not mosaic_gpu.use_direct(problem(head_dim=32, value_dim=32))
     assert not mosaic_gpu.use_direct(problem(**usual, solver=lla.Solver("cg")))
-    # Wider values have kernels without it.
+    # Kernels for wider values have no direct solver.
     assert not mosaic_gpu.use_direct(problem(head_dim=16, value_dim=64))
 
 
-def test_auto_leaves_memory_alone(monkeypatch):
+def test_auto_avoids_large_inverses(monkeypatch):
     monkeypatch.setattr(auto, "CROSSINGS", {"mosaic_gpu": {"bfloat16": {32: 2.0}}})
     given = problem(head_dim=32, value_dim=32)
-    rows = given.query.shape[1] * 2  # heads
-    monkeypatch.setattr(mosaic_gpu, "_INVERSE_BYTES", 4096 * rows)
+    needed = mosaic_gpu._inverse_bytes(32, given.query.shape[1] * 2)  # of a sequence with two heads
+    monkeypatch.setattr(mosaic_gpu, "_INVERSE_BYTES", needed)
     assert mosaic_gpu.use_direct(given)
-    monkeypatch.setattr(mosaic_gpu, "_INVERSE_BYTES", 4096 * rows - 1)
+    monkeypatch.setattr(mosaic_gpu, "_INVERSE_BYTES", needed - 1)
     assert not mosaic_gpu.use_direct(given)
     assert mosaic_gpu.use_direct(problem(head_dim=32, value_dim=32, solver=lla.Solver("direct")))
 
@@ -79,33 +79,33 @@ def test_named_implementation_says_why():
 
 @pytest.mark.compat
 @pytest.mark.parametrize(
-    ("ridge", "forward", "backward", "precise"),
+    ("ridge", "forward", "backward", "bf16x2"),
     [(10.0, 1e-3, 3e-3, False), (1.0, 1.5e-3, 5e-3, False), (0.1, 1e-3, 1e-3, True)],
 )
-def test_tolerances(ridge, forward, backward, precise):
+def test_tolerances(ridge, forward, backward, bf16x2):
     if jax.__version_info__ < (0, 11):
         pytest.skip("the kernels need JAX 0.11")
     query = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     given = make_problem("lla", query, query, query, ridge=ridge)
     found = mosaic_gpu.iterations(given, precise=False)
     assert [i.tol for i in found] == [forward, backward]
-    assert found[0].precise == precise
-    # A product more costs little where there is a preconditioner.
+    assert found[0].bf16x2 == bf16x2
+    # With a preconditioner, a tighter tolerance costs little.
     found = mosaic_gpu.iterations(given, precise=True, direct=True)
-    assert [(i.tol, i.precise) for i in found] == [(1e-3, True), (1e-4, True)]
+    assert [(i.tol, i.bf16x2) for i in found] == [(1e-3, True), (1e-4, True)]
     fixed = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(num_iters=3))
     found = mosaic_gpu.iterations(fixed, precise=False)
     assert [(i.tol, i.max_iters) for i in found] == [(None, 3)] * 2
     asked = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(tol=5e-4))
     found = mosaic_gpu.iterations(asked, precise=False)
-    assert [(i.tol, i.max_iters, i.precise) for i in found] == [
+    assert [(i.tol, i.max_iters, i.bf16x2) for i in found] == [
         (5e-4, 256, True),
         (5e-3, 256, True),
     ]
 
 
 @pytest.mark.compat
-def test_which_calls_choose_by_tile():
+def test_when_tiles_choose_their_precision():
     if jax.__version_info__ < (0, 11):
         pytest.skip("the kernels need JAX 0.11")
     query = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
@@ -117,7 +117,7 @@ def test_which_calls_choose_by_tile():
         )
 
     assert chosen(jnp.ones((1, 8, 2))) and chosen(1.0) and chosen(1.0, num_iters=3)
-    # Precise everywhere, whatever the keys are; or large enough for any usual keys.
+    # bf16x2 in all tiles, whatever the keys are; or a ridge that is large for any usual keys.
     assert not chosen(0.1) and not chosen(jnp.ones((1, 8, 2)), tol=5e-4) and not chosen(10.0)
     assert not mosaic_gpu.choose_by_tile(make_problem("softmax", query, query, query))
 
@@ -128,27 +128,27 @@ def mark(ridge, key, *, offset=(0, 0), length=(192, 192), is_causal=True):
 
 
 def test_tiles_with_a_small_ridge_are_marked():
-    key = jnp.ones((2, 192, 2, 16), jnp.bfloat16)  # of mean square 1: below 0.5 is small
+    key = jnp.ones((2, 192, 2, 16), jnp.bfloat16)  # mean square 1: ridges below 0.5 are small
     ridge = np.ones((2, 4, 192), np.float32)
     ridge[0, 1, 70] = 0.4
     ridge[1, 3] = 0.6
     expected = np.zeros((2, 4, 3), np.int32)
     expected[0, 1, 1] = 1
     np.testing.assert_array_equal(mark(ridge, key), expected)
-    # Heads 2 and 3 share keys of mean square 4: a ridge of 1 is small for them.
+    # Heads 2 and 3 share keys with mean square 4, for which a ridge of 1 is small.
     scale = jnp.array([1, 2], key.dtype)[None, None, :, None]
     expected[:, 2:] = 1
     np.testing.assert_array_equal(mark(ridge, key * scale), expected)
 
 
-def test_marks_depend_on_visible_keys_alone():
+def test_marks_depend_only_on_visible_keys():
     large = np.ones((2, 192, 1, 16), np.float32)
     large[:, 64:] = 2.0
     key, ridge = jnp.asarray(large, jnp.bfloat16), jnp.ones((2, 1, 192))
-    # Mean squares of 1, 2.5 and 3 up to the end of each tile.
+    # The mean squares up to the end of each tile are 1, 2.5 and 3.
     np.testing.assert_array_equal(mark(ridge, key), [[[0, 1, 1]]] * 2)
     np.testing.assert_array_equal(mark(ridge, key, is_causal=False), [[[1, 1, 1]]] * 2)
     np.testing.assert_array_equal(mark(ridge, key, offset=(0, 64)), [[[0, 1, 1]], [[1, 1, 1]]])
-    # What lies beyond the length may be anything.
+    # Keys beyond the length may hold anything.
     garbage = jnp.asarray(np.where(large > 1, np.nan, large), jnp.bfloat16)
     np.testing.assert_array_equal(mark(ridge, garbage, length=(64, 0)), [[[0, 0, 0]]] * 2)

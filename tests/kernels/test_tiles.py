@@ -1,4 +1,4 @@
-"""The tiles that a block of rows visits, and those that need no mask, by brute force."""
+"""Which tiles a block of rows visits, and which of them need no mask, against a dense mask."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The TPU kernels compile for v5e and v6e, in the vector memory that a kernel has by default.
+"""The TPU kernels compile for v5e and v6e, within the vector memory that a kernel has by default.
 
 Needs libtpu (``pip install "jax[tpu]"``), but no TPU:
 ``python -m pytest tests/kernels/test_tpu_compile_ahead.py -m slow``.
@@ -20,8 +20,8 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-VECTOR_MEMORY = 16 * 2**20  # what a kernel may use on the smallest of the chips unless it asks
-TEMPORARY = 512 * 2**20  # of 65536 queries, two heads, with gradients
+VECTOR_MEMORY = 16 * 2**20  # what a kernel may use by default
+TEMPORARY = 512 * 2**20  # for 65536 queries and two heads, with gradients
 
 
 def test_every_program_compiles():
@@ -31,9 +31,10 @@ def test_every_program_compiles():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 30 and len({(line["name"], line["chip"]) for line in lines}) == 30
+    chips = {line["chip"] for line in lines}
+    programs = {(line["name"], line["chip"]) for line in lines}
+    assert len(chips) > 1 and len(programs) == len(lines)
+    assert programs == {(name, chip) for name, _ in programs for chip in chips}
     for line in lines:
-        kernels = 1 if line["name"] == "lla_decoding" else 3
-        assert len(line["vmem_bytes"]) == kernels, line
         assert max(line["vmem_bytes"].values()) < VECTOR_MEMORY, line
         assert line["temp_bytes"] < TEMPORARY, line

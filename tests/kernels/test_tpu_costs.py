@@ -1,10 +1,10 @@
-"""The tables in kernels/TPU.md are those of the committed costs, which are those of the kernels."""
+"""The tables in kernels/TPU.md match the committed costs, and these match the kernels."""
 
 import json
 
 import pytest
 
-from experiments.benchmarks import tpu_costs
+from lla.experiments.benchmarks import tpu_costs
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def test_tables_are_those_of_the_result(document):
     assert tpu_costs.render(text, document) == text
     for chip in (*tpu_costs.CHIPS, "Estimates, not measurements", "Nothing was run on a TPU"):
         assert chip in text
-    with pytest.raises(ValueError, match="no block"):
+    with pytest.raises(ValueError, match="generated blocks"):
         tpu_costs.render("no block", document)
 
 
@@ -41,7 +41,7 @@ def check(document, member, head_dim, ridge):
 
 
 def test_products_in_one_part_are_the_units_of_the_derivation(document):
-    """Where nothing is padded or split; softmax attention sums the mean key besides."""
+    """Where nothing is padded or split. Softmax attention also sums the mean key."""
     for case in document["cases"]:
         if case["head_dim"] != 128 or (case["member"] == "lla" and case["ridge"] is None):
             continue
@@ -50,10 +50,19 @@ def test_products_in_one_part_are_the_units_of_the_derivation(document):
             assert record["products"] == record["units"] + extra, record
 
 
+def test_a_large_ridge_takes_fewer_products(document):
+    def products(ridge):
+        key = {"member": "lla", "ridge": ridge, "head_dim": 128}
+        (case,) = (c for c in document["cases"] if key.items() <= c.items())
+        return [record["products"] for record in case["passes"]]
+
+    assert all(a < b for a, b in zip(products(10.0), products(None), strict=True))
+
+
 def test_every_program_fits_into_vector_memory(document):
+    """Into the 16 MiB that a kernel may use by default."""
     for case in document["cases"]:
         for compiled in case["compiled"].values():
-            assert len(compiled["vmem_bytes"]) == 3
             assert max(compiled["vmem_bytes"].values()) < 16 * 2**20
 
 

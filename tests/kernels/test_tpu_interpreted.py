@@ -1,7 +1,7 @@
 """The TPU kernels in Pallas's interpreters against the exact reference.
 
-The plain interpreter turns a kernel into XLA operations, the other one runs its copies as threads
-would and looks for races. Neither has the rounding or the memory layout of hardware.
+The plain interpreter turns a kernel into XLA operations. The other one simulates copies and cores,
+and detects races. Neither has the rounding or the memory layout of hardware.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ LONG = Shape(300, 16, heads=2)
 
 
 def check(inputs, got, want, dtype="float32", ridge=1.0):
-    """The operator's contract: `CONTRACT` for float32; for bfloat16 twice the rounding."""
+    """Float32 errors are bounded by `CONTRACT`, bfloat16 errors by twice the rounding error."""
     rounded = want._replace(
         out=want.out.astype(got.out.dtype),
         gradients={n: g.astype(got.out.dtype) for n, g in want.gradients.items()},
@@ -55,7 +55,7 @@ def compare(shape, *, member="lla", dtype="float32", ridge=1.0, regime="normal",
 
 
 def test_grouped_heads_with_offsets():
-    """Also another value dimension, more keys, and padding of every axis."""
+    """With another value dimension, more keys than queries, and padding of every axis."""
     compare(GROUPED, dtype="bfloat16", **OFFSETS)
 
 
@@ -90,7 +90,7 @@ def test_grouped_heads_of_every_member(member, dtype):
 
 @pytest.mark.slow
 def test_few_queries():
-    """A step of decoding: the heads of a group are the rows of one small tile."""
+    """A decoding step: the heads of a group are the rows of one small tile."""
     shape = Shape(1, 16, num_keys=300, heads=6, key_heads=2, batch=(2,))
     options = {
         "query_offset": np.array([299, 40], np.int32),
@@ -163,9 +163,9 @@ def test_bfloat16(regime, ridge):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("member", MEMBERS)
 def test_tiles_as_compiled(member, head_dim, dtype):
-    """The tile sizes that hardware would get, several of each.
+    """With the tile sizes for hardware, and several tiles.
 
-    Against the blockwise implementation in float64, for the memory that the reference would take.
+    Compares with the XLA implementation in float64, since the reference would take too much memory.
     """
     inputs = make_inputs(Shape(700, head_dim), ridge=1.0)
     rounded = {
@@ -183,7 +183,7 @@ def test_tiles_as_compiled(member, head_dim, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ridge_known_to_be_large(dtype):
-    """Rounded once, without a second part."""
+    """Numbers then have a single part."""
     inputs = make_inputs(Shape(200, 32, heads=2), ridge=10.0)
     want = exact(inputs, rounded=dtype)
     got = evaluate(inputs, dtype=dtype, static_ridge=10.0)
@@ -206,7 +206,7 @@ def test_fixed_number_of_iterations():
 @pytest.mark.slow
 @pytest.mark.parametrize("ridge", [1e-4, 1e4, np.nan, -1.0])
 def test_extreme_ridges(ridge):
-    """Finite for any positive ridge; NaN where it is none, in these rows alone."""
+    """Finite for any positive ridge; NaN in just those rows where the ridge is not positive."""
     inputs = make_inputs(Shape(40, 16, heads=2), ridge=1.0)
     inputs["ridge"][:, 7] = ridge
     got = evaluate(inputs)
@@ -218,19 +218,19 @@ def test_extreme_ridges(ridge):
 
 
 # ---------------------------------------------------------------------------------------------
-# Through the public functions, on a machine that pretends
+# Through the public functions, with the kernels accepted on this machine
 
 
 @pytest.fixture
-def pretended(monkeypatch):
-    """The kernels are accepted here, and interpreted."""
+def accepted(monkeypatch):
+    """Accepts the kernels on this machine, and interprets them."""
     run = functools.partial(mosaic_tpu.mosaic_tpu, interpret=True)
     monkeypatch.setattr(mosaic_tpu, "mosaic_tpu", run)
     monkeypatch.setitem(dispatch._REFUSALS, "mosaic_tpu", mosaic_tpu.refuse_shape)
 
 
 @pytest.mark.slow
-def test_decoding_equals_the_whole_sequence(pretended):
+def test_decoding_equals_the_whole_sequence(accepted):
     """A prompt, then token by token, with grouped heads."""
     arrays = make_inputs(Shape(12, 16, heads=4, key_heads=2, batch=(2,)))
     query, key, value = (jnp.asarray(arrays[n], jnp.float32) for n in ("query", "key", "value"))
@@ -245,7 +245,7 @@ def test_decoding_equals_the_whole_sequence(pretended):
 
 
 @pytest.mark.slow
-def test_vmap_with_shared_keys_and_an_offset_each(pretended):
+def test_vmap_with_shared_keys_and_an_offset_each(accepted):
     """Outputs and gradients of nested maps equal those of the reference."""
     rng = np.random.default_rng(0)
     query = jnp.asarray(rng.standard_normal((3, 2, 1, 20, 2, 16)), jnp.float32)
@@ -270,7 +270,7 @@ def test_vmap_with_shared_keys_and_an_offset_each(pretended):
         return out, gradients
 
     for got, want in zip(*map(jax.tree.leaves, map(run, ("mosaic_tpu", "reference"))), strict=True):
-        assert np.linalg.norm(got - want) < 3e-5 * np.linalg.norm(want)
+        assert harness.relative_error(got, want) < 3e-5
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_no_races_with_segments(capfd):
 
 
 def test_the_detector_sees_a_race(capfd):
-    """A copy that nobody waits for, so that silence above means something."""
+    """A kernel that reads a buffer before its copy is done."""
 
     def body(source, out, buffer, semaphore):
         copy = pltpu.make_async_copy(source, buffer, semaphore)
@@ -322,8 +322,8 @@ def test_the_detector_sees_a_race(capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("member", MEMBERS)
-def test_what_is_hidden_is_not_read(member):
-    """Another segment, and what lies behind the lengths, may hold anything."""
+def test_hidden_tokens_do_not_matter(member):
+    """Other segments, and tokens beyond the lengths, may hold anything."""
     shape = Shape(200, 16, heads=2, key_heads=1)
     ids = (np.arange(200) >= 70).astype(np.int32)[None]
     cases = [

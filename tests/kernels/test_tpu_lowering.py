@@ -1,4 +1,4 @@
-"""Every configuration of the TPU kernels lowers for a TPU on a machine without one."""
+"""Every configuration of the TPU kernels lowers for a TPU, on a machine without one."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,6 @@ from lla.compat import lowering_for
 from lla.ops.mosaic_tpu import mosaic_tpu
 from lla.ops.problem import make_problem
 from tests.kernels.tpu_cases import MASKS, program
-
-KERNELS = {"forward": 1, "gradients": 3}
 
 
 def lower(*arguments, **options) -> str:
@@ -28,7 +26,8 @@ def count_kernels(text: str) -> int:
 @pytest.mark.compat
 @pytest.mark.parametrize("member", ["softmax", "parallax", "lla"])
 def test_members(member):
-    assert count_kernels(lower(member, 64)) == KERNELS["gradients"]
+    forward = count_kernels(lower(member, 64, forward_only=True))
+    assert 0 < forward < count_kernels(lower(member, 64))
 
 
 def test_other_dims_masks_and_float32():
@@ -37,25 +36,20 @@ def test_other_dims_masks_and_float32():
 
 
 @pytest.mark.slow
-def test_ridge_known_to_be_large():
-    assert len(lower("lla", 128, ridge=10.0)) < len(lower("lla", 128, ridge=0.1))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("member", ["softmax", "parallax", "lla"])
 def test_every_configuration(member, head_dim, dtype, mask):
-    assert count_kernels(lower(member, head_dim, dtype=dtype, mask=mask)) == KERNELS["gradients"]
+    assert count_kernels(lower(member, head_dim, dtype=dtype, mask=mask)) > 0
 
 
 @pytest.mark.parametrize("member", ["softmax", pytest.param("lla", marks=pytest.mark.slow)])
 def test_few_queries(member):
-    """As in decoding; and with gradients, which pad the rows."""
+    """As in decoding; and with gradients, for which the rows are padded."""
     options = {"queries": 1, "keys": 2000, "heads": 16, "mask": "lengths"}
-    assert count_kernels(lower(member, 64, forward_only=True, **options)) == KERNELS["forward"]
-    assert count_kernels(lower(member, 64, **options)) == KERNELS["gradients"]
+    forward = count_kernels(lower(member, 64, forward_only=True, **options))
+    assert 0 < forward < count_kernels(lower(member, 64, **options))
 
 
 def call(query, key, value, cotangent, offset=None):
@@ -73,19 +67,23 @@ def struct(*lead):
 
 @pytest.mark.compat
 def test_vmap_launches_each_kernel_once():
-    """Twice, with shared keys and an offset for every example."""
+    """Nested, with shared keys and an offset for every example."""
     mapped = jax.vmap(jax.vmap(call, (0, None, None, 0, None)), (0, 0, 0, 0, 0))
     offsets = jax.ShapeDtypeStruct((5,), jnp.int32)
     arguments = (struct(5, 3, 1), struct(5, 1), struct(5, 1), struct(5, 3, 1), offsets)
-    text = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
-    assert count_kernels(text) == KERNELS["gradients"]
+    one = (*[struct(1)] * 4, jax.ShapeDtypeStruct((), jnp.int32))
+    mapped, plain = (
+        jax.jit(function).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+        for function, arrays in ((mapped, arguments), (call, one))
+    )
+    assert count_kernels(mapped) == count_kernels(plain) > 0
 
 
 @pytest.mark.compat
 def test_shard_map():
     """Sharded over the sequences of a batch, with replicated keys and values.
 
-    The mesh has to say that its devices are TPUs.
+    The devices of the mesh have to be TPUs.
     """
     tpu = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     mesh = AbstractMesh((8,), ("x",), axis_types=(AxisType.Auto,), abstract_device=tpu)
@@ -96,13 +94,13 @@ def test_shard_map():
     )  # fmt: skip
     traced = jax.jit(sharded).trace(struct(8), struct(1), struct(1), struct(8))
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert count_kernels(text) == KERNELS["gradients"]
+    assert count_kernels(text) > 0
     assert "all_reduce" in text or "psum" in text
 
 
 @pytest.mark.slow
 def test_saved_residuals_spare_the_forward_kernel():
-    """With the named residuals saved, a checkpoint launches one kernel less."""
+    """With the named residuals saved, a checkpoint launches fewer kernels."""
 
     def gradient(policy):
         block = jax.checkpoint(
@@ -120,7 +118,7 @@ def test_saved_residuals_spare_the_forward_kernel():
 
     policies = jax.checkpoint_policies
     saved = count(policies.save_only_these_names(*lla.RESIDUAL_NAMES))
-    assert (count(policies.nothing_saveable), saved) == (4, 3)
+    assert 0 < saved < count(policies.nothing_saveable)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -133,7 +131,7 @@ def decode(query, key, cache):
 
 @pytest.mark.compat
 def test_public_functions_and_export():
-    """`lowering_for` is what makes a machine without a TPU accept a request for its kernels."""
+    """With `lowering_for` a machine without a TPU accepts a request for the TPU kernels."""
     query = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
 
@@ -150,12 +148,12 @@ def test_public_functions_and_export():
         lowered = jax.jit(decode).trace(*step, cache).lower(lowering_platforms=("tpu",))
     assert exported.platforms == ("tpu",)
     assert exported.out_avals[0].shape == query.shape
-    assert count_kernels(exported.mlir_module()) == count_kernels(lowered.as_text()) == 1
+    assert count_kernels(exported.mlir_module()) > 0 and count_kernels(lowered.as_text()) > 0
     assert lla.explain(query, key, key)["mosaic_tpu"] is not None
 
 
-def test_nothing_else_is_chosen_for_the_target():
-    """Without a name the choice is for this machine; and other targets are refused."""
+def test_lowering_for_changes_nothing_else():
+    """Without a name the choice is for this machine, and other targets are refused."""
     query = np.zeros((1, 8, 2, 16), np.float32)
     with lowering_for("tpu"):
         lla.softmax_attention(query, query, query).block_until_ready()

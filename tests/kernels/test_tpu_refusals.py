@@ -1,4 +1,4 @@
-"""What the TPU kernels refuse, and that refusing falls through to XLA."""
+"""What the TPU kernels do not support, and that such calls fall through to XLA."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_named_implementation_says_why():
     assert "TPU" in lla.explain(query, query, query)["mosaic_tpu"]
 
 
-def test_a_tpu_gets_the_kernels_by_name_only(monkeypatch):
+def test_kernels_are_opt_in_on_a_tpu(monkeypatch):
     """They have never run on hardware."""
     monkeypatch.setattr(dispatch.jax, "default_backend", lambda: "tpu")
     assert dispatch.preference() == ("xla",)

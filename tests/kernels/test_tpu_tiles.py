@@ -1,4 +1,4 @@
-"""The tile arithmetic of the TPU kernels, and which tiles see each other, against NumPy."""
+"""The tile arithmetic and tile ranges of the TPU kernels, against NumPy."""
 
 import functools
 import itertools
@@ -26,25 +26,25 @@ def test_rounding_is_that_of_bfloat16_except_for_ties():
     np.testing.assert_array_equal(tile.round_to_bfloat16(special), special)
 
 
-@pytest.mark.parametrize(("precise", "error"), [(False, 2.0**-8), (True, 2.0**-16)])
-def test_parts(precise, error):
-    """Compiled, where a compiler might take two conversions for none."""
-    array, arithmetic = normal(64, 64), Arithmetic(jnp.dtype(jnp.bfloat16), precise)
+@pytest.mark.parametrize(("bf16x2", "error"), [(False, 2.0**-8), (True, 2.0**-16)])
+def test_parts(bf16x2, error):
+    """Compiled, since a compiler might remove a pair of conversions."""
+    array, arithmetic = normal(64, 64), Arithmetic(jnp.dtype(jnp.bfloat16), bf16x2)
     parts = jax.jit(arithmetic.parts)(array)
-    assert len(parts) == (2 if precise else 1) and all(p.dtype == jnp.bfloat16 for p in parts)
+    assert len(parts) == (2 if bf16x2 else 1) and all(p.dtype == jnp.bfloat16 for p in parts)
     total = sum(np.asarray(p, np.float64) for p in parts)
     assert np.abs(total - np.asarray(array)).max() <= error * np.abs(array).max()
     assert np.abs(total - np.asarray(array)).max() > error / 100
     np.testing.assert_array_equal(total, jax.jit(arithmetic.rounded)(array))
-    exact = Arithmetic(jnp.dtype(jnp.float32), precise)
+    exact = Arithmetic(jnp.dtype(jnp.float32), bf16x2)
     assert exact.parts(array) == (array,) and exact.rounded(array) is array
 
 
 @pytest.mark.parametrize("count", [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_product_of_parts(count):
     a, b = normal(32, 48), normal(16, 48)
-    precise = [Arithmetic(jnp.dtype(jnp.bfloat16), n == 2) for n in count]
-    parts = [arithmetic.parts(x) for arithmetic, x in zip(precise, (a, b), strict=True)]
+    bf16x2 = [Arithmetic(jnp.dtype(jnp.bfloat16), n == 2) for n in count]
+    parts = [arithmetic.parts(x) for arithmetic, x in zip(bf16x2, (a, b), strict=True)]
     found = tile.product(*parts, tile.NT)
     represented = [sum(np.asarray(p, np.float64) for p in x) for x in parts]
     expected = represented[0] @ represented[1].T
@@ -52,8 +52,8 @@ def test_product_of_parts(count):
     assert found.dtype == jnp.float32
 
 
-def test_weighted_sum_counts_what_it_rounds():
-    """The second result is the sum of the weights that the first one used."""
+def test_weighted_sum_sums_the_rounded_weights():
+    """The second result is the sum of the weights as the first one uses them."""
     weights, ones = abs(normal(8, 64)), jnp.ones((64, 4), jnp.bfloat16)
     sums, total = Arithmetic(jnp.dtype(jnp.bfloat16), False).weighted_sum(weights, ones)
     np.testing.assert_allclose(sums, jnp.broadcast_to(total, sums.shape), rtol=1e-6)
@@ -77,10 +77,7 @@ MASKS = [
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_tiles_that_see_each_other(mask):
-    """Tiles in range hold every visible pair, and the range begins and ends with one that has any.
-
-    The latter where the range is not cut by rounding queries to rows.
-    """
+    """Ranges contain every visible pair, and their first and last tiles contain at least one."""
     queries, keys, size = 50, 64, 16
     for group, offset, length in itertools.product((1, 3), (-20, 0, 13, 90), (0, 5, 64)):
         sequence = SequenceMask(jnp.int32(offset), jnp.int32(length))

@@ -1,4 +1,4 @@
-"""Calls of the TPU kernels to interpret or to lower, shared by the tests beside this file."""
+"""Calls of the TPU kernels, to interpret or to lower."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lla.kernels.mosaic_tpu.launch import Blocks
+from lla.kernels.mosaic_tpu.launch import BlockSizes
 from lla.ops.mosaic_tpu import mosaic_tpu
 from lla.ops.problem import make_problem
 from lla.ops.shield import shield
 from tests.ops.harness import DIFFERENTIABLE, OPTIMISED, Result
 
-# Small tiles, so that short sequences have several.
-SMALL = Blocks(rows=128, keys=128, own_keys=128)
+# Small tiles, so that short sequences have more than one.
+SMALL = BlockSizes(rows=128, keys=128, own_keys=128)
 
 
 @functools.cache
@@ -44,14 +44,13 @@ def evaluate(
     static_ridge: float | None = None,
     solver=None,
     interpret: Any = True,
-    blocks: Blocks | None = SMALL,
+    blocks: BlockSizes | None = SMALL,
     optimised: bool = False,
     **options,
 ) -> Result:
-    """What `tests.ops.harness.evaluate` returns, from the interpreted kernels.
+    """Like `tests.ops.harness.evaluate`, with the interpreted kernels.
 
-    With `static_ridge` the ridge is that number, known when the kernels are traced, and has no
-    gradient.
+    `static_ridge` is a ridge that is known when the kernels are traced; it has no gradient.
     """
     names = [n for n in DIFFERENTIABLE[member] if n != "ridge" or static_ridge is None]
     arrays = {

@@ -3,8 +3,8 @@
     pip install "jax[tpu]"
     python -m tests.kernels.tpu_compile_ahead
 
-Prints a line of JSON for each program: its name, the chip, and the bytes of vector memory that the
-compiler reports for each of its kernels. Nothing is run.
+Prints a line of JSON for each program: its name, the chip, its temporary memory, and the bytes of
+vector memory of each of its kernels. Nothing is run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 
-# Read when libtpu starts, which would otherwise look for a machine of Google's cloud.
+# Keeps libtpu from looking for a machine in Google Cloud.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from experiments.benchmarks.tpu_costs import vector_memory
+from lla.experiments.benchmarks.tpu_costs import vector_memory
 from tests.kernels.tpu_cases import program
 
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}

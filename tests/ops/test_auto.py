@@ -1,19 +1,16 @@
 """Which solver `auto` takes, and that its table is what was measured."""
 
-import importlib
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 import lla
+from lla.experiments.benchmarks import hopper_solvers, solver_choice
+from lla.experiments.benchmarks.results import RESULTS, load
 from lla.ops import auto
 from lla.ops.options import DEFAULT_TOLERANCES
 from lla.ops.problem import make_problem
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"
 # Made up, so that these tests stay when measurements change.
 TABLE = {"cpu": {"float32": {16: 1.0, 32: 0.1, 64: 0.0}, "bfloat16": {16: 0.5, 32: 0.0, 64: 0.0}}}
 
@@ -32,32 +29,20 @@ def choose(ridge, head_dim=16, dtype=jnp.float32, **options):
 
 @pytest.mark.parametrize("platform", [name for name in auto.CROSSINGS if name != "mosaic_gpu"])
 def test_table_is_what_was_measured(platform):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        report = importlib.import_module("report")
-        file = BENCHMARKS / "results" / f"solver_choice_{platform}.json"
-        records = report.measure.load(file)["records"]
-        for name in ("report", "measure"):
-            del sys.modules[name]
+    records = load(RESULTS / f"solver_choice_{platform}.json")["records"]
     want = {}
     for head_dim, dtype in {(r["head_dim"], r["dtype"]) for r in records}:
-        found = report.measured_break_even(records, "forward_backward", head_dim, dtype)
+        found = solver_choice.measured_break_even(records, "forward_backward", head_dim, dtype)
         ridge = found["estimate"] or found["measured"] or 0.0
         want.setdefault(dtype, {})[head_dim] = float(f"{ridge:.2g}")
     assert want == auto.CROSSINGS[platform]
 
 
 def test_table_of_the_kernels_is_what_was_measured():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        tables = importlib.import_module("solvers_tables")
-        file = BENCHMARKS / "results" / "hopper_solvers_h100.json"
-        records = tables.report.measure.load(file)["records"]
-        for name in ("solvers_tables", "report", "measure"):
-            del sys.modules[name]
+    records = load(RESULTS / "hopper_solvers_h100.json")["records"]
     want = {}
     for head_dim in {r["head_dim"] for r in records}:
-        found = tables.crossing(records, head_dim)
+        found = hopper_solvers.crossing(records, head_dim)
         assert found["ridges"]
         want[head_dim] = float(f"{found['estimate'] or found['measured'] or 0.0:.2g}")
     assert auto.CROSSINGS["mosaic_gpu"] == {"bfloat16": want}

@@ -39,9 +39,9 @@ def test_one_sequence_fills_the_card_and_many_are_not_split():
     ],
 )
 def test_heads_that_share_an_instance(member, group, heads):
-    from lla.kernels.mosaic_gpu.decode import heads_together
+    from lla.kernels.mosaic_gpu.decode import heads_per_program
 
-    assert heads_together(member, group) == heads
+    assert heads_per_program(member, group) == heads
 
 
 def problem(tokens=1, head_dim=64, value_dim=64, room=64):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lla.experiment import WorkdirError
+from lla.runs import WorkdirError
 from lla.training.checkpoint import Checkpoints
 from lla.training.program import TrainState
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from lla import training
-from lla.experiment.workdir import read_config, read_records
+from lla.runs.workdir import read_config, read_records
 from lla.training import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]

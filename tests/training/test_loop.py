@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from lla import training
-from lla.experiment import WorkdirError
-from lla.experiment.lock import exclusive
-from lla.experiment.workdir import read_config, read_records
+from lla.runs import WorkdirError
+from lla.runs.lock import exclusive
+from lla.runs.workdir import read_config, read_records
 from lla.training.checkpoint import Checkpoints
 from tests.training.test_program import resolve
 

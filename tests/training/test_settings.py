@@ -8,7 +8,7 @@ import math
 import pytest
 
 from lla import mixers, tasks, training
-from lla.experiment import to_config
+from lla.runs import to_config
 from lla.training import sweep
 from lla.training.settings import Training, override
 from lla.training.unused import check_used

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lla import training
-from lla.experiment import WorkdirError
-from lla.experiment.workdir import read_config, read_records
+from lla.runs import WorkdirError
+from lla.runs.workdir import read_config, read_records
 from lla.training import sweep
 from tests.training.test_program import SMALL, resolve
 

@@ -1,0 +1,1 @@
+"""Bias of local-constant and local-linear fits against the bandwidth; see README.md."""

@@ -1,0 +1,1 @@
+"""Figure 3: in-context regression; see README.md."""

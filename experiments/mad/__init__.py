@@ -1,0 +1,1 @@
+"""The MAD benchmark; see README.md."""

@@ -1,0 +1,1 @@
+"""Figure 4: multi-query associative recall; see README.md."""

@@ -1,0 +1,1 @@
+"""Figure 1: error against solver iterations; see README.md."""

@@ -1,0 +1,1 @@
+"""Figure 5: permutation state tracking; see README.md."""

@@ -1,0 +1,1 @@
+"""Figure 2: test-time regression; see README.md."""

@@ -1,0 +1,1 @@
+"""What the figures of trained models share: result files, tables, learning curves and plots."""
