@@ -22,6 +22,7 @@ from jax.sharding import AxisType
 
 from lla.compat import match_varying, vary_like
 from lla.ops.placement import DIMS
+from lla.ops.problem import compute_dtype
 
 _KEYS = ("key", "value", "key_segments")
 
@@ -155,7 +156,7 @@ def _gather_fwd(context, axis, array):
 
 
 def _gather_bwd(context, axis, like, gradient):
-    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    wide = gradient.astype(compute_dtype(gradient.dtype))
     if context.balanced:
         wide = ordered(wide, lax.axis_size(context.axis), axis, back=False)
     summed = lax.psum_scatter(wide, context.axis, scatter_dimension=axis, tiled=True)

@@ -29,6 +29,7 @@ from lla.ops.call import Call, key_heads, run
 from lla.ops.dispatch import ROW_UNITS
 from lla.ops.handover import Handover
 from lla.ops.placement import DIMS, Placement, decide, label, spec_axes, warn
+from lla.ops.problem import compute_dtype
 from lla.ops.xla import RESIDUAL_NAMES
 
 _WHOLE = Placement({}, {}, True)
@@ -164,7 +165,7 @@ def _sum_over(gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The sum over devices, in float32 or better."""
     if not axes:
         return gradient
-    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    wide = compute_dtype(gradient.dtype)
     return lax.psum(gradient.astype(wide), axes).astype(gradient.dtype)
 
 

@@ -159,6 +159,21 @@ def test_grouped_heads(style, member, key_heads):
     assert set(run.both) <= {"all-reduce"}
 
 
+@pytest.mark.parametrize("style", ["auto", "explicit"])
+def test_gradients_of_whole_keys_in_16_bits(style):
+    """Each device has a part of the sum; in Auto mode they are added in float32."""
+    shape = Shape(21, 8, heads=4, key_heads=1, batch=(2,))
+    operands, cotangent = arrays_of(shape, "softmax")
+    operands = {n: a if n == "scale" else a.astype(jnp.bfloat16) for n, a in operands.items()}
+    cotangent = cotangent.astype(jnp.bfloat16)
+    specs = row_specs(operands, P(None, None, "heads"), P())
+    function = attend("softmax")
+    run = Run(style, function, operands, cotangent, specs)
+    check(run, function, operands, cotangent, specs, bound=1e-2)
+    if style == "auto":
+        assert not re.search(r"bf16\[[\d,]*\]\S* all-reduce\(", run.text)
+
+
 @style
 def test_key_heads_lie_with_their_query_heads(style):
     shape = Shape(21, 8, heads=4, key_heads=2, batch=(4,))
