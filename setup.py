@@ -24,6 +24,7 @@ data = ["statsmodels>=0.15"]  # ships the real series that the experiments use
 test = [
     *plot,
     *data,
+    "chex>=0.1.92",
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff==0.17.6",  # exact: the formatter's output changes between minor versions

@@ -5,10 +5,10 @@
     python experiments/sweep.py --config=configs/in_context_regression.py \\
         --workdir=runs/in_context_regression_sweep
 
-The mechanism is one name: `--config.model.mixer.name=gla`, its options are under
-`--config.mixers.gla`. The headline metric is the squared error against the noiseless map, where
-predicting zero has 1; `lla.tasks.create("in_context_regression").baselines()` has the error of the
-oracle that knows the segments.
+The mixer is `--config.model.mixer.name=gla`, its options are under `--config.mixers.gla`. The
+primary metric is the squared error against the noiseless map, where predicting zero has 1;
+`lla.tasks.create("in_context_regression").baselines()` has the error of the oracle that knows the
+segments.
 
 Variants: `:full` (the whole budget, for GPUs); `:figure` (what experiments/in_context_regression
 shows until that has been trained, scaled down); `:smoke` (seconds, numbers mean nothing); `:short`

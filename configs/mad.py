@@ -4,8 +4,8 @@
         --config.task.kind=compression
     python experiments/sweep.py --config=configs/mad.py --workdir=runs/mad_sweep
 
-The task is `--config.task.kind`, the mechanism `--config.model.mixer.name`, its options are under
-`--config.mixers`. The headline metric is the benchmark's accuracy, averaged over classes. The sweep
+The task is `--config.task.kind`, the mixer `--config.model.mixer.name`, its options are under
+`--config.mixers`. The primary metric is the benchmark's accuracy, averaged over classes. The sweep
 has the six tasks in their baseline setting for softmax attention, Parallax and LLA, each with both
 weight decays: 36 points, of which each trains three learning rates with two seeds at once. A point
 takes 20 000 updates (200 epochs), of memorization 400.

@@ -3,8 +3,8 @@
     python experiments/train.py --config=configs/mqar.py --workdir=runs/mqar
     python experiments/sweep.py --config=configs/mqar.py --workdir=runs/mqar_sweep
 
-The mechanism is one name: `--config.model.mixer.name=gla`, its options are under
-`--config.mixers.gla`. The headline metric is the accuracy at the queries. The sweep has every pair
+The mixer is `--config.model.mixer.name=gla`, its options are under `--config.mixers.gla`. The
+primary metric is the accuracy at the queries. The sweep has every pair
 of length and number of pairs, with Zoology's batch sizes, at every width.
 
 Variants: `:full` (what experiments/mqar shows: Zoology's budget, for GPUs); `:long` (the same at

@@ -4,9 +4,9 @@
     python experiments/sweep.py --config=configs/state_tracking.py \\
         --workdir=runs/state_tracking_sweep
 
-The mechanism is one name: `--config.model.mixer.name=gla`, its options are under
-`--config.mixers.gla`. The headline metric is the accuracy of the answer, chance is 1 / num_items;
-"test_long" has up to twice as many swaps as training.
+The mixer is `--config.model.mixer.name=gla`, its options are under `--config.mixers.gla`. The
+primary metric is the accuracy of the answer, chance is 1 / num_items; "test_long" has up to twice
+as many swaps as training.
 
 Variants: `:full` (the whole budget, for GPUs); `:figure` (what experiments/state_tracking shows
 until that has been trained, scaled down); `:smoke` (seconds, numbers mean nothing); `:short` (26

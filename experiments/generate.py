@@ -28,7 +28,7 @@ _TOLERANCES = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 5e-2, "float16": 5e
 _SHOWN = 40  # tokens of a prompt that are printed
 
 
-def restore(path) -> tuple[training.Program, training.TrainState]:
+def restore(path) -> tuple[training.Trainer, training.TrainState]:
     """Restores the run in the work directory `path` from its last checkpoint, on one device.
 
     Changes nothing there: the run may still be training.
@@ -50,12 +50,12 @@ def restore(path) -> tuple[training.Program, training.TrainState]:
     name = mixer.pop("name")
     record["model"]["mixer"], record["mixers"] = {"name": name}, {name: mixer}
     mesh = make_mesh(Sharding(data=1, fsdp=1))
-    program = training.Program(training.resolve(record), mesh)
+    trainer = training.Trainer(training.resolve(record), mesh)
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        state = checkpoints.restore(program.abstract_state)
+        state = checkpoints.restore(trainer.abstract_state)
     if state is None:
         raise ValueError(f"{path} has no checkpoint yet.")
-    return program, state
+    return trainer, state
 
 
 @nnx.jit
@@ -89,19 +89,19 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         path = workdir.directory(_WORKDIR.value)
-        program, state = restore(path)
-        batch = program.task.batch(program.settings.training.seed, 0, _EXAMPLES.value, _SPLIT.value)
+        trainer, state = restore(path)
+        batch = trainer.task.batch(trainer.settings.training.seed, 0, _EXAMPLES.value, _SPLIT.value)
     except (OSError, ValueError) as error:
         raise app.UsageError(str(error)) from error
-    if program.task.vocab_size is None:
-        raise app.UsageError(f"task {program.settings.task.name!r} has no tokens to generate.")
+    if trainer.task.vocab_size is None:
+        raise app.UsageError(f"task {trainer.settings.task.name!r} has no tokens to generate.")
 
     asked = np.asarray(batch["weights"]) > 0
     inputs, positions, labels = (
         np.asarray(batch[name]) for name in ("inputs", "positions", "labels")
     )
     first = np.where(asked, positions, inputs.shape[1] - 1).min(axis=1)
-    model = program.model(state.params)
+    model = trainer.model(state.params)
     found = np.asarray(token_by_token(model, batch, jnp.asarray(first, jnp.int32)))
     expected = np.asarray(in_parallel(model, batch))
     answers = found.argmax(-1)
@@ -119,7 +119,7 @@ def main(argv):
     difference = np.abs(found - expected)[asked].max() / np.abs(expected)[asked].max()
     equal = int((answers == expected.argmax(-1))[asked].sum())
     print(f"parallel form: {equal} answers equal, logits differ by {difference:.2g} of the largest")
-    if not difference <= _TOLERANCES[program.model_config.dtype]:
+    if not difference <= _TOLERANCES[trainer.model_config.dtype]:
         raise SystemExit("the two forms do not agree.")
 
 

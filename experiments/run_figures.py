@@ -35,9 +35,9 @@ from absl import app, flags
 from lla.runs import WorkdirError, command, environment, tables
 from lla.runs.workdir import directory, write_whole
 from lla.training import RefusedError, sweep
-from lla.training.program import Runs
 from lla.training.queue import Queue
 from lla.training.results import is_choice
+from lla.training.trainer import Runs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
 _SWEEPS = flags.DEFINE_list(
@@ -103,7 +103,7 @@ def grids(
             config = importlib.import_module(f"configs.{name}").get_config(variant)
         except ModuleNotFoundError as error:
             raise ValueError(f"--sweeps: there is no config {name!r}.") from error
-        described, points = sweep.cells(config.to_dict())
+        described, points = sweep.grid_points(config.to_dict())
         points = [cell for cell in points if re.search(only, f"{spec}/{cell.name}")]
         folder = f"{name}_{variant}" if variant else name
         copies = () if results is None else (results / f"{folder}.csv",)
@@ -130,7 +130,7 @@ class Costs:
                 for key in (_key(choices), _key(choices, 1)):
                     self._measured.setdefault(key, []).append(per_run)
 
-    def __call__(self, cell: sweep.Cell, runs: Runs) -> float:
+    def __call__(self, cell: sweep.GridPoint, runs: Runs) -> float:
         """Seconds of all updates of these runs together."""
         count = len(runs.seeds) * len(runs.learning_rates)
         steps = cell.settings.training.steps
@@ -158,7 +158,7 @@ def plan(found: Sequence[tuple[str, sweep.Grid]], costs: Costs) -> str:
     """A Markdown table of finished and open points, by sweep and mechanism."""
     lines, totals = [], [0, 0, 0.0, 0.0]
     for spec, grid in found:
-        by_name: dict[str, list[sweep.Cell]] = {}
+        by_name: dict[str, list[sweep.GridPoint]] = {}
         for cell in grid.points:
             by_name.setdefault(cell.settings.model.mixer.name, []).append(cell)
         for name, cells in by_name.items():

@@ -41,7 +41,7 @@ def main(argv):
     config = _CONFIG.value.to_dict()
     try:
         path = directory(_WORKDIR.value)
-        _, points = sweep.cells(config)
+        _, points = sweep.grid_points(config)
         names = dict.fromkeys(point.settings.model.mixer.name for point in points)
         check_used(command.overrides(), names, sweeps=True)
     except ValueError as error:

@@ -42,11 +42,11 @@ def main(argv):
                 f"--multi_host needs a cluster that JAX can find, such as SLURM's: {error}"
             ) from error
     try:
-        program = training.Program(settings)
+        trainer = training.Trainer(settings)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     try:
-        result = training.train(program, path, profile=_PROFILE.value)
+        result = training.train(trainer, path, profile=_PROFILE.value)
     except (WorkdirError, training.RefusedError) as error:
         raise app.UsageError(str(error)) from error
     except training.NonFiniteError as error:

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:  # the operator does without Flax, and its import takes longest of all
+if TYPE_CHECKING:  # importing Flax takes longer than all the rest
     from flax import nnx
 
 
 class Generated(NamedTuple):
-    """What `generate` returns.
+    """The result of `generate`.
 
     Attributes:
-      tokens: int32 ``[B, max_new_tokens]``; behind the end of a sequence the padding token.
-      lengths: int32 ``[B]``, generated tokens up to the end token, which counts.
+      tokens: int32 ``[B, max_new_tokens]``; the padding token after the end of a sequence.
+      lengths: int32 ``[B]``, the number of generated tokens, including the end token.
     """
 
     tokens: jax.Array
@@ -39,11 +39,11 @@ def generate(
     eos_id: int | None = None,
     pad_id: int = 0,
 ) -> Generated:
-    """Continues prompts with tokens that the model finds likely.
+    """Samples continuations of prompts.
 
-    The prompt is read as a whole, then one token follows the other, in one compiled function (one
-    for each model, shape and choice of options; other numbers of `temperature` and `top_p` do not
-    compile again). It ends early once every sequence has its end token.
+    One compiled function reads the whole prompt and then generates token by token. It is compiled
+    again for another model, shape or choice of options, but not for other values of `temperature`
+    and `top_p`. It ends early once every sequence has its end token.
 
     Example::
 
@@ -65,27 +65,26 @@ def generate(
     Args:
       model: a Flax module with ``init_state(batch, max_length) -> state`` and
         ``decode(tokens [B, T], state, new_lengths=None) -> (logits [B, T, vocab], state)``, such as
-        `lla.models.SequenceModel`. If it has a number `length_limit`, prompt and generated tokens
-        must fit; if it has a number `vocab_size`, tokens must lie in 0 ... vocab_size - 1.
-      prompt: int ``[B, P]``, P >= 1. In a compiled function, where its values are not known, the
-        answer to a token outside the vocabulary has no meaning.
+        `lla.models.SequenceModel`. Its attribute `length_limit`, if any, bounds the tokens of a
+        sequence, and `vocab_size` their ids.
+      prompt: int ``[B, P]``, P >= 1. Under `jax.jit` tokens are not checked; those outside the
+        vocabulary give meaningless results.
       max_new_tokens: tokens to generate.
-      prompt_lengths: int ``[B]``, in 1 ... P: tokens at or beyond it pad the prompt and are not
-        read. None for P.
-      temperature: what logits are divided by; 0 takes the most likely token every time.
-      top_k: draws among the k most likely tokens only (and those as likely as the last of them).
-      top_p: draws only among the most likely tokens that together reach this probability, in
-        (0, 1].
-      key: for the draws, `jax.random.key`; needed for a temperature above 0.
+      prompt_lengths: int ``[B]``, in 1 ... P: tokens at or beyond it are padding and not read. None
+        for P.
+      temperature: divisor of the logits; 0 is greedy decoding.
+      top_k: samples from the k most likely tokens (and those that tie with the last of them).
+      top_p: samples from the most likely tokens that together reach this probability, in (0, 1].
+      key: a `jax.random.key` for sampling; needed for a temperature above 0.
       eos_id: the token that ends a sequence; None for none.
-      pad_id: the token behind the end.
+      pad_id: the token after the end.
 
     Returns:
       `Generated`.
 
     Raises:
-      ValueError: for arguments of wrong shape, dtype or value, a missing key, options of drawing
-        without a temperature, or more tokens than the model can read.
+      ValueError: for arguments of the wrong shape, dtype or value, a missing key, `top_k` or
+        `top_p` without a temperature, or sequences that are too long for the model.
 
     Source of top_p: Holtzman et al., "The Curious Case of Neural Text Degeneration",
     arXiv 1904.09751.
@@ -101,7 +100,7 @@ def generate(
     prompt_lengths = _check_lengths(prompt_lengths, prompt)
     _check_sampling(temperature, top_k, top_p, key)
     _check_vocabulary(getattr(model, "vocab_size", None), given, prompt_lengths, eos_id)
-    # The last token is returned and not read.
+    # The last token is returned but not read.
     longest = prompt.shape[1] + max_new_tokens - 1
     limit = getattr(model, "length_limit", None)
     if limit is not None and longest > limit:
@@ -124,7 +123,7 @@ def generate(
 
 
 def _check_vocabulary(vocab_size, prompt, lengths, eos_id):
-    """Raises ValueError for known tokens that the model does not have; padding is not read."""
+    """Raises ValueError for tokens outside the vocabulary, where they are known; skips padding."""
     if vocab_size is None:
         return
     if eos_id is not None and not 0 <= eos_id < vocab_size:
@@ -170,11 +169,11 @@ def _check_sampling(temperature, top_k, top_p, key):
         raise ValueError(f"temperature must be finite and >= 0, got {temperature}.")
     if temperature == 0 and (top_k, top_p) != (None, None):
         raise ValueError(
-            "top_k and top_p need a temperature above 0, at which tokens are drawn; got top_k "
+            "top_k and top_p need a temperature above 0; got top_k "
             f"{top_k} and top_p {top_p} at temperature 0."
         )
     if temperature > 0 and key is None:
-        raise ValueError(f"key is required to draw tokens, at temperature {temperature}.")
+        raise ValueError(f"key is required to sample, at temperature {temperature}.")
     if top_k is not None and operator.index(top_k) < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}.")
     if top_p is not None and not 0 < top_p <= 1:
@@ -238,7 +237,7 @@ def _choose(logits, step, top_k, temperature=None, key=None, top_p=None):
     if top_p is not None:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         share = jax.nn.softmax(ordered, axis=-1)
-        # A token stays if those before it do not reach top_p yet: the first one always does.
+        # A token stays if those before it have not reached top_p yet; the first one always stays.
         stays = jnp.cumsum(share, axis=-1) - share < top_p
         smallest = jnp.where(stays, ordered, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lla
-from lla.ops.dispatch import NAMES
+from lla.ops.backend import BACKENDS
 
 FUNCTIONS = {
     "lla": "local_linear_attention",
@@ -390,7 +390,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one shape and two ridges")
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     parser.add_argument(
-        "--implementation", action="append", choices=NAMES, help="only this one; may be repeated"
+        "--implementation",
+        action="append",
+        choices=tuple(BACKENDS),
+        help="only this one; may be repeated",
     )
     args = parser.parse_args(argv)
     keep_cpu()
@@ -398,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
 
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
     implementations = []
-    for name, reason in available(args.implementation or NAMES, cases[0]).items():
+    for name, reason in available(args.implementation or tuple(BACKENDS), cases[0]).items():
         print(f"{name}: {'available' if reason is None else f'not available, {reason}'}")
         if reason is None:
             implementations.append(name)

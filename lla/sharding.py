@@ -100,7 +100,7 @@ _MEMBERS: Mapping[Callable, str] = {
 }
 _ARRAYS = (
     "query", "probe", "key", "value", "ridge", "scale", "query_offset", "key_value_seq_lengths",
-    "segment_ids", "mask",
+    "query_seq_lengths", "segment_ids", "mask", "bias",
 )  # fmt: skip
 
 
@@ -160,7 +160,11 @@ def on_mesh(
         implementation = arguments.pop("implementation", None)
         with_stats = arguments.pop("return_stats", False)
         arrays = {name: arguments.pop(name) for name in _ARRAYS if name in arguments}
-        options = {"is_causal": True, "local_window_size": None} | arguments
+        options = {
+            "is_causal": True,
+            "local_window_size": None,
+            "logits_soft_cap": None,
+        } | arguments
         made, arrays = make_call(
             _MEMBERS[function], arrays, options, implementation, with_stats, split=split
         )
@@ -175,7 +179,7 @@ def on_mesh(
         found = divide(mesh, made, arrays, placement)
         if not with_stats:
             return found["out"]
-        from lla.ops.options import Stats
+        from lla.ops.solver import Stats
 
         return found["out"], Stats(*(found[name] for name in Stats._fields))
 

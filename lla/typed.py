@@ -1,4 +1,4 @@
-"""Values from outside against the types that a signature or a dataclass declares."""
+"""Checks of values from configs against the types that a signature or dataclass declares."""
 
 import math
 import numbers
@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Union
 
-LARGEST_SEED = 2**32 - 1  # keys of random streams are made from 32 bits
+LARGEST_SEED = 2**32 - 1  # random keys are made from 32 bits
 _NAMES = {
     bool: ("True or False", "booleans"),
     int: ("an integer", "integers"),
@@ -20,18 +20,18 @@ _NAMES = {
 def conform(value: Any, declared: Any, name: str) -> Any:
     """`value` as the type `declared`.
 
-    Integers become floats where a float is declared, lists become tuples, and NumPy's numbers
-    become Python's. Nothing else is converted: neither a bool to a number nor a float to an
-    integer. A float has to be finite, as nothing else can be kept as JSON. Types that are none of
-    the ones below, such as `Any`, accept everything.
+    Integers become floats where a float is declared, lists become tuples, and NumPy numbers become
+    Python numbers. Nothing else is converted: neither a bool to a number nor a float to an integer.
+    Floats must be finite, since JSON has no others. Types that are not listed below, such as `Any`,
+    accept everything.
 
     Args:
-      value: what was given.
+      value: the value to check.
       declared: bool, int, float, str, None, a `Literal`, a tuple, a mapping or a union of these.
-      name: how the message calls the value.
+      name: of the value in error messages.
 
     Raises:
-      ValueError: the value is of another type; names it, what is valid and the value.
+      ValueError: the value has another type; the message says what is valid.
     """
     fits, converted = _match(value, declared)
     if not fits:
@@ -70,7 +70,7 @@ def describe(declared: Any) -> str:
 
 
 def _match(value, declared):
-    """Whether it fits, and what it becomes."""
+    """Whether `value` fits `declared`, and its converted form."""
     if declared is None:
         declared = type(None)
     origin, inner = typing.get_origin(declared), typing.get_args(declared)
@@ -95,7 +95,7 @@ def _match(value, declared):
 
 
 def _match_any(value, kinds):
-    # An integer stays one where both are valid.
+    # An integer stays an integer where both are valid.
     if isinstance(value, numbers.Integral) and int in kinds:
         kinds = (int, *kinds)
     for kind in kinds:

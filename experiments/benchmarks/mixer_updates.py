@@ -118,7 +118,7 @@ class Update:
     def __init__(self, options: argparse.Namespace, job: Job):
         settings, runs = config(options, job)
         mesh = make_mesh(Sharding(1, 1), jax.devices()[:1])
-        self.program = training.Program(training.resolve(settings), mesh, runs)
+        self.program = training.Trainer(training.resolve(settings), mesh, runs)
         self.compiled = self.program.compile(("init", "advance"))["advance"]
         self.state = None
 

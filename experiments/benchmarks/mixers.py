@@ -44,7 +44,7 @@ from lla.experiments.benchmarks.timing import (
     log,
     time_interleaved,
 )
-from lla.ops.dispatch import preference
+from lla.ops.backend import preference
 from lla.runs import tables
 
 KEY_FIELDS = ("implementation", "dtype", "pass", "batch", "n", "width", "heads")

@@ -66,7 +66,7 @@ def program(member: str, head_dim: int, ridge, *, batch, heads, length, sharding
     import jax
     import jax.numpy as jnp
 
-    from lla.ops.mosaic_tpu import mosaic_tpu
+    from lla.ops.mosaic_tpu.backend import attend_shielded
     from lla.ops.problem import make_problem
 
     def struct(*shape, dtype=jnp.bfloat16):
@@ -85,7 +85,7 @@ def program(member: str, head_dim: int, ridge, *, batch, heads, length, sharding
     def run(arrays, cotangent):
         def forward(arrays):
             problem = make_problem(member, **arrays, **options)
-            return problem.restore(mosaic_tpu(problem)[0])
+            return problem.restore(attend_shielded(problem)[0])
 
         out, pullback = jax.vjp(forward, arrays)
         return out, pullback(cotangent)

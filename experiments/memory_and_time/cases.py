@@ -17,7 +17,7 @@ import lla
 from lla.experiments.benchmarks import truth
 from lla.mixers.mesa import mesa
 from lla.mixers.parts import l2_normalize
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 from lla.ops.reference import solve_positive_definite
 
 SERIES = (

@@ -30,7 +30,7 @@ def check_sequences(queries: jax.Array, keys: jax.Array, values: jax.Array) -> N
 
 
 def known(number) -> bool:
-    """False for a traced value: options may be traced, and only a known one can be checked."""
+    """False for traced options, which cannot be checked."""
     return not isinstance(number, jax.core.Tracer)
 
 

@@ -16,10 +16,10 @@ from lla.estimators.recurrence import compute
 class LinearAttention:
     """Linear attention: one gradient step from zero on the mean squared error of all pairs.
 
-    `o_t = relative_rate / H * mean_{j <= t} v_j (k_j.q_t)`. The published layer has no mean and
-    learns the gain in its projections; without parameters, a sum grows with t, so we divide by
-    the number of pairs and state the gain [ours]. The factor 1/H makes it the mean over
-    L2-normalised keys and queries if `|k|^2 = H`.
+    `o_t = relative_rate / H * mean_{j <= t} v_j (k_j.q_t)`. The published layer has a sum and
+    learns the gain in its projections. Without parameters a sum would grow with t, hence the mean
+    and an explicit gain [ours]. With the factor 1/H it is the mean over L2-normalised keys and
+    queries if `|k|^2 = H`.
 
     Attributes:
       relative_rate: gain, H times the step size of that gradient step.
@@ -70,9 +70,9 @@ class GatedLinearAttention:
 class DeltaNet:
     """DeltaNet: online gradient descent on the squared error of the newest pair.
 
-    The step is normalised by `|k|^2` (normalised least mean squares). For keys and queries of one
-    norm this is the published layer on L2-normalised keys and queries; for others it keeps the
-    amplitude, which a regression needs [ours].
+    The step is normalised by `|k|^2` (normalised least mean squares). If all keys and queries have
+    the same norm, this is the published layer on L2-normalised keys and queries; otherwise it keeps
+    the amplitude, which a regression needs [ours].
 
     Attributes:
       beta: step size in (0, 2); 1 fits the newest pair exactly.
@@ -134,7 +134,7 @@ def _linear(queries, keys, values, decay, relative_rate, form, chunk):
 
 def _delta(queries, keys, values, decay, beta, form, chunk):
     check_sequences(queries, keys, values)
-    # A zero key carries no information about the map: its step is zero instead of 0/0.
+    # A zero key has no information about the map: its step is zero rather than 0/0.
     square = jnp.sum(keys * keys, axis=-1)
     step = jnp.where(square > 0, beta / jnp.where(square > 0, square, 1.0), 0.0)
     return compute(queries, keys, values, step, decay, form=form, chunk=chunk)

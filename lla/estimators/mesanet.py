@@ -1,4 +1,4 @@
-"""MesaNet: exact regularised least squares over the prefix at every position."""
+"""MesaNet: exact ridge regression on the prefix at every position."""
 
 import dataclasses
 from functools import partial
@@ -17,14 +17,14 @@ class MesaNet:
     """Ridge regression of all pairs so far, optionally forgetting at a fixed rate.
 
     H = decay H + k k^T,  G = decay G + k v^T,  o = G^T (H + Lambda)^-1 q, with
-    `Lambda = relative_ridge * H_dim` times the identity. The published layer solves by conjugate
-    gradients with learned gates; here every position is solved by Cholesky factorisation, which
-    stays accurate in float32: H + Lambda is formed by sums of squares alone, and nothing carries
-    an inverse from one position to the next.
+    `Lambda = relative_ridge * H_dim` times the identity. The published layer has learned gates and
+    uses conjugate gradients. Here every position is solved by a Cholesky factorisation, which is
+    accurate in float32: H + Lambda is formed by sums of squares only, and no inverse is updated
+    from one position to the next.
 
-    `recurrent` is a scan over positions with the state (H, G) and one factorisation a position.
-    `chunked`, the default, never forms G within a chunk: with x_i = (H_i + Lambda)^-1 q_i, the
-    output is a linear attention with x for its queries.
+    `recurrent` is a scan over positions with the state (H, G) and one factorisation per position.
+    `chunked`, the default, does not form G within a chunk: with x_i = (H_i + Lambda)^-1 q_i, the
+    output is linear attention with the queries x.
 
     Attributes:
       decay: gate per token, in (0, 1]; 1 is no decay.

@@ -1,12 +1,12 @@
-"""The recurrence behind linear attention and the delta rule, in two exact forms.
+"""The recurrence of linear attention and the delta rule, in two exact forms.
 
 With `decay` g in (0, 1] and, per position, key k, value v and (delta rule) a step size beta:
 
     linear   S = g S + k v^T                          o = S^T q
     delta    S = g S;  S += beta k (v - S^T k)^T      o = S^T q
 
-`recurrent` is a scan over positions and the reference. `chunked` treats `chunk` positions with
-matrix products: inside a chunk that starts from S0,
+`recurrent`, the reference, is a scan over positions. `chunked` computes `chunk` positions by matrix
+products: within a chunk that starts from S0,
 
     o_i = g^i S0^T q_i + sum_{j <= i} g^(i-j) (q_i.k_j) u_j          (i counted from 1)
 
@@ -14,7 +14,7 @@ where u_j = v_j for the linear rule, and for the delta rule u solves the triangu
 
     u_i + beta_i sum_{j < i} g^(i-j) (k_i.k_j) u_j = beta_i (v_i - g^i S0^T k_i),
 
-which is the recurrence with the state written out.
+which is the recurrence, unrolled.
 """
 
 from functools import partial
@@ -104,7 +104,7 @@ def _chunked(queries, keys, values, step, decay, chunk):
 
 
 def to_chunks(array: jax.Array, chunks: int, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, chunk, ...]; zeros behind the end never reach earlier rows."""
+    """[B, T, ...] -> [chunks, B, chunk, ...], padded with zeros at the end."""
     batch, length = array.shape[:2]
     pad = [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (array.ndim - 2)
     array = jnp.pad(array, pad).reshape(batch, chunks, chunk, *array.shape[2:])

@@ -1,37 +1,52 @@
-"""The one place where estimators have names."""
+"""Estimators by name."""
 
-import dataclasses
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from lla.estimators.attention import LocalLinear, Softmax
-from lla.estimators.delta import DeltaNet, GatedDeltaNet, GatedLinearAttention, LinearAttention
-from lla.estimators.mesanet import MesaNet
+from lla.registry import Registry
 
 Estimator = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-_ESTIMATORS: dict[str, type] = {
-    "lla": LocalLinear,
-    "softmax": Softmax,
-    "mesanet": MesaNet,
-    "linear_attention": LinearAttention,
-    "gated_linear_attention": GatedLinearAttention,
-    "deltanet": DeltaNet,
-    "gated_deltanet": GatedDeltaNet,
-}
+_ESTIMATORS = Registry(
+    "estimator",
+    {
+        "lla": "lla.estimators.attention:LocalLinear",
+        "softmax": "lla.estimators.attention:Softmax",
+        "mesanet": "lla.estimators.mesanet:MesaNet",
+        "linear_attention": "lla.estimators.delta:LinearAttention",
+        "gated_linear_attention": "lla.estimators.delta:GatedLinearAttention",
+        "deltanet": "lla.estimators.delta:DeltaNet",
+        "gated_deltanet": "lla.estimators.delta:GatedDeltaNet",
+    },
+    methods=("__call__",),
+)
 
 
 def names() -> tuple[str, ...]:
     """Names that `create` accepts."""
-    return tuple(_ESTIMATORS)
+    return _ESTIMATORS.names()
+
+
+def register(name: str, estimator: type) -> None:
+    """Adds an estimator under a name that is not in use.
+
+    Args:
+      name: a Python identifier.
+      estimator: a frozen dataclass whose instances are called as `create` describes; its fields
+        are the options, each with a default.
+
+    Raises:
+      ValueError: the name is in use or no identifier.
+      TypeError: an option without a default.
+    """
+    _ESTIMATORS.register(name, estimator)
 
 
 def options(name: str) -> dict[str, Any]:
     """Options of the estimator `name` with their default values."""
-    return {field.name: field.default for field in dataclasses.fields(_lookup(name))}
+    return _ESTIMATORS.options(name)
 
 
 def create(name: str, **given: Any) -> Estimator:
@@ -50,21 +65,4 @@ def create(name: str, **given: Any) -> Estimator:
       ValueError: an unknown name or option (the nearest valid one is named), or an option outside
         its range.
     """
-    estimator = _lookup(name)
-    valid = [field.name for field in dataclasses.fields(estimator)]
-    for option in given:
-        if option not in valid:
-            raise ValueError(_unknown(f"option of estimator {name!r}", option, valid))
-    return estimator(**given)
-
-
-def _lookup(name: str) -> type:
-    if name not in _ESTIMATORS:
-        raise ValueError(_unknown("estimator", name, names()))
-    return _ESTIMATORS[name]
-
-
-def _unknown(kind: str, word: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.0)
-    return f"unknown {kind}: {word!r}; did you mean {near[0]!r}? Valid: {', '.join(valid)}."
+    return _ESTIMATORS.check_options(name, given)(**given)

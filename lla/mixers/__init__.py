@@ -9,12 +9,13 @@ Example::
     >>> mixer(jnp.ones((2, 10, 64))).shape
     (2, 10, 64)
 
-The recurrences behind them are functions without parameters, which start from a state, return the
-last one and reset it between packed sequences: `delta_rule` (DeltaNet, Gated DeltaNet),
+Their recurrences are public functions without parameters: `delta_rule` (DeltaNet, Gated DeltaNet),
 `linear_recurrence` (linear attention, RetNet, GLA, Mamba-2's SSD), `mesa` (MesaNet),
-`selective_scan` (Mamba) and `long_convolution` (Hyena), and one token of each: ``..._step``.
+`selective_scan` (Mamba) and `long_convolution` (Hyena). They take and return a state, and reset it
+between packed sequences. The functions ``..._step`` compute a single token.
 
-``lla/mixers/README.md`` lists mixers and recurrences with their formulas.
+`register` adds mixers of other packages. ``lla/mixers/README.md`` lists mixers and recurrences with
+their formulas.
 """
 
 from lla.mixers.delta_rule import delta_rule, delta_rule_step
@@ -22,7 +23,7 @@ from lla.mixers.linear_recurrence import linear_recurrence, linear_recurrence_st
 from lla.mixers.long_convolution import long_convolution, long_convolution_step
 from lla.mixers.mesa import MesaState, make_solver, mesa, mesa_step
 from lla.mixers.protocol import Mixer
-from lla.mixers.registry import create, length_option, names, options, uses_positions
+from lla.mixers.registry import create, length_option, names, options, register, uses_positions
 from lla.mixers.selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "mesa_step",
     "names",
     "options",
+    "register",
     "selective_scan",
     "selective_scan_step",
     "uses_positions",

@@ -1,8 +1,8 @@
-"""Chunks of a sequence, and decays inside a chunk: shared by chunkwise-parallel recurrences.
+"""Chunks of a sequence, and decays within a chunk, for chunkwise-parallel recurrences.
 
-Arrays are cut from ``[B, T, N, ...]`` into ``[M, B, N, C, ...]``: M chunks of C tokens, the chunk
-first so that `jax.lax.scan` runs over it. Zeros fill the last chunk. A recurrence that multiplies
-keys or step sizes by what enters the state is not changed by tokens of zeros behind its end.
+Arrays ``[B, T, N, ...]`` are reshaped to ``[M, B, N, C, ...]``: M chunks of C tokens, with the
+chunk first for `jax.lax.scan`. The last chunk is padded with zeros, which do not change the state,
+since all that enters it is multiplied by a key or a step size.
 """
 
 import math
@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
 class Decays(NamedTuple):
-    """Products of the gates of one head between positions of a chunk, all in [0, 1].
+    """Products of the gates of a head between positions of a chunk, all in [0, 1].
 
     Attributes:
-      pair: ``[..., C, C]``: from position j (columns) to i (rows), the gates of j+1, ..., i; 1 on
-        the diagonal, 0 above it.
-      start: ``[..., C]``: from the state before the chunk to i, the gates of all positions up to i.
-      end: ``[..., C]``: from i to the end of the chunk.
+      pair: ``[..., C, C]``, from position j (columns) to i (rows): the product of the gates of j+1,
+        ..., i; 1 on the diagonal, 0 above it.
+      start: ``[..., C]``, from the start of the chunk to i: the product of all gates up to i.
+      end: ``[..., C]``, from i to the end of the chunk.
     """
 
     pair: jax.Array
@@ -32,37 +32,37 @@ class Decays(NamedTuple):
 
 
 def products(dtype):
-    """`jnp.einsum` with float32 sums as exact as sequences of `dtype` deserve.
+    """`jnp.einsum` with float32 sums, at a precision that suits sequences of `dtype`.
 
-    Float32 and float64 sequences get exact products. Where sequences have 16 bits, operands of
-    float32 are rounded to the 11 bits of TF32 on a GPU, or split into three parts of 8 bits on a
-    TPU: their errors, 2^-12 each, are an eighth of those of a sequence rounded to bfloat16. A CPU
-    computes in float32 anyway.
+    Float32 and float64 sequences have exact products. For 16-bit sequences, float32 operands are
+    rounded to the 11 bits of TF32 on a GPU, or split into three parts of 8 bits on a TPU. Their
+    errors, 2^-12 each, are an eighth of those of rounding a sequence to bfloat16. A CPU computes in
+    float32.
     """
     return partial(jnp.einsum, precision="high" if jnp.dtype(dtype).itemsize < 4 else "highest")
 
 
 def operand_dtype(dtype) -> jnp.dtype:
-    """What operands of products are rounded to where sequences have `dtype`.
+    """The dtype of the operands of products for sequences of `dtype`.
 
-    Bfloat16 stays; float16 does not have the range for what lies between.
+    Bfloat16 stays bfloat16; float16 lacks the range for intermediate results.
     """
     return jnp.dtype(dtype) if dtype == jnp.bfloat16 else compute_dtype(jnp.dtype(dtype))
 
 
 class Products(NamedTuple):
-    """Einsums of two operands with sums in `wide`, where rows of keys have the dtype `narrow`."""
+    """Einsums of two operands, of which keys have the dtype `narrow`, with sums in `wide`."""
 
     narrow: Any
     wide: Any
 
     @property
     def precision(self) -> str:
-        """Of operands that are not rounded to `narrow`."""
+        """The precision of operands that are not rounded to `narrow`."""
         return "highest" if self.narrow == self.wide else "high"
 
     def __call__(self, spec: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
-        """The einsum, rounded to `dtype` or not at all."""
+        """The einsum, rounded to `dtype` if given."""
         dtype = self.wide if dtype is None else dtype
         if x.dtype != y.dtype:
             x, y = x.astype(self.wide), y.astype(self.wide)
@@ -71,16 +71,11 @@ class Products(NamedTuple):
 
 
 def check_form(form: str, chunk: int) -> None:
-    """Raises ValueError unless `form` names a way to compute a recurrence and `chunk` is >= 1."""
+    """Raises ValueError unless `form` is "parallel" or "recurrent" and `chunk` is >= 1."""
     if form not in ("parallel", "recurrent"):
         raise ValueError(f"form must be 'parallel' or 'recurrent', got {form!r}.")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
-
-
-def form_of_piece(form: str, length: int) -> str:
-    """How to compute the next `length` tokens: one alone is a step, whatever the form."""
-    return "recurrent" if length == 1 else form
 
 
 def start_state(state: jax.Array | None, shape: tuple[int, ...], dtype) -> jax.Array:
@@ -93,7 +88,7 @@ def start_state(state: jax.Array | None, shape: tuple[int, ...], dtype) -> jax.A
 
 
 def split(array: jax.Array, chunk: int) -> jax.Array:
-    """``[B, T, N, ...] -> [M, B, N, C, ...]`` with C = chunk and zeros behind T."""
+    """``[B, T, N, ...] -> [M, B, N, C, ...]`` with C = chunk, padded with zeros."""
     batch, length, heads, *rest = array.shape
     chunks = -(-length // chunk)
     pad = [(0, 0)] * array.ndim
@@ -110,46 +105,51 @@ def merge(array: jax.Array, length: int) -> jax.Array:
 
 
 def decays(log_decay: jax.Array) -> Decays:
-    """Decays of a chunk from the logarithms of its gates, ``[..., C]``, finite and <= 0."""
+    """The decays of a chunk from the logarithms of its gates, ``[..., C]``, finite and <= 0."""
     return decays_of(running_sums(log_decay))
 
 
 def decays_of(sums: "Sums") -> Decays:
-    """Decays of a chunk from the `Sums` of its logarithms."""
+    """The decays of a chunk from the `Sums` of its logarithms."""
     return Decays(pair_decays(sums), start_decays(sums), end_decays(sums))
 
 
 class Sums(NamedTuple):
     """Sums of logarithms up to every position of a chunk, ``[..., C]`` each, in two parts.
 
-    Behind a few strong decays a running sum is in the hundreds, and the difference of two such
-    numbers cannot resolve a weak decay. Here the logarithms are cut at a power of two that is so
-    large that sums of the upper parts need no more digits than a number has. Their differences are
-    exact, and the lower parts are small.
+    After a few strong decays a running sum is in the hundreds, and the difference of two such
+    numbers does not resolve a weak decay. The logarithms are therefore split at a power of two,
+    large enough for sums of the upper parts to be exact in floating point. So are their
+    differences, and the lower parts are small.
     """
 
     upper: jax.Array
     lower: jax.Array
 
     def between(self, late: "Sums") -> jax.Array:
-        """The logarithms after these positions and up to those of `late`."""
+        """The logarithms of the gates after these positions, up to the positions of `late`."""
         return (late.upper - self.upper) + (late.lower - self.lower)
 
     def at(self, index) -> "Sums":
-        """Both parts at an index behind the leading axes."""
+        """Both parts at an index of the last axis."""
         return Sums(self.upper[..., index], self.lower[..., index])
+
+
+def log_of_zero(dtype) -> float:
+    """A finite number, minus a power of two, whose exponential is zero in `dtype`."""
+    return -(2.0 ** math.ceil(math.log2(-math.log(jnp.finfo(dtype).smallest_subnormal))))
 
 
 @jax.custom_jvp
 def running_sums(log_decay: jax.Array) -> Sums:
-    """The sums over positions of `log_decay`, ``[..., C]``, finite and <= 0.
+    """The running sums of `log_decay`, ``[..., C]``, finite and <= 0.
 
-    What is below the logarithm of the smallest number is as good as that.
+    Logarithms are clipped at one whose exponential is zero.
     """
-    chunk, limits = log_decay.shape[-1], jnp.finfo(log_decay.dtype)
-    floor = 2.0 ** math.ceil(math.log2(-math.log(limits.smallest_subnormal)))
-    unit = 2.0 ** (math.ceil(math.log2(floor * chunk)) - limits.nmant - 1)
-    log_decay = jnp.maximum(log_decay, -floor)
+    chunk, floor = log_decay.shape[-1], log_of_zero(log_decay.dtype)
+    digits = jnp.finfo(log_decay.dtype).nmant + 1
+    unit = 2.0 ** (math.ceil(math.log2(-floor * chunk)) - digits)
+    log_decay = jnp.maximum(log_decay, floor)
     upper = jnp.round(log_decay / unit) * unit
     return Sums(_sum_up(upper), _sum_up(log_decay - upper))
 
@@ -169,9 +169,9 @@ def spread_cotangents(onward: jax.Array, leaving: jax.Array, through: jax.Array)
     """The cotangents of the logarithms ``[..., C]`` of a chunk.
 
     Args:
-      onward: ``[..., C]``, what acts through the sum of the logarithms up to a position.
-      leaving: ``[..., C]``, through the sum of those behind it.
-      through: ``[...]``, through the sum of all of them.
+      onward: ``[..., C]``, cotangents of the sums of the logarithms up to a position.
+      leaving: ``[..., C]``, of the sums after a position.
+      through: ``[...]``, of the sum of all.
     """
     up_to = np.tril(np.ones(onward.shape[-1:] * 2))
     behind = np.triu(np.ones(onward.shape[-1:] * 2), 1)
@@ -185,10 +185,11 @@ def spread_cotangents(onward: jax.Array, leaving: jax.Array, through: jax.Array)
 
 
 def pair_decays(sums: Sums) -> jax.Array:
-    """`Decays.pair`, which nothing has to store: a function of two positions."""
+    """`Decays.pair`, which is cheap to recompute from sums."""
     rows, columns = (Sums(*(jnp.expand_dims(part, axis) for part in sums)) for axis in (-1, -2))
     exponent = columns.between(rows)
-    return jnp.exp(jnp.where(lower_triangle(exponent), exponent, -jnp.inf))
+    hidden = jnp.full_like(exponent, log_of_zero(exponent.dtype))
+    return jnp.exp(jnp.where(lower_triangle(exponent), exponent, hidden))
 
 
 def start_decays(sums: Sums) -> jax.Array:
@@ -211,18 +212,17 @@ def lower_triangle(array: jax.Array, offset: int = 0) -> jax.Array:
 def unit_lower_inverse(matrix: jax.Array, precision: str = "highest") -> jax.Array:
     """Inverse of lower triangular ``[..., C, C]`` with ones on the diagonal.
 
-    Only what is strictly below the diagonal is read. Inverses of diagonal blocks of size s give
+    Only entries strictly below the diagonal are read. Inverses of diagonal blocks of size s give
     those of size 2 s,
 
         [ A    ]^-1    [  A^-1              ]
         [ B  D ]     = [ -D^-1 B A^-1  D^-1 ]
 
-    and all blocks of one size are treated by products of whole matrices. Like substitution this
+    and all blocks of one size are computed by products of whole matrices. Like substitution, this
     never forms powers of the matrix, which overflow long before the inverse does.
 
-    It stands for `jax.lax.linalg.triangular_solve` because on a CPU the LAPACK calls behind that
-    wait for threads of the pool that they run in: two of them at once, as in a backward pass, can
-    block each other for good on a machine with few cores.
+    Not `jax.lax.linalg.triangular_solve`: on a CPU its LAPACK calls wait for threads of the pool
+    that they run in. Two at once, as in a backward pass, can deadlock on a machine with few cores.
     """
     multiply = partial(jnp.matmul, precision=precision)
     chunk = matrix.shape[-1]
@@ -233,7 +233,7 @@ def unit_lower_inverse(matrix: jax.Array, precision: str = "highest") -> jax.Arr
     )
     size = 1
     while size < chunk:
-        # B of every block of size 2 s: an odd block row of size s, and the block column before it.
+        # B of every block of size 2 s: an odd block row of size s and the block column before it.
         below = (row // size % 2 == 1) & (column // size == row // size - 1)
         part = jnp.where(below.reshape(*leading, chunk, chunk), matrix, 0)
         inverse = inverse - multiply(multiply(inverse, part), inverse)

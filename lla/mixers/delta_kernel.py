@@ -1,4 +1,4 @@
-"""The delta rule by the kernels for Hopper, under one custom_vjp.
+"""The delta rule by Hopper kernels, with a custom VJP.
 
 The kernels are in `lla.kernels.mosaic_gpu.delta`.
 """
@@ -29,7 +29,7 @@ def run(
 
     Args:
       state, beta, log_decay: float32, as in `lla.mixers.delta_rule.delta_rule`.
-      query, key, value: are rounded to bfloat16.
+      query, key, value: rounded to bfloat16.
       interpret: parameters of Pallas's GPU interpreter, or None to compile.
     """
     _, length, heads, dim = key.shape

@@ -1,4 +1,4 @@
-"""The delta rule, plain and gated: the recurrence behind DeltaNet and Gated DeltaNet.
+"""The delta rule, plain and gated: the recurrence of DeltaNet and Gated DeltaNet.
 
 Per token and head, with key k, value v, query q, step size beta and gate a in (0, 1],
 
@@ -7,20 +7,20 @@ Per token and head, with key k, value v, query q, step size beta and gate a in (
 (DeltaNet, arXiv 2406.06484, has a = 1; Gated DeltaNet, arXiv 2412.06464). For unit keys and beta in
 (0, 2) the factor of S has eigenvalues in (-1, 1], so the state stays bounded.
 
-`"recurrent"` is a scan over tokens and the reference. `"parallel"` treats a chunk of tokens with
-matrix products. Writing the state out, with a_ij the product of the gates after j up to i and a_i0
-that of all gates of the chunk up to i, S0 the state before the chunk:
+`"recurrent"`, the reference, is a scan over tokens. `"parallel"` computes a chunk of tokens by
+matrix products. Let a_ij be the product of the gates after j up to i, a_i0 that of all gates of the
+chunk up to i, and S0 the state before the chunk. Unrolled, the recurrence is:
 
     o_i = a_i0 S0^T q_i + sum_{j <= i} a_ij (q_i.k_j) u_j
     u_i + beta_i sum_{j < i} a_ij (k_i.k_j) u_j = beta_i (v_i - a_i0 S0^T k_i)
 
-The lower triangular system does not contain S0, so all chunks solve it at once for the two
-right-hand sides beta v and beta a_i0 k (the WY representation), which gives U and W. With
-u = U - W S0 the state behind a chunk is a product with S0, so that what remains for the scan over
-chunks is the state alone. Gradients are written out below in the same way.
+The lower triangular system does not depend on S0, so it is solved for all chunks at once, with the
+two right-hand sides beta v and beta a_i0 k (the WY representation). This gives U and W. As
+u = U - W S0, the state after a chunk is linear in S0, and only the state is left for the scan over
+chunks. Gradients are computed in the same way.
 
-Sequences of 16 bits have operands of 16 bits or TF32 with float32 sums, and on a Hopper GPU kernels
-(`lla.mixers.delta_kernel`), which walk over the chunks and solve for u at once.
+For 16-bit sequences operands have 16 bits or TF32, with float32 sums. On a Hopper GPU there are
+kernels (`lla.mixers.delta_kernel`), which loop over the chunks and solve for u in the same loop.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from lla.mixers import chunks, delta_kernel, hopper, segments
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
 
@@ -52,30 +52,29 @@ def delta_rule(
     Per token and head ``S = a S; S += beta k (v - S^T k)^T; o = S^T q`` with ``a = exp(log_decay)``
     (DeltaNet, arXiv 2406.06484; Gated DeltaNet, arXiv 2412.06464).
 
-    Gradients are those of all arrays and of `state`, also through the returned state, in reverse
+    Differentiable in all arrays and in `state`, also through the returned state, in reverse
     mode; forward mode needs ``form="recurrent"``.
 
     Args:
-      query, key: ``[B, T, N, H]``. Keys are taken as they are: normalise them before.
+      query, key: ``[B, T, N, H]``. Keys are not normalised here.
       value: ``[B, T, N, Hv]``.
       beta: ``[B, T, N]``, step sizes.
       log_decay: ``[B, T, N]``, logarithm of the gates, finite and <= 0; None for no decay.
       state: ``[B, N, H, Hv]``, the state before the first token, of any dtype; None for zero.
-      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
-        differs from that of the token before it. The first token goes on from `state`. None for one
-        sequence.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is reset before a token whose id
+        differs from the one before. The first token continues from `state`. None for one sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       chunk: tokens per chunk of the parallel form.
       return_state: also return the state after the last token.
 
     Returns:
       ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the state ``[B, N, H, Hv]``. States
-      and gates are float32 (float64 for float64 values); of bfloat16 values, operands of products
-      are rounded to 16 bits.
+      and gates are float32 (float64 for float64 values); for bfloat16 values the operands of
+      products are rounded to 16 bits.
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown form, a chunk below 1, or `segment_ids`
-        that are no integers.
+      ValueError: for shapes that do not match, an unknown form, a chunk below 1, or `segment_ids`
+        that are not integers.
     """
     check_sequences(query, key, value, beta, log_decay)
     log_decay = segments.gates(log_decay, segment_ids, value)
@@ -105,7 +104,7 @@ def delta_rule_step(
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `delta_rule`; all arrays in the dtype of the state, float32 or float64.
 
-    Differentiable in all of them, in both modes.
+    Differentiable in all of them, in forward and reverse mode.
 
     Args:
       state: ``[B, N, H, Hv]``.
@@ -160,10 +159,9 @@ def _parallel(state, query, key, value, beta, log_decay=None, *, chunk):
 
 @jax.custom_vjp
 def _chunked(state, q, k, v, beta, log_decay):
-    """Chunks ``[M, B, N, C, ...]`` of outputs, and the state behind them, ``[B, N, H, Hv]``.
+    """Chunks ``[M, B, N, C, ...]`` of outputs, and the state after them, ``[B, N, H, Hv]``.
 
-    q, k and v have the dtype that operands of products are rounded to; the others are float32 or
-    better.
+    q, k and v have the dtype of the operands of products; the others are float32 or better.
     """
     return _forward(state, q, k, v, beta, log_decay)[0]
 
@@ -176,7 +174,7 @@ def _forward(state, q, k, v, beta, log_decay):
     pair = chunks.pair_decays(sums)
     wide_k, wide_v = k.astype(wide), v.astype(wide)
 
-    # beta multiplies rows i; what is strictly below the diagonal couples u_i to earlier u_j.
+    # beta multiplies rows i; entries strictly below the diagonal couple u_i to earlier u_j.
     scores = product("...ih,...jh->...ij", jnp.concatenate([q, k], -2), k)
     coupling = beta[..., None] * scores[..., k.shape[-2] :, :] * pair
     solver = chunks.unit_lower_inverse(coupling, product.precision)
@@ -184,7 +182,7 @@ def _forward(state, q, k, v, beta, log_decay):
     solved = product("...ij,...jv->...iv", solver, right)
     u, w = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
 
-    # The states before every chunk: S = a S + k^T (u - w S) with k up to the end of the chunk.
+    # The states before every chunk: S = a S + k^T (u - w S), with k decayed to the chunk's end.
     k_end = end * wide_k
     both = product("...ih,...iv->...hv", k_end, solved)
     inflow, removal = both[..., : v.shape[-1]], both[..., v.shape[-1] :]
@@ -221,7 +219,7 @@ def _backward(saved, cotangents):
     scores = product("...ih,...jh->...ij", jnp.concatenate([q, k], -2), k)
     scores, overlap = scores[..., :rows, :], scores[..., rows:, :]
 
-    # The cotangents of the states behind every chunk, from the last one back.
+    # The cotangents of the states after every chunk, from last to first.
     local = product("...ij,...iv->...jv", scores * pair, d_out)
     left = jnp.concatenate([start * wide_q, -w.astype(wide)], -2).astype(narrow)
     right = jnp.concatenate([d_out, local.astype(narrow)], -2)
@@ -237,7 +235,7 @@ def _backward(saved, cotangents):
 
     d_u = local + product("...ih,...hv->...iv", k_end, d_after)
     d_right = product("...ij,...iv->...jv", solver, d_u.astype(narrow))
-    # Of all that reads the state S or u: their cotangents are those of rows times S^T and u^T.
+    # Whatever is multiplied by the state S or by u has a cotangent of rows times S^T or u^T.
     d_weights = product("...iv,...jv->...ij", d_out, read)
     d_solved = product("...iv,...jv->...ij", -d_right.astype(narrow), read)
     d_k_end = product("...iv,...hv->...ih", read[..., dim:, :], d_after)
@@ -256,7 +254,7 @@ def _backward(saved, cotangents):
     d_beta = d_beta + jnp.sum(d_incoming * wide_k, -1) + jnp.sum(d_right * wide_v, -1)
     d_incoming = beta[..., None] * d_incoming
 
-    # Of the logarithms: every one from the start of the chunk to i, from j to the end, from j to i.
+    # Of the logarithms: from the start of the chunk to i, from j to its end, from j to i.
     entering = jnp.sum(from_start * wide_q + d_incoming * wide_k, -1)
     leaving = jnp.sum(to_end * wide_k, -1)
     inside = jnp.sum(d_q * wide_q + (d_k_row - d_k_column) * wide_k, -1)

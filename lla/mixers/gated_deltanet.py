@@ -1,4 +1,4 @@
-"""Gated DeltaNet: the delta rule on a state that forgets."""
+"""Gated DeltaNet: the delta rule on a decaying state."""
 
 from __future__ import annotations
 
@@ -8,26 +8,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.delta_rule import delta_rule
 from lla.mixers.parts import (
     GatedNorm,
     HeadNorm,
     NoDecay,
-    Project,
-    Recurrence,
-    State,
     head_size,
     l2_normalize,
     merge_heads,
     project,
     step_bias,
-    whole,
 )
-from lla.ops.problem import compute_dtype
+from lla.mixers.recurrent import RecurrentMixer, Tokens
+from lla.numerics import compute_dtype
 
 
-class GatedDeltaNet(Recurrence):
+class GatedDeltaNet(RecurrentMixer):
     """Gated DeltaNet (Yang et al., arXiv 2412.06464).
 
     ``x [B, T, width] -> [B, T, width]``, causal. With W for projections, per head,
@@ -39,22 +35,22 @@ class GatedDeltaNet(Recurrence):
     The gate a starts as in Mamba-2: exp(A_log) uniform in (1, 16), softplus(dt_bias) log-uniform in
     (0.001, 0.1).
 
-    Departures [ours]: no short convolution on q, k and v unless `short_conv` says so (published
-    with 4 taps); value heads as wide as key heads (published twice as wide: ``value_dim``), so that
-    states have the size of the other mixers'; kernels start LeCun normal; no factor
-    1/sqrt(head_dim), which the norm of the output would undo.
+    Departures [ours]: no short convolution on q, k and v by default (published with 4 taps); value
+    heads as wide as key heads (published twice as wide: ``value_dim``), for states of the same size
+    as in other mixers; LeCun normal kernels; no factor 1/sqrt(head_dim), which the norm of the
+    output would cancel.
 
     Parameters: ``query``, ``key``, ``value``, ``beta``, ``decay``, ``gate``, ``norm`` and ``out``;
-    ``A_log`` and ``dt_bias``, float32 ``[num_heads]``, are kept out of weight decay.
+    ``A_log`` and ``dt_bias``, float32 ``[num_heads]``, have no weight decay.
 
     Args:
       width: of the tokens.
-      num_heads: heads N.
+      num_heads: number of heads N.
       head_dim: width H of a query or key head; None means ``width // num_heads``.
       value_dim: width Hv of a value head; None means `head_dim`.
       short_conv: taps of a causal convolution on q, k and v; 0 for none.
-      allow_neg_eigval: beta in (0, 2) instead of (0, 1), which lets the state's transition have
-        negative eigenvalues (Grazzi et al., arXiv 2411.12537).
+      allow_neg_eigval: beta in (0, 2) rather than (0, 1), which allows negative eigenvalues of the
+        state transition (Grazzi et al., arXiv 2411.12537).
       output_gate: whether the output has the gate ``silu(W x)``.
       form, chunk: how to compute the recurrence, see `lla.mixers.delta_rule`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.
@@ -62,6 +58,9 @@ class GatedDeltaNet(Recurrence):
     Raises:
       ValueError: for inconsistent sizes or options.
     """
+
+    recurrence = delta_rule
+    masked = ("beta", "log_decay")
 
     def __init__(
         self,
@@ -79,18 +78,15 @@ class GatedDeltaNet(Recurrence):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_form(form, chunk)
-        self.form = form
-        self.chunk = chunk
-        self.largest_beta = 2.0 if allow_neg_eigval else 1.0
-        self.output_gate = output_gate
         dim = head_size(width, num_heads, head_dim)
         value_dim = head_size(
             width, num_heads, dim if value_dim is None else value_dim, "value_dim"
         )
-        self.memory = (num_heads, dim, value_dim)
+        super().__init__((num_heads, dim, value_dim), form, chunk)
+        self.largest_beta = 2.0 if allow_neg_eigval else 1.0
+        self.output_gate = output_gate
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        # SiLU follows with or without a convolution, so it is applied below.
+        # `prepare` applies SiLU, with or without a convolution.
         conv = dict(short_conv=short_conv, activation=False)
         self.query = project(width, (num_heads, dim), **conv, **options)
         self.key = project(width, (num_heads, dim), **conv, **options)
@@ -107,51 +103,17 @@ class GatedDeltaNet(Recurrence):
             self.norm = HeadNorm(value_dim, param_dtype=param_dtype)
         self.out = merge_heads(num_heads, value_dim, width, **options)
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
-        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
-        sequences = self.sequences(x, whole(self, segment_ids))
-        out = delta_rule(*sequences, segment_ids=segment_ids, form=self.form, chunk=self.chunk)
-        return self.finish(x, out)
-
-    def decode(
-        self,
-        x: jax.Array,
-        state: State,
-        new_lengths: jax.Array | None = None,
-        *,
-        segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, State]:
-        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        state, piece = state.begin(self, x, new_lengths, segment_ids)
-        query, key, value, *gates = self.sequences(piece.x, piece.project)
-        out, memory = delta_rule(
-            query,
-            key,
-            value,
-            *(piece.keep(gate) for gate in gates),
-            state=state.memory,
-            segment_ids=piece.runs,
-            form=form_of_piece(self.form, x.shape[1]),
-            chunk=self.chunk,
-            return_state=True,
-        )
-        return self.finish(piece.x, out), state.advance(memory, piece)
-
-    def sequences(self, x: jax.Array, apply: Project | None = None) -> tuple[jax.Array, ...]:
-        """Arguments of `delta_rule` for `x`: query, key, value, beta and log_decay.
-
-        The last two are float32 or better. `apply` calls a projection by its name; None for those
-        of whole sequences.
-        """
-        apply = whole(self) if apply is None else apply
-        query, key = (l2_normalize(jax.nn.silu(apply(name, x))) for name in ("query", "key"))
-        score, step = self.beta(x), self.decay(x)
+    def prepare(self, tokens: Tokens, positions: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+        """Arguments of `lla.mixers.delta_rule`; beta and log_decay are float32 or better."""
+        query, key = (l2_normalize(jax.nn.silu(tokens.project(name))) for name in ("query", "key"))
+        score, step = self.beta(tokens.x), self.decay(tokens.x)
         dtype = compute_dtype(score.dtype)
         beta = self.largest_beta * jax.nn.sigmoid(score.astype(dtype))
         step = jax.nn.softplus(step.astype(dtype) + self.dt_bias[...].astype(dtype)[None, None])
         log_decay = -jnp.exp(self.A_log[...].astype(dtype))[None, None] * step
-        return query, key, jax.nn.silu(apply("value", x)), beta, log_decay
+        value = jax.nn.silu(tokens.project("value"))
+        return dict(query=query, key=key, value=value, beta=beta, log_decay=log_decay), None
 
-    def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """Norm, gate and output projection of ``out [B, T, N, Hv]``, the state read by `x`."""
+    def finish(self, x: jax.Array, out: jax.Array, extra: Any) -> jax.Array:
+        """Norm, gate and output projection of ``out [B, T, N, Hv]``."""
         return self.out(self.norm(out, self.gate(x)) if self.output_gate else self.norm(out))

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.linear_recurrence import linear_recurrence
-from lla.ops.problem import compute_dtype
+from lla.mixers.recurrent import RecurrentMixer, Tokens
+from lla.numerics import compute_dtype
 
 
-class GatedLinearAttention(parts.Recurrence):
+class GatedLinearAttention(RecurrentMixer):
     """GLA (arXiv 2312.06635): ``S = Diag(a) S + k v^T; o = S^T q / sqrt(head_dim)``.
 
     ``a = sigmoid(W2 W1 x + b)^(1 / gate_temperature)``, of rank 16; heads of the output are
@@ -27,11 +27,12 @@ class GatedLinearAttention(parts.Recurrence):
     ``out``. The biases b and c start at zero, so that a starts at about ``2^(-1/16) = 0.96``.
 
     Args:
-      width, num_heads: of the input and output, and heads.
-      expand_k: width of all query heads together, as a multiple of `width`.
-      expand_v: the same for values.
+      width: of the tokens.
+      num_heads: number of heads.
+      expand_k: total width of the query heads, as a multiple of `width`.
+      expand_v: total width of the value heads, as a multiple of `width`.
       gate_rank: rank of the projection to the decays.
-      gate_temperature: the larger, the slower the decay.
+      gate_temperature: a larger one means slower decay.
       short_conv: taps of causal convolutions with SiLU on queries, keys and values; 0 for none.
       form, chunk: as in `lla.mixers.linear_recurrence`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.
@@ -39,6 +40,8 @@ class GatedLinearAttention(parts.Recurrence):
     Raises:
       ValueError: sizes or options outside their range.
     """
+
+    recurrence = linear_recurrence
 
     def __init__(
         self,
@@ -56,11 +59,11 @@ class GatedLinearAttention(parts.Recurrence):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_form(form, chunk)
         if not gate_temperature > 0:
             raise ValueError(f"gate_temperature must be > 0, got {gate_temperature}.")
         head_dim = parts.expanded_head_size(width, num_heads, expand_k, "expand_k")
         value_dim = parts.expanded_head_size(width, num_heads, expand_v, "expand_v")
+        super().__init__((num_heads, head_dim, value_dim), form, chunk)
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         project = dict(short_conv=short_conv, **options)
         self.query = parts.project(width, (num_heads, head_dim), **project)
@@ -70,50 +73,17 @@ class GatedLinearAttention(parts.Recurrence):
         self.gate = parts.project(width, (num_heads, value_dim), use_bias=True, **options)
         self.norm = parts.GatedNorm(value_dim, param_dtype=param_dtype)
         self.out = parts.merge_heads(num_heads, value_dim, width, **options)
-        self.memory = (num_heads, head_dim, value_dim)
         self.scale = head_dim**-0.5
-        self.gate_temperature, self.form, self.chunk = gate_temperature, form, chunk
+        self.gate_temperature = gate_temperature
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
-        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
-        sequences = self._sequences(x, parts.whole(self, segment_ids))
-        out = linear_recurrence(
-            *sequences, segment_ids=segment_ids, form=self.form, chunk=self.chunk
-        )
-        return self._finish(x, out)
-
-    def decode(
-        self,
-        x: jax.Array,
-        state: parts.State,
-        new_lengths: jax.Array | None = None,
-        *,
-        segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, parts.State]:
-        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        state, piece = state.begin(self, x, new_lengths, segment_ids)
-        query, key, value, log_decay = self._sequences(piece.x, piece.project)
-        out, memory = linear_recurrence(
-            query,
-            piece.keep(key),
-            value,
-            piece.keep(log_decay),
-            state=state.memory,
-            segment_ids=piece.runs,
-            form=form_of_piece(self.form, x.shape[1]),
-            chunk=self.chunk,
-            return_state=True,
-        )
-        return self._finish(piece.x, out), state.advance(memory, piece)
-
-    def _sequences(self, x, apply):
-        """Arguments of `linear_recurrence`; `apply` calls a projection by its name."""
-        query, key, value = (apply(name, x) for name in ("query", "key", "value"))
-        score = self.decay(x)
+    def prepare(self, tokens: Tokens, positions: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+        """Arguments of `lla.mixers.linear_recurrence`."""
+        arguments = {name: tokens.project(name) for name in ("query", "key", "value")}
+        score = self.decay(tokens.x)
         log_decay = jax.nn.log_sigmoid(score.astype(compute_dtype(score.dtype)))
-        return query, key, value, log_decay / self.gate_temperature
+        return arguments | {"log_decay": log_decay / self.gate_temperature}, None
 
-    def _finish(self, x, out):
-        """Scale, norm, gate and output projection of ``out [B, T, N, Hv]``, read by `x`."""
+    def finish(self, x: jax.Array, out: jax.Array, extra: Any) -> jax.Array:
+        """Scale, norm, gate and output projection of ``out [B, T, N, Hv]``."""
         out = out.astype(compute_dtype(out.dtype)) * self.scale
         return self.out(self.norm(out, self.gate(x)))

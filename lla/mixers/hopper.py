@@ -1,4 +1,4 @@
-"""What recurrences with kernels for Hopper share: when these serve, and the shapes they want."""
+"""When recurrences run as Hopper kernels, and how arrays are padded for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lla.mixers import chunks
 from lla.ops import mosaic_gpu
 
 SIZE = 64
-"""Tokens of a chunk, and coordinates of a block of values."""
+"""Tokens per chunk, and coordinates per block of values."""
 
 
 MEASURED = {
@@ -24,38 +24,38 @@ MEASURED = {
     "retention_shared": 128,
     "selective_scan": 16,
 }
-"""Kernels that were checked and timed on a GPU, with the widest keys that were.
+"""Kernels that were checked and timed on a GPU, with the largest key dimension that was.
 
-The number of `selective_scan` is the size of a state. Read from
+For `selective_scan` it is the size of a state. Source:
 experiments/benchmarks/results/mixer_updates_h200.json, which has no errors for `retention_shared`,
-where all heads share their keys, only times of Mamba-2 with states of 128. A kernel that is not
-listed has to be asked for with `unmeasured_kernels`.
+where all heads share their keys, only times of Mamba-2 with states of 128. Other kernels run only
+inside `unmeasured_kernels`.
 """
 
-_asked = 0  # how many `unmeasured_kernels` are open; of all threads, since programs trace in some
+_enabled = 0  # number of open `unmeasured_kernels`; global, since programs are traced in threads
 
 
 @contextlib.contextmanager
 def unmeasured_kernels() -> Iterator[None]:
-    """Lets all kernels serve what is traced meanwhile, those that no GPU has run included."""
-    global _asked
-    _asked += 1
+    """Enables all kernels for what is traced inside, including those not in `MEASURED`."""
+    global _enabled
+    _enabled += 1
     try:
         yield
     finally:
-        _asked -= 1
+        _enabled -= 1
 
 
 def allowed(kernel: str, dim: int) -> bool:
-    """Whether a kernel may serve keys of `dim` coordinates: it is measured, or was asked for."""
-    return _asked > 0 or dim <= MEASURED.get(kernel, 0)
+    """Whether a kernel may run for keys of dimension `dim`: it is measured, or enabled."""
+    return _enabled > 0 or dim <= MEASURED.get(kernel, 0)
 
 
 def serve(kernel: str, key: jax.Array, value: jax.Array, largest: int = SIZE) -> bool:
-    """Whether `kernel` computes sequences like these on this machine.
+    """Whether `kernel` runs for these sequences on this machine.
 
-    It needs a Hopper GPU, bfloat16, a chunk of tokens, and keys of at most `largest` coordinates,
-    and has to be `allowed`.
+    It needs a Hopper GPU, bfloat16, at least a chunk of tokens, and keys of at most `largest`
+    coordinates, and must be `allowed`.
     """
     return (
         value.dtype == jnp.bfloat16
@@ -68,15 +68,15 @@ def serve(kernel: str, key: jax.Array, value: jax.Array, largest: int = SIZE) ->
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Sequences padded to whole chunks, and heads cut into blocks of 64 coordinates of the value.
+    """Pads sequences to whole chunks and splits heads into blocks of 64 value coordinates.
 
-    Every block is a head of its own for the kernels, with the keys of the head. What is added is
-    zero: tokens that leave the state as it is, and coordinates.
+    For the kernels every block is a head, with the keys of its head. Padding is zero, which does
+    not change the state.
 
     Attributes:
       length, heads: of the sequences.
-      dim, value_dim: coordinates of keys and of values.
-      key_dim: those of keys for the kernels, at least `dim`.
+      dim, value_dim: coordinates of keys and values.
+      key_dim: padded coordinates of keys, at least `dim`.
     """
 
     length: int
@@ -87,16 +87,16 @@ class Blocks:
 
     @property
     def count(self) -> int:
-        """Blocks of a head."""
+        """Blocks per head."""
         return -(-self.value_dim // SIZE)
 
     def tokens(self, array: jax.Array, repeat: bool = True) -> jax.Array:
-        """``[B, T, N, ...] -> [B, T', N', ...]``; heads stay as they are without `repeat`."""
+        """``[B, T, N, ...] -> [B, T', N', ...]``; heads are not repeated without `repeat`."""
         array = _pad(array, 1, -self.length % SIZE)
         return jnp.repeat(array, self.count, 2) if repeat and self.count > 1 else array
 
     def keys(self, array: jax.Array, repeat: bool = True) -> jax.Array:
-        """``[B, T, N, H] -> [B, T', N', H']``; heads stay as they are without `repeat`."""
+        """``[B, T, N, H] -> [B, T', N', H']``; heads are not repeated without `repeat`."""
         return _pad(self.tokens(array, repeat), -1, self.key_dim - self.dim)
 
     def values(self, array: jax.Array) -> jax.Array:

@@ -11,14 +11,14 @@ from flax import nnx
 
 from lla.mixers.chunks import check_form
 from lla.mixers.long_convolution import long_convolution
-from lla.mixers.parts import NoDecay, State, init_state, project, whole
+from lla.mixers.parts import NoDecay, project
+from lla.mixers.recurrent import State, WholeSequences, init_state
+from lla.numerics import compute_dtype, nan_where
 from lla.ops import segments
 from lla.ops.cache import check_room, exists, write_tokens
-from lla.ops.problem import compute_dtype
-from lla.ops.shield import nan_where
 
-# Widths of the window, as fractions of `filter_length` after which it has fallen to `_FALLEN`, and
-# the number of hidden layers behind the first one: the values of the authors' code.
+# From the authors' code: the fractions of `filter_length` after which the fastest and the slowest
+# window have decayed to `_FALLEN`, and the number of hidden layers after the first.
 _FASTEST, _SLOWEST, _FALLEN = 0.3, 1.5, 1e-2
 _HIDDEN_LAYERS = 2
 _FILTER_LENGTH = 1024
@@ -35,25 +35,24 @@ class Hyena(nnx.Module):
     and h_t an MLP of t with sines, times a window that decays exponentially: `HyenaFilter`. The
     convolution runs in float32 or better whatever the dtype.
 
-    Departures [ours]: no convolution of 3 taps on v, x1 and x2 unless `short_conv` says so; the
-    filter is a function of the position in tokens rather than of the fraction of the sequence, so
-    that a prefix gets the outputs of the whole; its positional features are fixed, where the
-    authors' code trains the table of their values, with a learning rate of their own; kernels of
-    the projections start LeCun normal.
+    Departures [ours]: no convolution of 3 taps on v, x1 and x2 by default; the filter is a function
+    of the position in tokens rather than of the fraction of the sequence, so that the outputs of a
+    prefix do not depend on what follows; its positional features are fixed, whereas the authors'
+    code trains a table of them with a separate learning rate; LeCun normal kernels of the
+    projections.
 
-    Channels have a filter each and there are no heads: `num_heads` has no effect.
+    Every channel has its own filter. There are no heads, and `num_heads` has no effect.
 
-    Parameters: ``inputs``, ``filter``, ``out``; ``D`` [width], standard normal at the start, is
-    kept out of weight decay.
+    Parameters: ``inputs``, ``filter``, ``out``; ``D`` [width], initially standard normal, has no
+    weight decay.
 
     Args:
       width: of the tokens.
       num_heads: has no effect.
       short_conv: taps of a causal convolution on v, x1 and x2, without activation; 0 for none.
       filter_length: tokens over which the filter's features complete one period and the window
-        decays; longer sequences work, the filter goes on. None: the longest sequence of the model
-        (`lla.models`) that the mixer is part of, and 1024 otherwise. A filter for much more tokens
-        than there are hardly learns.
+        decays. The filter continues for longer sequences, but hardly learns if sequences are much
+        shorter. None: the longest sequence of the model (`lla.models`), or 1024 without a model.
       filter_width: width of the filter's hidden layers.
       filter_features: positional features, odd and at least 3: the position, and cosines and sines.
       filter_frequency: initial frequency of the sines in the MLP.
@@ -100,7 +99,7 @@ class Hyena(nnx.Module):
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
         """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
-        u, gate, dtype = self._gated(whole(self, segment_ids)("inputs", x))
+        u, gate, dtype = self._gated(WholeSequences(self, x, segment_ids).project("inputs"))
         filter = self.filter(x.shape[1])
         convolved = long_convolution(u, filter, segment_ids=segment_ids, form=self.form)
         return self._finish(u, gate, convolved, dtype)
@@ -109,7 +108,7 @@ class Hyena(nnx.Module):
         """The state of `decode` before the first token, room for all u; see `lla.mixers.Mixer`."""
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}.")
-        return init_state(self, batch, (max_length, self.width), dtype=dtype)
+        return init_state(self, batch, (max_length, self.width), dtype)
 
     def decode(
         self,
@@ -121,33 +120,33 @@ class Hyena(nnx.Module):
     ) -> tuple[jax.Array, State]:
         """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`.
 
-        The convolution starts from all u again: a token costs as much as there is room for. Of
-        packed sequences the state holds the last segment alone behind a call, but there has to be
-        room for all tokens of the call behind those that it held before.
+        The convolution is over all u: the cost of a token is proportional to the capacity. After a
+        call the state of packed sequences holds only the last segment, but it needs room for all
+        tokens of the call after those that it held before.
         """
-        state, piece = state.begin(self, x, new_lengths, segment_ids)
-        u, gate, dtype = self._gated(piece.project("inputs", piece.x))
+        state, tokens = state.begin(self, x, new_lengths, segment_ids)
+        u, gate, dtype = self._gated(tokens.project("inputs"))
         room, length = state.memory.shape[1], x.shape[1]
-        check_room(state.lengths, piece.counts, room)
+        check_room(state.lengths, tokens.counts, room)
         memory = write_tokens(
-            state.memory, u.astype(state.memory.dtype), state.lengths, piece.counts
+            state.memory, u.astype(state.memory.dtype), state.lengths, tokens.counts
         )
-        total, after = state.lengths + piece.counts, state.advance(memory, piece)
+        total, after = state.lengths + tokens.counts, state.advance(memory, tokens)
         filter, slots = self.filter(room).astype(memory.dtype), None
         if segment_ids is not None:
-            slots = segments.slots(piece.runs, state.lengths, room)
+            slots = segments.slots(tokens.segment_ids, state.lengths, room)
             first = total - after.lengths
             after = after._replace(
                 memory=segments.moved_to_front(memory, first, after.lengths),
                 lengths=jnp.where(total > room, total, after.lengths),
             )
-        # Where the new tokens are in the memory. A single one has no other segment before it.
+        # Positions of the new tokens in the memory. A single token needs no segment ids.
         offsets = jnp.arange(length, dtype=jnp.int32)[None]
         shape = (x.shape[0], length)
         positions = jnp.broadcast_to(state.lengths[:, None], shape)
         positions = positions + jnp.broadcast_to(offsets, shape)
         if length == 1:
-            # The tap of every u so far, by its distance.
+            # The tap of every u, by its distance.
             distance = positions - jnp.arange(room, dtype=jnp.int32)[None]
             taps = jnp.take(filter, jnp.clip(distance, 0, room - 1), axis=0)
             taps = jnp.where(distance[..., None] >= 0, taps, jnp.zeros_like(taps))
@@ -156,12 +155,12 @@ class Hyena(nnx.Module):
             convolved = long_convolution(memory, filter, segment_ids=slots, form=self.form)
             rows = jnp.clip(positions, 0, room - 1)[..., None]
             convolved = jnp.take_along_axis(convolved, rows, axis=1)
-        lost = (total > room)[:, None] & exists(piece.counts, length)
+        lost = (total > room)[:, None] & exists(tokens.counts, length)
         convolved = nan_where(lost, convolved)
         return self._finish(u, gate, convolved.astype(u.dtype), dtype), after
 
     def _gated(self, projected):
-        """u, what multiplies the convolved u (both float32 or better), and the dtype before."""
+        """u and the gate of its convolution, float32 or better, and the dtype of the input."""
         v, x1, x2 = jnp.unstack(projected, axis=-2)
         dtype = compute_dtype(v.dtype)
         return v.astype(dtype) * x1.astype(dtype), x2.astype(dtype), v.dtype
@@ -176,12 +175,12 @@ class HyenaFilter(nnx.Module):
 
         h(t) = mlp(t, cos(w f t), sin(w f t)) exp(-r t / length),   w = 2 pi / length
 
-    with frequencies f from 1e-4 to ``(features - 1) / 2 - 1``, sines with trained frequencies for
-    activations, and rates r that differ between channels, evenly spaced, such that the window falls
-    to 1 % after between 0.3 and 1.5 times `length`; all as in the authors' code. In float32.
+    with frequencies f from 1e-4 to ``(features - 1) / 2 - 1``, sines of trained frequencies as
+    activations, and rates r evenly spaced over the channels, such that the window decays to 1 %
+    after 0.3 to 1.5 times `length`; all as in the authors' code. In float32.
 
     Parameters: ``layers`` (kernels and biases uniform in ±1/sqrt(fan-in)) and ``frequency``
-    [hidden], shared by the layers and kept out of weight decay.
+    [hidden], which the layers share and which has no weight decay.
 
     Args:
       width: channels.

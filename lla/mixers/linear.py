@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.linear_recurrence import linear_recurrence
+from lla.mixers.recurrent import RecurrentMixer, Tokens
 from lla.nn.rope import rotate
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 _FEATURE_MAPS = {
     "identity": lambda x: x,
@@ -21,28 +21,29 @@ _FEATURE_MAPS = {
 }
 
 
-class LinearAttention(parts.Recurrence):
+class LinearAttention(RecurrentMixer):
     """Linear attention (arXiv 2006.16236): ``S += f(k) v^T; o = S^T f(q) / sqrt(head_dim)``.
 
-    Departures: by default f is the identity and the sum of the weights is not divided by, as in
-    later linear recurrent networks; instead, as in arXiv 2210.10340, every head of the output is
-    RMS-normalised, because its size would grow with the length. ``feature_map="elu",
+    Departures: by default f is the identity and there is no division by the sum of the weights, as
+    in later linear recurrent networks. Instead every head of the output is RMS-normalised, as in
+    arXiv 2210.10340, since its size would grow with the length. ``feature_map="elu",
     normalize=True, out_norm=False`` is the form of 2006.16236.
 
     Parameters: ``query``, ``key``, ``value``, ``out``; ``out_norm``, ``query_norm`` and
-    ``key_norm`` where they are asked for.
+    ``key_norm`` by option.
 
     Args:
-      width, num_heads: of the input and output, and heads.
+      width: of the tokens.
+      num_heads: number of heads.
       head_dim: width of a query or key head; None for ``width // num_heads``.
       value_dim: width of a value head; None for ``width // num_heads``.
       feature_map: ``"identity"``, ``"elu"`` (elu + 1) or ``"relu"``.
-      normalize: whether ``o`` is divided by ``sum_j f(k_j).f(q) / sqrt(head_dim)``, which needs a
-        feature map that is positive; 1e-6 is added to it.
+      normalize: whether ``o`` is divided by ``sum_j f(k_j).f(q) / sqrt(head_dim) + 1e-6``, which
+        needs a positive feature map.
       out_norm: whether heads are RMS-normalised with a learned scale before the output projection.
-      qk_norm: whether queries and keys are RMS-normalised, before the feature map.
-      rope_theta: base of rotary position embedding, after the feature map; None for none. Not
-        with `normalize`, as rotated features are not positive.
+      qk_norm: whether queries and keys are RMS-normalised before the feature map.
+      rope_theta: base of rotary position embeddings, after the feature map; None for none. Not with
+        `normalize`, as rotated features are not positive.
       short_conv: taps of causal convolutions with SiLU on queries, keys and values; 0 for none.
       form, chunk: as in `lla.mixers.linear_recurrence`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.
@@ -52,6 +53,7 @@ class LinearAttention(parts.Recurrence):
     """
 
     uses_positions = True
+    recurrence = linear_recurrence
 
     def __init__(
         self,
@@ -72,9 +74,9 @@ class LinearAttention(parts.Recurrence):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_form(form, chunk)
         head_dim = parts.head_size(width, num_heads, head_dim)
         value_dim = parts.head_size(width, num_heads, value_dim, "value_dim")
+        super().__init__((num_heads, head_dim, value_dim + normalize), form, chunk)
         if feature_map not in _FEATURE_MAPS:
             raise ValueError(
                 f"feature_map must be one of {', '.join(_FEATURE_MAPS)}, got {feature_map!r}."
@@ -98,49 +100,12 @@ class LinearAttention(parts.Recurrence):
             self.out_norm = parts.HeadNorm(value_dim, param_dtype=param_dtype)
         self.out = parts.merge_heads(num_heads, value_dim, width, **options)
         self.has_out_norm, self.qk_norm = out_norm, qk_norm
-        self.memory = (num_heads, head_dim, value_dim + normalize)
         self.scale = head_dim**-0.5
         self.feature_map, self.normalize, self.rope_theta = feature_map, normalize, rope_theta
-        self.form, self.chunk = form, chunk
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
-        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
-        positions = parts.positions(x, segment_ids)
-        *sequences, dtype = self._sequences(x, parts.whole(self, segment_ids), positions)
-        options = dict(segment_ids=segment_ids, form=self.form, chunk=self.chunk)
-        out = linear_recurrence(*sequences, **options)
-        return self._finish(out, dtype)
-
-    def decode(
-        self,
-        x: jax.Array,
-        state: parts.State,
-        new_lengths: jax.Array | None = None,
-        *,
-        segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, parts.State]:
-        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        state, piece = state.begin(self, x, new_lengths, segment_ids)
-        positions = piece.positions(state.lengths)
-        query, key, value, dtype = self._sequences(piece.x, piece.project, positions)
-        out, memory = linear_recurrence(
-            query,
-            piece.keep(key),
-            value,
-            state=state.memory,
-            segment_ids=piece.runs,
-            form=form_of_piece(self.form, x.shape[1]),
-            chunk=self.chunk,
-            return_state=True,
-        )
-        return self._finish(out, dtype), state.advance(memory, piece)
-
-    def _sequences(self, x, apply, positions):
-        """Arguments of `linear_recurrence`, and the dtype of the projections.
-
-        `apply` calls a projection by its name.
-        """
-        query, key, value = (apply(name, x) for name in ("query", "key", "value"))
+    def prepare(self, tokens: Tokens, positions: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+        """Arguments of `lla.mixers.linear_recurrence`, and the dtype of the projections."""
+        query, key, value = (tokens.project(name) for name in ("query", "key", "value"))
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         dtype = value.dtype
@@ -148,17 +113,16 @@ class LinearAttention(parts.Recurrence):
         query, key = (_FEATURE_MAPS[self.feature_map](a) for a in (query, key))
         if self.rope_theta is not None:
             query, key = (rotate(a, positions, self.rope_theta) for a in (query, key))
-        query, key = query.astype(dtype), key.astype(dtype)
         if self.normalize:
-            # A value of 1 beside the others collects the sum of the weights.
+            # A further value of 1 sums up the weights.
             value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-        return query, key, value, dtype
+        return dict(query=query.astype(dtype), key=key.astype(dtype), value=value), dtype
 
-    def _finish(self, out, dtype):
-        """Scale, norms and output projection of ``out [B, T, N, Hv]``, as read by the tokens."""
+    def finish(self, x: jax.Array, out: jax.Array, extra: Any) -> jax.Array:
+        """Scale, norms and output projection of ``out [B, T, N, Hv]``."""
         out = self.scale * out.astype(compute_dtype(out.dtype))
         if self.normalize:
             out = out[..., :-1] / (out[..., -1:] + 1e-6)
         if self.has_out_norm:
             out = self.out_norm(out)
-        return self.out(out.astype(dtype))
+        return self.out(out.astype(extra))

@@ -1,4 +1,4 @@
-"""Linear attention with a decay per coordinate by the kernels for Hopper, under one custom_vjp.
+"""Linear attention with a decay per coordinate by Hopper kernels, with a custom VJP.
 
 The kernels are in `lla.kernels.mosaic_gpu.linear`.
 """
@@ -27,9 +27,9 @@ def run(
     """Outputs ``[B, T, N, Hv]`` and the last state ``[B, N, H, Hv]``.
 
     Args:
-      state, log_decay: float32, as in `lla.mixers.linear_recurrence.linear_recurrence`; a gate for
-        every coordinate.
-      query, key, value: are rounded to bfloat16.
+      state, log_decay: float32, as in `lla.mixers.linear_recurrence.linear_recurrence`, with a gate
+        per coordinate.
+      query, key, value: rounded to bfloat16.
       interpret: parameters of Pallas's GPU interpreter, or None to compile.
     """
     _, length, heads, dim = key.shape

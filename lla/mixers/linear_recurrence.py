@@ -1,4 +1,4 @@
-"""Decayed linear attention: the recurrence behind linear attention, RetNet, GLA and Mamba-2.
+"""Linear attention with decay: the recurrence of linear attention, RetNet, GLA and Mamba-2.
 
 Per token and head, with key k, value v, query q and gates a in (0, 1],
 
@@ -7,18 +7,18 @@ Per token and head, with key k, value v, query q and gates a in (0, 1],
 The gates are one number per head (RetNet, arXiv 2307.08621; Mamba-2, arXiv 2405.21060), one per
 coordinate of the key (GLA, arXiv 2312.06635), or absent (linear attention, arXiv 2006.16236).
 
-`"recurrent"` is a scan over tokens and the reference. `"parallel"` treats a chunk of tokens with
+`"recurrent"`, the reference, is a scan over tokens. `"parallel"` computes a chunk of tokens by
 matrix products. With a_ij the product of the gates after j up to i, a_i0 that of all gates of the
-chunk up to i, S0 the state before the chunk:
+chunk up to i, and S0 the state before the chunk:
 
     o_i = S0^T (a_i0 q_i) + sum_{j <= i} (q_i . Diag(a_ij) k_j) v_j
 
-With one gate per head a_ij is a factor of q_i . k_j. With a gate per coordinate it would be one
-scalar product if a_ij were split into a_i0 / a_j0, and 1 / a_j0 overflows. Here a chunk is cut into
-blocks of 16 tokens instead: within a block all a_ij are formed, and between blocks a_ij is the
-product of three factors, each at most 1: from j to the end of its block, over the blocks between,
-and from the start of the block of i to i. No positive number is ever exponentiated, and no
-exponent is the difference of plain running sums (`chunks.Sums` says why).
+With one gate per head, a_ij is a factor of q_i . k_j. With a gate per coordinate, splitting a_ij
+into a_i0 / a_j0 would give a single product, but 1 / a_j0 overflows. Instead a chunk is divided
+into blocks of 16 tokens. Within a block all a_ij are formed; between blocks a_ij is the product of
+three factors, each at most 1: from j to the end of its block, over the blocks in between, and from
+the start of the block of i to i. No positive number is ever exponentiated, and no exponent is the
+difference of plain running sums (see `chunks.Sums`).
 
 On a Hopper GPU bfloat16 sequences have kernels (`lla.mixers.linear_kernel` for gates per
 coordinate, `lla.mixers.retention_kernel` for the others).
@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 
 from lla.mixers import chunks, hopper, linear_kernel, retention_kernel, segments
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
 
-# Tokens of a chunk between which gates per coordinate are formed pair by pair.
+# Tokens of a block, within which gates per coordinate are formed for all pairs.
 _BLOCK = 16
 
 
@@ -50,25 +50,24 @@ def linear_recurrence(
     chunk: int = 64,
     return_state: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Outputs of decayed linear attention.
+    """Outputs of linear attention with decay.
 
     Per token and head ``S = Diag(a) S + k v^T; o = S^T q`` with ``a = exp(log_decay)``: linear
     attention (arXiv 2006.16236), RetNet (arXiv 2307.08621), GLA (arXiv 2312.06635), SSD of Mamba-2
     (arXiv 2405.21060).
 
-    Gradients are those of all arrays and of `state`, also through the returned state. Where a
-    kernel serves, there is reverse mode alone; ``form="recurrent"`` has both.
+    Differentiable in all arrays and in `state`, also through the returned state. Where a
+    kernel runs, in reverse mode only; ``form="recurrent"`` has both modes.
 
     Args:
-      query, key: ``[B, T, N, H]``, or ``[B, T, 1, H]`` where all heads share them, taken as they
-        are; there is no other scale.
+      query, key: ``[B, T, N, H]``, or ``[B, T, 1, H]`` if all heads share them. They are not
+        scaled.
       value: ``[B, T, N, Hv]``.
       log_decay: logarithm of the gates, finite and <= 0: ``[B, T, N]``, or ``[B, T, N, H]`` for a
-        gate per coordinate of the key, of each head; None for no decay.
+        gate per head and coordinate of the key; None for no decay.
       state: ``[B, N, H, Hv]``, the state before the first token, of any dtype; None for zero.
-      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
-        differs from that of the token before it. The first token goes on from `state`. None for one
-        sequence.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is reset before a token whose id
+        differs from the one before. The first token continues from `state`. None for one sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       chunk: tokens per chunk of the parallel form; with gates per coordinate rounded up to a
         multiple of 16.
@@ -76,12 +75,12 @@ def linear_recurrence(
 
     Returns:
       ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the state ``[B, N, H, Hv]``. States
-      and gates are float32 (float64 for float64 values); of 16-bit values, operands of products are
-      rounded to TF32 or 16 bits on a GPU.
+      and gates are float32 (float64 for float64 values); for 16-bit values the operands of products
+      are rounded to TF32 or 16 bits on a GPU.
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown form, a chunk below 1, or `segment_ids`
-        that are no integers.
+      ValueError: for shapes that do not match, an unknown form, a chunk below 1, or `segment_ids`
+        that are not integers.
     """
     chunks.check_form(form, chunk)
     if key.ndim != 4 or query.shape != key.shape or 0 in key.shape:
@@ -89,15 +88,8 @@ def linear_recurrence(
             "query and key must both be [B, T, N, H] and not empty, "
             f"got {query.shape} and {key.shape}."
         )
-    if (
-        value.ndim != 4
-        or value.shape[:2] != key.shape[:2]
-        or key.shape[2]
-        not in (
-            1,
-            value.shape[2],
-        )
-    ):
+    fits = value.ndim == 4 and value.shape[:2] == key.shape[:2]
+    if not fits or key.shape[2] not in (1, value.shape[2]):
         raise ValueError(
             f"value must be [B, T, N, Hv] with the leading axes of key {key.shape}, or several "
             f"heads for one, got {value.shape}."
@@ -154,7 +146,7 @@ def linear_recurrence_step(
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `linear_recurrence`; all arrays in the dtype of the state, float32 or float64.
 
-    Differentiable in all of them, in both modes.
+    Differentiable in all of them, in forward and reverse mode.
 
     Args:
       state: ``[B, N, H, Hv]``.
@@ -196,8 +188,8 @@ def _parallel(state, query, key, value, log_decay, *, chunk, einsum):
         q, k, scores, total = _gates_per_head(q, k, log_decay, einsum)
         state, out = jax.lax.scan(advance, state, (q, k, v, scores, total))
     else:
-        # The gates between pairs of tokens are 16 times as large as the keys: they exist for one
-        # chunk at a time, in the backward pass as well.
+        # The gates between pairs of tokens take 16 times the memory of the keys: they are formed
+        # for one chunk at a time, in the backward pass as well.
         @jax.checkpoint
         def gate_and_advance(state, block):
             q, k, v, log_decay = block
@@ -209,7 +201,7 @@ def _parallel(state, query, key, value, log_decay, *, chunk, einsum):
 
 
 def _gates_per_head(q, k, log_decay, einsum):
-    """What a chunk needs: q from S0, k up to its end, scores, and the decay of S0.
+    """Of a chunk: q decayed from S0, k decayed to the end, scores, and the decay of S0.
 
     ``[..., C, H]``, ``[..., C, H]``, ``[..., C, C]``, ``[..., 1]``.
     """
@@ -230,15 +222,15 @@ def _gates_per_coordinate(q, k, log_decay, einsum):
     count = chunk // block
     q, k, log_decay = (a.reshape(*leading, count, block, dim) for a in (q, k, log_decay))
 
-    # Inside blocks: [..., I, H, i, j] for pairs, [..., I, i, H] for the way to either end.
+    # Within blocks: [..., I, H, i, j] for pairs, [..., I, i, H] to either end.
     inner = chunks.decays(jnp.swapaxes(log_decay, -1, -2))
     near_keys = inner.pair * jnp.swapaxes(k, -1, -2)[..., None, :]
     near = einsum("...ih,...hij->...ij", q, near_keys)
     q = jnp.swapaxes(inner.start, -1, -2) * q
     k = jnp.swapaxes(inner.end, -1, -2) * k
 
-    # Over whole blocks, with an empty one in front: over[..., H, I, J] takes blocks J, ..., I - 1.
-    # Column J + 1 leaves out block J, and is 0 unless I > J.
+    # Over whole blocks, after an empty one: over[..., H, I, J] is the decay over blocks J, ...,
+    # I - 1. Column J + 1 excludes block J, and is 0 unless I > J.
     totals = jnp.swapaxes(log_decay.sum(-2), -1, -2)
     over = chunks.decays(jnp.pad(totals, [(0, 0)] * (totals.ndim - 1) + [(1, 0)])).pair
     far_keys = einsum("...hIJ,...Jjh->...IJjh", over[..., :-1, 1:], k)

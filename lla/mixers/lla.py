@@ -9,7 +9,7 @@ from flax import nnx
 
 from lla.mixers import parts
 from lla.mixers.softmax import Attention, add_short_convolutions, logit_scale, window
-from lla.ops.options import Solver
+from lla.ops.solver import Solver
 
 
 class LLA(Attention):
@@ -17,12 +17,12 @@ class LLA(Attention):
 
     ``o_i = b`` with b, W that minimise ``sum_j p_ij |v_j - b - W (k_j - q_i)|^2 + ridge_i |W|^2``,
     p the softmax weights of ``scale q.k``. `lla.nn.LocalLinearAttention` with another constructor,
-    whose options are numbers and strings. The dense reference is ``implementation="reference"``.
+    whose options are plain values. The dense reference is ``implementation="reference"``.
 
     Args:
       width, num_heads, num_kv_heads, head_dim, value_dim, qk_norm, rope_theta, scale,
         relative_scale, local_window_size, short_conv: as in `lla.mixers.softmax.Softmax`.
-      ridge: the ridge, or its initial value where it is learned, in units of squared keys.
+      ridge: the ridge, or its initial value if it is learned, in units of squared keys.
       ridge_type: ``"fixed"``, ``"per_head"`` or ``"per_token"``, see `lla.nn.LocalLinearAttention`.
       ridge_min: lower bound of a learned ridge.
       solver: ``"auto"``, ``"cg"`` or ``"direct"``: `lla.Solver.method`.

@@ -2,21 +2,19 @@
 
     y_t = sum_{s = 0 .. min(t, L - 1)} filter_s u_{t - s}
 
-`"parallel"` multiplies Fourier transforms, zero-padded so that nothing wraps around. `"recurrent"`
-is a scan over tokens whose state is a window of the last inputs, O(T L), and the reference.
+`"parallel"` multiplies Fourier transforms, zero-padded so that nothing wraps around. `"recurrent"`,
+the reference, is a scan over tokens whose state is a window of the last inputs, O(T L).
 
-A transform of n = n1 n2 points is done in two steps by matrix products (Cooley and Tukey; for
-convolutions on tensor cores Fu et al., arXiv 2311.05908). With t = n2 t1 + t2, k = k1 + n1 k2 and
-W_n = exp(-2 pi i / n),
+A transform of n = n1 n2 points takes two steps of matrix products (Cooley and Tukey; on tensor
+cores Fu et al., arXiv 2311.05908). With t = n2 t1 + t2, k = k1 + n1 k2 and W_n = exp(-2 pi i / n),
 
     X[k] = sum_t2 W_n2^(t2 k2) W_n^(t2 k1) sum_t1 W_n1^(t1 k1) x[t]
 
-which costs O(n^1.5) and, x being real, needs k1 up to n1 / 2 only. Not by `jnp.fft`: on a CPU with
-JAX 0.11 its calls wait for threads of the pool that they run in, and two at once can block each
-other for good.
+which costs O(n^1.5) and, as x is real, needs only k1 up to n1 / 2. Not `jnp.fft`: on a CPU with
+JAX 0.11 its calls wait for threads of the pool that they run in, and two at once can deadlock.
 
-Rounding spreads over a transform: an output changes by rounding errors (1e-7 of the largest input
-of its channel in float32) when later inputs change.
+A transform mixes all inputs, so an output changes by rounding errors (1e-7 of the largest input of
+its channel in float32) when later inputs change.
 """
 
 import jax
@@ -24,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lla.mixers.chunks import check_form
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
-# Tokens between which a packed convolution takes every distance by itself.
+# Tokens of the blocks in which a packed convolution computes distances one by one.
 _BLOCK = 16
 
 
@@ -42,26 +40,25 @@ def long_convolution(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Causal convolution over time, ``y_t = sum_s filter_s u_(t - s)`` per channel.
 
-    As in Hyena (arXiv 2302.10866). Gradients are those of all arrays, also through the returned
-    state, in both modes.
+    As in Hyena (arXiv 2302.10866). Differentiable in all arrays, also through the returned state,
+    in forward and reverse mode.
 
     Args:
       inputs: u, ``[B, T, D]``.
-      filter: ``[L, D]``, the tap of the current token first; taps beyond what precedes a token
-        meet zeros.
+      filter: ``[L, D]``, the tap of the current token first; inputs before the first are zero.
       state: ``[B, L - 1, D]``, the inputs before the first token, oldest first, of any dtype; None
         for zeros.
-      segment_ids: int ``[B, T]``, of packed sequences: a token reads the inputs of its segment
-        alone, a run of equal ids. The first token goes on from `state`. None for one sequence.
+      segment_ids: int ``[B, T]``, of packed sequences: a token reads only the inputs of its
+        segment, a run of equal ids. The first token continues from `state`. None for one sequence.
       form: ``"parallel"`` or ``"recurrent"``.
-      return_state: also return the last L - 1 inputs, zeros for those of earlier segments.
+      return_state: also return the last L - 1 inputs, with zeros for earlier segments.
 
     Returns:
       ``[B, T, D]`` in the dtype of `inputs`, or a pair with the state. Both are computed in float32
       (float64 for float64 inputs), which is the state's dtype.
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown form, or `segment_ids` that are no
+      ValueError: for shapes that do not match, an unknown form, or `segment_ids` that are not
         integers.
     """
     if inputs.ndim != 3 or 0 in inputs.shape:
@@ -80,7 +77,7 @@ def long_convolution(
         window = jnp.zeros((batch, taps - 1, width), dtype) if state is None else state
         out, window = _recurrent(window.astype(dtype), u, filter, starts)
     else:
-        # With a state, the outputs are those behind it in the longer sequence.
+        # With a state, compute a longer sequence and drop its first outputs.
         behind = 0 if state is None else taps - 1
         whole = u if state is None else jnp.concatenate([state.astype(dtype), u], axis=1)
         if starts is None:
@@ -100,7 +97,7 @@ def long_convolution_step(
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `long_convolution`; all arrays in the dtype of the state.
 
-    Differentiable in all of them, in both modes.
+    Differentiable in all of them, in forward and reverse mode.
 
     Args:
       state: ``[B, L - 1, D]``, the inputs before the token, oldest first.
@@ -129,13 +126,13 @@ def _recurrent(window, u, filter, starts=None):
 
 
 def _packed(u, filter, ids):
-    """Outputs ``[B, T, D]`` where tokens of segments ``ids [B, T]``, runs, read their own alone.
+    """Outputs ``[B, T, D]``, where tokens read only their segments; ``ids [B, T]`` never repeat.
 
-    The tokens are cut into blocks of a power of two. Within a block of `_BLOCK` every distance is
-    taken by itself. Of two neighbouring blocks that make one of twice the size, at most one segment
-    lies in both: what the second reads of the first is a convolution of the part of the first that
-    belongs to this segment. So every size costs as much as a convolution of the whole at most, and
-    there are log2(T / _BLOCK) of them.
+    The tokens are divided into blocks of a power of two. Within blocks of `_BLOCK` tokens the
+    distances are computed one by one. Two neighbouring blocks, which form one of twice the size,
+    have at most one segment in common, so the second reads a convolution of the part of the first
+    that belongs to this segment. Each size costs at most as much as one convolution of the whole
+    sequence, and there are log2(T / _BLOCK) sizes.
     """
     batch, length, width = u.shape
     size = _BLOCK
@@ -171,7 +168,7 @@ def _packed(u, filter, ids):
 def _parallel(u, filter, length=None):
     """The first `length` outputs, by default as many as there are inputs."""
     length = u.shape[1] if length is None else length
-    filter = filter[:length]  # later taps meet nothing
+    filter = filter[:length]  # later taps have no inputs
     transform = _Transform(u.shape[1] + filter.shape[0] - 1, u.dtype)
     real, imag = transform.forward(u)
     filter_real, filter_imag = transform.forward(filter[None])
@@ -193,7 +190,7 @@ class _Transform:
         self.outer = self._roots(self.rows, half, np.arange(self.rows))
         self.twiddle = self._roots(self.rows * self.columns, half, np.arange(self.columns))
         self.inner = self._roots(self.columns, np.arange(self.columns), np.arange(self.columns))
-        # Every k1 but the first and the last of the half stands for its conjugate as well.
+        # Every k1 but the first and the last of the half counts twice, for its conjugate.
         self.weight = np.where(half % (self.rows // 2) == 0, 1.0, 2.0) / (self.rows * self.columns)
 
     def _roots(self, points, left, right):
@@ -204,7 +201,7 @@ class _Transform:
     def forward(self, x):
         """``[B, T, D]`` to its spectrum."""
         batch, length, width = x.shape
-        filled = -(-length // self.columns)  # rows that hold more than padding
+        filled = -(-length // self.columns)  # rows that are not only padding
         x = jnp.pad(x, [(0, 0), (0, filled * self.columns - length), (0, 0)])
         x = x.reshape(batch, filled, self.columns, width)
         real, imag = (self._product("kt,btsd->bksd", part[:, :filled], x) for part in self.outer)
@@ -212,7 +209,7 @@ class _Transform:
         return self._rotate("qs,bksd->bkqd", real, imag, 1)
 
     def backward(self, spectrum, length):
-        """A spectrum to the first `length` of its real sequence, ``[B, length, D]``."""
+        """A spectrum to the first `length` points of its real sequence, ``[B, length, D]``."""
         real, imag = self._rotate("qs,bkqd->bksd", *spectrum, -1)
         real, imag = self._twist(real, imag, -1)
         filled = -(-length // self.columns)

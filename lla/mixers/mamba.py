@@ -10,19 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.chunks import check_form, form_of_piece
+from lla.mixers.recurrent import RecurrentMixer, Tokens
 from lla.mixers.selective_scan import selective_scan
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
-class Mamba(parts.Recurrence):
+class Mamba(RecurrentMixer):
     """Mamba, S6 (arXiv 2312.00752): ``h = exp(Delta A) h + Delta B u; y = C.h + D u``.
 
-    ``u = silu(W x)`` has `expand` times the width of x, and every channel of it its own state h of
-    `state_size` numbers. ``Delta = softplus(W2 W1 u + dt_bias)`` per channel, B and C are
-    projections of u that all channels share, ``A = -exp(A_log)``. The output is
-    ``W_out (y * silu(z))`` with another projection z of x. Every channel is on its own: there are
-    no heads, and `num_heads` changes nothing.
+    ``u = silu(W x)`` has `expand` times the width of x, and each of its channels has a state h of
+    `state_size` numbers. ``Delta = softplus(W2 W1 u + dt_bias)`` is per channel, B and C are
+    projections of u shared by all channels, and ``A = -exp(A_log)``. The output is
+    ``W_out (y * silu(z))``, where z is another projection of x. Channels are independent: there
+    are no heads, and `num_heads` has no effect.
 
     Departure: without a short convolution (the default; the paper has four taps) SiLU follows the
     projection itself.
@@ -34,12 +34,12 @@ class Mamba(parts.Recurrence):
     ``A_log``, ``D``, ``out``; `NoDecay`: ``dt_bias``, ``A_log`` and ``D``, which are float32.
 
     Args:
-      width: of the input and output.
-      num_heads: not used, see above.
-      expand: channels, as a multiple of `width`.
-      state_size: numbers in the state of a channel.
+      width: of the tokens.
+      num_heads: has no effect.
+      expand: number of channels, as a multiple of `width`.
+      state_size: size of the state of a channel.
       step_rank: rank of the projection to Delta; None for ``ceil(width / 16)``.
-      short_conv: taps of the causal convolution with a bias between projection and SiLU; 0 for
+      short_conv: taps of a causal convolution, with a bias, between projection and SiLU; 0 for
         none.
       form, chunk: as in `lla.mixers.selective_scan`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.
@@ -47,6 +47,9 @@ class Mamba(parts.Recurrence):
     Raises:
       ValueError: sizes or options outside their range.
     """
+
+    recurrence = selective_scan
+    masked = ("delta",)
 
     def __init__(
         self,
@@ -64,13 +67,13 @@ class Mamba(parts.Recurrence):
         rngs: nnx.Rngs,
     ):
         del num_heads
-        check_form(form, chunk)
         if state_size < 1:
             raise ValueError(f"state_size must be at least 1, got {state_size}.")
         channels = parts.expanded_head_size(width, 1, expand, "expand")
         rank = math.ceil(width / 16) if step_rank is None else step_rank
         if rank < 1:
             raise ValueError(f"step_rank must be at least 1, got {step_rank}.")
+        super().__init__((channels, state_size), form, chunk)
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.inputs = parts.project(
             width, channels, short_conv=short_conv, conv_bias=True, activation=False, **options
@@ -87,55 +90,22 @@ class Mamba(parts.Recurrence):
         self.A_log = parts.NoDecay(jnp.tile(rates, (channels, 1)))
         self.D = parts.NoDecay(jnp.ones((channels,), jnp.float32))
         self.out = parts.project(channels, width, **options)
-        self.form, self.chunk = form, chunk
-        self.memory = (channels, state_size)
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
-        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
-        u = jax.nn.silu(parts.whole(self, segment_ids)("inputs", x))
-        options = dict(segment_ids=segment_ids, form=self.form, chunk=self.chunk)
-        y = selective_scan(*self._sequences(u), **options)
-        return self._finish(x, u, y)
-
-    def decode(
-        self,
-        x: jax.Array,
-        state: parts.State,
-        new_lengths: jax.Array | None = None,
-        *,
-        segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, parts.State]:
-        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        state, piece = state.begin(self, x, new_lengths, segment_ids)
-        u = jax.nn.silu(piece.project("inputs", piece.x))
-        wide, delta, a, b, c = self._sequences(u)
-        y, memory = selective_scan(
-            wide,
-            piece.keep(delta),
-            a,
-            b,
-            c,
-            state=state.memory,
-            segment_ids=piece.runs,
-            form=form_of_piece(self.form, x.shape[1]),
-            chunk=self.chunk,
-            return_state=True,
-        )
-        return self._finish(piece.x, u, y), state.advance(memory, piece)
-
-    def _sequences(self, u):
-        """Arguments of `selective_scan`."""
+    def prepare(self, tokens: Tokens, positions: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+        """Arguments of `lla.mixers.selective_scan`, and u."""
+        u = jax.nn.silu(tokens.project("inputs"))
         step, b, c = self.step(u), self.B(u), self.C(u)
         dtype = compute_dtype(u.dtype)
         delta = jax.nn.softplus(step.astype(dtype) + _row(self.dt_bias, dtype))
-        return u, delta, -jnp.exp(self.A_log[...].astype(dtype)), b, c
+        a = -jnp.exp(self.A_log[...].astype(dtype))
+        return dict(x=u, delta=delta, a=a, b=b, c=c), u
 
-    def _finish(self, x, u, y):
-        """Skip, gate and output projection of ``y [B, T, D]``, the states that were read."""
-        gate, dtype = self.gate(x), compute_dtype(u.dtype)
-        wide = u.astype(dtype)
-        y = (y.astype(dtype) + _row(self.D, dtype) * wide) * jax.nn.silu(gate.astype(dtype))
-        return self.out(y.astype(u.dtype))
+    def finish(self, x: jax.Array, out: jax.Array, extra: Any) -> jax.Array:
+        """Skip connection, gate and output projection of ``out [B, T, D]``."""
+        u, gate = extra, self.gate(x)
+        dtype = compute_dtype(u.dtype)
+        y = out.astype(dtype) + _row(self.D, dtype) * u.astype(dtype)
+        return self.out((y * jax.nn.silu(gate.astype(dtype))).astype(u.dtype))
 
 
 def _row(parameter, dtype):

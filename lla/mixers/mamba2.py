@@ -9,18 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.linear_recurrence import linear_recurrence
-from lla.ops.problem import compute_dtype
+from lla.mixers.recurrent import RecurrentMixer, Tokens
+from lla.numerics import compute_dtype
 
 
-class Mamba2(parts.Recurrence):
+class Mamba2(RecurrentMixer):
     """Mamba-2, SSD (arXiv 2405.21060): ``S = a S + Delta B u^T; y = S^T C + D u`` per head.
 
-    ``u = silu(W x)`` has `expand` times the width of x, cut into heads; ``B = silu(W_B x)`` and
+    ``u = silu(W x)`` has `expand` times the width of x, split into heads; ``B = silu(W_B x)`` and
     ``C = silu(W_C x)`` have `state_size` coordinates and are shared by all heads;
-    ``Delta = softplus(W_D x + dt_bias)`` and ``a = exp(-Delta exp(A_log))`` per head. The output is
-    ``W_out norm(y * silu(z))`` with another projection z of x and RMS norm over all heads together.
+    ``Delta = softplus(W_D x + dt_bias)`` and ``a = exp(-Delta exp(A_log))`` are per head. The
+    output is ``W_out norm(y * silu(z))``, where z is another projection of x and the RMS norm is
+    over all heads together.
 
     Departures: `num_heads` sets the number of heads (the paper has heads of 64 channels); without
     short convolutions (the default; the paper has four taps on u, B and C) SiLU follows the
@@ -32,16 +33,20 @@ class Mamba2(parts.Recurrence):
     ``norm``, ``out``; `NoDecay`: ``dt_bias``, ``A_log`` and ``D``, which are float32.
 
     Args:
-      width, num_heads: of the input and output, and heads.
-      expand: channels of all heads together, as a multiple of `width`.
+      width: of the tokens.
+      num_heads: number of heads.
+      expand: total width of the heads, as a multiple of `width`.
       state_size: coordinates of B and C.
-      short_conv: taps of causal convolutions with a bias between projections and SiLU; 0 for none.
+      short_conv: taps of causal convolutions, with biases, between projections and SiLU; 0 for
+        none.
       form, chunk: as in `lla.mixers.linear_recurrence`.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.
 
     Raises:
       ValueError: sizes or options outside their range.
     """
+
+    recurrence = linear_recurrence
 
     def __init__(
         self,
@@ -57,10 +62,10 @@ class Mamba2(parts.Recurrence):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_form(form, chunk)
         if state_size < 1:
             raise ValueError(f"state_size must be at least 1, got {state_size}.")
         head_dim = parts.expanded_head_size(width, num_heads, expand, "expand")
+        super().__init__((num_heads, state_size, head_dim), form, chunk)
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         project = dict(short_conv=short_conv, conv_bias=True, activation=False, **options)
         self.inputs = parts.project(width, (num_heads, head_dim), **project)
@@ -74,55 +79,23 @@ class Mamba2(parts.Recurrence):
         self.D = parts.NoDecay(jnp.ones((num_heads,), jnp.float32))
         self.norm = parts.GatedNorm(num_heads * head_dim, gate_first=True, param_dtype=param_dtype)
         self.out = parts.merge_heads(num_heads, head_dim, width, **options)
-        self.form, self.chunk = form, chunk
-        self.memory = (num_heads, state_size, head_dim)
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
-        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
-        u, *sequences = self._sequences(x, parts.whole(self, segment_ids))
-        options = dict(segment_ids=segment_ids, form=self.form, chunk=self.chunk)
-        y = linear_recurrence(*sequences, **options)
-        return self._finish(x, u, y)
-
-    def decode(
-        self,
-        x: jax.Array,
-        state: parts.State,
-        new_lengths: jax.Array | None = None,
-        *,
-        segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, parts.State]:
-        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        state, piece = state.begin(self, x, new_lengths, segment_ids)
-        u, query, key, value, log_decay = self._sequences(piece.x, piece.project)
-        y, memory = linear_recurrence(
-            query,
-            piece.keep(key),
-            value,
-            piece.keep(log_decay),
-            state=state.memory,
-            segment_ids=piece.runs,
-            form=form_of_piece(self.form, x.shape[1]),
-            chunk=self.chunk,
-            return_state=True,
-        )
-        return self._finish(piece.x, u, y), state.advance(memory, piece)
-
-    def _sequences(self, x, apply):
-        """u, and the arguments of `linear_recurrence`; `apply` calls a projection by its name."""
-        u, b, c = (jax.nn.silu(apply(name, x)) for name in ("inputs", "B", "C"))
-        step = self.step(x)
+    def prepare(self, tokens: Tokens, positions: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+        """Arguments of `lla.mixers.linear_recurrence`, and u."""
+        u, b, c = (jax.nn.silu(tokens.project(name)) for name in ("inputs", "B", "C"))
+        step = self.step(tokens.x)
         dtype = compute_dtype(u.dtype)
         step = jax.nn.softplus(step.astype(dtype) + self.dt_bias[...].astype(dtype)[None, None])
         rate = jnp.exp(self.A_log[...].astype(dtype))[None, None]
         value = (step[..., None] * u.astype(dtype)).astype(u.dtype)
-        return u, c[:, :, None], b[:, :, None], value, -step * rate
+        query, key = c[:, :, None], b[:, :, None]  # of all heads
+        return dict(query=query, key=key, value=value, log_decay=-step * rate), u
 
-    def _finish(self, x, u, y):
-        """Skip, gate, norm and output projection of ``y [B, T, N, Hv]``, the states as read."""
-        dtype, gate = compute_dtype(u.dtype), self.gate(x)
-        wide = u.astype(dtype)
-        y = y.astype(dtype) + self.D[...].astype(dtype)[None, None, :, None] * wide
+    def finish(self, x: jax.Array, out: jax.Array, extra: Any) -> jax.Array:
+        """Skip connection, gate, norm and output projection of ``out [B, T, N, Hv]``."""
+        u, gate = extra, self.gate(x)
+        dtype = compute_dtype(u.dtype)
+        skip = self.D[...].astype(dtype)[None, None, :, None] * u.astype(dtype)
         flat = (*x.shape[:2], -1)
-        y = self.norm(y.reshape(flat), gate.reshape(flat))
+        y = self.norm((out.astype(dtype) + skip).reshape(flat), gate.reshape(flat))
         return self.out(y.reshape(u.shape))

@@ -1,25 +1,24 @@
-"""The mesa layer: at every token the ridge regression of all values on all keys so far.
+"""The mesa layer: for every token, ridge regression of all values on all keys so far.
 
 Per token and head, with key k, value v, query q, weight beta, gate g in (0, 1] and a positive
 diagonal Lambda (MesaNet, arXiv 2506.05233),
 
     H = g H + beta k k^T;  G = g G + beta k v^T;  o = G^T (H + Lambda)^-1 q
 
-`"recurrent"` is a scan over tokens with the state (H, G). `"parallel"` keeps (H, G) only between
+`"recurrent"` is a scan over tokens with the state (H, G). `"parallel"` forms (H, G) only between
 chunks. With g_ij the product of the gates after j up to i, g_i0 that of all gates of the chunk up
-to i, and H0, G0 the state before the chunk, both H and G act as a linear attention:
+to i, and H0, G0 the state before the chunk, products with H and G are a linear attention:
 
     (H_i + Lambda) x = g_i0 H0 x + sum_{j <= i} g_ij beta_j k_j (k_j.x) + Lambda x
     o_i = g_i0 G0^T x_i + sum_{j <= i} g_ij beta_j v_j (k_j.x_i),   (H_i + Lambda) x_i = q_i
 
-so conjugate gradients solve for all tokens at once with matrix products, and no H_i is formed. On a
-Hopper GPU they are a kernel for bfloat16 sequences (`lla.kernels.mosaic_gpu.mesa`).
+so conjugate gradients solve for all tokens at once by matrix products, and no H_i is formed. On a
+Hopper GPU a kernel does so for bfloat16 sequences (`lla.kernels.mosaic_gpu.mesa`).
 
-Gradients come from implicit differentiation (`jax.lax.custom_linear_solve`), not from the
-iterations: the derivative of x = (H + Lambda)^-1 q needs one more solve with the same symmetric
-matrix. That is exact up to the tolerance of the solves, whereas the derivative of the iterates
-lags behind them (they depend on the keys through every step size), and it stores x instead of every
-iterate.
+Gradients use implicit differentiation (`jax.lax.custom_linear_solve`): the derivative of
+x = (H + Lambda)^-1 q needs one more solve with the same symmetric matrix. It is exact up to the
+tolerance of the solves and stores only x. Differentiating the iterations would store every iterate
+and be less accurate, since the iterates depend on the keys through every step size.
 """
 
 from functools import partial
@@ -28,17 +27,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lla import numerics
 from lla.compat import match_varying
-from lla.kernels import spd
 from lla.mixers import chunks, hopper, segments
 from lla.mixers.chunks import check_form
 from lla.mixers.delta_rule import check_sequences
+from lla.numerics import compute_dtype, nan_where
 from lla.ops import mosaic_gpu
-from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
 
-# Tokens for which the exact parallel solver holds H at once.
+# Tokens whose H the exact parallel solver forms at once.
 _EXACT_BLOCK = 16
 
 
@@ -76,38 +75,37 @@ def mesa(
     Per token and head ``H = g H + beta k k^T; G = g G + beta k v^T; o = G^T (H + Lambda)^-1 q``
     with ``g = exp(log_decay)``.
 
-    Gradients are those of all arrays and of `state`, also through the returned state, by implicit
-    differentiation: exact up to the tolerance of the solves.
+    Differentiable in all arrays and in `state`, also through the returned state, by implicit
+    differentiation: gradients are exact up to the tolerance of the solves.
 
     Args:
-      query, key: ``[B, T, N, H]``, taken as they are: normalise them before.
+      query, key: ``[B, T, N, H]``. They are not normalised here.
       value: ``[B, T, N, Hv]``.
       beta: ``[B, T, N]``, weight of each pair, >= 0.
       log_decay: ``[B, T, N]``, logarithm of the gates, finite and <= 0; None for no decay.
       ridge: ``[N, H]``, the diagonal Lambda, > 0.
       state: the state before the first token, of any dtype; None for zero.
-      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
-        differs from that of the token before it. The first token goes on from `state`. None for one
-        sequence.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is reset before a token whose id
+        differs from the one before. The first token continues from `state`. None for one sequence.
       form: ``"parallel"`` or ``"recurrent"``.
-      solver: ``"cg"``, conjugate gradients, or ``"exact"``, Cholesky factorisations, for which H
-        is formed for every token (for 16 at a time in the parallel form). The reference is
+      solver: ``"cg"``, conjugate gradients, or ``"exact"``, Cholesky factorisations, which form H
+        for every token (16 at a time in the parallel form). The reference is
         ``form="recurrent", solver="exact"``.
-      max_iters: bound on the iterations of ``"cg"``; the paper takes 30. A token that reaches it
-        keeps its last iterate. With unit keys and Lambda = 1, 15 are enough for an error of 1e-4
-        unless the keys share a direction and nothing decays, which takes the 30.
+      max_iters: the largest number of iterations of ``"cg"``; the paper takes 30. A token that
+        reaches it keeps its last iterate. With unit keys and Lambda = 1, 15 give an error of 1e-4;
+        keys that share a direction, without decay, take 30.
       tol: a token stops when its residual, in the norm of the preconditioner, is below `tol` times
-        that of its query. The paper iterates a fixed number of times [ours].
+        that of its query [ours]. The paper has a fixed number of iterations.
       chunk: tokens per chunk of the parallel form.
       return_state: also return the state after the last token.
 
     Returns:
       ``[B, T, N, Hv]`` in the dtype of `value`, or a pair with the `MesaState`. States, gates and
-      everything between are float32 (float64 for float64 values).
+      intermediate results are float32 (float64 for float64 values).
 
     Raises:
-      ValueError: for shapes that do not fit, options outside their range, or `segment_ids` that
-        are no integers.
+      ValueError: for shapes that do not match, options outside their range, or `segment_ids` that
+        are not integers.
     """
     check_sequences(query, key, value, beta, log_decay)
     log_decay = segments.gates(log_decay, segment_ids, value)
@@ -176,7 +174,7 @@ def mesa_step(
 
 
 def make_solver(solver: str = "cg", max_iters: int = 30, tol: float = 1e-6):
-    """The solver that `mesa_step` wants; arguments as in `mesa`.
+    """The solver for `mesa_step`; arguments as in `mesa`.
 
     Raises:
       ValueError: for an unknown solver, `max_iters` below 1 or `tol` outside [0, 1).
@@ -191,10 +189,10 @@ def make_solver(solver: str = "cg", max_iters: int = 30, tol: float = 1e-6):
 
 
 class _Exact(NamedTuple):
-    """Cholesky factorisation of every system, of matrix products (`lla.kernels.spd`).
+    """Cholesky factorisation of every system, by matrix products (`lla.numerics.spd_inverse`).
 
-    Not by `jnp.linalg.cholesky`: on a CPU its LAPACK calls wait for threads of the pool that they
-    run in, and two at once can block each other for good.
+    Not `jnp.linalg.cholesky`: on a CPU its LAPACK calls wait for threads of the pool that they run
+    in, and two at once can deadlock.
     """
 
     def dense(self, moment, ridge, right):
@@ -204,10 +202,10 @@ class _Exact(NamedTuple):
         def factorise(_, right):
             dim = right.shape[-1]
             eye = jnp.eye(dim, dtype=right.dtype).reshape((1,) * (right.ndim - 1) + (dim, dim))
-            inverse, positive = spd.inverse(moment + ridge[..., None] * eye, "highest")
+            inverse, positive = numerics.spd_inverse(moment + ridge[..., None] * eye, "highest")
             solution = _einsum("...hg,...g->...h", inverse, right)
-            # A system that is not positive definite has no answer, rather than a wrong one.
-            return jnp.where(positive[..., None], solution, jnp.nan)
+            # NaN, rather than a wrong solution, for systems that are not positive definite.
+            return nan_where(~positive, solution)
 
         return jax.lax.custom_linear_solve(apply, right, factorise, symmetric=True)
 
@@ -215,9 +213,9 @@ class _Exact(NamedTuple):
 class _ConjugateGradients(NamedTuple):
     """Conjugate gradients for every system, preconditioned by its diagonal.
 
-    The paper starts them, unpreconditioned, from ``q / diag(H + Lambda)``. From zero with this
-    preconditioner the first step is the best multiple of that, and a Lambda that differs between
-    channels costs nothing [ours].
+    The paper starts from ``q / diag(H + Lambda)``, without a preconditioner. Starting from zero
+    with this preconditioner, the first step is the best multiple of that, and a Lambda that differs
+    between channels takes no more iterations [ours].
     """
 
     max_iters: int
@@ -231,7 +229,7 @@ class _ConjugateGradients(NamedTuple):
     def __call__(self, apply, diagonal, right, iterate=None):
         """Solves ``apply(x) = right``, one system for each row ``[..., H]``.
 
-        ``iterate(right, inverse=...)`` may do so in place of the iterations below.
+        ``iterate(right, inverse=...)`` replaces the iterations below, if given.
         """
         inverse = jax.lax.stop_gradient(1 / diagonal)
         run = partial(self._iterate, inverse=inverse)
@@ -251,7 +249,7 @@ class _ConjugateGradients(NamedTuple):
             count, x, residual, direction, square = carry
             image = apply(direction)
             curvature = product(direction, image)
-            # A finished row stays as it is; so does one whose curvature has underflown.
+            # Rows that are finished, or whose curvature has underflowed, do not change.
             active = (square > bound) & (curvature > 0)
             step = jnp.where(active, square / jnp.where(active, curvature, 1), 0)
             x = x + step * direction
@@ -332,7 +330,7 @@ def _parallel(
 
 
 class _KernelOptions(NamedTuple):
-    """Of the solves by kernels: parameters of Pallas's GPU interpreter, or None to compile."""
+    """Options of the kernels: parameters of Pallas's GPU interpreter, or None to compile."""
 
     interpret: Any = None
 

@@ -1,139 +1,41 @@
-"""Pieces that several mixers share: projections, short convolutions, norms, initialisers."""
+"""What mixers are built from: projections, short convolutions, norms, initialisers."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lla.nn.layer import HeadNorm
-from lla.nn.piece import Piece, apply_projection, convolution_states
 from lla.nn.ridge import NoDecay
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
 __all__ = [
     "GatedNorm",
     "HeadNorm",
     "LowRank",
     "NoDecay",
-    "Piece",
     "Projected",
-    "Recurrence",
     "ShortConvolution",
-    "State",
     "expanded_head_size",
     "head_size",
-    "init_state",
     "l2_normalize",
     "merge_heads",
-    "positions",
     "project",
     "step_bias",
     "symmetric_uniform",
-    "whole",
 ]
-
-Project = Callable[[str, jax.Array], jax.Array]
-
-
-class State(NamedTuple):
-    """What decoding with a recurrence keeps of the tokens so far; all arrays lead with the batch.
-
-    Attributes:
-      memory: the state of the recurrence, float32 or better.
-      convolutions: by the name of the projection, the last inputs of a short convolution behind it.
-      lengths: int32 ``[B]``, tokens so far; of packed sequences, those of the last segment.
-      segment: int32 ``[B]``, the segment id of the last token; 0 where none was given.
-    """
-
-    memory: Any
-    convolutions: dict[str, jax.Array]
-    lengths: jax.Array
-    segment: jax.Array
-
-    def begin(
-        self,
-        mixer: nnx.Module,
-        x: jax.Array,
-        new_lengths: jax.Array | None,
-        segment_ids: jax.Array | None,
-    ) -> tuple[State, Piece]:
-        """The tokens ``x [B, T, width]`` as a `Piece`, and the state in front of them.
-
-        That is this one, or zeros where the first token is that of a new segment.
-        """
-        piece = Piece(mixer, x, self.convolutions, new_lengths, segment_ids, self.segment)
-        state = self
-        if piece.starts is not None:
-            memory, lengths = piece.restarted((self.memory, self.lengths))
-            state = self._replace(memory=memory, lengths=lengths)
-        return state, piece
-
-    def advance(self, memory: Any, piece: Piece) -> State:
-        """The state behind the tokens of `piece`, which left `memory`."""
-        return State(memory, piece.convolutions, piece.lengths_behind(self.lengths), piece.segment)
-
-
-def init_state(mixer: nnx.Module, batch: int, *shapes: tuple[int, ...], dtype: Any) -> State:
-    """The state of `mixer` before the first token: zeros.
-
-    Args:
-      mixer: has an output projection `out`.
-      batch: number of sequences.
-      *shapes: of the state of its recurrence, without the batch; of several a tuple is made.
-      dtype: float32 states for anything narrower; None means the dtype of the mixer.
-    """
-    if dtype is None:
-        dtype = mixer.out.param_dtype if mixer.out.dtype is None else mixer.out.dtype
-    dtype = compute_dtype(jnp.dtype(dtype))
-    memory = tuple(jnp.zeros((batch, *shape), dtype) for shape in shapes)
-    return State(
-        memory[0] if len(shapes) == 1 else memory,
-        convolution_states(mixer, batch, dtype),
-        jnp.zeros((batch,), jnp.int32),
-        jnp.zeros((batch,), jnp.int32),
-    )
-
-
-class Recurrence(nnx.Module):
-    """A mixer whose state does not grow.
-
-    It sets `memory`, the shape of the state of one sequence, and has an output projection `out`.
-    """
-
-    memory: tuple[int, ...]
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = None) -> State:
-        """The state of `decode` before the first token; see `lla.mixers.Mixer`."""
-        del max_length
-        return init_state(self, batch, self.memory, dtype=dtype)
-
-
-def whole(mixer: nnx.Module, segment_ids: jax.Array | None = None) -> Project:
-    """Projections of whole sequences by name; `Piece.project` is that of pieces.
-
-    With `segment_ids`, int ``[B, T]``, short convolutions do not look across segments.
-    """
-    return lambda name, x: apply_projection(getattr(mixer, name), x, segment_ids)
-
-
-def positions(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """Int32 ``[T]``, the positions of tokens ``x [B, T, width]``; ``[B, T]`` within segments."""
-    if segment_ids is None:
-        return jnp.arange(x.shape[1], dtype=jnp.int32)
-    return segments.positions(segments.starts(segment_ids, x.shape[:2]))
 
 
 def head_size(
     width: int, num_heads: int, head_dim: int | None = None, name: str = "head_dim"
 ) -> int:
-    """`head_dim`, or where it is None the width of one of `num_heads` equal parts of `width`.
+    """`head_dim`, or ``width // num_heads`` if it is None.
 
     Raises:
       ValueError: `width` is not a multiple of `num_heads`, or `head_dim` is below 1.
@@ -151,10 +53,10 @@ def head_size(
 
 
 def expanded_head_size(width: int, num_heads: int, expand: float, name: str) -> int:
-    """Width of one of `num_heads` equal parts of ``expand * width``.
+    """``expand * width // num_heads``.
 
     Raises:
-      ValueError: that is not a positive integer.
+      ValueError: the division has a remainder, or the result is not positive.
     """
     total = round(expand * width)
     if not math.isclose(total, expand * width) or total < 1 or total % num_heads:
@@ -178,16 +80,16 @@ def project(
     param_dtype: Any,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """A linear map ``[B, T, width] -> [B, T, *shape]``, with a short convolution behind it.
+    """A linear map ``[B, T, width] -> [B, T, *shape]``, optionally with a short convolution.
 
     Args:
       width: of the input.
       shape: axes of the output, such as ``(num_heads, head_dim)``.
-      short_conv: size of a `ShortConvolution` behind the map; 0 for none.
-      activation: whether SiLU follows the convolution. Nothing follows without a convolution.
+      short_conv: taps of a `ShortConvolution` after the map; 0 for none.
+      activation: whether SiLU follows the convolution; there is none without a convolution.
       conv_bias: whether the convolution has a bias.
       use_bias: whether the map has a bias.
-      kernel_init: initialiser of its kernel.
+      kernel_init: initialiser of the kernel of the map.
       dtype, param_dtype, rngs: as in `lla.mixers.create`.
 
     Returns:
@@ -232,7 +134,7 @@ def merge_heads(
 
 
 class Projected(nnx.Module):
-    """A projection with a short convolution behind it."""
+    """A projection followed by a short convolution."""
 
     def __init__(self, projection: nnx.Module, convolution: ShortConvolution):
         self.projection = projection
@@ -257,20 +159,20 @@ class Projected(nnx.Module):
 
 
 class ShortConvolution(nnx.Module):
-    """Causal convolution over time of every channel by itself: ``y_t = sum_i w_i x_{t-size+1+i}``.
+    """Depthwise causal convolution over time: ``y_t = sum_i w_i x_{t-size+1+i}`` per channel.
 
     ``[B, T, *shape] -> [B, T, *shape]`` in the dtype of the input, accumulated in float32 or
-    better. Zeros precede the sequence, and with segment ids ``[B, T]`` every segment.
+    better. Zeros precede the sequence, or every segment if segment ids ``[B, T]`` are given.
 
-    Parameters: ``filter`` ``[size, *shape]`` and, where it is asked for, ``bias`` ``[*shape]``,
-    both uniform in ``±1 / sqrt(size)`` as in Mamba's published code (arXiv 2312.00752); the last
-    tap is that of the current token.
+    Parameters: ``filter`` ``[size, *shape]`` and optionally ``bias`` ``[*shape]``, both uniform in
+    ``±1 / sqrt(size)`` as in Mamba's published code (arXiv 2312.00752). The last tap is that of the
+    current token.
 
     Args:
-      shape: axes behind batch and time.
+      shape: axes after batch and time.
       size: number of taps, at least 1.
       activation: whether SiLU follows.
-      use_bias: whether a bias is added before it.
+      use_bias: whether a bias is added before the activation.
       param_dtype, rngs: as in `lla.mixers.create`.
 
     Raises:
@@ -307,7 +209,7 @@ class ShortConvolution(nnx.Module):
         """The inputs before the first token, zeros ``[batch, size - 1, *shape]``.
 
         Raises:
-          ValueError: `batch` is several axes.
+          ValueError: there is more than one batch axis.
         """
         if isinstance(batch, tuple) and len(batch) != 1:
             raise ValueError(f"a short convolution needs one batch axis, got {batch}.")
@@ -322,14 +224,14 @@ class ShortConvolution(nnx.Module):
         counts: jax.Array | None,
         starts: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The outputs of the next tokens ``x [B, T, *shape]``, and the state behind them.
+        """The outputs of the next tokens ``x [B, T, *shape]``, and the state after them.
 
         Args:
           x: the tokens.
           state: the last ``size - 1`` inputs before them.
           counts: int ``[B]``, how many of the tokens exist; None for all.
-          starts: bool ``[B, T]``, which of those that exist are the first of a segment; the first
-            token goes on from `state` unless it is one. None for one sequence.
+          starts: bool ``[B, T]``, whether a token exists and starts a segment; a first token that
+            does not continues from `state`. None for one sequence.
         """
         inputs = jnp.concatenate([state, x.astype(state.dtype)], axis=1)
         if counts is None:
@@ -339,16 +241,16 @@ class ShortConvolution(nnx.Module):
             state = jax.vmap(last)(inputs, counts)
         reach = self._reach(starts)
         if reach is not None and self.size > 1:
-            # What precedes the last segment is no part of the state: its token i lies ``size - 1 -
-            # i`` in front of the next one. Tokens that only pad are of the last segment.
+            # Inputs from before the last segment do not belong to the state. Its input i lies
+            # ``size - 1 - i`` before the next token. Padding belongs to the last segment.
             total = jnp.full(x.shape[:1], x.shape[1], jnp.int32) if counts is None else counts
-            behind = reach[:, -1] + 1 - (x.shape[1] - total)
+            length = reach[:, -1] + 1 - (x.shape[1] - total)
             distance = jnp.arange(self.size - 1, 0, -1, dtype=jnp.int32)[None]
-            state = _where(distance <= behind[:, None], state)
+            state = _where(distance <= length[:, None], state)
         return self._convolve(inputs, reach).astype(x.dtype), state
 
     def _reach(self, starts):
-        """Int32 ``[B, T]``: how many earlier inputs a token may look at, or more than it can."""
+        """Int32 ``[B, T]``: how many earlier inputs of its segment a token has, or more."""
         return None if starts is None else segments.positions(starts, self.size)
 
     def _convolve(self, padded, reach):
@@ -367,7 +269,7 @@ class ShortConvolution(nnx.Module):
 
 
 def _where(mask, array):
-    """`array` ``[B, T, ...]`` where `mask` ``[B, T]`` says so, and zeros."""
+    """`array` ``[B, T, ...]`` where `mask` ``[B, T]`` is True, zeros elsewhere."""
     mask = mask.reshape(*array.shape[:2], *(1,) * (array.ndim - 2))
     return jnp.where(jnp.broadcast_to(mask, array.shape), array, jnp.zeros_like(array))
 
@@ -449,7 +351,7 @@ def step_bias(
 ) -> jax.Array:
     """Biases b, float32, with ``softplus(b)`` log-uniform between `smallest` and `largest`.
 
-    The initial step sizes of Mamba (arXiv 2312.00752, section 3.6) and its relatives; none is below
+    The initial step sizes of Mamba (arXiv 2312.00752, section 3.6) and later models; none is below
     `floor`.
     """
     logarithm = jax.random.uniform(key, shape, jnp.float32, math.log(smallest), math.log(largest))

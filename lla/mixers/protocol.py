@@ -1,4 +1,4 @@
-"""What every mixer can do."""
+"""The interface of mixers."""
 
 from typing import Any, Protocol
 
@@ -6,7 +6,7 @@ import jax
 
 
 class Mixer(Protocol):
-    """A causal mechanism: on whole sequences, and on sequences that arrive in pieces.
+    """A causal token mixer, for whole sequences and for decoding.
 
     Example::
 
@@ -26,15 +26,15 @@ class Mixer(Protocol):
 
         Args:
           x: ``[B, T, width]``.
-          segment_ids: int ``[B, T]``, where sequences are packed one behind the other: outputs and
-            gradients are those of the segments in calls of their own. A segment is a run of equal
-            ids, it starts where the id changes, and an id that comes back later stands for another
-            one. Positions, where a mixer uses them, count from 0 in every segment. Recurrences
-            multiply the state by zero before a segment, so that what is not a number in one segment
-            reaches the later ones. None for one sequence.
+          segment_ids: int ``[B, T]``, of packed sequences: outputs and gradients are those of
+            separate calls for the segments. A segment is a run of equal ids: it starts where the id
+            changes, and an id that returns later is another segment. Positions, if the mixer uses
+            them, count from 0 in every segment. Recurrences multiply the state by zero at the start
+            of a segment, so NaN or infinity in one segment does reach later ones. None for one
+            sequence.
 
         Raises:
-          ValueError: `segment_ids` is no integer array ``[B, T]``.
+          ValueError: `segment_ids` is not an integer array ``[B, T]``.
         """
         ...
 
@@ -43,16 +43,15 @@ class Mixer(Protocol):
 
         Args:
           batch: number of sequences.
-          max_length: tokens of each sequence that there has to be room for. Recurrences, whose
-            state does not grow, take any number of them.
-          dtype: of what is kept of single tokens, keys and values; None means that of the
-            mixer's computation. States of recurrences are float32, or float64 for float64.
+          max_length: capacity in tokens per sequence. Mixers whose state does not grow ignore it.
+          dtype: of cached keys and values; None means the dtype of the computation. States of
+            recurrences are float32, or float64 for float64.
 
         Returns:
           A pytree of arrays, each with a leading axis `batch`.
 
         Raises:
-          ValueError: `max_length` is below 1, where it matters.
+          ValueError: `max_length` is below 1 and the state grows.
         """
         ...
 
@@ -64,30 +63,29 @@ class Mixer(Protocol):
         *,
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """The outputs of the next T tokens, equal to theirs in ``self(whole sequence)``.
+        """The outputs of the next T tokens, equal to those of a call on the whole sequence.
 
-        One token is a step of the recurrence, several are computed in the form that the mixer
-        computes whole sequences in.
+        A single token is a step of the recurrence; several use the form of whole sequences.
 
         Args:
           x: ``[B, T, width]``.
-          state: from `init_state`, or from the call before. It is not changed; donate it to a
-            compiled step to have its memory used again.
+          state: from `init_state` or the previous call. Donate it to a compiled step to reuse its
+            memory.
           new_lengths: int ``[B]``, in 0 ... T: how many of the T tokens of a sequence exist. The
-            others pad it and leave no trace in the state; their outputs have no meaning. None for
-            all.
-          segment_ids: int ``[B, T]``, as in a call; numbers that int32 holds. The state keeps the
-            last one: the first token goes on with the segment of the last token before if its id is
-            the same (0 where none was given), and starts another one otherwise. None: all tokens go
-            on with that segment. Behind the call the state is that of the last segment alone. One
-            that grows needs room for all T tokens until then.
+            others are padding: they do not change the state, and their outputs have no meaning.
+            None for all.
+          segment_ids: int ``[B, T]``, as in a call; they must fit into int32. The state keeps the
+            last id (0 if none was given): the first token continues that segment if it has the same
+            id, and starts another one otherwise. None: all tokens continue that segment. Afterwards
+            the state is that of the last segment only, but a state that grows needs room for all T
+            tokens.
 
         Returns:
-          ``[B, T, width]`` and the state behind these tokens. More tokens than there is room for
-          are a ValueError where lengths are known; otherwise outputs of such a sequence are NaN
-          from then on.
+          ``[B, T, width]`` and the state after these tokens. Once a sequence exceeds the capacity,
+          its outputs are NaN.
 
         Raises:
-          ValueError: for arguments of wrong shape, or tokens that are known not to fit.
+          ValueError: for arguments of the wrong shape, or more tokens than there is room for where
+            lengths are known.
         """
         ...

@@ -1,54 +1,82 @@
-"""The one place where mixers have names."""
+"""Mixers by name."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
-import typing
-from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-# Name: module in this package, and its class. A module is imported when its mixer is asked for.
-_MIXERS: dict[str, str] = {
-    "softmax": "softmax:Softmax",
-    "linear": "linear:LinearAttention",
-    "retnet": "retnet:RetNet",
-    "gla": "gla:GatedLinearAttention",
-    "mamba": "mamba:Mamba",
-    "mamba2": "mamba2:Mamba2",
-    "deltanet": "deltanet:DeltaNet",
-    "gated_deltanet": "gated_deltanet:GatedDeltaNet",
-    "mesanet": "mesanet:MesaNet",
-    "hyena": "hyena:Hyena",
-    "parallax": "parallax:Parallax",
-    "lla": "lla:LLA",
-}
-_NOT_OPTIONS = ("dtype", "param_dtype", "rngs")
+from lla.registry import Registry
+
+_MIXERS = Registry(
+    "mixer",
+    {
+        "softmax": "lla.mixers.softmax:Softmax",
+        "linear": "lla.mixers.linear:LinearAttention",
+        "retnet": "lla.mixers.retnet:RetNet",
+        "gla": "lla.mixers.gla:GatedLinearAttention",
+        "mamba": "lla.mixers.mamba:Mamba",
+        "mamba2": "lla.mixers.mamba2:Mamba2",
+        "deltanet": "lla.mixers.deltanet:DeltaNet",
+        "gated_deltanet": "lla.mixers.gated_deltanet:GatedDeltaNet",
+        "mesanet": "lla.mixers.mesanet:MesaNet",
+        "hyena": "lla.mixers.hyena:Hyena",
+        "parallax": "lla.mixers.parallax:Parallax",
+        "lla": "lla.mixers.lla:LLA",
+    },
+    methods=("__call__", "init_state", "decode"),
+    reserved=("width", "num_heads", "dtype", "param_dtype", "rngs"),
+    group="lla.mixers",
+)
 
 
 def names() -> tuple[str, ...]:
     """Names that `create` accepts."""
-    return tuple(_MIXERS)
+    return _MIXERS.names()
+
+
+def register(name: str, mixer: type[nnx.Module]) -> None:
+    """Adds a mixer under a name, for `create`, for models and for configs.
+
+    Configs made afterwards have its options under ``config.mixers.NAME``. A package can do without
+    this call: an entry point of the group ``lla.mixers`` registers a mixer wherever the package is
+    installed.
+
+    Example::
+
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from lla import mixers
+        >>> from lla.mixers.linear import LinearAttention
+        >>> class Short(LinearAttention):
+        ...     def __init__(self, width, num_heads, *, taps: int = 4, **options):
+        ...         super().__init__(width, num_heads, short_conv=taps, **options)
+        >>> mixers.register("short", Short)
+        >>> mixers.create("short", 8, 2, taps=2, rngs=nnx.Rngs(0))(jnp.ones((1, 3, 8))).shape
+        (1, 3, 8)
+
+    Args:
+      name: a Python identifier that is not in use.
+      mixer: a module as `lla.mixers.Mixer` describes it, with the constructor ``(width, num_heads,
+        *, OPTIONS, dtype=None, param_dtype=jnp.float32, rngs)``. Options have defaults that are
+        numbers, strings, bools, tuples or None.
+
+    Raises:
+      ValueError: the name is in use or no identifier.
+      TypeError: the class lacks a method, or the default of an option.
+    """
+    _MIXERS.register(name, mixer)
 
 
 def options(name: str) -> dict[str, Any]:
     """Options of the mixer `name` with their default values: numbers, strings, bools or None."""
-    parameters = inspect.signature(_lookup(name).__init__).parameters.values()
-    return {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in _NOT_OPTIONS
-    }
+    return _MIXERS.options(name)
 
 
 def option_types(name: str) -> dict[str, Any]:
-    """What types the options of the mixer `name` are declared with."""
-    declared = typing.get_type_hints(_lookup(name).__init__)
-    return {option: declared.get(option, Any) for option in options(name)}
+    """The declared types of the options of the mixer `name`."""
+    return _MIXERS.option_types(name)
 
 
 def uses_positions(name: str) -> bool:
@@ -57,15 +85,15 @@ def uses_positions(name: str) -> bool:
     True for those whose output does not depend on the order of the earlier tokens; the class says
     so by an attribute ``uses_positions = True``.
     """
-    return getattr(_lookup(name), "uses_positions", False)
+    return getattr(_MIXERS.lookup(name), "uses_positions", False)
 
 
 def length_option(name: str) -> str | None:
-    """The option of the mixer `name` whose None a model replaces by its longest sequence, if any.
+    """The option of the mixer `name` that a model sets to its longest sequence if it is None.
 
-    The class says so by an attribute ``length_option``.
+    The class says so by an attribute ``length_option``; None for most mixers.
     """
-    return getattr(_lookup(name), "length_option", None)
+    return getattr(_MIXERS.lookup(name), "length_option", None)
 
 
 def create(
@@ -82,11 +110,11 @@ def create(
 
     Args:
       name: one of `names()`.
-      width: of the tokens that enter and leave.
-      num_heads: heads.
+      width: of the tokens, in and out.
+      num_heads: number of heads.
       rngs: Flax random streams; uses ``params``.
       dtype: of the computation; None infers it from inputs and parameters. States, decays and
-        norms are float32 or better anyway.
+        norms are float32 or better in any case.
       param_dtype: of the parameters.
       **given: options of the mixer; `options(name)` lists them with their defaults, the docstring
         of the class explains them.
@@ -99,25 +127,8 @@ def create(
       ValueError: an unknown name or option (the nearest valid one is named), or a size or option
         outside its range.
     """
-    mixer = _lookup(name)
-    valid = options(name)
-    for option in given:
-        if option not in valid:
-            raise ValueError(_unknown(f"option of mixer {name!r}", option, valid))
+    mixer = _MIXERS.check_options(name, given)
     for size_name, size in (("width", width), ("num_heads", num_heads)):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{size_name} must be a positive int, got {size!r}.")
     return mixer(width, num_heads, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **given)
-
-
-def _lookup(name: str) -> type[nnx.Module]:
-    if name not in _MIXERS:
-        raise ValueError(_unknown("mixer", name, names()))
-    module, attribute = _MIXERS[name].split(":")
-    return getattr(importlib.import_module(f"lla.mixers.{module}"), attribute)
-
-
-def _unknown(kind: str, word: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.0)
-    return f"unknown {kind}: {word!r}; did you mean {near[0]!r}? Valid: {', '.join(valid)}."

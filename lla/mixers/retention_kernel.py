@@ -1,4 +1,4 @@
-"""Linear attention with a decay per head by the kernels for Hopper, under one custom_vjp.
+"""Linear attention with a decay per head by Hopper kernels, with a custom VJP.
 
 The kernels are in `lla.kernels.mosaic_gpu.retention`.
 """

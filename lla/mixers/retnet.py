@@ -9,28 +9,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lla.mixers import parts
-from lla.mixers.chunks import check_form, form_of_piece
 from lla.mixers.linear_recurrence import linear_recurrence
+from lla.mixers.recurrent import RecurrentMixer, Tokens
 from lla.nn.rope import rotate
-from lla.ops.problem import compute_dtype
+from lla.numerics import compute_dtype
 
 
-class RetNet(parts.Recurrence):
+class RetNet(RecurrentMixer):
     """Multi-scale retention (arXiv 2307.08621): ``S = g_h S + k v^T; o = S^T q / sqrt(head_dim)``.
 
     The decay of head h = 0, 1, ... is ``g_h = 1 - 2^(-5-h)``; queries and keys are rotated; heads
     of the output are normalised (group norm, without parameters as in the published code) and
     gated by ``silu(W x)``. Values are twice as wide as the input.
 
-    Departures: the frequencies of the rotation are those of RoFormer (arXiv 2104.09864), which
-    stop one step before 1 / rope_theta. The two factors by which the paper divides scores
-    for the sake of 16-bit numbers are left out: the group norm cancels them but for its epsilon,
-    and states are float32 here.
+    Departures: the frequencies of the rotation are those of RoFormer (arXiv 2104.09864), which stop
+    one step before 1 / rope_theta. The paper divides scores by two factors for 16-bit arithmetic;
+    they are left out, as the group norm cancels them up to its epsilon and states are float32 here.
 
     Parameters: ``query``, ``key``, ``value``, ``gate``, ``out``.
 
     Args:
-      width, num_heads: of the input and output, and heads.
+      width: of the tokens.
+      num_heads: number of heads.
       head_dim: width of a query or key head; None for ``width // num_heads``.
       value_dim: width of a value head; None for ``2 width / num_heads``.
       rope_theta: base of the rotation; None for none.
@@ -41,6 +41,8 @@ class RetNet(parts.Recurrence):
     Raises:
       ValueError: sizes or options outside their range.
     """
+
+    recurrence = linear_recurrence
 
     def __init__(
         self,
@@ -57,9 +59,9 @@ class RetNet(parts.Recurrence):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_form(form, chunk)
         head_dim = parts.head_size(width, num_heads, head_dim)
         value_dim = parts.head_size(2 * width, num_heads, value_dim, "value_dim")
+        super().__init__((num_heads, head_dim, value_dim), form, chunk)
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"rope_theta needs an even head_dim, got {head_dim}.")
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -70,63 +72,26 @@ class RetNet(parts.Recurrence):
         self.gate = parts.project(width, (num_heads, value_dim), **options)
         self.out = parts.merge_heads(num_heads, value_dim, width, **options)
         self.num_heads = num_heads
-        self.memory = (num_heads, head_dim, value_dim)
         self.scale = head_dim**-0.5
-        self.rope_theta, self.form, self.chunk = rope_theta, form, chunk
+        self.rope_theta = rope_theta
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
-        """``[B, T, width] -> [B, T, width]``; see `lla.mixers.Mixer`."""
-        positions = parts.positions(x, segment_ids)
-        *sequences, gate, dtype = self._sequences(x, parts.whole(self, segment_ids), positions)
-        options = dict(segment_ids=segment_ids, form=self.form, chunk=self.chunk)
-        out = linear_recurrence(*sequences, **options)
-        return self._finish(out, gate, dtype)
-
-    def decode(
-        self,
-        x: jax.Array,
-        state: parts.State,
-        new_lengths: jax.Array | None = None,
-        *,
-        segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, parts.State]:
-        """The next tokens ``[B, T, width]`` of the sequences of `state`; see `lla.mixers.Mixer`."""
-        state, piece = state.begin(self, x, new_lengths, segment_ids)
-        query, key, value, log_decay, gate, dtype = self._sequences(
-            piece.x, piece.project, piece.positions(state.lengths)
-        )
-        out, memory = linear_recurrence(
-            query,
-            piece.keep(key),
-            value,
-            piece.keep(log_decay),
-            state=state.memory,
-            segment_ids=piece.runs,
-            form=form_of_piece(self.form, x.shape[1]),
-            chunk=self.chunk,
-            return_state=True,
-        )
-        return self._finish(out, gate, dtype), state.advance(memory, piece)
-
-    def _sequences(self, x, apply, positions):
-        """Arguments of `linear_recurrence`, the gate, and the dtype of the projections.
-
-        `apply` calls a projection by its name.
-        """
-        query, key, value, gate = (apply(name, x) for name in ("query", "key", "value", "gate"))
+    def prepare(self, tokens: Tokens, positions: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+        """Arguments of `lla.mixers.linear_recurrence`; the gate and the dtype of the values."""
+        query, key, value, gate = (tokens.project(n) for n in ("query", "key", "value", "gate"))
         dtype, wide = value.dtype, compute_dtype(value.dtype)
         if self.rope_theta is not None:
             query, key = (
                 rotate(a.astype(wide), positions, self.rope_theta).astype(dtype)
                 for a in (query, key)
             )
-        shape = query.shape[:-1]
         log_decay = jnp.log1p(-(2.0 ** -(5 + jnp.arange(self.num_heads, dtype=wide))))
-        log_decay = jnp.broadcast_to(log_decay, shape)
-        return query, key, value, log_decay, gate.astype(wide), dtype
+        log_decay = jnp.broadcast_to(log_decay, query.shape[:-1])
+        arguments = dict(query=query, key=key, value=value, log_decay=log_decay)
+        return arguments, (gate.astype(wide), dtype)
 
-    def _finish(self, out, gate, dtype):
-        """Scale, norm, gate and output projection of ``out [B, T, N, Hv]``, as read by tokens."""
+    def finish(self, x: jax.Array, out: jax.Array, extra: Any) -> jax.Array:
+        """Scale, norm, gate and output projection of ``out [B, T, N, Hv]``."""
+        gate, dtype = extra
         out = _standardise(self.scale * out.astype(gate.dtype)) * jax.nn.silu(gate)
         return self.out(out.astype(dtype))
 

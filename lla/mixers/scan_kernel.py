@@ -1,4 +1,4 @@
-"""The selective scan by the kernels for Hopper, under one custom_vjp.
+"""The selective scan by Hopper kernels, with a custom VJP.
 
 The kernels are in `lla.kernels.mosaic_gpu.scan`.
 """
@@ -19,9 +19,9 @@ _TOKENS, _CHANNELS, _STATES = 16, 64, 16
 
 
 def serves(x: jax.Array, rates: jax.Array) -> bool:
-    """Whether the kernels compute a scan of ``x [B, T, D]`` with ``rates [D, N]`` here.
+    """Whether the kernels run for a scan of ``x [B, T, D]`` with ``rates [D, N]`` here.
 
-    They need a Hopper GPU, bfloat16, a multiple of 64 channels, states of 16 numbers, and 16
+    They need a Hopper GPU, bfloat16, a multiple of 64 channels, states of size 16, and at least 16
     tokens.
     """
     return (
@@ -43,7 +43,7 @@ def run(state, rates, x, delta, b, c, *, interpret: Any = None) -> tuple[jax.Arr
       interpret: parameters of Pallas's GPU interpreter, or None to compile.
     """
     length = x.shape[1]
-    # Steps of zero, behind the end, leave the state as it is.
+    # Steps of zero after the end do not change the state.
     pad = [(0, 0), (0, -length % _TOKENS), (0, 0)]
     sequences = (jnp.pad(array, pad) for array in (x, delta, b, c))
     y, state = _run(interpret, *match_varying(state, rates, *sequences))

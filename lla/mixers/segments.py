@@ -1,32 +1,31 @@
-"""Packed sequences in a recurrence: its state is dropped before the first token of a segment."""
+"""Packed sequences in a recurrence, whose state is reset before every segment."""
 
 from __future__ import annotations
-
-import math
 
 import jax
 import jax.numpy as jnp
 
+from lla.mixers.chunks import log_of_zero
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
 
 def gates(
     log_decay: jax.Array | None, segment_ids: jax.Array | None, value: jax.Array
 ) -> jax.Array | None:
-    """Logarithms of gates that are zero before the first token of a segment.
+    """`log_decay`, with gates of zero before the first token of every segment.
 
-    Exactly zero, and so are all products of gates with such a one (`lla.mixers.chunks.decays`),
-    while every logarithm stays finite and small enough for running sums. The gradient of a gate
-    that is replaced is zero.
+    These gates, and all products with them (`lla.mixers.chunks.decays`), are exactly zero, while
+    their logarithms are finite and small enough for running sums. The gradient of a replaced gate
+    is zero.
 
     Args:
       log_decay: ``[B, T, N]`` or ``[B, T, N, H]``; None for no decay.
       segment_ids: int ``[B, T]``; None leaves `log_decay` as it is.
-      value: ``[B, T, N, Hv]``, of the shape and dtype that the recurrence is computed for.
+      value: ``[B, T, N, Hv]``, the values of the recurrence, for shape and dtype.
 
     Raises:
-      ValueError: `segment_ids` is no integer array ``[B, T]``.
+      ValueError: `segment_ids` is not an integer array ``[B, T]``.
     """
     if segment_ids is None:
         return log_decay
@@ -36,8 +35,3 @@ def gates(
     starts = starts.reshape(*starts.shape, *(1,) * (log_decay.ndim - 2))
     starts = jnp.broadcast_to(starts, log_decay.shape)
     return jnp.where(starts, jnp.full_like(log_decay, log_of_zero(dtype)), log_decay)
-
-
-def log_of_zero(dtype) -> float:
-    """A number of small magnitude, a power of two, whose exponential is zero in `dtype`."""
-    return -(2.0 ** math.ceil(math.log2(-math.log(jnp.finfo(dtype).smallest_subnormal))))

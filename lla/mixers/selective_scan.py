@@ -1,18 +1,17 @@
-"""The selective scan of Mamba (S6): a diagonal state space model whose steps depend on the token.
+"""The selective scan of Mamba (S6): a diagonal state space model with input-dependent steps.
 
-Per token and channel, with input x, step size Delta >= 0, and vectors B, C of the token that all
-channels share,
+Per token and channel, with input x, step size Delta >= 0, and vectors B, C that all channels share,
 
     h = exp(Delta A) h + Delta B x;  y = C . h                         h: [N], h = 0 at the start
 
 where A <= 0 is a vector of N rates for each channel (Mamba, arXiv 2312.00752; as in its published
 code, A is discretised exactly and B by Euler's rule).
 
-`"recurrent"` is a scan over tokens and the reference. `"parallel"` runs an associative scan over
-the tokens of one chunk after the other, since pairs (a, b) that stand for h -> a h + b compose to
-pairs of that kind. All a are products of numbers in [0, 1]. States of all tokens exist for one
-chunk at a time, in the backward pass as well; a chunk of the recurrent form is about the square
-root of the length. On a Hopper GPU bfloat16 inputs have kernels (`lla.mixers.scan_kernel`).
+`"recurrent"`, the reference, is a scan over tokens. `"parallel"` runs an associative scan over the
+tokens of each chunk in turn: maps h -> a h + b, as pairs (a, b), compose to maps of the same kind.
+All a are products of numbers in [0, 1]. The states of all tokens are held for one chunk at a time,
+in the backward pass as well; chunks of the recurrent form have about the square root of the length.
+On a Hopper GPU there are kernels for bfloat16 inputs (`lla.mixers.scan_kernel`).
 """
 
 import math
@@ -23,8 +22,8 @@ import jax.numpy as jnp
 
 from lla.mixers import scan_kernel
 from lla.mixers.chunks import check_form, start_state
+from lla.numerics import compute_dtype
 from lla.ops import segments
-from lla.ops.problem import compute_dtype
 
 _einsum = partial(jnp.einsum, precision="highest")
 
@@ -46,8 +45,8 @@ def selective_scan(
 
     Per token and channel ``h = exp(delta a) h + delta b x; y = c . h``.
 
-    Gradients are those of all arrays and of `state`, also through the returned state. Where a
-    kernel serves, there is reverse mode alone; ``form="recurrent"`` has both.
+    Differentiable in all arrays and in `state`, also through the returned state. Where a
+    kernel runs, in reverse mode only; ``form="recurrent"`` has both modes.
 
     Args:
       x: ``[B, T, D]``, one input per channel.
@@ -55,20 +54,19 @@ def selective_scan(
       a: ``[D, N]``, rates, <= 0.
       b, c: ``[B, T, N]``, into and out of the state.
       state: ``[B, D, N]``, the state before the first token, of any dtype; None for zero.
-      segment_ids: int ``[B, T]``, of packed sequences: the state is dropped before a token whose id
-        differs from that of the token before it. The first token goes on from `state`. None for one
-        sequence.
+      segment_ids: int ``[B, T]``, of packed sequences: the state is reset before a token whose id
+        differs from the one before. The first token continues from `state`. None for one sequence.
       form: ``"parallel"`` or ``"recurrent"``.
       chunk: tokens per chunk of the parallel form, which holds some arrays ``[B, chunk, D, N]``.
       return_state: also return the state after the last token.
 
     Returns:
       ``[B, T, D]`` in the dtype of `x`, or a pair with the state ``[B, D, N]``. States, gates and
-      everything between are float32 (float64 for float64 inputs).
+      intermediate results are float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown form, a chunk below 1, or `segment_ids`
-        that are no integers.
+      ValueError: for shapes that do not match, an unknown form, a chunk below 1, or `segment_ids`
+        that are not integers.
     """
     check_form(form, chunk)
     if x.ndim != 3 or delta.shape != x.shape or 0 in x.shape:
@@ -85,7 +83,7 @@ def selective_scan(
             )
     dtype = compute_dtype(x.dtype)
     state = start_state(state, (batch, *a.shape), dtype)
-    # The kernel knows no segments: rates of zero could not reset the state by a large step.
+    # The kernel has no segments: where a rate is zero, no step size can reset the state.
     if form == "parallel" and segment_ids is None and scan_kernel.serves(x, a):
         wide = (array.astype(dtype) for array in (delta, b, c))
         y, state = scan_kernel.run(state, a.astype(dtype), x, *wide)
@@ -110,7 +108,7 @@ def selective_scan_step(
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `selective_scan`; all arrays in the dtype of the state, float32 or float64.
 
-    Differentiable in all of them, in both modes.
+    Differentiable in all of them, in forward and reverse mode.
 
     Args:
       state: ``[B, D, N]``.
@@ -141,7 +139,7 @@ def _recurrent(state, a, *arrays):
         return selective_scan_step(state, a, x, delta, b, c)
 
     def advance(state, block):
-        # Several steps a turn share what the loop itself costs, on a GPU a third of the kernels.
+        # Unrolled, since on a GPU the loop itself makes up a third of the kernels.
         by_time = tuple(jnp.moveaxis(array, 1, 0) for array in block)
         state, y = jax.lax.scan(step, state, by_time, unroll=4)
         return state, jnp.moveaxis(y, 0, 1)
@@ -165,13 +163,13 @@ def _parallel(state, a, *arrays, chunk):
 def _by_chunks(advance, state, arrays, chunk):
     """``advance(state, block) -> (state, y)`` over blocks of `chunk` tokens of `arrays`.
 
-    Of a block the backward pass keeps the state before it alone, and computes the others again.
+    The backward pass stores only the states before blocks and recomputes the others.
     """
     batch, length, channels = arrays[0].shape
     count = -(-length // chunk)
 
     def split(array):
-        # Steps of zero, behind the end, leave the state as it is.
+        # Steps of zero after the end do not change the state.
         array = jnp.pad(array, [(0, 0), (0, count * chunk - length), (0, 0)])
         return jnp.moveaxis(array.reshape(batch, count, chunk, -1), 1, 0)
 

@@ -1,4 +1,4 @@
-"""Softmax attention, and what the three mixers around `lla.nn.LocalLinearAttention` share."""
+"""Softmax attention, and the base class of the mixers around `lla.nn.LocalLinearAttention`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Attention(LocalLinearAttention):
 
         Args:
           x, context, **options: as in `lla.nn.LocalLinearAttention`.
-          segment_ids: int ``[*B, T]``: a token sees those of its segment alone, a run of equal ids,
-            in which positions count from 0. (The operator and `lla.nn.LocalLinearAttention` join
-            equal ids whatever lies between.) With a context as there.
+          segment_ids: int ``[*B, T]``: a token attends within its segment, a run of equal ids in
+            which positions count from 0. (In the operator and `lla.nn.LocalLinearAttention` equal
+            ids are one segment, whatever lies in between.) With a context as there.
 
         Returns, Raises: as there.
         """
@@ -44,18 +44,19 @@ class Attention(LocalLinearAttention):
 class Softmax(Attention):
     """Softmax attention (arXiv 1706.03762): ``o_i = sum_j p_ij v_j``, ``p = softmax(scale q.k)``.
 
-    `lla.nn.LocalLinearAttention` with another constructor; the parameters are the same. The dense
+    `lla.nn.LocalLinearAttention` with another constructor and the same parameters. The dense
     reference is ``implementation="reference"``.
 
     Args:
-      width, num_heads: of the input and output, and query heads.
-      num_kv_heads: key and value heads, a divisor of `num_heads`; None for as many.
+      width: of the tokens.
+      num_heads: number of query heads.
+      num_kv_heads: key and value heads, a divisor of `num_heads`; None for `num_heads`.
       head_dim: width of a query or key head; None for ``width // num_heads``.
       value_dim: width of a value head; None for `head_dim`.
       qk_norm: whether queries and keys are RMS-normalised with a learned scale.
-      rope_theta: base of rotary position embedding; None for none.
+      rope_theta: base of rotary position embeddings; None for none.
       scale: factor of the logits; None for ``1 / sqrt(head_dim)``.
-      relative_scale: the same in units of ``1 / sqrt(head_dim)``; excludes `scale`.
+      relative_scale: the scale in units of ``1 / sqrt(head_dim)``; excludes `scale`.
       local_window_size: an int or ``(left, right)``, see `lla.softmax_attention`; None for all
         earlier tokens.
       short_conv: taps of causal convolutions on queries, keys and values, without an activation; 0
@@ -110,7 +111,7 @@ class Softmax(Attention):
 
 
 def logit_scale(scale: float | None, relative_scale: float | None, head_dim: int) -> float | None:
-    """The factor of the logits from the two ways to give it."""
+    """The scale of the logits from the two options."""
     if relative_scale is None:
         return scale
     if scale is not None:
@@ -121,17 +122,17 @@ def logit_scale(scale: float | None, relative_scale: float | None, head_dim: int
 
 
 def window(size: Any) -> int | tuple[int, int] | None:
-    """A window as the operator takes it; configs turn tuples into lists."""
+    """The window for the operator; configs turn tuples into lists."""
     return tuple(size) if isinstance(size, list) else size
 
 
 def add_short_convolutions(
     layer: LocalLinearAttention, size: int, *, param_dtype: Any, rngs: nnx.Rngs
 ) -> None:
-    """Puts a `ShortConvolution` of `size` taps behind query, key and value; none for a size of 0.
+    """Adds a `ShortConvolution` of `size` taps to query, key and value; none for a size of 0.
 
-    They act before QK-norm and rotation and have no activation: a normalised key of one sign in
-    every coordinate would be a poor one.
+    They come before QK-norm and rotation. They have no activation, which would give all coordinates
+    of a key the same sign.
     """
     if size == 0:
         return

@@ -1,4 +1,4 @@
-"""Sequence models: a token mixer by name, and what stands around it."""
+"""Sequence models: a mixer by name, with embeddings, MLPs and a head around it."""
 
 from lla.models.sequence import ModelConfig, SequenceModel
 

@@ -1,4 +1,4 @@
-"""A residual model around any mixer: embeddings, blocks, a head for tokens or for regression."""
+"""A residual model around any mixer, for tokens or for regression."""
 
 import dataclasses
 import math
@@ -10,42 +10,41 @@ from flax import nnx
 
 from lla import mixers
 from lla.nn.layer import HeadNorm
-from lla.nn.piece import Piece
+from lla.nn.new_tokens import NewTokens
+from lla.numerics import nan_where
 from lla.ops import segments
 from lla.ops.cache import check_room
-from lla.ops.shield import nan_where
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What `SequenceModel` is built from.
+    """The configuration of a `SequenceModel`.
 
     Attributes:
       width: of the residual stream.
       depth: number of blocks.
       num_heads: heads of every mixer.
-      mixer: name of the mechanism, one of `lla.mixers.names()`.
-      mixer_options: its options; `lla.mixers.options(mixer)` lists them.
+      mixer: name of the mixer, one of `lla.mixers.names()`.
+      mixer_options: its options, see `lla.mixers.options(mixer)`.
       vocab_size: number of token ids, or None where inputs are continuous.
       input_dim: width of continuous inputs, or None where inputs are tokens.
       output_dim: logits, or numbers to predict, per position.
-      max_length: longest sequence, read by learned positions and by `lla.mixers.length_option`.
-      positions: "learned" adds a vector per position to the input, "none" does not, "auto" does
-        for mixers that cannot tell the order of tokens by themselves.
-      mlp_ratio: width of the hidden layer of a block's MLP over `width`; 0 for no MLP.
-      mlp_type: "gelu" for two linear maps with a GELU between them, "swiglu" for three, of which
-        one is a gate (arXiv 2002.05202).
-      mlp_multiple_of: the width of the hidden layer is rounded up to a multiple of this.
-      tie_embeddings: whether logits are products with the token embeddings.
-      embedding_std: standard deviation of the tables of embeddings, which are then used as they
-        are; None for a table of variance 1 / width, multiplied by sqrt(width).
+      max_length: longest sequence, for learned positions and for `lla.mixers.length_option`.
+      positions: "learned" adds a learned vector per position to the input, "none" adds nothing, and
+        "auto" is "learned" for mixers that do not see the order of tokens.
+      mlp_ratio: hidden width of the MLP of a block over `width`; 0 for no MLP.
+      mlp_type: "gelu", two linear maps with a GELU in between, or "swiglu", with a gate
+        (arXiv 2002.05202).
+      mlp_multiple_of: the hidden width is rounded up to a multiple of this.
+      tie_embeddings: whether the head shares the table of token embeddings.
+      embedding_std: standard deviation of the embedding tables, used without a factor; None for
+        tables of variance 1 / width, multiplied by sqrt(width).
       head_bias: whether the head has a bias; excludes `tie_embeddings`.
-      readout: "each" reads the output at a position from the residual stream there; "last" reads
-        all of them from the stream at the last token, which has to hold the whole sequence: see
-        `PositionDecoder`.
-      dtype: of the computation, such as "bfloat16"; norms and states of mixers are float32 anyway.
+      readout: "each" computes the output at a position from the residual stream there; "last"
+        computes all outputs from the stream at the last token, see `PositionDecoder`.
+      dtype: of the computation, such as "bfloat16"; norms and states of mixers stay float32.
       param_dtype: of the parameters.
     """
 
@@ -94,7 +93,7 @@ class ModelConfig:
             raise ValueError("head_bias needs a head of its own: tie_embeddings must be False.")
         if self.tie_embeddings and self.vocab_size != self.output_dim:
             raise ValueError(
-                f"tie_embeddings needs as many logits as tokens, got output_dim {self.output_dim} "
+                f"tie_embeddings needs output_dim == vocab_size, got output_dim {self.output_dim} "
                 f"and vocab_size {self.vocab_size}."
             )
         for name in ("dtype", "param_dtype"):
@@ -110,14 +109,14 @@ class ModelConfig:
 
     @property
     def learned_positions(self) -> bool:
-        """Whether there is a vector per position."""
+        """Whether the model has learned position embeddings."""
         if self.positions == "auto":
             return mixers.uses_positions(self.mixer)
         return self.positions == "learned"
 
     @property
     def mlp_width(self) -> int:
-        """Width of the hidden layer of a block's MLP; 0 if there is none."""
+        """Hidden width of the MLP of a block; 0 if there is none."""
         if self.mlp_ratio == 0:
             return 0
         hidden = max(1, round(self.width * self.mlp_ratio))
@@ -132,7 +131,7 @@ _CHOICES = {
 
 
 class ModelState(NamedTuple):
-    """What `SequenceModel.decode` keeps of the tokens so far; all arrays lead with the batch.
+    """The state of `SequenceModel.decode`; the batch is the leading axis of every array.
 
     Attributes:
       layers: the states of the blocks' mixers.
@@ -173,10 +172,10 @@ class SwiGLU(nnx.Module):
 class PositionDecoder(nnx.Module):
     """The last token's vector ``[B, width]`` and positions ``[B, Q]`` -> ``[B, Q, width]``.
 
-    The vector plus a sinusoid of the position goes twice through a norm, a linear map with a bias
-    and a GELU, without residuals: the decoder of the compression task of MAD (arXiv 2403.17844),
-    which only widens what the vector holds. Sines fill the first half of the channels and cosines
-    the second, at ``width // 2`` angular frequencies from 1 to 1 / 10000 in equal ratios.
+    The vector plus a sinusoidal embedding of the position passes through a norm, a linear map with
+    a bias and a GELU, twice and without residuals. This is the decoder of the compression task of
+    MAD (arXiv 2403.17844). Sines fill the first half of the channels and cosines the second, at
+    ``width // 2`` angular frequencies from 1 to 1 / 10000 in geometric progression.
     """
 
     def __init__(self, width: int, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -207,7 +206,7 @@ def _sinusoids(at: jax.Array, width: int) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` where there is an MLP."""
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` if there is an MLP."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
@@ -258,14 +257,14 @@ class Block(nnx.Module):
 class SequenceModel(nnx.Module):
     """Inputs ``[B, T]`` of tokens or ``[B, T, input_dim]`` -> outputs ``[B, T, output_dim]``.
 
-    Pre-norm blocks on a residual stream, a last norm, a linear head. Embeddings of tokens and of
-    positions enter the stream with a variance of about 1 per coordinate: their tables have
-    1 / width and are multiplied by sqrt(width), so that the same table gives logits of variance 1
-    where it is tied to the head (as in Gemma, arXiv 2403.08295; that of positions is ours). With
-    `ModelConfig.embedding_std` tables have that standard deviation and no factor.
+    Pre-norm blocks on a residual stream, a final norm, a linear head. Embeddings of tokens and
+    positions have a variance of about 1 per coordinate in the stream: their tables have a variance
+    of 1 / width and are multiplied by sqrt(width), so that a tied head gives logits of variance 1
+    (as in Gemma, arXiv 2403.08295; for positions [ours]). With `ModelConfig.embedding_std` tables
+    have that standard deviation and no factor.
 
-    `decode` goes on with sequences from a state, token by token or in pieces of any length;
-    `lla.generate` samples with it.
+    `decode` continues sequences from a state by one or more tokens at a time; `lla.generate`
+    samples with it.
 
     Args:
       config: what to build.
@@ -279,8 +278,8 @@ class SequenceModel(nnx.Module):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         self.config = config
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        # Rows are looked up in the parameters' own dtype and cast afterwards: the gradient of a
-        # table sums over all tokens, which 16 bits are too short for, and too slow on a GPU.
+        # Rows are looked up in the dtype of the parameters and cast afterwards: the gradient of a
+        # table is a sum over all tokens, for which 16 bits are inaccurate, and slow on a GPU.
         tables = options | {"dtype": param_dtype}
         if config.embedding_std is not None:
             tables["embedding_init"] = nnx.initializers.normal(config.embedding_std)
@@ -309,20 +308,19 @@ class SequenceModel(nnx.Module):
         """Outputs ``[B, T, output_dim]`` in `config.dtype`.
 
         Args:
-          inputs: int ``[B, T]`` or ``[B, T, input_dim]``. Outputs that depend on a token outside
-            the vocabulary have no meaning, as with `flax.nnx.Embed`.
-          at: int ``[B, Q]``, the positions whose outputs are wanted, ``[B, Q, output_dim]``: many
-            logits at few positions cost less. None for all.
-          segment_ids: int ``[B, T]``, where sequences are packed one behind the other, each a run
-            of equal ids: outputs are those of the segments by themselves (`lla.mixers.Mixer`), and
-            learned positions count from 0 in each. None for one sequence.
+          inputs: int ``[B, T]`` or ``[B, T, input_dim]``. Tokens outside the vocabulary give
+            meaningless outputs, as in `flax.nnx.Embed`.
+          at: int ``[B, Q]``, the positions to return, ``[B, Q, output_dim]``, which saves the cost
+            of the other logits. None for all.
+          segment_ids: int ``[B, T]``, of packed sequences, each a run of equal ids: outputs are
+            those of the segments on their own (`lla.mixers.Mixer`), and learned positions count
+            from 0 in each. None for one sequence.
 
         Raises:
-          ValueError: inputs of another kind, or longer than `max_length` with learned positions (of
-            packed sequences the longest segment, where it is known; otherwise what is too long
-            is NaN).
-          NotImplementedError: packed sequences in a model that reads everything from the last
-            token.
+          ValueError: inputs of the wrong shape or dtype, or longer than `max_length` with learned
+            positions. For packed sequences this is the longest segment, if ids are known; under
+            `jax.jit` positions that do not exist give NaN.
+          NotImplementedError: packed sequences with ``readout="last"``.
         """
         config = self.config
         x = self._embed(inputs)
@@ -354,12 +352,12 @@ class SequenceModel(nnx.Module):
 
     @property
     def vocab_size(self) -> int | None:
-        """Tokens that the model can read; None if its inputs are continuous."""
+        """Size of the vocabulary; None if inputs are continuous."""
         return self.config.vocab_size
 
     @property
     def length_limit(self) -> int | None:
-        """The longest sequence that the model can read; None if there is no limit."""
+        """The longest sequence that the model accepts; None if there is no limit."""
         return self.config.max_length if self.config.learned_positions else None
 
     def init_state(self, batch: int, max_length: int, dtype: Any = None) -> ModelState:
@@ -367,12 +365,12 @@ class SequenceModel(nnx.Module):
 
         Args:
           batch: number of sequences.
-          max_length: tokens of each sequence that there has to be room for.
+          max_length: capacity in tokens per sequence.
           dtype: of cached keys and values; None means `config.dtype`.
 
         Raises:
-          ValueError: `max_length` exceeds that of the learned positions, or is below 1.
-          NotImplementedError: a model that reads everything from the last token.
+          ValueError: `max_length` is below 1, or exceeds the number of learned positions.
+          NotImplementedError: a model with ``readout="last"``.
         """
         if self.config.readout == "last":
             raise NotImplementedError(
@@ -403,46 +401,50 @@ class SequenceModel(nnx.Module):
           inputs: int ``[B, T]`` or ``[B, T, input_dim]``; T = 1 is a step of decoding.
           state: from `init_state`, or from the call before. Donate it to a compiled step.
           new_lengths: int ``[B]``, in 0 ... T: how many of the T tokens of a sequence exist. The
-            others pad it and leave no trace; their outputs have no meaning. None for all.
+            others are padding: they do not change the state, and their outputs have no meaning.
+            None for all.
           segment_ids: int ``[B, T]``, of packed sequences, see `lla.mixers.Mixer`; None: all tokens
-            go on with the last segment.
+            continue the last segment.
 
         Returns:
-          ``[B, T, output_dim]`` in `config.dtype`, and the new state. Of a sequence with more
-          tokens than there is room for, outputs are NaN from then on.
+          ``[B, T, output_dim]`` in `config.dtype`, and the new state. Once a sequence exceeds the
+          capacity, its outputs are NaN.
 
         Raises:
-          ValueError: inputs of another kind, or tokens that are known not to fit.
+          ValueError: inputs of the wrong shape or dtype, or more tokens than there is room for
+            where lengths are known.
         """
         x = self._embed(inputs)
-        piece, lengths = Piece(self, x, {}, new_lengths, segment_ids, state.segment), state.lengths
-        x = piece.x
-        if piece.starts is not None:
-            lengths = piece.restarted(lengths)
-        if self.config.learned_positions and piece.starts is not None:
-            at = piece.keep(piece.positions(lengths))
-            x = x + piece.keep(self._positions_within(at))
+        tokens, lengths = (
+            NewTokens(self, x, {}, new_lengths, segment_ids, state.segment),
+            state.lengths,
+        )
+        x = tokens.x
+        if tokens.starts is not None:
+            lengths = tokens.reset(lengths)
+        if self.config.learned_positions and tokens.starts is not None:
+            at = tokens.mask(tokens.positions(lengths))
+            x = x + tokens.mask(self._positions_within(at))
         elif self.config.learned_positions:
-            x = x + piece.keep(self._positions_behind(lengths, piece.counts, x.shape))
+            x = x + tokens.mask(self._positions_behind(lengths, tokens.counts, x.shape))
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x, layer = block.decode(x, layer, new_lengths, segment_ids=segment_ids)
             layers.append(layer)
-        state = ModelState(tuple(layers), piece.lengths_behind(lengths), piece.segment)
+        state = ModelState(tuple(layers), tokens.lengths_after(lengths), tokens.segment)
         return self._read(x), state
 
     def _positions_behind(self, lengths, counts, shape):
-        """The vectors of the next positions, NaN for a sequence whose positions are not enough."""
+        """Embeddings of the next positions; NaN for sequences that are too long."""
         room = self.config.max_length
         check_room(lengths, counts, room)
         offsets = jnp.arange(shape[1], dtype=jnp.int32)[None]
         at = jnp.broadcast_to(lengths[:, None], shape[:2]) + jnp.broadcast_to(offsets, shape[:2])
         positions = self._position(jnp.clip(at, 0, room - 1))
-        lost = jnp.broadcast_to((lengths + counts > room)[:, None, None], positions.shape)
-        return jnp.where(lost, jnp.full_like(positions, jnp.nan), positions)
+        return nan_where(lengths + counts > room, positions)
 
     def _positions_within(self, at):
-        """The vectors of positions ``[B, T]`` in segments, NaN for those that do not exist."""
+        """Embeddings of positions ``[B, T]``; NaN for positions that do not exist."""
         room = self.config.max_length
         if not isinstance(at, jax.core.Tracer) and at.size and int(at.max()) >= room:
             raise ValueError(
@@ -452,7 +454,7 @@ class SequenceModel(nnx.Module):
         return nan_where(at >= room, positions)
 
     def _embed(self, inputs):
-        """Embedded tokens or numbers ``[B, T, width]``, without positions."""
+        """Embedded inputs ``[B, T, width]``, without positions."""
         config = self.config
         tokens = config.vocab_size is not None
         if tokens and (inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer)):

@@ -1,4 +1,4 @@
-"""Flax modules: a layer of its own, and the operator as `attention_fn` of Flax's own layers."""
+"""Flax modules: an attention layer, and the operator as `attention_fn` of Flax's layers."""
 
 from lla.nn.drop_in import attention_fn
 from lla.nn.layer import LocalLinearAttention

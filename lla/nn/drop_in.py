@@ -1,4 +1,4 @@
-"""The operator in the place of Flax's dot-product attention."""
+"""The operator as a drop-in for Flax's dot-product attention."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lla.ops.api import local_linear_attention
-from lla.ops.dispatch import Implementation
-from lla.ops.options import Solver
+from lla.ops.backend import Implementation
+from lla.ops.solver import Solver
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -27,16 +27,16 @@ def attention_fn(
 ) -> Callable[..., jax.Array]:
     """Local linear attention as ``attention_fn=`` of Flax's attention layers.
 
-    **Not causal by itself**, unlike `lla.local_linear_attention`: it takes the place of Flax's own
-    function, which attends in all directions unless it is told otherwise. Tell it by a mask, by
-    ``is_causal=True`` in the call of the NNX layer, or by ``is_causal=True`` here, which is the way
-    for a Linen layer without masks. If neither the call nor ``is_causal`` here says anything and
-    there are as many queries as keys, there is a warning; ``is_causal=False`` here says that all
-    directions are meant. An NNX layer always says it, and False unless it is told.
+    **Not causal by default**, unlike `lla.local_linear_attention`, because Flax's own function is
+    not. For causal attention pass a mask, pass ``is_causal=True`` to the call of an NNX layer, or
+    set ``is_causal=True`` here, which is the way for a Linen layer without masks. A call with as
+    many queries as keys, without a mask and without `is_causal` from either side, warns;
+    ``is_causal=False`` here means attention in both directions and turns the warning off. NNX
+    layers always pass `is_causal`, False by default.
 
     For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention`. Turn on their
-    ``normalize_qk``: without it the operator needs more work, or a larger ridge. The autoregressive
-    cache of the layers (``decode=True``) works through the mask they build, with
+    ``normalize_qk``: without it the operator needs more iterations or a larger ridge. The
+    autoregressive cache of the layers (``decode=True``) works by the mask that they build, with
     ``is_causal=False``.
 
     Example::
@@ -50,28 +50,31 @@ def attention_fn(
         >>> layer(jnp.ones((2, 10, 64)), is_causal=True).shape
         (2, 10, 64)
 
-    What the layers pass is treated as follows.
+    Arguments that the layers pass:
 
     - ``mask``: of any dtype (Flax builds float masks), nonzero where attention is allowed. A query
-      that may attend to nothing gets zeros, where Flax would average all values.
+      that attends to nothing gets zeros, where Flax averages all values.
+    - ``bias``: a bias of the logits, as in `lla.local_linear_attention`, cast to the dtype that the
+      logits have, float32 or better. -inf hides; a row of -inf alone gives zeros, where Flax gives
+      NaN.
     - ``dtype``: query, key and value are cast to it, or to their common dtype if it is None.
-    - ``precision``: every name of `jax.lax.Precision` and every pair of names is accepted. Float32
-      and float64 are always multiplied at ``"highest"``. For 16 bits the name changes nothing:
-      products of such numbers are exact anyway, and the error of the output is at most twice what
-      their own rounding makes. Algorithms of products (`jax.lax.DotAlgorithmPreset`) are refused.
-    - ``input_positions`` (of later versions of Flax): handed to `rope`, and refused without one.
+    - ``precision``: any name of `jax.lax.Precision` and any pair of names. Float32 and float64
+      always use ``"highest"``. For 16-bit inputs it changes nothing: their products are exact in
+      float32, and the error of the output is at most twice that of rounding it once. Dot
+      algorithms (`jax.lax.DotAlgorithmPreset`) are not supported.
+    - ``input_positions`` (of later versions of Flax): passed on to `rope`, and an error without it.
     - ``force_fp32_for_softmax``: always the case.
-    - ``is_causal`` with unequal lengths, active dropout, ``bias``, weights to be sown
-      (``sow_weights=True``) and replaced einsums are refused. The weights of this operator are
-      not a probability distribution, so dropping some of them is not a known regulariser.
+    - ``is_causal`` with unequal lengths, active dropout, ``sow_weights=True`` and custom einsums
+      are not supported. The weights of this operator are not a probability distribution, so dropout
+      of weights is not a known regulariser.
 
     Args:
       ridge: positive float, or an array broadcastable to ``[*B, T, N]``; see
         `lla.local_linear_attention`. It is a constant of the layer: for a learned ridge use
         `lla.nn.LocalLinearAttention`.
       scale: factor of the logits; None means ``1 / sqrt(head_dim)``, as in Flax.
-      is_causal: True makes every call causal; False leaves it to the call, without the warning
-        above; None (the default) leaves it to the call.
+      is_causal: True makes every call causal; False and None leave it to the call, with the warning
+        above for None.
       rope: rotary position embedding of query and key, such as `flax.nnx.RoPE` in versions of Flax
         that have it: a function of ``[..., T, H]`` and the positions ``[T]``, None for 0, 1, ...,
         that returns ``[..., T, H]``. Needs equal lengths of query and key.
@@ -81,12 +84,12 @@ def attention_fn(
       A function of query ``[*B, T, N, H]``, key ``[*B, S, K, H]``, value ``[*B, S, K, Hv]`` and the
       keyword arguments of Flax's layers, which returns ``[*B, T, N, Hv]``. It raises ValueError for
       unequal lengths with ``is_causal`` or `rope` and for a dtype other than float16, bfloat16,
-      float32 and float64, and NotImplementedError for whatever else it refuses.
+      float32 and float64, and NotImplementedError for what else it does not support.
     """
     every_call = is_causal
 
-    # Linen hands over only the arguments it finds by name, so each one it knows is listed: an
-    # argument left out would be dropped in silence.
+    # Linen passes only arguments that it finds in the signature, and silently drops the others:
+    # all that it knows are listed.
     def attend(
         query: jax.Array,
         key: jax.Array,
@@ -111,8 +114,6 @@ def attention_fn(
         del broadcast_dropout, dropout_rng, force_fp32_for_softmax
         if dropout_rate > 0 and not deterministic:
             raise _refusal(f"dropout of attention weights (dropout_rate={dropout_rate})")
-        if bias is not None:
-            raise _refusal(f"a bias of the logits (bias {bias.shape})")
         if module is not None:
             raise _refusal("sowing of attention weights (sow_weights=True), which it never forms")
         if (einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum) != (None,) * 3:
@@ -157,6 +158,7 @@ def attention_fn(
             scale=scale,
             is_causal=is_causal,
             mask=None if mask is None else jnp.asarray(mask).astype(bool),
+            bias=bias,
             solver=solver,
             implementation=implementation,
         )
@@ -178,7 +180,7 @@ def _rotate(rope, heads, positions):
             f"{heads.shape} [*B, T, N, H]."
         )
     rotate = jax.vmap(rope, (-2, None), -2)
-    # One sequence at a time: not every rope takes positions that differ among sequences.
+    # One sequence at a time: not every rope accepts positions that differ between sequences.
     for _ in heads.shape[:-3]:
         rotate = jax.vmap(rotate)
     return rotate(heads, jnp.broadcast_to(positions, heads.shape[:-2]))

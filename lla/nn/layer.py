@@ -11,18 +11,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lla.nn.piece import Piece, apply_projection, convolution_states
+from lla.nn.new_tokens import NewTokens, apply_projection, convolution_states
 from lla.nn.ridge import Ridge, RidgeType
 from lla.nn.rope import rotate
+from lla.numerics import compute_dtype, nan_where
 from lla.ops import segments
 from lla.ops.api import local_linear_attention, parallax_attention, softmax_attention
+from lla.ops.backend import Implementation
 from lla.ops.cache import KVCache
 from lla.ops.context import make_context, token_positions
 from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_step
-from lla.ops.dispatch import Implementation
-from lla.ops.options import Solver, Stats
-from lla.ops.problem import compute_dtype
-from lla.ops.shield import nan_where
+from lla.ops.solver import Solver, Stats
 
 Mechanism = Literal["lla", "parallax", "softmax"]
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
@@ -46,11 +45,11 @@ class HeadNorm(nnx.Module):
 
 
 class AttentionState(NamedTuple):
-    """What decoding with attention keeps of the tokens so far; all arrays lead with the batch.
+    """The state of decoding with attention; the batch axes are the leading axes of every array.
 
     Attributes:
       cache: keys, normalised and rotated, and values.
-      convolutions: by the name of the projection, the last inputs of a short convolution behind it.
+      convolutions: by the name of a projection, the last inputs of its short convolution.
       segment: int32 ``[*B]``, the segment id of the last token; 0 where none was given.
     """
 
@@ -60,7 +59,7 @@ class AttentionState(NamedTuple):
 
 
 def _last_segment(cache: KVCache, lengths: jax.Array) -> KVCache:
-    """`cache` with its last `lengths` tokens alone; one with too many tokens keeps their number."""
+    """The last `lengths` tokens of `cache`; one that has overflowed stays so."""
     first = cache.lengths - lengths
     return KVCache(
         key=segments.moved_to_front(cache.key, first, lengths),
@@ -73,8 +72,8 @@ class LocalLinearAttention(nnx.Module):
     """Multi-head local linear attention with its projections.
 
     ``x [*B, T, in_features] -> [*B, T, out_features]``; any number of leading axes. Queries and
-    keys are RMS-normalised per head unless ``qk_norm=False``: besides its usual merits this bounds
-    the condition of the systems that the operator solves, hence its cost and error.
+    keys are RMS-normalised per head unless ``qk_norm=False``, which also bounds the condition
+    number of the systems that the operator solves, and so its cost and error.
 
     Example::
 
@@ -86,14 +85,13 @@ class LocalLinearAttention(nnx.Module):
         >>> layer(jnp.ones((2, 10, 64))).shape
         (2, 10, 64)
 
-    `decode` goes on with sequences token by token, or in pieces of any length, from what
-    `init_state` returns for the empty sequence.
+    `decode` continues sequences by one or more tokens at a time, from the state that `init_state`
+    returns for empty sequences.
 
     Parameters: ``query``, ``key``, ``value`` and ``out`` (Flax `LinearGeneral`, kernels
-    ``[in_features, heads, head_dim]`` and ``[num_heads, value_dim, out_features]``, so that heads
-    are an axis to shard), ``query_norm`` and ``key_norm``, ``ridge`` where it is learned, ``probe``
-    for ``mechanism="parallax"``. Keep the ridge out of weight decay with
-    `lla.nn.weight_decay_mask`.
+    ``[in_features, heads, head_dim]`` and ``[num_heads, value_dim, out_features]``, which can be
+    sharded by head), ``query_norm`` and ``key_norm``, ``ridge`` if it is learned, ``probe`` for
+    ``mechanism="parallax"``. `lla.nn.weight_decay_mask` keeps the ridge out of weight decay.
 
     Args:
       num_heads: query heads ``N``.
@@ -103,12 +101,11 @@ class LocalLinearAttention(nnx.Module):
       value_dim: width of a value head; None means `head_dim`.
       out_features: width of the output; None means `in_features`.
       in_kv_features: width of a second input to attend to; None means `in_features`.
-      mechanism: ``"lla"``, or a relative with the same layer around it: ``"parallax"`` (the probe
-        is a projection of the token, zero at the start, which makes it softmax attention there)
-        or ``"softmax"``.
-      ridge: the ridge, or its initial value where it is learned; in units of squared keys, whose
-        coordinates QK-norm gives a mean square of 1. None means 1 (and is the only value for
-        mechanisms without a ridge).
+      mechanism: ``"lla"``; ``"parallax"``, whose probe is a projection of the token that starts at
+        zero, which is softmax attention; or ``"softmax"``.
+      ridge: the ridge, or its initial value if it is learned, in units of squared keys; QK-norm
+        makes the mean square of their coordinates 1. None means 1, and is the only value for
+        mechanisms without a ridge.
       ridge_type: ``"fixed"``; ``"per_head"``: ``ridge_min + softplus(b)``; ``"per_token"``:
         ``ridge_min + softplus(w . x + b)`` with a ``w`` for each head. Both start at `ridge`.
       ridge_min: lower bound of a learned ridge.
@@ -116,13 +113,13 @@ class LocalLinearAttention(nnx.Module):
       is_causal: whether a token sees only itself and what precedes it.
       local_window_size: an int or ``(left, right)``, as in `lla.local_linear_attention`.
       qk_norm: whether to normalise queries and keys.
-      rope_theta: base of rotary position embedding (10000 is customary), applied after QK-norm to
-        query, key and probe; None for no position embedding.
+      rope_theta: base of rotary position embeddings (usually 10000), applied after QK-norm to
+        query, key and probe; None for no position embeddings.
       use_bias: whether the query, key, value and probe projections have biases.
       use_out_bias: whether the output projection has one.
       dtype: dtype of projections and attention; None infers it from input and parameters.
       param_dtype: dtype of the parameters, except those of the ridge, which are float32.
-      precision: of the projections; the operator multiplies in the precision its errors need.
+      precision: of the projections; the operator chooses that of its own products.
       kernel_init, bias_init: initialisers of the projections.
       out_kernel_init: of the output kernel; None means `kernel_init`.
       kernel_metadata, out_kernel_metadata: metadata of those kernels' `nnx.Param`, such as
@@ -258,7 +255,9 @@ class LocalLinearAttention(nnx.Module):
         context: jax.Array | None = None,
         *,
         mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
         segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+        query_seq_lengths: jax.Array | None = None,
         key_value_seq_lengths: jax.Array | None = None,
         query_offset: int | jax.Array | None = None,
         positions: jax.Array | None = None,
@@ -269,14 +268,17 @@ class LocalLinearAttention(nnx.Module):
         Args:
           x: ``[*B, T, in_features]``.
           context: ``[*B, S, in_kv_features]``, where keys and values come from; None means `x`.
-          mask: bool, broadcastable to ``[*B, num_heads, T, S]``, True where attention is allowed;
-            restricts further what `is_causal` and the window allow.
+          mask: bool, broadcastable to ``[*B, num_heads, T, S]``, True where attention is allowed,
+            in addition to `is_causal` and the window.
+          bias: float, broadcastable to ``[*B, num_heads, T, S]``, added to the logits, as in
+            `lla.local_linear_attention`; `decode` has none.
           segment_ids: int ``[*B, T]`` (with a context the pair of ``[*B, T]`` and ``[*B, S]``):
             attention only within equal ids, for packed sequences.
-          key_value_seq_lengths: int ``[*B]``: keys at or beyond it do not exist.
+          query_seq_lengths: int ``[*B]``: tokens of `x` at or beyond it attend to nothing.
+          key_value_seq_lengths: int ``[*B]``: keys at or beyond it are masked.
           query_offset: int or int ``[*B]``, position of the first token of `x` in the context.
-          positions: int ``[*B, T]``, by which the heads of `x` are rotated, where `rope_theta` asks
-            for it; not with a context. None for 0, 1, ...
+          positions: int ``[*B, T]``, positions of `x` for the rotary embedding; not with a context.
+            None for 0, 1, ...
           return_stats: also return the operator's `lla.Stats`.
 
         Returns:
@@ -285,7 +287,7 @@ class LocalLinearAttention(nnx.Module):
 
         Raises:
           ValueError: for inputs of the wrong width, or a causal layer with a context of another
-            length and no `query_offset`, which leaves the positions of `x` unknown.
+            length but no `query_offset`, so that the positions of `x` are unknown.
         """
         if x.ndim < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have shape [*B, T, {self.in_features}], got {x.shape}.")
@@ -310,7 +312,7 @@ class LocalLinearAttention(nnx.Module):
                 "query_offset, the position of x in the context; for cross attention build the "
                 "layer with is_causal=False."
             )
-        # Of keys and values that come from x itself, a short convolution is kept inside segments.
+        # Short convolutions stay within segments where keys and values come from x itself.
         packed = segment_ids[0] if segment_ids is not None and context is x else None
         query, key, value = self.heads(
             x, context, query_offset=query_offset, positions=positions, segment_ids=packed
@@ -319,10 +321,12 @@ class LocalLinearAttention(nnx.Module):
             scale=self.scale,
             is_causal=self.is_causal,
             query_offset=query_offset,
+            query_seq_lengths=query_seq_lengths,
             key_value_seq_lengths=key_value_seq_lengths,
             segment_ids=segment_ids,
             local_window_size=self.local_window_size,
             mask=mask,
+            bias=bias,
             implementation=self.implementation,
             return_stats=True,
         )
@@ -347,9 +351,9 @@ class LocalLinearAttention(nnx.Module):
 
         Args:
           batch: number of sequences, or the leading axes ``*B`` as a tuple.
-          max_length: tokens, of each sequence, that there is room for.
-          dtype: of the cached keys and values, in which attention computes; None means `dtype` of
-            the layer, or `param_dtype` where that is None.
+          max_length: capacity of the cache in tokens per sequence.
+          dtype: of the cached keys and values and of attention; None means `dtype` of the layer, or
+            `param_dtype` if that is None.
 
         Raises:
           ValueError: `max_length` is below 1, or the layer cannot decode.
@@ -376,30 +380,31 @@ class LocalLinearAttention(nnx.Module):
           x: ``[*B, T, in_features]``; T = 1 is a step of decoding.
           state: from `init_state` or from the call before. Donate it to a compiled step.
           new_lengths: int ``[*B]``, in 0 ... T: how many of the T tokens of a sequence exist. The
-            others pad it and leave no trace; their outputs have no meaning. None for all.
-          segment_ids: int ``[*B, T]``, of packed sequences: a token attends to those since the id
-            last changed, and the first one goes on with what is in the cache if its id is that of
-            the last token before. Positions of rotary embeddings are those within segments. There
-            has to be room for all T tokens behind those in the cache; afterwards it holds the last
-            segment alone. None: all tokens go on with what is in the cache.
+            others are padding: they do not change the state, and their outputs have no meaning.
+            None for all.
+          segment_ids: int ``[*B, T]``, of packed sequences: a token attends within its segment. The
+            first token continues the segment in the cache if it has the id of the last token before
+            it. Rotary positions count from 0 in every segment. The cache needs room for all T
+            tokens after those it holds; afterwards it holds the last segment only. None: all tokens
+            continue the segment in the cache.
 
         Returns:
-          ``[*B, T, out_features]`` and the new state. Where `max_length` is exceeded, see
-          `lla.KVCache`.
+          ``[*B, T, out_features]`` and the new state. `lla.KVCache` says what happens beyond
+          `max_length`.
 
         Raises:
-          ValueError: for arguments of wrong shape, tokens that are known not to fit, or a layer
-            that is not causal or needs a context.
+          ValueError: for arguments of the wrong shape, more tokens than there is room for (where
+            lengths are known), or a layer that is not causal or needs a context.
         """
         self._check_decodes()
         if x.ndim < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have shape [*B, T, {self.in_features}], got {x.shape}.")
-        piece = Piece(self, x, state.convolutions, new_lengths, segment_ids, state.segment)
+        tokens = NewTokens(self, x, state.convolutions, new_lengths, segment_ids, state.segment)
         cache = state.cache
         if segment_ids is not None:
-            cache = dataclasses.replace(cache, lengths=piece.restarted(cache.lengths))
-        positions = piece.positions(cache.lengths)
-        query, key, value = (piece.project(name, piece.x) for name in ("query", "key", "value"))
+            cache = dataclasses.replace(cache, lengths=tokens.reset(cache.lengths))
+        positions = tokens.positions(cache.lengths)
+        query, key, value = (tokens.project(name) for name in ("query", "key", "value"))
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = (self._rotate(heads, None, positions) for heads in (query, key))
@@ -412,14 +417,14 @@ class LocalLinearAttention(nnx.Module):
         )
         probe = None
         if self.mechanism == "parallax":
-            probe = self._rotate(self.probe(piece.x), None, positions).astype(query.dtype)
+            probe = self._rotate(self.probe(tokens.x), None, positions).astype(query.dtype)
         if segment_ids is not None:
             grown = cache.append(key, value, new_lengths)
-            attended = self._attend_packed(query, probe, grown, cache.lengths, piece, options)
-            cache = _last_segment(grown, piece.lengths_behind(cache.lengths))
+            attended = self._attend_packed(query, probe, grown, cache.lengths, tokens, options)
+            cache = _last_segment(grown, tokens.lengths_after(cache.lengths))
         elif self.mechanism == "lla":
             attended, cache = decode_step(
-                query, key, value, cache, new_lengths=new_lengths, ridge=self.ridge(piece.x),
+                query, key, value, cache, new_lengths=new_lengths, ridge=self.ridge(tokens.x),
                 solver=self.solver, **options,
             )  # fmt: skip
         elif self.mechanism == "parallax":
@@ -430,22 +435,22 @@ class LocalLinearAttention(nnx.Module):
             attended, cache = softmax_decode_step(
                 query, key, value, cache, new_lengths=new_lengths, **options
             )
-        state = AttentionState(cache, piece.convolutions, piece.segment)
+        state = AttentionState(cache, tokens.convolutions, tokens.segment)
         return self.out(attended.astype(dtype)), state
 
-    def _attend_packed(self, query, probe, cache, before, piece, options):
-        """What the segments of `piece`, already in `cache` behind `before` tokens, attend to."""
+    def _attend_packed(self, query, probe, cache, before, tokens, options):
+        """Attention of `tokens`, which `cache` holds after `before` others, within segments."""
         room = cache.max_length
         options = options | dict(
             is_causal=True,
             query_offset=before,
             key_value_seq_lengths=jnp.minimum(cache.lengths, room),
-            segment_ids=(piece.runs, segments.slots(piece.runs, before, room)),
+            segment_ids=(tokens.segment_ids, segments.slots(tokens.segment_ids, before, room)),
         )
         key, value = cache.key, cache.value
         if self.mechanism == "lla":
             out = local_linear_attention(
-                query, key, value, ridge=self.ridge(piece.x), solver=self.solver, **options
+                query, key, value, ridge=self.ridge(tokens.x), solver=self.solver, **options
             )
         elif self.mechanism == "parallax":
             out = parallax_attention(query, probe, key, value, **options)
@@ -471,9 +476,9 @@ class LocalLinearAttention(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Query ``[*B, T, N, H]``, key ``[*B, S, K, H]`` and value ``[*B, S, K, Hv]`` as attended.
+        """Query ``[*B, T, N, H]``, key ``[*B, S, K, H]`` and value ``[*B, S, K, Hv]``.
 
-        Projected, normalised and rotated: what the layer hands to the operator.
+        Projected, normalised and rotated: the arguments of the operator.
         """
         context = x if context is None else context
         query = apply_projection(self.query, x, segment_ids)

@@ -15,10 +15,10 @@ RidgeType = Literal["fixed", "per_head", "per_token"]
 class Ridge(nnx.Module):
     """``ridge_min + softplus(w . x + b + offset)``, or a constant.
 
-    The parameters start at zero and `offset` is the constant that makes the initial ridge `ridge`,
-    up to float32 rounding, for every head and token. A parameter of zero therefore means the
-    initial ridge, not a ridge of ``ridge_min + log(2)``. Parameters and results are float32
-    whatever the dtype of the layer: the ridge enters a linear solve.
+    The parameters start at zero, and the constant `offset` makes the initial ridge equal to `ridge`
+    for every head and token, up to float32 rounding. A parameter of zero therefore means the
+    initial ridge, not ``ridge_min + log(2)``. Parameters and results are float32 whatever the dtype
+    of the layer, because the ridge enters a linear solve.
 
     Attributes:
       bias: float32 ``[num_heads]``, for ``"per_head"`` and ``"per_token"``.
@@ -46,7 +46,7 @@ class Ridge(nnx.Module):
             return
         if not 0 < ridge_min < ridge:
             raise ValueError(
-                "a learned ridge must start above ridge_min, and ridge_min must be positive: got "
+                "a learned ridge must start above ridge_min, and ridge_min must be positive; got "
                 f"ridge={ridge}, ridge_min={ridge_min}."
             )
         self.minimum = float(ridge_min)
@@ -76,27 +76,27 @@ def _inverse_softplus(y: float) -> float:
 
 
 class NoDecay(nnx.Param):
-    """A parameter that weight decay must leave alone: it sets a rate, a step or a threshold.
+    """A parameter without weight decay, such as a rate, a step size or a threshold.
 
-    `nnx.state(model, nnx.Param)` contains it, and `weight_decay_mask` spares it.
+    It is part of `nnx.state(model, nnx.Param)`; `weight_decay_mask` is False for it.
     """
 
 
-# The names of such parameters in trees that hold bare arrays, whose types are lost.
+# Names of these parameters in trees of bare arrays, which have no types.
 _SPARED = frozenset({"ridge", "A_log", "D", "dt_bias", "frequency"})
 
 
 def weight_decay_mask(params: Any) -> Any:
-    """True for every parameter that weight decay may shrink: all but ridges, rates and steps.
+    """The mask of parameters with weight decay: all but ridges, rates and step sizes.
 
-    Decay would pull a learned ridge back to its initial value, and a per-token kernel is a matrix,
-    so the usual rule "decay whatever has two axes" does not spare it. Spared are parameters of the
-    type `lla.mixers.parts.NoDecay`, wherever `params` holds Flax variables, as
-    ``nnx.state(model, nnx.Param)`` does; and in every tree those below a name that tells: ``ridge``
-    (of a layer), ``A_log``, ``D``, ``dt_bias`` and ``frequency`` (of the mixers). A tree of bare
-    arrays, such as ``nnx.to_pure_dict`` returns, has names only. Meant for
-    ``optax.adamw(..., mask=lla.nn.weight_decay_mask)``; combine it with a rule of your own for
-    norms and biases.
+    Decay would pull a learned ridge back to its initial value; and as a per-token kernel is a
+    matrix, the usual rule to decay everything with two axes does not exclude it. Excluded are
+    parameters of the type `lla.mixers.parts.NoDecay`, where `params` holds Flax variables, as
+    ``nnx.state(model, nnx.Param)`` does; and, in every tree, those under the names ``ridge`` (of a
+    layer), ``A_log``, ``D``, ``dt_bias`` and ``frequency`` (of the mixers). A tree of bare arrays,
+    such as ``nnx.to_pure_dict`` returns, has only names. Use it as
+    ``optax.adamw(..., mask=lla.nn.weight_decay_mask)``, combined with a rule of your own for norms
+    and biases.
 
     Args:
       params: a pytree of parameters, for example ``nnx.state(model, nnx.Param)``.

@@ -1,4 +1,4 @@
-"""Rotary position embedding of query and key heads."""
+"""Rotary position embeddings of query and key heads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 def rotate(heads: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """Rotates the pairs ``(i, i + H / 2)`` of every head by ``position * theta^(-2 i / H)``.
 
-    Scalar products of rotated queries and keys depend on the difference of their positions only.
+    Dot products of rotated queries and keys depend only on the difference of their positions.
 
     Args:
       heads: ``[*B, T, N, H]``, ``H`` even.
       positions: int, ``[T]`` or ``[*B, T]``.
-      theta: the base of the geometric sequence of frequencies.
+      theta: base of the geometric sequence of frequencies.
 
     Returns:
       ``[*B, T, N, H]`` in the dtype of `heads`; angles are float32.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import jax
 
-from lla.ops import dispatch, sharding
+from lla.ops import backend, sharding
+from lla.ops.backend import Implementation
+from lla.ops.cache import KVCache
 from lla.ops.context import make_context
-from lla.ops.dispatch import Implementation
-from lla.ops.options import Solver, Stats
+from lla.ops.decode import decoding_problem
 from lla.ops.problem import make_problem
+from lla.ops.solver import Solver, Stats
 
 
 def local_linear_attention(
@@ -20,10 +22,13 @@ def local_linear_attention(
     scale: float | jax.Array | None = None,
     is_causal: bool = True,
     query_offset: int | jax.Array | None = None,
+    query_seq_lengths: jax.Array | None = None,
     key_value_seq_lengths: jax.Array | None = None,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    logits_soft_cap: None = None,
     solver: Solver | None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
@@ -46,10 +51,11 @@ def local_linear_attention(
     ``"reference"``.
 
     **What is hidden is not read.** What a query cannot see, by any mask, has no influence on its
-    output or gradients, whatever it holds: NaN, infinity, huge numbers. A query that sees a key or
-    value that is not finite is NaN, and so are its gradients and those of what it sees; where the
-    mask is causal and nothing else, kernels may return NaN for the gradients of all keys then. A
-    query that sees nothing is zero and adds nothing to any gradient, whatever it holds itself.
+    output or gradients, whatever it holds: NaN, infinity, huge numbers. A query that sees a key,
+    value or bias that is not finite is NaN, and so are its gradients and those of what it sees;
+    where the mask is causal and nothing else, kernels may return NaN for the gradients of all keys
+    then. A query that sees nothing is zero and adds nothing to any gradient, whatever it holds
+    itself.
 
     Args:
       query: ``[*B, T, N, H]``, float32, bfloat16, float16 (float64 where x64 is enabled). Any
@@ -67,6 +73,8 @@ def local_linear_attention(
       query_offset: position of query 0 among the keys, an int or int array broadcastable to
         ``[*B]``; None means 0, as in `jax.nn.dot_product_attention`. Beyond 2**29 in size it counts
         as that, and with a window it is an error where it is known.
+      query_seq_lengths: int, broadcastable to ``[*B]``: queries at or beyond it do not exist. They
+        see nothing. Any number above T means T, any below 0 means 0.
       key_value_seq_lengths: int, broadcastable to ``[*B]``: keys at or beyond it do not exist. Any
         number above S means S, any below 0 means 0.
       segment_ids: pair of int arrays (query ``[*B, T]``, key ``[*B, S]``): attention only within
@@ -74,6 +82,14 @@ def local_linear_attention(
       local_window_size: an int or ``(left, right)``, of any size: a query at position ``i`` sees
         keys ``i - left <= j <= i + right``.
       mask: bool, broadcastable to ``[*B, N, T, S]``, True where attention is allowed.
+      bias: float, broadcastable to ``[*B, N, T, S]``, added to the logits before the masks:
+        ``p_ij`` are then the softmax weights of ``scale * q_i . k_j + bias_ij``, and all else
+        follows from them. Differentiable; the gradient has the shape that was given, and neither
+        it nor the bias is repeated in memory over axes of 1. An entry below -1e36, -inf included,
+        hides the key from the query as `mask` does: a query whose entries are all -inf is zero.
+        ``"reference"`` and ``"xla"`` have it.
+      logits_soft_cap: anything but None is an error: capped logits are defined for
+        `softmax_attention` alone.
       solver: how the systems are solved, an `lla.Solver`; None means ``lla.Solver()``.
       implementation: None (the best one for the platform), ``"reference"`` (exact, dense),
         ``"xla"`` (blockwise), ``"mosaic_gpu"``, ``"mosaic_tpu"``, or a sequence tried in order;
@@ -83,8 +99,8 @@ def local_linear_attention(
         split, an Explicit axis or one of an enclosing `jax.shard_map`; for other meshes see
         `lla.sharding.on_mesh`. Keys and values are gathered once (with a window those around a
         device's own alone), and their gradients are summed in float32. Inside `jax.shard_map`,
-        `query_offset`, `key_value_seq_lengths` and the last axis of `mask` are those of the whole
-        sequence, all else is a device's share.
+        offsets, lengths, and the last axis of `mask` and `bias` are those of the whole sequence,
+        all else is a device's share.
       context_balance: whether the sequence is in the order of `lla.sharding.balance`, which gives
         all devices the same work under a causal mask.
 
@@ -101,9 +117,15 @@ def local_linear_attention(
     """
     arrays = dict(
         query=query, key=key, value=value, ridge=ridge, scale=scale, query_offset=query_offset,
-        key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids, mask=mask,
+        query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
+        segment_ids=segment_ids, mask=mask, bias=bias,
     )  # fmt: skip
-    options = dict(is_causal=is_causal, local_window_size=local_window_size, solver=solver)
+    options = dict(
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        solver=solver,
+    )
     split = make_context(context_axis, context_balance)
     return _serve("lla", arrays, options, implementation, return_stats, split)
 
@@ -117,10 +139,13 @@ def parallax_attention(
     scale: float | jax.Array | None = None,
     is_causal: bool = True,
     query_offset: int | jax.Array | None = None,
+    query_seq_lengths: jax.Array | None = None,
     key_value_seq_lengths: jax.Array | None = None,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    logits_soft_cap: None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
     context_axis: str | None = None,
@@ -135,8 +160,9 @@ def parallax_attention(
     Args:
       query, key, value: as in `local_linear_attention`.
       probe: ``[*B, T, N, H]``, the query's dtype.
-      scale, is_causal, query_offset, key_value_seq_lengths, segment_ids, local_window_size, mask,
-        implementation, return_stats, context_axis, context_balance: as in `local_linear_attention`.
+      scale, is_causal, query_offset, query_seq_lengths, key_value_seq_lengths, segment_ids,
+        local_window_size, mask, bias, logits_soft_cap, implementation, return_stats,
+        context_axis, context_balance: as in `local_linear_attention`.
 
     Returns:
       ``[*B, T, N, Hv]`` in the query's dtype, or a pair with `lla.Stats`.
@@ -148,9 +174,12 @@ def parallax_attention(
     """
     arrays = dict(
         query=query, key=key, value=value, probe=probe, scale=scale, query_offset=query_offset,
-        key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids, mask=mask,
+        query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
+        segment_ids=segment_ids, mask=mask, bias=bias,
     )  # fmt: skip
-    options = dict(is_causal=is_causal, local_window_size=local_window_size)
+    options = dict(
+        is_causal=is_causal, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap
+    )
     split = make_context(context_axis, context_balance)
     return _serve("parallax", arrays, options, implementation, return_stats, split)
 
@@ -163,10 +192,13 @@ def softmax_attention(
     scale: float | jax.Array | None = None,
     is_causal: bool = True,
     query_offset: int | jax.Array | None = None,
+    query_seq_lengths: jax.Array | None = None,
     key_value_seq_lengths: jax.Array | None = None,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    logits_soft_cap: float | None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
     context_axis: str | None = None,
@@ -174,13 +206,21 @@ def softmax_attention(
 ) -> jax.Array | tuple[jax.Array, Stats]:
     """Softmax attention through the same code, the member of the family without a probe.
 
-    Arguments, results and errors as `parallax_attention` without ``probe``.
+    Arguments, results and errors as `parallax_attention` without ``probe``, except for one:
+
+    Args:
+      logits_soft_cap: a positive number ``c`` or None. Bounds the logits: they become
+        ``c * tanh((scale * q_i . k_j + bias_ij) / c)``, the bias inside, as in tokamax. Where the
+        bias is -inf the key is hidden all the same. ``"reference"`` and ``"xla"`` have it.
     """
     arrays = dict(
         query=query, key=key, value=value, scale=scale, query_offset=query_offset,
-        key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids, mask=mask,
+        query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
+        segment_ids=segment_ids, mask=mask, bias=bias,
     )  # fmt: skip
-    options = dict(is_causal=is_causal, local_window_size=local_window_size)
+    options = dict(
+        is_causal=is_causal, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap
+    )
     split = make_context(context_axis, context_balance)
     return _serve("softmax", arrays, options, implementation, return_stats, split)
 
@@ -190,29 +230,42 @@ def explain(
     key: jax.Array | jax.ShapeDtypeStruct,
     value: jax.Array | jax.ShapeDtypeStruct,
     *,
+    cache: KVCache | None = None,
     implementation: Implementation = None,
     **options,
 ) -> dict[str, str | None]:
     """Why each implementation would or would not serve a call, without computing anything.
 
     Args:
-      query, key, value: arrays or `jax.ShapeDtypeStruct`, as for `local_linear_attention`.
+      query, key, value: arrays or `jax.ShapeDtypeStruct`, as for `local_linear_attention`, or those
+        of the new tokens where there is a `cache`.
+      cache: of arrays or `jax.ShapeDtypeStruct`, to ask about `lla.decode_step`.
       implementation: the ones to ask about; None means all of them.
-      **options: the other options of `local_linear_attention`; ``ridge`` may be left out.
+      **options: the other options of the function; ``ridge`` may be left out. With a
+        ``logits_soft_cap`` the call is one of `softmax_attention`.
 
     Returns:
-      A dict from implementation name to None (it can serve) or the reason why it cannot.
+      A dict from implementation name to None (it can serve) or the reason why it cannot. With a
+      cache, an implementation that has kernels or a method of its own for decoding also has an
+      entry ``"<name>:decode"``; where that is a reason, the implementation treats the step as a
+      call on the whole cache.
     """
-    names = dispatch.NAMES if implementation is None else dispatch.check_names(implementation)
+    names = (
+        tuple(backend.BACKENDS) if implementation is None else backend.check_names(implementation)
+    )
     options.setdefault("ridge", 1.0)
+    member = "lla" if options.get("logits_soft_cap") is None else "softmax"
     reasons = {}
 
-    def check(query, key, value):
-        problem = make_problem("lla", query, key, value, **options)
-        reasons.update(dispatch.refusals(problem, names))
+    def check(query, key, value, cache):
+        if cache is None:
+            problem = make_problem(member, query, key, value, **options)
+        else:
+            problem, _ = decoding_problem(member, query, key, value, cache, **options)
+        reasons.update(backend.explain(problem, names, decoding=cache is not None))
         return problem.query
 
-    jax.eval_shape(check, query, key, value)
+    jax.eval_shape(check, query, key, value, cache)
     return reasons
 
 
@@ -224,7 +277,7 @@ def _serve(member, arrays, options, implementation, return_stats, split):
         mesh = sharding.find_mesh(arrays.values())
         if mesh is None:
             problem = make_problem(member, **arrays, **options)
-            out, stats = dispatch.run(problem, implementation, return_stats)
+            out, stats = backend.run(problem, implementation, return_stats)
             return (out, stats) if return_stats else out
         found = sharding.attend(mesh, *call)
     stats = Stats(*(found[name] for name in Stats._fields))

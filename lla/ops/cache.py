@@ -24,12 +24,12 @@ class KVCache:
 
     **Too many tokens.** Where lengths are known, tokens that do not fit are a ValueError. In a
     compiled function they are not: there such tokens are written nowhere, no other token is lost,
-    `lengths` goes on counting beyond `max_length`, `overflowed` tells which sequences that happened
-    to, and `lla.decode_step` returns NaN for them from that step on.
+    `lengths` keeps counting beyond `max_length`, `overflowed` tells for which sequences, and
+    `lla.decode_step` returns NaN for them from that step on.
 
     Attributes:
-      key: ``[*B, max_length, K, H]``; what lies at or beyond `lengths` has no influence, whatever
-        it is.
+      key: ``[*B, max_length, K, H]``; entries at or beyond `lengths` have no influence, whatever
+        they hold.
       value: ``[*B, max_length, K, Hv]``, the dtype of `key`.
       lengths: int32 ``[*B]``, tokens so far.
     """
@@ -196,7 +196,8 @@ def write_tokens(
     room, length = buffer.shape[lengths.ndim], new.shape[lengths.ndim]
     size = math.prod(leading)
     if size * length == 1:
-        # A token that does not exist besides: of a scatter of one XLA makes five kernels on a GPU.
+        # XLA turns a scatter of a single token into five kernels on a GPU, one of two into one. The
+        # second token is never written.
         new, length = jnp.concatenate([new, new], axis=lengths.ndim), 2
     offsets = jnp.arange(length, dtype=jnp.int32)[None]
     offsets = jnp.broadcast_to(offsets, (size, length))

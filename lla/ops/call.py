@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lla.ops import context, dispatch, integers
+from lla.ops import backend, context, integers
 from lla.ops.context import Context
-from lla.ops.handover import Handover
 from lla.ops.placement import DIMS, Placement, label
 from lla.ops.problem import Member, make_problem
 
@@ -66,7 +65,6 @@ def run(
     call: Call,
     arrays: Mapping[str, jax.Array],
     placement: Placement | None = None,
-    handover: Handover | None = None,
 ) -> dict[str, jax.Array]:
     """The results by name; of this device where a placement is given, with its share of arrays."""
     options, arrays = dict(call.options), dict(arrays)
@@ -74,10 +72,10 @@ def run(
         arrays = _localise(call, arrays, options, placement)
     if call.context is not None:
         return context.attend(call.context, arrays, options, functools.partial(_run, call))
-    return _run(call, arrays, options, handover)
+    return _run(call, arrays, options)
 
 
-def _run(call: Call, arrays: dict, options: dict, handover=None) -> dict[str, jax.Array]:
+def _run(call: Call, arrays: dict, options: dict) -> dict[str, jax.Array]:
     if call.kind == "decode":
         from lla.ops.decode import decode_arrays
 
@@ -87,7 +85,7 @@ def _run(call: Call, arrays: dict, options: dict, handover=None) -> dict[str, ja
         pair = arrays.pop("query_segments"), arrays.pop("key_segments")
         arrays["segment_ids"] = pair
     problem = make_problem(call.member, known_ridge=call.known_ridge, **arrays, **options)
-    out, stats = dispatch.run(problem, call.implementation, call.with_stats, handover)
+    out, stats = backend.run(problem, call.implementation, call.with_stats)
     return {"out": out, **stats._asdict()}
 
 
@@ -97,7 +95,12 @@ def _localise(call: Call, arrays: dict, options: dict, placement: Placement) -> 
         first = lax.axis_index(placement.of("t")) * arrays["query"].shape[-3]
         offset = arrays.pop("query_offset", options.pop("query_offset", None))
         offset = jnp.int32(0) if offset is None else jnp.asarray(offset, jnp.int32)
-        arrays["query_offset"] = offset + jnp.broadcast_to(first.astype(jnp.int32), offset.shape)
+        first = first.astype(jnp.int32)
+        arrays["query_offset"] = offset + jnp.broadcast_to(first, offset.shape)
+        lengths = arrays.pop("query_seq_lengths", options.pop("query_seq_lengths", None))
+        if lengths is not None:
+            lengths = jnp.asarray(lengths, jnp.int32)
+            arrays["query_seq_lengths"] = lengths - jnp.broadcast_to(first, lengths.shape)
     if placement.of("n") and not placement.keys_follow:
         sizes = dict(call.sizes)
         for name in arrays:
@@ -171,6 +174,9 @@ def make_call(
         elif name == "query_offset":
             limit = integers.MAX_OFFSET
             arrays[name] = jnp.asarray(integers.saturated(array, name, -limit, limit))
+        elif name == "query_seq_lengths":
+            most = parts * arrays["query"].shape[-3]
+            arrays[name] = integers.saturated(array, name, 0, most)
         elif name == "key_value_seq_lengths":
             arrays[name] = integers.saturated(array, name, 0, parts * arrays["key"].shape[-3])
         else:
@@ -201,7 +207,7 @@ def _check(member, arguments, options, implementation, known: _Known, parts: int
     chosen = []
     abstract, concrete = {}, {}
     for name, array in arguments.items():
-        heads = name in ("query", "key", "value", "probe", "mask")
+        heads = name in ("query", "key", "value", "probe", "mask", "bias")
         if isinstance(array, jax.core.Tracer) or (heads and isinstance(array, jax.Array)):
             shape = array.shape
             if name in ("key", "value") and len(shape) > 2:
@@ -216,8 +222,8 @@ def _check(member, arguments, options, implementation, known: _Known, parts: int
 
     def check(abstract):
         problem = make_problem(member, **abstract, **concrete, **options)
-        known.ridge = None if problem.one_ridge else problem.static_ridge
-        chosen.append(dispatch.choose(problem, implementation))
+        known.ridge = problem.static_ridge
+        chosen.append(backend.choose(problem, implementation))
         return problem.query
 
     jax.eval_shape(check, abstract)

@@ -259,6 +259,11 @@ def attend(
         if options["is_causal"] or options["local_window_size"] is not None:
             offset = jnp.int32(0) if offset is None else jnp.asarray(offset, jnp.int32)
             mine["query_offset"] = offset + jnp.broadcast_to(first, offset.shape)
+        rows = mine.pop("query_seq_lengths", chosen.pop("query_seq_lengths", None))
+        if rows is not None:
+            rows = jnp.asarray(rows, jnp.int32)
+            own = _own_chunk(slot, parts, context) * size
+            mine["query_seq_lengths"] = rows - jnp.broadcast_to(own, rows.shape)
         found.append(run(mine, chosen))
     if len(found) == 1:
         return found[0]
@@ -292,7 +297,7 @@ def _halo(arrays, options, queries, keys, size, whole) -> tuple[int, int] | None
     Queries and keys have to lie alike, which a mask or an offset may change.
     """
     window = options["local_window_size"]
-    if window is None or queries != keys or "mask" in arrays:
+    if window is None or queries != keys or {"mask", "bias"} & set(arrays):
         return None
     if "query_offset" in arrays or options.get("query_offset") not in (None, 0):
         return None

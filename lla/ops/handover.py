@@ -6,15 +6,24 @@ the first one saves has to leave it as a result and enter the second one as an a
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from lla.ops.options import Stats
+from lla.ops.solver import Stats
+
+_CURRENT = contextvars.ContextVar("lla_handover", default=None)
+
+
+def current_handover() -> Handover | None:
+    """That of the enclosing `Handover.active`."""
+    return _CURRENT.get()
 
 
 @dataclasses.dataclass
@@ -22,88 +31,69 @@ class Handover:
     """Filled in by a forward pass, or given to a backward pass.
 
     Attributes:
-      lse: log-sum-exp, ``[B, T, K, G]``.
-      arrays: what an implementation saved; every array leads with ``B``.
-      dims: for each of them its checkpoint name and its axes behind ``B`` in the letters of
-        `lla.ops.placement`; a ``q`` is the axis of queries padded to whole tiles.
+      batch: sequences of the call.
+      arrays: what is saved, the log-sum-exp first; every array leads with the batch.
+      dims: for each of them the field of the residuals that it belongs to, and its axes behind the
+        first in the letters of `lla.ops.placement`; a ``q`` is the axis of queries padded to whole
+        tiles.
+      tree: the structure of log-sum-exp and residuals.
       given: whether this is for a backward pass.
     """
 
-    lse: Any = None
+    batch: int
     arrays: tuple = ()
-    dims: tuple[tuple[str, str], ...] = ()
+    dims: tuple[tuple[int, str], ...] = ()
+    tree: Any = None
     given: bool = False
 
-    def attend(self, results, gradients, pack, unpack, spec, operands, rest):
-        """Runs an implementation between `results` and `gradients`.
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the one call of a back end hands over."""
+        token = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
 
-        Args:
-          results: ``(spec, operands, *rest) -> (saved, stats)``.
-          gradients: ``(spec, operands, *rest, saved, cotangent) -> gradients of operands``.
-          pack: ``saved -> (arrays, dims)`` as above.
-          unpack: ``arrays -> saved``.
-          spec, operands, rest: of the call. ``operands.scale`` has the shape of statistics.
-
-        Returns:
-          ``saved.out`` and the statistics, which are empty for a backward pass.
-        """
+    def attend(self, results, gradients, axes: Mapping[int, str], spec, operands, constants):
+        """Runs a back end between `results` and `gradients`, see `lla.ops.differentiation`."""
         if not self.given:
-            saved, stats = results(spec, operands, *rest)
-            self.arrays, self.dims = pack(saved)
-            return saved.out, stats
-        saved = unpack(self.arrays)
-        out = _given(gradients, spec, operands, rest, saved)
-        zeros = jnp.zeros_like(operands.scale)
-        return out, Stats(zeros, zeros.astype(jnp.int32), zeros)
+            residuals, stats = results(spec, operands, constants)
+            leaves, self.tree = jax.tree.flatten((stats.lse, residuals))
+            fields = (1, *(i for i, f in enumerate(residuals) for _ in jax.tree.leaves(f)))
+            self.dims = tuple((i, axes[a.ndim]) for i, a in zip(fields, leaves, strict=True))
+            self.arrays = tuple(self._by_batch(a) for a in leaves)
+            return residuals.out, stats
+        # Groups of sequences and key heads come as one axis, query heads of a group as the next.
+        grouped = operands.query.shape[0] != self.batch or "q" not in "".join(
+            dims for _, dims in self.dims
+        )
+        first = operands.query.shape[:2]
+        arrays = (a.reshape(*first, *a.shape[2:]) if grouped else a for a in self.arrays)
+        lse, residuals = jax.tree.unflatten(self.tree, arrays)
+        out = _given(gradients, spec, operands, constants, residuals)
+        zeros = jnp.zeros_like(lse)
+        return out, Stats(lse, zeros.astype(jnp.int32), zeros)
 
-    def bind(self, results, gradients, kind, fields):
-        """`attend` of ``spec, operands, rest`` where the saved arrays leave as they are.
-
-        Args:
-          results, gradients: as for `attend`.
-          kind: the named tuple that the arrays are in, whose fields may be None.
-          fields: ``(checkpoint name, axes)`` for each.
-        """
-
-        def pack(saved):
-            present = [i for i, array in enumerate(saved) if array is not None]
-            return tuple(saved[i] for i in present), tuple(fields[i] for i in present)
-
-        def unpack(arrays):
-            # The fields are in order, and the axes and names of those that are there are known.
-            saved, left = [], list(zip(arrays, self.dims, strict=True))
-            for field in fields:
-                saved.append(left.pop(0)[0] if left and left[0][1] == field else None)
-            return kind(*saved)
-
-        return functools.partial(self.attend, results, gradients, pack, unpack)
-
-
-def fields(names, dims: str) -> tuple[tuple[str, str], ...]:
-    """Checkpoint name and axes of saved arrays; `dims` are separated by spaces."""
-    return tuple(zip(names, dims.split(), strict=True))
-
-
-def named(saved, fields) -> tuple:
-    """Saved arrays with their checkpoint names."""
-    pairs = zip(saved, fields, strict=True)
-    return tuple(None if a is None else checkpoint_name(a, name) for a, (name, _) in pairs)
+    def _by_batch(self, array: jax.Array) -> jax.Array:
+        if array.shape[0] == self.batch and "q" in "".join(dims for _, dims in self.dims):
+            return array
+        return array.reshape(self.batch, -1, *array.shape[2:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _given(gradients, spec, operands, rest, saved):
-    del gradients, spec, operands, rest
-    return saved.out
+def _given(gradients, spec, operands, constants, residuals):
+    del gradients, spec, operands, constants
+    return residuals.out
 
 
-def _given_fwd(gradients, spec, operands, rest, saved):
+def _given_fwd(gradients, spec, operands, constants, residuals):
     del gradients, spec
-    return saved.out, (operands, rest, saved)
+    return residuals.out, (operands, constants, residuals)
 
 
-def _given_bwd(gradients, spec, residuals, cotangent):
-    operands, rest, saved = residuals
-    return gradients(spec, operands, *rest, saved, cotangent), None, None
+def _given_bwd(gradients, spec, saved, cotangent):
+    return gradients(spec, *saved, cotangent), None, None
 
 
 _given.defvjp(_given_fwd, _given_bwd)

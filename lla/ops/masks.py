@@ -1,4 +1,4 @@
-"""Which keys a query may see, kept symbolic so that a tile evaluates only its own part."""
+"""Which keys a query may see, in symbolic form: a tile evaluates only its own part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("offset", "lengths", "query_segments", "key_segments", "dense"),
+    data_fields=("offset", "lengths", "query_segments", "key_segments", "dense", "bias"),
     meta_fields=("is_causal", "window"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Mask:
       lengths: int32 ``[B]``, number of existing keys.
       query_segments: int32 ``[B, T]``.
       key_segments: int32 ``[B, S]``.
-      dense: bool ``[B | 1, K | 1, G | 1, T | 1, S]``, True where attention is allowed.
+      dense: bool ``[B | 1, N | 1, T | 1, S]``, True where attention is allowed.
+      bias: ``[B | 1, N | 1, T | 1, S | 1]``, a logit bias for what it hides; see `hides`.
     """
 
     is_causal: bool
@@ -35,9 +36,27 @@ class Mask:
     query_segments: jax.Array | None
     key_segments: jax.Array | None
     dense: jax.Array | None
+    bias: jax.Array | None = None
 
     def arrays(self) -> list[jax.Array]:
         return jax.tree.leaves(self)
+
+    def numbers(self, batch: int, num_keys: int) -> jax.Array:
+        """The offset and the number of keys of every sequence, int32 ``[B, 2]``."""
+        offset = jnp.zeros(batch, jnp.int32) if self.offset is None else self.offset
+        length = jnp.full(batch, num_keys, jnp.int32)
+        if self.lengths is not None:
+            length = jnp.clip(self.lengths, 0, num_keys)
+        return jnp.stack([offset, length], axis=1)
+
+
+HIDING_BIAS = -1e36
+"""A logit bias below hides an entry like a mask: -inf, and the lowest numbers of wide dtypes."""
+
+
+def hides(bias: jax.Array) -> jax.Array:
+    """Bool of the same shape: where a logit bias hides the entry. NaN hides nothing."""
+    return bias.astype(jnp.float32) < HIDING_BIAS
 
 
 def positional_mask(mask: Mask, query_positions, key_positions, lengths):
@@ -58,12 +77,12 @@ def positional_mask(mask: Mask, query_positions, key_positions, lengths):
 
 
 def dense_mask(mask: Mask, batch: int, num_queries: int, num_keys: int) -> jax.Array:
-    """The whole mask as bool ``[B, K | 1, G | 1, T, S]``."""
+    """The whole mask as bool ``[B, N | 1, T, S]``."""
     return rows_mask(mask, batch, 0, num_queries, num_keys)
 
 
 def rows_mask(mask: Mask, batch: int, first, rows: int, num_keys: int) -> jax.Array:
-    """The mask of the queries ``[first, first + rows)`` as bool ``[B, K | 1, G | 1, rows, S]``."""
+    """The mask of the queries ``[first, first + rows)`` as bool ``[B, N | 1, rows, S]``."""
     offset = jnp.zeros(batch, jnp.int32) if mask.offset is None else mask.offset
     at = first + jnp.arange(rows, dtype=jnp.int32)
     at = offset[:, None, None] + at[None, :, None]
@@ -77,11 +96,16 @@ def rows_mask(mask: Mask, batch: int, first, rows: int, num_keys: int) -> jax.Ar
     if mask.query_segments is not None:
         ids = jax.lax.dynamic_slice_in_dim(mask.query_segments, first, rows, axis=1)
         valid &= ids[:, :, None] == mask.key_segments[:, None, :]
-    valid = valid[:, None, None]
+    valid = valid[:, None]
     if mask.dense is not None:
-        dense = mask.dense
-        if dense.shape[3] != 1:
-            dense = jax.lax.dynamic_slice_in_dim(dense, first, rows, axis=3)
-        full = jnp.broadcast_shapes(valid.shape, dense.shape)
-        valid = jnp.broadcast_to(valid, full) & jnp.broadcast_to(dense, full)
+        valid &= slice_rows(mask.dense, first, rows)
+    if mask.bias is not None:
+        valid &= ~hides(slice_rows(mask.bias, first, rows))
     return valid
+
+
+def slice_rows(array: jax.Array, first, rows: int) -> jax.Array:
+    """The queries ``[first, first + rows)`` of ``[B | 1, N | 1, T | 1, S | 1]``."""
+    if array.shape[2] == 1:
+        return array
+    return jax.lax.dynamic_slice_in_dim(array, first, rows, axis=2)

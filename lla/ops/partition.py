@@ -8,8 +8,10 @@ two such functions around one `jax.custom_vjp`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -24,13 +26,15 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import Mesh, NamedSharding
 
-from lla.ops import again
-from lla.ops.call import Call, key_heads, run
-from lla.ops.dispatch import ROW_UNITS
+from lla.ops.call import Call, run
+from lla.ops.differentiation import RESIDUAL_NAMES, with_derivative
 from lla.ops.handover import Handover
 from lla.ops.placement import DIMS, Placement, decide, label, spec_axes, warn
 from lla.ops.problem import compute_dtype
-from lla.ops.xla import RESIDUAL_NAMES
+
+# Queries that a back end pads their number to a multiple of, in what it hands over. It can only be
+# divided by the compiler if it is here.
+ROW_UNITS = {"xla": 1, "mosaic_gpu": 128}
 
 _WHOLE = Placement({}, {}, True)
 
@@ -43,14 +47,16 @@ class _Function:
       call: what is computed.
       phase: which function.
       moving: the operands that are differentiated.
-      saved: axes of what the forward pass saves, beside the log-sum-exp.
+      saved: fields and axes of what the forward pass saves, see `lla.ops.handover`.
+      tree: its structure.
       levels: for every `jax.vmap`, the innermost first, its size and which arguments it maps.
     """
 
     call: Call
     phase: Literal["forward", "backward"]
     moving: tuple[str, ...]
-    saved: tuple[tuple[str, str], ...]
+    saved: tuple[tuple[int, str], ...]
+    tree: Any
     levels: tuple[tuple[int, tuple[bool, ...]], ...] = ()
 
     @property
@@ -65,7 +71,7 @@ class _Function:
     @property
     def residuals(self) -> tuple[str, ...]:
         """Axes of what is saved, in the letters of `lla.ops.placement`."""
-        return ("tn", *(dims for _, dims in self.saved)) if self.hands_over else ()
+        return tuple(dims for _, dims in self.saved)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -115,21 +121,13 @@ class _Function:
 def _forward_arrays(function: _Function, placement: Placement, sums, *arrays):
     del sums
     call = function.call
-    handover = Handover() if function.hands_over else None
     named = dict(zip(call.names, arrays, strict=True))
-    found = run(call, named, placement, handover)
-    results = [found[name] for name in call.results]
-    if handover is not None:
-        results += _saved(call, named, handover)
-    return tuple(results)
-
-
-def _saved(call: Call, named, handover: Handover) -> list[jax.Array]:
-    """What a forward pass hands over, with the leading axes of the call."""
     leading = named["query"].shape[: call.leading]
-    lse = handover.lse
-    lse = lse.reshape(*leading, lse.shape[1], -1)
-    return [lse, *(a.reshape(*leading, *a.shape[1:]) for a in handover.arrays)]
+    handover = Handover(math.prod(leading))
+    with handover.active() if function.hands_over else contextlib.nullcontext():
+        found = run(call, named, placement)
+    saved = (a.reshape(*leading, *a.shape[1:]) for a in handover.arrays)
+    return (*(found[name] for name in call.results), *saved)
 
 
 def _backward_arrays(function: _Function, placement: Placement, sums, *arrays):
@@ -139,20 +137,13 @@ def _backward_arrays(function: _Function, placement: Placement, sums, *arrays):
     named = dict(zip(call.names, arrays[:count], strict=True))
     residuals = arrays[count : count + len(function.residuals)]
     cotangents = arrays[count + len(function.residuals) :]
-    handover = None
-    if function.hands_over:
-        lse, *saved = residuals
-        batch = int(np.prod(lse.shape[: call.leading]))
-        keys, heads = key_heads(call, placement), named["query"].shape[-2]
-        handover = Handover(
-            lse.reshape(batch, lse.shape[-2], keys, heads // keys),
-            tuple(a.reshape(batch, *a.shape[call.leading :]) for a in saved),
-            function.saved,
-            given=True,
-        )
+    batch = math.prod(named["query"].shape[: call.leading])
+    saved = tuple(a.reshape(batch, *a.shape[call.leading :]) for a in residuals)
+    handover = Handover(batch, saved, function.saved, function.tree, given=True)
 
     def forward(moving):
-        found = run(call, named | moving, placement, handover)
+        with handover.active() if function.hands_over else contextlib.nullcontext():
+            found = run(call, named | moving, placement)
         return tuple(found[name] for name in function.cotangents)
 
     moving = {name: named[name] for name in function.moving}
@@ -277,23 +268,25 @@ def attend(call: Call, arrays: dict[str, jax.Array]) -> dict[str, Any]:
     # JAX does not expect below.
     operands = tuple(jnp.array(arrays[name]) for name in call.names)
     shapes = tuple((a.shape, jnp.dtype(a.dtype).name) for a in operands)
-    function = _Function(call, "forward", moving, _saved_axes(call, shapes))
+    function = _Function(call, "forward", moving, *_saved_axes(call, shapes))
     results = _attend(function, operands)
     return dict(zip(call.results, results, strict=True))
 
 
 @functools.lru_cache(maxsize=256)
-def _saved_axes(call: Call, shapes: tuple) -> tuple[tuple[str, str], ...]:
-    """Checkpoint names and axes of what the forward pass of a call saves."""
+def _saved_axes(call: Call, shapes: tuple) -> tuple:
+    """Fields, axes and structure of what the forward pass of a call saves."""
     if call.kind != "attend":
-        return ()
-    handover = Handover()
+        return (), None
+    sizes = dict(call.sizes)
+    handover = Handover(math.prod(sizes[f"b{i}"] for i in range(call.leading)))
 
     def forward(*arrays):
-        return run(call, dict(zip(call.names, arrays, strict=True)), None, handover)["out"]
+        with handover.active():
+            return run(call, dict(zip(call.names, arrays, strict=True)))["out"]
 
     jax.eval_shape(forward, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
-    return handover.dims
+    return handover.dims, handover.tree
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -304,8 +297,9 @@ def _attend(function: _Function, operands: tuple) -> tuple:
 def _attend_fwd(function: _Function, operands: tuple):
     count = len(function.call.results)
     results = _forward(function, operands)
-    names = (RESIDUAL_NAMES[1], *(name for name, _ in function.saved))
-    saved = tuple(checkpoint_name(a, name) for a, name in zip(results[count:], names, strict=False))
+    names = (RESIDUAL_NAMES[field] for field, _ in function.saved)
+    pairs = zip(results[count:], names, strict=True)
+    saved = tuple(checkpoint_name(a, name) for a, name in pairs)
     return results[:count], (operands, saved)
 
 
@@ -344,8 +338,8 @@ def _differentiable_backward(function: _Function, operands, saved, cotangents) -
     return tuple(gradients[name] for name in function.moving)
 
 
-_forward = again.with_derivative(_mapped, _differentiable_forward)
-_backward = again.with_derivative(
+_forward = with_derivative(_mapped, _differentiable_forward)
+_backward = with_derivative(
     lambda function, operands, saved, cotangents: _mapped(
         function, (*operands, *saved, *cotangents)
     ),

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from jax.sharding import PartitionSpec
 
 # Axes behind the leading ones *B: t queries, s keys, n query heads, k key heads. Other letters are
-# axes that every device needs as a whole: h the head dimension, a the keys of a mask. An array may
-# lack first axes or have 1 in their place where the operator broadcasts it.
+# axes that every device needs as a whole: h the head dimension, a the keys of a mask or bias. An
+# array may lack first axes or have 1 in their place where the operator broadcasts it.
 DIMS: Mapping[str, str] = {
     "query": "tnh",
     "probe": "tnh",
@@ -24,7 +24,9 @@ DIMS: Mapping[str, str] = {
     "ridge": "tn",
     "scale": "tn",
     "mask": "nta",
+    "bias": "nta",
     "query_offset": "",
+    "query_seq_lengths": "",
     "key_value_seq_lengths": "",
     "query_segments": "t",
     "key_segments": "s",

@@ -3,27 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lla.numerics import compute_dtype
 from lla.ops import integers
 from lla.ops.masks import Mask
-from lla.ops.options import ResolvedSolver, Solver
+from lla.ops.solver import Solver
 
 Member = Literal["softmax", "parallax", "lla"]
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+class Operands(NamedTuple):
+    """The arrays of a call that are differentiated; every back end has a layout of its own.
+
+    probe is None unless the member is "parallax", ridge is None unless it is "lla".
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    probe: jax.Array | None
+    ridge: jax.Array | None
+    scale: jax.Array
+    bias: jax.Array | None = None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(*Operands._fields, "mask"),
+    meta_fields=(
+        "member",
+        "solver",
+        "static_ridge",
+        "leading",
+        "soft_cap",
+    ),
+)
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One call, checked and with its leading axes flattened.
+    """One call, checked and with its leading axes flattened; a pytree.
 
-    Shapes: query and probe ``[B, T, K, G, H]`` (``G = N // K`` query heads share a key head), key
-    ``[B, S, K, H]``, value ``[B, S, K, Hv]``, ridge and scale ``[B, T, K, G]`` in `compute_dtype`.
+    Shapes: query and probe ``[B, T, N, H]``, key ``[B, S, K, H]``, value ``[B, S, K, Hv]``, ridge
+    and scale ``[B | 1, T | 1, N | 1]`` in `compute_dtype`, bias ``[B | 1, N | 1, T | 1, S | 1]`` in
+    any supported dtype. Query heads ``k G ... (k + 1) G - 1`` share key head ``k``, with ``G = N //
+    K``. An axis is 1 where the caller gave one number for all: a back end repeats it no earlier
+    than it has to. Results are ``[B, T, N, ...]``.
     """
 
     member: Member
@@ -36,27 +67,30 @@ class Problem:
     mask: Mask
     solver: Solver
     static_ridge: float | None  # the smallest ridge where its value is known, for solver="auto"
-    static_scale: float | None
-    one_ridge: bool  # whether `static_ridge` is that of all queries
     leading: tuple[int, ...]
+    bias: jax.Array | None = None
+    soft_cap: float | None = None
+
+    @property
+    def operands(self) -> Operands:
+        return Operands(*(getattr(self, name) for name in Operands._fields))
 
     @property
     def compute_dtype(self) -> jnp.dtype:
         return compute_dtype(self.query.dtype)
 
     @property
-    def num_heads(self) -> int:
-        return self.query.shape[2] * self.query.shape[3]
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.query.shape[2] // self.key.shape[2]
+
+    def by_row(self, array: jax.Array) -> jax.Array:
+        """A ridge or scale repeated for every row, ``[B, T, N]``."""
+        return jnp.broadcast_to(array, self.query.shape[:3])
 
     def restore(self, array: jax.Array) -> jax.Array:
-        """``[B, T, K, G, ...] -> [*B, T, N, ...]``."""
-        _, t, k, g, *rest = array.shape
-        return array.reshape(*self.leading, t, k * g, *rest)
-
-
-def compute_dtype(dtype) -> jnp.dtype:
-    """Statistics and solves run in float32, or float64 for float64 inputs."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+        """``[B, T, N, ...] -> [*B, T, N, ...]``."""
+        return array.reshape(*self.leading, *array.shape[1:])
 
 
 def make_problem(
@@ -70,10 +104,13 @@ def make_problem(
     scale=None,
     is_causal=True,
     query_offset=None,
+    query_seq_lengths=None,
     key_value_seq_lengths=None,
     segment_ids=None,
     local_window_size=None,
     mask=None,
+    bias=None,
+    logits_soft_cap=None,
     solver=None,
     known_ridge: float | None = None,
 ) -> Problem:
@@ -113,21 +150,14 @@ def make_problem(
     if 0 in (t, s, n, h, hv):
         raise ValueError(f"no axis but a leading one may be empty, got {shapes}.")
     b = math.prod(leading)
-    heads = (b, t, k, n // k)
     dtype = compute_dtype(query.dtype)
 
     def row_parameter(array, name):
         array = jnp.asarray(array)
-        try:
-            array = jnp.broadcast_to(array, (*leading, t, n))
-        except ValueError:
-            raise ValueError(
-                f"{name} must be broadcastable to [*B, T, N] = {(*leading, t, n)}, got "
-                f"{array.shape}."
-            ) from None
-        return array.astype(dtype).reshape(heads)
+        array = _broadcastable(array, name, leading, {"T": t, "N": n})
+        return array.astype(dtype)
 
-    static_ridge, ridge_given = None, ridge
+    static_ridge = None
     if member == "lla":
         static_ridge = _check_positive(ridge, "ridge", bound=min)
         if static_ridge is None:
@@ -138,7 +168,6 @@ def make_problem(
             ridge = _nan_unless_positive(ridge)
     if scale is None:
         scale = 1.0 / math.sqrt(h)
-    static_scale = scale if isinstance(scale, (int, float)) else None
     _check_positive(scale, "scale", bound=min, or_zero=True)
     scale = row_parameter(scale, "scale")
     if member == "parallax":
@@ -148,33 +177,49 @@ def make_problem(
                 f"probe must have query's shape and dtype, got probe {probe.dtype} {probe.shape}, "
                 f"query {query.dtype} {query.shape}."
             )
-        probe = probe.reshape(*heads, h)
+        probe = probe.reshape(b, t, n, h)
+    if bias is not None:
+        bias = _float_array(bias, "bias")
+        bias = _broadcastable(bias, "bias", leading, {"N": n, "T": t, "S": s})
+    if logits_soft_cap is not None:
+        logits_soft_cap = _check_soft_cap(logits_soft_cap, member)
     solver = Solver() if solver is None else solver
     if not isinstance(solver, Solver):
         raise ValueError(f"solver must be an lla.Solver or None, got {type(solver).__name__}.")
 
     return Problem(
         member=member,
-        query=query.reshape(*heads, h),
+        query=query.reshape(b, t, n, h),
         probe=probe,
         key=key.reshape(b, s, k, h),
         value=value.reshape(b, s, k, hv),
         ridge=ridge,
         scale=scale,
         mask=_make_mask(
-            leading, t, s, k, n // k, is_causal, query_offset, key_value_seq_lengths,
-            segment_ids, local_window_size, mask,
+            leading, t, s, n, is_causal, query_offset, query_seq_lengths,
+            key_value_seq_lengths, segment_ids, local_window_size, mask, bias,
         ),
         solver=solver,
         static_ridge=static_ridge,
-        static_scale=None if static_scale is None else float(static_scale),
-        one_ridge=member == "lla" and isinstance(ridge_given, (int, float)),
         leading=leading,
+        bias=bias,
+        soft_cap=logits_soft_cap,
     )  # fmt: skip
 
 
 def _make_mask(
-    leading, t, s, k, g, is_causal, query_offset, lengths, segment_ids, window, mask
+    leading,
+    t,
+    s,
+    n,
+    is_causal,
+    query_offset,
+    query_lengths,
+    lengths,
+    segment_ids,
+    window,
+    mask,
+    bias,
 ) -> Mask:
     b, limit = math.prod(leading), integers.MAX_OFFSET
 
@@ -206,6 +251,12 @@ def _make_mask(
             segments.append(ids.reshape(b, length))
         query_segments, key_segments = segments
 
+    query_lengths = per_sequence(query_lengths, "query_seq_lengths", 0, t)
+    if query_lengths is not None:
+        query_segments, key_segments = _without_queries(
+            query_lengths, query_segments, key_segments, t, s
+        )
+
     if window is not None:
         pair = (window, window) if isinstance(window, (int, np.integer)) else tuple(window)
         if len(pair) != 2 or any(not isinstance(w, (int, np.integer)) or w < 0 for w in pair):
@@ -220,18 +271,7 @@ def _make_mask(
         mask = jnp.asarray(mask)
         if mask.dtype != jnp.bool_:
             raise ValueError(f"mask must be boolean, got {mask.dtype}.")
-        full = (*leading, k * g, t, s)
-        if mask.ndim > len(full) or any(
-            m not in (1, f) for m, f in zip(mask.shape[::-1], full[::-1], strict=False)
-        ):
-            raise ValueError(
-                f"mask must be broadcastable to [*B, N, T, S] = {full}, got {mask.shape}."
-            )
-        mask = mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape)
-        if any(m != 1 for m in mask.shape[: len(leading)]):
-            mask = jnp.broadcast_to(mask, (*leading, *mask.shape[len(leading) :]))
-        *_, mask_n, mask_t, mask_s = mask.shape
-        mask = mask.reshape(-1, *((1, 1) if mask_n == 1 else (k, g)), mask_t, mask_s)
+        mask = _broadcastable(mask, "mask", leading, {"N": n, "T": t, "S": s})
         mask = jnp.broadcast_to(mask, (*mask.shape[:-1], s))
 
     return Mask(
@@ -242,7 +282,51 @@ def _make_mask(
         query_segments=query_segments,
         key_segments=key_segments,
         dense=mask,
+        bias=None if bias is None else jax.lax.stop_gradient(bias),
     )
+
+
+def _broadcastable(
+    array: jax.Array, name: str, leading: tuple[int, ...], axes: dict[str, int]
+) -> jax.Array:
+    """An array that broadcasts to ``[*B, *axes]`` as ``[B | 1, ...]``, any axis of which may be 1.
+
+    Args:
+      array: any axis may be 1 or, with those before it, missing.
+      name: what an error calls it.
+      leading: the sizes ``*B``.
+      axes: the other sizes by name.
+
+    Raises:
+      ValueError: it does not broadcast.
+    """
+    full = (*leading, *axes.values())
+    if array.ndim > len(full) or any(
+        m not in (1, f) for m, f in zip(array.shape[::-1], full[::-1], strict=False)
+    ):
+        names = ", ".join(("*B", *axes))
+        raise ValueError(f"{name} must be broadcastable to [{names}] = {full}, got {array.shape}.")
+    array = array.reshape((1,) * (len(full) - array.ndim) + array.shape)
+    rest = array.shape[len(leading) :]
+    if all(size == 1 for size in array.shape[: len(leading)]):
+        return array.reshape(1, *rest)
+    return jnp.broadcast_to(array, (*leading, *rest)).reshape(-1, *rest)
+
+
+def _without_queries(lengths, query_segments, key_segments, t: int, s: int):
+    """Segment ids, or those given, under which queries from `lengths` on see no key."""
+    b = lengths.shape[0]
+    if query_segments is None:
+        query_segments, key_segments = jnp.zeros((b, t), jnp.int32), jnp.zeros((b, s), jnp.int32)
+    # One of s + 1 numbers is the id of no key.
+    known = (key_segments >= 0) & (key_segments <= s)
+    used = jnp.zeros((b, s + 1), bool)
+    used = jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))(
+        used, jnp.where(known, key_segments, s + 1)
+    )
+    free = jnp.argmin(used, axis=1).astype(jnp.int32)[:, None]
+    exists = jnp.arange(t, dtype=jnp.int32)[None] < lengths[:, None]
+    return jnp.where(exists, query_segments, free), key_segments
 
 
 @jax.jit
@@ -292,26 +376,36 @@ def check_ridge(ridge) -> None:
     _check_positive(ridge, "ridge", bound=min)
 
 
-def resolve_solver(problem: Problem, method: Literal["cg", "direct"]) -> ResolvedSolver:
-    """Fills in what the caller left open, given the method that `auto` stands for."""
-    from lla.ops.options import resolve_tolerances
+def _check_soft_cap(cap, member: Member) -> float:
+    if member != "softmax":
+        raise ValueError(
+            "logits_soft_cap is defined for softmax attention alone: the weights of "
+            f"{'local linear' if member == 'lla' else 'Parallax'} attention are those of plain "
+            "logits."
+        )
+    if isinstance(cap, (bool, jax.core.Tracer)) or np.ndim(cap) or np.asarray(cap).dtype == object:
+        raise ValueError(f"logits_soft_cap must be a positive number or None, got {cap!r}.")
+    return _check_positive(cap, "logits_soft_cap", bound=min)
 
-    solver = problem.solver
-    tol, backward_tol = resolve_tolerances(solver, problem.query.dtype)
-    if solver.method != "auto":
-        method = solver.method
-    adaptive = solver.num_iters is None
-    max_iters = solver.num_iters or solver.max_iters or max(64, 4 * problem.query.shape[-1])
-    return ResolvedSolver(method, tol, backward_tol, max_iters, adaptive)
+
+def options_unsupported_by_kernels(problem: Problem) -> str | None:
+    """Why no kernel serves `problem` on any machine, for options that none of them has."""
+    if problem.bias is not None:
+        return "logit bias is not supported by the kernels, it is by 'xla' and 'reference'"
+    if problem.soft_cap is not None:
+        return "logits_soft_cap is not supported by the kernels, it is by 'xla' and 'reference'"
+    return None
 
 
-def refuse_for_kernels(
+def unsupported_by_kernels(
     problem: Problem, dtypes: tuple[str, ...], max_head_dim: int, max_direct_dim: int = 0
 ) -> str | None:
     """Why kernels for `dtypes` and head dimensions up to `max_head_dim` cannot serve `problem`.
 
     None if they can. Their direct solver, if any, takes head dimensions up to `max_direct_dim`.
     """
+    if (reason := options_unsupported_by_kernels(problem)) is not None:
+        return reason
     dtype = problem.query.dtype
     if dtype.name not in dtypes:
         return f"the kernels multiply in {' or '.join(dtypes)}, the inputs are {dtype}"

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 
 from lla.kernels.tiles import NOTHING
 from lla.ops.masks import dense_mask
-from lla.ops.options import Stats
 from lla.ops.problem import Problem
+from lla.ops.solver import Stats
 
 
-def attend_one_query(member, query, probe, key, value, ridge, scale, valid):
+def attend_one_query(
+    member, query, probe, key, value, ridge, scale, valid, bias=None, *, soft_cap=None
+):
     """One query of the family; section 2 of the derivation in ``kernels/MATHEMATICS.md``.
 
     Args:
@@ -28,6 +30,8 @@ def attend_one_query(member, query, probe, key, value, ridge, scale, valid):
       ridge: scalar, used by ``"lla"`` only.
       scale: scalar.
       valid: bool ``[S]``.
+      bias: ``[S]`` or None, added to the logits.
+      soft_cap: None, or the bound of the logits after that.
 
     Returns:
       output ``[Hv]``, log-sum-exp and relative residual of the solve (scalars).
@@ -37,7 +41,12 @@ def attend_one_query(member, query, probe, key, value, ridge, scale, valid):
     key, value = (jnp.where(valid[:, None], a, jnp.zeros_like(a)) for a in (key, value))
     query, probe = (jnp.where(any_valid, a, jnp.zeros_like(a)) for a in (query, probe))
     ridge, scale = (jnp.where(any_valid, a, jnp.ones_like(a)) for a in (ridge, scale))
-    logits = jnp.where(valid, scale * (key @ query), NOTHING)
+    logits = scale * (key @ query)
+    if bias is not None:
+        logits = logits + jnp.where(valid, bias, jnp.zeros_like(bias))
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    logits = jnp.where(valid, logits, NOTHING)
     largest = jnp.where(any_valid, jax.lax.stop_gradient(logits.max()), jnp.zeros_like(scale))
     weights = jnp.exp(logits - largest)
     total = jnp.where(any_valid, weights.sum(), jnp.ones_like(scale))
@@ -64,7 +73,7 @@ def solve_positive_definite(matrix, target):
     """Solves ``matrix [H, H] @ x = target [H]`` by Gaussian elimination, any derivative included.
 
     Written out because the library calls behind `jnp.linalg.solve` can block each other for good
-    on a CPU with few cores; see ``kernels/spd.py``.
+    on a CPU with few cores; see `lla.numerics`.
     """
 
     def eliminate(_, right_side):
@@ -80,28 +89,47 @@ def solve_positive_definite(matrix, target):
     return jax.lax.custom_linear_solve(lambda x: matrix @ x, target, eliminate, symmetric=True)
 
 
-def reference(problem: Problem) -> tuple[jax.Array, Stats]:
-    """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics."""
-    dtype = problem.compute_dtype
-    b, t, k, g, h = problem.query.shape
-    s = problem.key.shape[1]
-    valid = jnp.broadcast_to(dense_mask(problem.mask, b, t, s), (b, k, g, t, s))
-    query = problem.query.astype(dtype)
-    probe = query if problem.probe is None else problem.probe.astype(dtype)
-    ridge = problem.scale if problem.ridge is None else problem.ridge
+def unsupported(problem: Problem) -> str | None:
+    """Why it cannot serve `problem`, None if it can."""
+    if problem.solver.num_iters is not None:
+        return "it solves exactly and cannot honour Solver.num_iters"
+    return None
 
-    def attend(*arrays):
-        return attend_one_query(problem.member, *arrays)
+
+def attend(problem: Problem, with_stats: bool = True) -> tuple[jax.Array, Stats]:
+    """Output and statistics, always complete, in the layout of `Problem`."""
+    del with_stats
+    dtype = problem.compute_dtype
+    b, t, n, _ = problem.query.shape
+    _, s, k, _ = problem.key.shape
+    g = problem.group
+
+    def rows(array):  # [B, T, N, ...] -> [B, T, K, G, ...]
+        return array.reshape(b, t, k, g, *array.shape[3:])
+
+    def pairs(array):  # [B | 1, N | 1, T | 1, S | 1] -> [B, K, G, T, S]
+        return jnp.broadcast_to(array, (b, n, t, s)).reshape(b, k, g, t, s)
+
+    query = rows(problem.query.astype(dtype))
+    probe = query if problem.probe is None else rows(problem.probe.astype(dtype))
+    scale = rows(problem.by_row(problem.scale))
+    ridge = scale if problem.ridge is None else rows(problem.by_row(problem.ridge))
+    valid = pairs(dense_mask(problem.mask, b, t, s))
+    bias = None if problem.bias is None else pairs(problem.bias.astype(dtype))
+
+    def one_query(*arrays):
+        return attend_one_query(problem.member, *arrays, soft_cap=problem.soft_cap)
 
     # Axes left to map after each level: [T, G, K, B] from the inside out; keys belong to (B, K).
-    per_token = jax.vmap(attend, in_axes=(0, 0, None, None, 0, 0, 0))
-    per_head = jax.vmap(per_token, in_axes=(1, 1, None, None, 1, 1, 0), out_axes=1)
-    per_group = jax.vmap(per_head, in_axes=(1, 1, 1, 1, 1, 1, 0), out_axes=1)
+    per_token = jax.vmap(one_query, in_axes=(0, 0, None, None, 0, 0, 0, 0))
+    per_head = jax.vmap(per_token, in_axes=(1, 1, None, None, 1, 1, 0, 0), out_axes=1)
+    per_group = jax.vmap(per_head, in_axes=(1, 1, 1, 1, 1, 1, 0, 0), out_axes=1)
     per_sequence = jax.vmap(per_group)
     with jax.default_matmul_precision("highest"):
         out, lse, residual = per_sequence(
             query, probe, problem.key.astype(dtype), problem.value.astype(dtype), ridge,
-            problem.scale, valid,
+            scale, valid, bias,
         )  # fmt: skip
+    out, lse, residual = (a.reshape(b, t, n, *a.shape[4:]) for a in (out, lse, residual))
     stats = Stats(lse, jnp.zeros(lse.shape, jnp.int32), residual)
     return out.astype(problem.query.dtype), stats

@@ -16,9 +16,9 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 
 from lla.ops import partition
+from lla.ops.backend import Implementation
 from lla.ops.call import Call, make_call, run
 from lla.ops.context import Context, axes_by_kind, no_such_axis
-from lla.ops.dispatch import Implementation
 from lla.ops.placement import DIMS, Placement, decide, spec_axes, warn
 
 AUTO = "auto"
@@ -62,8 +62,8 @@ def attend(
     call, arrays = make_call(member, arguments, options, implementation, with_stats, kind)
     if mesh is not AUTO:
         return _explicit(mesh, call, arrays)
-    if call.implementation == "reference":
-        # Nothing but sums over axes, which the compiler divides by itself.
+    if kind == "attend" and call.implementation not in partition.ROW_UNITS:
+        # The reference is nothing but sums over axes, which the compiler divides by itself.
         return run(call, arrays)
     if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
         return partition.attend(call, arrays)

@@ -1,6 +1,6 @@
 """Data: synthetic tasks as pure functions of (seed, step) or (seed, config), and real series.
 
-Tasks that models are trained on are chosen by name:
+Tasks for training models have names:
 
 >>> from lla import tasks
 >>> task = tasks.create("mqar", length=128, pairs=8)
@@ -9,10 +9,10 @@ Tasks that models are trained on are chosen by name:
 (32, 128)
 
 `lla.tasks.test_time_regression` and `lla.tasks.series` are for predictors without trained
-parameters; they have functions of their own.
+parameters, and have their own functions.
 """
 
-from lla.tasks.registry import create, names, options
+from lla.tasks.registry import create, names, options, register
 from lla.tasks.task import Task
 
-__all__ = ["Task", "create", "names", "options"]
+__all__ = ["Task", "create", "names", "options", "register"]

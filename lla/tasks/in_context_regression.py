@@ -1,7 +1,8 @@
 """In-context regression: learn the map of the current segment from the pairs seen so far.
 
-A trained counterpart of test-time regression. Zuo et al. (arXiv 2510.01450) publish the dimensions,
-d_x = d_y = 32 [paper]; the rest is ours, with the law of `lla.tasks.test_time_regression`:
+The trained counterpart of test-time regression. Zuo et al. (arXiv 2510.01450) publish the
+dimensions, d_x = d_y = 32 [paper]; the rest is [ours], with the distribution of
+`lla.tasks.test_time_regression`:
 
     centre    c_s ~ N(0, I)                    one per segment
     map       W_s ~ N(0, 1/dim) per entry      one per segment
@@ -9,9 +10,9 @@ d_x = d_y = 32 [paper]; the rest is ours, with the law of `lla.tasks.test_time_r
     clean     W_s x_t                          unit variance per coordinate
     output    y_t = W_s x_t + noise * eps
 
-all fresh in every sequence. A model reads x_1, y_1, x_2, y_2, ..., a token each, and predicts y_t
-at the token of x_t, from everything before. A token is `input_dim` numbers: the coordinates of x or
-of y, zeros up to the wider of the two, then the type, 1 for x and 0 for y, then zeros.
+all new in every sequence. A model reads the tokens x_1, y_1, x_2, y_2, ... and predicts y_t at the
+token of x_t, from everything up to there. A token is `input_dim` numbers: the coordinates of x or
+y, zeros up to the wider of the two, the type (1 for x and 0 for y), then zeros.
 """
 
 import dataclasses
@@ -25,20 +26,20 @@ from lla.tasks import piecewise
 from lla.tasks.sampling import fresh_keys, split_key
 from lla.tasks.task import Batch, Sums, check_batch, check_integers, check_outputs, span
 
-_SAMPLED = (8, 8)  # batches and sequences per batch that `baselines` are measured on
+_SAMPLED = (8, 8)  # batches, and sequences per batch, on which `baselines` are measured
 
 
 @dataclasses.dataclass(frozen=True)
 class InContextRegression:
-    """What to draw; every step draws new sequences, in all splits.
+    """The task and its sizes; all splits draw new sequences at every step.
 
     Attributes:
       dim: coordinates of x.
       value_dim: coordinates of y; None for `dim`.
-      length: pairs per sequence; it has twice as many tokens.
-      segment_length: pairs per segment; the last segment is cut where length is not a multiple.
+      length: pairs per sequence, with two tokens each.
+      segment_length: pairs per segment; the last segment is shorter if length is not a multiple.
       spread: standard deviation of x around its centre, per coordinate, before the norm.
-      noise: standard deviation of y around the map, per coordinate.
+      noise: standard deviation of the noise of y, per coordinate.
       token_dim: numbers per token; None for twice the larger of dim and value_dim.
     """
 
@@ -52,8 +53,8 @@ class InContextRegression:
 
     vocab_size: ClassVar[None] = None
     splits: ClassVar[tuple[str, ...]] = ("train", "test", "validation")
-    headline: ClassVar[str] = "mse"
-    headline_mode: ClassVar[str] = "min"
+    primary_metric: ClassVar[str] = "mse"
+    metric_mode: ClassVar[str] = "min"
 
     def __post_init__(self):
         check_integers(1, dim=self.dim, length=self.length, segment_length=self.segment_length)
@@ -100,8 +101,8 @@ class InContextRegression:
         """See `lla.tasks.Task`.
 
         Returns:
-          "inputs" float32 [B, 2 * length, input_dim]; "targets", the observed y, and "clean", what
-          they are without noise, float32 [B, length, output_dim].
+          "inputs" float32 [B, 2 * length, input_dim]; "targets", the observed y, and "clean", y
+          without noise, float32 [B, length, output_dim].
         """
         check_batch(size, split, self.splits)
         keys = fresh_keys(split_key(seed, self.splits, split), step, size)
@@ -132,9 +133,9 @@ class InContextRegression:
         return x, clean + self.noise * draw["y"], clean
 
     def predictions(self, outputs: jax.Array, batch: Batch) -> jax.Array:
-        """Those of outputs [B, 2 * length, output_dim] that predict: float32 [B, length, ·].
+        """The outputs [B, 2 * length, output_dim] at the tokens of x: float32 [B, length, ·].
 
-        Outputs that are predictions already, [B, length, output_dim], are returned as they are.
+        Outputs [B, length, output_dim] are predictions already and are returned in float32.
         """
         if check_outputs(outputs, batch, self.length, self.output_dim):
             outputs = outputs[:, 0::2]
@@ -147,18 +148,18 @@ class InContextRegression:
     def loss(self, outputs: jax.Array, batch: Batch) -> jax.Array:
         """Mean squared error per coordinate against the observed y; see `lla.tasks.Task`.
 
-        The noise is part of what is learned from, as in data; it adds noise^2 to what any model can
-        reach. The metrics tell the error against the map.
+        The targets are noisy, as real data are, which adds noise^2 to the loss of any model. The
+        metrics measure the error against the noiseless map.
         """
         return jnp.mean(_squared_error(self.predictions(outputs, batch), batch["targets"]))
 
     def metrics(self, outputs: jax.Array, batch: Batch) -> Sums:
         """Per pair: "loss" as above, and "mse", the squared error against the noiseless map.
 
-        "normalised_mse" is the latter over the mean square of the map's values, so that predicting
-        zero has 1. Slices: "mse/segment_0", "mse/segment_1" and the rest, "mse/segment_2-3"; and
-        by pairs of the segment that came before, "mse/position_0-31": a quarter, a quarter and a
-        half of a segment.
+        "normalised_mse" is "mse" over the mean square of the noiseless values; predicting zero
+        gives 1. Slices: "mse/segment_0", "mse/segment_1" and the others, "mse/segment_2-3"; and by
+        position in the segment, "mse/position_0-31": the first and second quarter and the second
+        half.
         """
         loss = _squared_error(self.predictions(outputs, batch), batch["targets"])
         errors = self.errors(outputs, batch)
@@ -191,16 +192,16 @@ class InContextRegression:
         }
 
     def oracle(self, batch: Batch) -> jax.Array:
-        """Predictions [B, length, output_dim] of the Bayes estimator told where segments begin.
+        """Predictions [B, length, output_dim] of the Bayes estimator that knows the segments.
 
-        Ridge regression on the pairs of the segment before t, its ridge noise^2 * dim: the
-        posterior mean of W_s x_t. No model that has to find segments can have a lower mean error.
+        Ridge regression on the pairs of the segment before t, with a ridge of noise^2 * dim: the
+        posterior mean of W_s x_t. No model that has to find the segments has a lower mean error.
         """
 
-        def previous(array):  # so that the pair at a position is the one before its query
+        def previous(array):  # moves each pair to the position of the next query
             return jnp.pad(array, ((0, 0), (1, 0), (0, 0)))[:, : self.length]
 
-        # The first pair of a segment has none before it in the segment.
+        # The first query of a segment has no pair before it in the segment.
         later = np.arange(self.length) % self.segment_length > 0
         x = batch["inputs"][:, 0::2, : self.dim]
         keys, values = (
@@ -211,8 +212,8 @@ class InContextRegression:
     def baselines(self) -> dict[str, float]:
         """Values of "mse": one in closed form, two measured on 64 sequences of "test" at seed 0.
 
-        "zero": predicting 0 (closed form: 1). "previous": predicting the last y. "oracle": that of
-        `oracle`, the floor.
+        "zero": predicting 0 (closed form: 1). "previous": predicting the last y. "oracle": see
+        `oracle`, the lower bound.
         """
 
         @jax.jit

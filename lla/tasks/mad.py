@@ -1,14 +1,14 @@
 """MAD, six small tasks on tokens: the benchmark of arXiv 2403.17844 (athms/mad-lab).
 
-    in_context_recall        values of keys that were there before, among pairs of keys and values
-    noisy_in_context_recall  the same with pairs of noise tokens between
-    fuzzy_in_context_recall  the same where keys and values are motifs of one to three tokens
-    selective_copying        tokens among blanks, to be written down in order
-    compression              all tokens, read from what the model has at the last of them
+    in_context_recall        the values of keys that occurred before, among key-value pairs
+    noisy_in_context_recall  the same with noise tokens between the pairs
+    fuzzy_in_context_recall  the same with keys and values of one to three tokens
+    selective_copying        tokens among blanks, to be repeated in order
+    compression              all tokens, decoded from the model's state at the last one
     memorization             the value of a key, the same in all examples
 
-`lla/tasks/mad_laws.py` has the laws of the examples. Defaults are the benchmark's baseline setting
-of each task, from which its levels of difficulty depart.
+`lla/tasks/mad_laws.py` draws the examples. Defaults are the benchmark's baseline setting of each
+task; its levels of difficulty change one option at a time.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ KINDS = (
     "memorization",
 )
 _RECALL, _NOISY, _FUZZY, _COPYING, _COMPRESSION, _MEMORIZATION = KINDS
-# The benchmark's baseline settings; an option that a kind does not have here is not its own.
+# The benchmark's baseline settings; a kind has the options that are listed here.
 BASELINES = {
     _RECALL: dict(vocab_size=16, length=128, train_examples=12_800),
     _NOISY: dict(vocab_size=32, length=128, train_examples=12_800, noise_vocab=16, noise=0.2),
@@ -49,33 +49,32 @@ BASELINES = {
     _COMPRESSION: dict(vocab_size=16, length=32, train_examples=12_800),
     _MEMORIZATION: dict(vocab_size=256, length=32, train_examples=256),
 }
-_FACTS_STREAM = 0x66616374  # keeps the table of memorization apart from the examples
+_FACTS_STREAM = 0x66616374  # separates the table of memorization from the examples
 
 
 @dataclasses.dataclass(frozen=True)
 class MAD:
     """One of the six tasks.
 
-    The training set is finite: batches run through it in an order that is new in every epoch. The
-    test set is read in its own order; what a batch has beyond its end has weight 0. "validation" is
-    a set of its own, as large and drawn from the same law as "test": the benchmark has none and
-    selects on the test set. All sets, and the table of "memorization", belong to the seed.
+    The training set is finite, and every epoch has a new order. The test set is read in order, and
+    examples of a batch beyond its end have weight 0. "validation" is a further set, with the size
+    and distribution of "test"; the benchmark has none and selects on the test set. The seed
+    determines all sets and the table of "memorization".
 
     Attributes:
-      kind: which task, one of `KINDS`. Of the options below None stands for the baseline setting
-        of this kind, `BASELINES`; an option that a kind does not have must be None.
-      vocab_size: tokens and logits, special and noise tokens included.
-      length: tokens of an example. The last one of recall is only a label, so that its sequences
-        are one token shorter.
+      kind: the task, one of `KINDS`. For the options below None means the baseline setting of the
+        kind, `BASELINES`; options that a kind does not have must be None.
+      vocab_size: tokens and logits, including special and noise tokens.
+      length: tokens of an example. In recall the last token is only a label, and sequences are one
+        token shorter.
       train_examples: size of the training set.
       test_examples: size of the test set, and of the validation set.
       noise_vocab: noise tokens, of noisy recall.
-      noise: probability that a pair is noise.
-      key_motif, value_motif: the largest numbers of tokens of a key and of a value, of fuzzy
-        recall.
+      noise: probability that a pair is noise, of noisy recall.
+      key_motif, value_motif: the largest number of tokens of a key and of a value, of fuzzy recall.
       copied: tokens to copy, of selective copying.
-      macro_batch: examples over which "macro_accuracy" takes its average over classes. The
-        benchmark has its batches of 128.
+      macro_batch: examples over which "macro_accuracy" averages classes; the benchmark has batches
+        of 128.
     """
 
     kind: Literal[
@@ -99,8 +98,8 @@ class MAD:
 
     input_dim: ClassVar[None] = None
     splits: ClassVar[tuple[str, ...]] = ("train", "test", "validation")
-    headline: ClassVar[str] = "macro_accuracy"
-    headline_mode: ClassVar[str] = "max"
+    primary_metric: ClassVar[str] = "macro_accuracy"
+    metric_mode: ClassVar[str] = "max"
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -160,7 +159,7 @@ class MAD:
 
     @property
     def readout(self) -> str:
-        """ "last" for compression: a model has to hold all tokens at the last one."""
+        """ "last" for compression, whose outputs are computed from the last token."""
         return "last" if self.kind == _COMPRESSION else "each"
 
     def batch(
@@ -170,15 +169,15 @@ class MAD:
 
         Returns:
           "inputs" int32 [B, T]; "labels" int32 [B, Q] and "weights" float32 [B, Q], of the outputs
-          at "positions" int32 [B, Q], or at all T positions where there is no such entry. Which it
-          is, and Q, depends on the kind and on whether the split is "train": recall trains on all
-          next tokens, and is tested on values that can be known.
+          at "positions" int32 [B, Q], or at all T positions if there is no such entry. That and Q
+          depend on the kind and on whether the split is "train": recall trains on all next tokens
+          and is tested on the values of keys that occurred before.
         """
         check_batch(size, split, self.splits)
         train = split == "train"
         key = split_key(seed, self.splits, split)
         count = self.train_examples if train else self.test_examples
-        keys, exists = from_set(key, step, size, count, shuffled=train)
+        keys, exists, _ = from_set(key, step, size, count, shuffled=train)
         drawn = jax.vmap(self._law(seed, train))(keys)
         batch = {
             "inputs": drawn.inputs,
@@ -213,10 +212,10 @@ class MAD:
     def metrics(self, outputs: jax.Array, batch: Batch) -> Sums:
         """ "loss" in nats and "accuracy" per label that counts, and "macro_accuracy".
 
-        The latter is what the benchmark reports: of every `macro_batch` examples, the fraction of
-        right answers among the labels of a class (a token), averaged over the classes that are a
-        label or an answer there. A class that is answered and never a label has 0. With batches of
-        a multiple of `macro_batch` examples it adds up over batches; a rest is a group of its own.
+        The latter is the benchmark's metric. In every group of `macro_batch` examples it is the
+        accuracy per class (a token), averaged over the classes that occur as a label or an answer;
+        a class that is answered but never a label has accuracy 0. It adds up over batches of a
+        multiple of `macro_batch` examples; a remainder is a group of its own.
 
         Slices: "macro_accuracy/token_4-7", over the classes from 4 to 7.
         """
@@ -225,11 +224,11 @@ class MAD:
         answers = jnp.argmax(counted_logits(outputs, batch, self.vocab_size), axis=-1)
         answers = answers.astype(jnp.int32)
         scores, shares = self._by_class(answers, batch["labels"], weights > 0)
-        sums[self.headline] = (jnp.sum(scores), jnp.sum(shares))
+        sums[self.primary_metric] = (jnp.sum(scores), jnp.sum(shares))
         for low in range(0, self.vocab_size, self._slice):
             high = min(low + self._slice, self.vocab_size)
             part = (jnp.sum(scores[:, low:high]), jnp.sum(shares[:, low:high]))
-            sums[f"{self.headline}/token_{span(low, high - 1)}"] = part
+            sums[f"{self.primary_metric}/token_{span(low, high - 1)}"] = part
         return sums
 
     @property
@@ -238,9 +237,9 @@ class MAD:
         return -(-self.vocab_size // 4)
 
     def _by_class(self, answers, labels, counted):
-        """Float32 [groups, V]: what a class adds to the sum of "macro_accuracy", and to its weight.
+        """Float32 [groups, V]: contributions of classes to "macro_accuracy", and to its weight.
 
-        A group has the weight of its examples, in equal shares for the classes that are there.
+        The weight of a group is its number of examples, divided equally among its classes.
         """
         size = labels.shape[0]
         groups = -(-size // self.macro_batch)
@@ -264,9 +263,8 @@ class MAD:
     def baselines(self) -> dict[str, float]:
         """Macro accuracies in closed form.
 
-        "chance": one of the possible values at random, with nothing else ever answered. "solved":
-        what solving the task gives; of fuzzy recall the most that may be reached, since a few of
-        its probes were not shown before.
+        "chance": a random possible value. "solved": solving the task; for fuzzy recall an upper
+        bound, as a few of its probes did not occur before.
         """
         words = self.vocab_size - (self.noise_vocab or 0)
         if self.kind == _COMPRESSION:

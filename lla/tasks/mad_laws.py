@@ -1,8 +1,8 @@
 """One example of each task of MAD (arXiv 2403.17844, athms/mad-lab), as a function of a key.
 
-Each function returns a `Drawn`. The laws are those of the benchmark's code, in closed form: it
-builds a sequence token by token with a dictionary of the keys so far; here all choices are drawn
-at once, and a key has the value of its first occurrence, which is the same law.
+Each function returns a `Drawn`. The distributions are those of the benchmark's code, which builds a
+sequence token by token with a dictionary of keys. Here all choices are drawn at once, and a key has
+the value of its first occurrence, which is equivalent.
 """
 
 from typing import NamedTuple
@@ -42,24 +42,24 @@ def _count(mask, axis):
 
 
 def _first(same):
-    """Int32 [n], where each row of bool [n, n] has its first true entry."""
+    """Int32 [n], the index of the first True in each row of bool [n, n]."""
     return jnp.argmax(same, axis=1).astype(jnp.int32)
 
 
 def recall(
     key: jax.Array, *, vocab_size: int, length: int, noise_vocab: int, noise: float, train: bool
 ) -> Drawn:
-    """Pairs of keys and values, in any order and again and again; noise pairs between them.
+    """Key-value pairs, with repeated keys, and noise pairs among them.
 
-    Of the ``vocab_size - noise_vocab`` words one half are keys, the other values; noise tokens
-    come after them. Each of the ``length / 2 - 1`` first pairs is noise with probability `noise`,
-    but for one of ``length / 2`` places, uniform, which is spared (the last of these places is no
-    such pair: it is spared in any case). A noise pair is two noise tokens; any other has a uniform
-    key, and its value, which is uniform and new for every key in every example. The last pair has
-    one of the keys that were there, uniform among these.
+    Half of the ``vocab_size - noise_vocab`` words are keys, the other half values; noise tokens
+    come after them. Each of the first ``length / 2 - 1`` pairs is noise with probability `noise`,
+    except one of ``length / 2`` places, drawn uniformly, which is never noise (the last of these
+    places is the final pair, which is never noise anyway). A noise pair consists of two noise
+    tokens. Other pairs have a uniform key and its value, which is drawn uniformly per key and
+    example. The final pair has a uniform key among those that occurred.
 
-    In training the labels are the next tokens, all of them; otherwise the values of keys that were
-    there before, the last pair's included.
+    In training the labels are all next tokens; otherwise the values of keys that occurred before,
+    including that of the final pair.
     """
     pairs, words = length // 2, vocab_size - noise_vocab
     half = words // 2
@@ -71,7 +71,7 @@ def recall(
         spared = _integers(for_spared, (), 0, pairs)
         real = jax.random.uniform(for_noise, (pairs - 1,), jnp.float32) >= noise
         real |= place == spared
-        # Without any pair the benchmark's code fails: the first one is spared then.
+        # With no pair at all the benchmark's code fails; here the first place is a pair then.
         real |= (place == 0) & ~jnp.any(real)
 
     word = jnp.arange(half, dtype=jnp.int32)
@@ -98,20 +98,20 @@ def fuzzy_recall(
 ) -> Drawn:
     """Recall in which keys and values are motifs of several different tokens.
 
-    The last token of the vocabulary pads; of the others, one half (the smaller, if they differ) are
-    tokens of keys and the rest of values. A motif's size is uniform up to the largest one, but keys
-    have the largest one where labels are asked for; a motif of a size is uniform among the ordered
-    choices of that many different tokens. Every key has one value in an example.
+    The last token of the vocabulary is padding. Of the others, half (rounded down) are key tokens
+    and the rest value tokens. The size of a motif is uniform up to its maximum, except that keys
+    always have the maximum in evaluation; given its size, a motif is a uniform ordered choice of
+    different tokens. Every key has one value in an example.
 
-    A pair to be asked for, the probe, is drawn first, and a place for it, uniform below
-    ``length - 2 probe``, with `probe` its number of tokens. Then pairs are drawn until there are
-    ``length - probe - key_motif - value_motif`` tokens, the probe itself for the first pair at or
-    behind its place, unless it came up by chance before. At the end comes the probe, and padding in
-    front of it all, to ``length + 1`` tokens. A probe whose place is not reached is not shown
+    First the probe is drawn, the pair to ask for at the end, and a place for it, uniform below
+    ``length - 2 probe``, where `probe` is its number of tokens. Then pairs are drawn until there
+    are ``length - probe - key_motif - value_motif`` tokens. The first pair at or after the place is
+    the probe, unless it occurred before by chance. The sequence ends with the probe, and is padded
+    at the front to ``length + 1`` tokens. If the place is not reached, the probe does not occur
     before it is asked for, as in the benchmark.
 
-    In training the labels are the next tokens, all of them, padding included; otherwise the tokens
-    of values of keys that were there before, and the probe's at the end.
+    In training the labels are all next tokens, including padding; otherwise the tokens of values
+    whose keys occurred before, and of the probe's value at the end.
     """
     words = vocab_size - 1
     half = words // 2
@@ -123,7 +123,7 @@ def fuzzy_recall(
     value_tokens = half + distinct(draws[1], (words - half,) * (most + 1), value_motif)
     key_sizes = _integers(draws[2], (most + 1,), low, key_motif + 1)
     value_sizes = _integers(draws[3], (most + 1,), 1, value_motif + 1)
-    # Two keys are equal if all of their tokens are, of which there may be different numbers.
+    # Keys are equal if all their tokens are; shorter keys are filled up with -1.
     inside = jnp.arange(key_motif, dtype=jnp.int32)[None] < key_sizes[:, None]
     key_tokens = jnp.where(inside, key_tokens, -1)
 
@@ -133,8 +133,8 @@ def fuzzy_recall(
     number = jnp.arange(most, dtype=jnp.int32)
 
     def arranged(motif):
-        """Of pairs whose keys are those of `motif` [most]: where each starts, and the first one
-        with the same key, or the probe; whether it is the probe's."""
+        """For pairs with the keys `motif` [most]: where each starts, the first pair with the same
+        key (or the probe), and whether its key is that of the probe."""
         mine = key_tokens[motif]
         is_probe = jnp.all(mine == key_tokens[-1:], axis=1)
         first = motif[_first(jnp.all(mine[:, None] == mine[None], axis=2))]
@@ -158,7 +158,7 @@ def fuzzy_recall(
     again = jnp.append(_first(owner[:, None] == owner[None]) < number, True)
     motif, owner = (jnp.append(array, jnp.int32(most)) for array in (motif, owner))
 
-    # From pairs to tokens: which pair is at a position, and how far inside it.
+    # From pairs to tokens: the pair at a position, and the offset in it.
     at = jnp.arange(length + 1, dtype=jnp.int32) - (length + 1 - total - probe)
     pair = _count(starts[None, :-1] <= at[:, None], axis=1) - 1
     pair = jnp.where(at >= total, most, jnp.maximum(pair, 0))
@@ -175,16 +175,16 @@ def fuzzy_recall(
 
 
 def max_pairs(length: int, key_motif: int, value_motif: int, train: bool) -> int:
-    """How many pairs a sequence of fuzzy recall may have before the last one; below 1 for none."""
+    """The largest number of pairs before the probe in fuzzy recall; below 1 if none fits."""
     smallest = (1 if train else key_motif) + 1
     return -(-(length - smallest - key_motif - value_motif) // smallest)
 
 
 def selective_copying(key: jax.Array, *, vocab_size: int, length: int, copied: int) -> Drawn:
-    """Tokens among blanks, a token that asks for them, and blanks to write them to, in order.
+    """Tokens among blanks, a copy token, and blanks at which to repeat the tokens in order.
 
-    The last token of the vocabulary asks, the one before it is blank. Each of the
-    ``length - 2 copied - 1`` blanks goes before a token that is uniform and independent.
+    The last token of the vocabulary is the copy token, the one before it is blank. Each of the
+    ``length - 2 copied - 1`` blanks is placed before a token that is drawn uniformly.
     """
     blanks = length - 2 * copied - 1
     for_tokens, for_blanks = jax.random.split(key)
@@ -199,9 +199,9 @@ def selective_copying(key: jax.Array, *, vocab_size: int, length: int, copied: i
 
 
 def compression(key: jax.Array, *, vocab_size: int, length: int) -> Drawn:
-    """Uniform tokens and, as the last, the token that has to hold them; the labels are the inputs.
+    """Uniform tokens and a last token, from which all are to be decoded; the labels are the inputs.
 
-    That last token is a label, too.
+    The last token is a label as well.
     """
     tokens = _integers(key, (length - 1,), 0, vocab_size - 1)
     tokens = jnp.append(tokens, jnp.int32(vocab_size - 1))
@@ -209,7 +209,7 @@ def compression(key: jax.Array, *, vocab_size: int, length: int) -> Drawn:
 
 
 def memorization(key: jax.Array, table: jax.Array, *, vocab_size: int, length: int) -> Drawn:
-    """Uniform keys, each followed by the last token of the vocabulary, where the value is asked.
+    """Uniform keys, each followed by the last token of the vocabulary, whose label is the value.
 
     `table` is from `facts`.
     """
@@ -221,7 +221,7 @@ def memorization(key: jax.Array, table: jax.Array, *, vocab_size: int, length: i
 
 
 def facts(key: jax.Array, vocab_size: int) -> jax.Array:
-    """The value of every key, int32 [(vocab_size - 1) // 2]: values differ, all choices alike."""
+    """The value of every key, int32 [(vocab_size - 1) // 2]: uniform without repetition."""
     words = vocab_size - 1
     half = words // 2
     values = jax.random.permutation(key, jnp.arange(half, words, dtype=jnp.int32))

@@ -1,21 +1,20 @@
-"""Multi-query associative recall (MQAR): the contract of Zoology, arXiv 2312.04927.
+"""Multi-query associative recall (MQAR), as in Zoology, arXiv 2312.04927.
 
 A sequence of N tokens shows D pairs and then asks for each of them once:
 
-    vocabulary    V tokens: 0 for nothing, keys 1 .. V/2 - 1, values V/2 .. V - 1
-    context       k_1 v_1 ... k_D v_D; no key and no value twice in an example
-    query of k_i  at token 2 D + 2 g_i, its label v_i; all other tokens are 0
+    vocabulary    V tokens: filler 0, keys 1 .. V/2 - 1, values V/2 .. V - 1
+    context       k_1 v_1 ... k_D v_D, with different keys and different values
+    query of k_i  at token 2 D + 2 g_i, with the label v_i; all other tokens are 0
     gap g_i       the i-th of D draws without replacement from 0 .. R - 1, R = (N - 2 D) / 2, with
                   probabilities p(g) = a r^(a-1) / sum over r' = 1 .. R of a r'^(a-1), r = g + 1
 
-"The i-th of D draws without replacement" is successive sampling: at each draw the probabilities of
-what is left are scaled to sum to 1. The order of log p + Gumbel noise, largest first, has exactly
-this law (Yellott, 1977), so a single sort replaces D dependent draws. Labels count at the queries
-alone. [paper] V = 8192, a = 0.01, 100 000 training and 3 000 test examples.
+Drawing without replacement means successive sampling: at each draw the probabilities of the
+remaining gaps are rescaled to sum to 1. The order of log p + Gumbel noise, largest first, has
+exactly this distribution (Yellott, 1977), so a single sort replaces D dependent draws. Only the
+labels at the queries count. [paper] V = 8192, a = 0.01, 100 000 training and 3 000 test examples.
 
-With random fillers the tokens that are 0 above are uniform among all V instead, as is the default
-of Zoology's code: some of them are keys of the context, asked for without a label, and 0 is one of
-them.
+With random fillers the tokens that are 0 above are uniform among all V, the default of Zoology's
+code. Some of them are keys of the context, queried without a label, and some are 0.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lla.tasks.sampling import as_uint32, distinct, fold_each, fresh_keys, permuted, split_key
+from lla.tasks.sampling import as_uint32, distinct, fresh_keys, from_set, split_key
 from lla.tasks.task import (
     Batch,
     Sums,
@@ -38,26 +37,24 @@ from lla.tasks.task import (
 
 @dataclasses.dataclass(frozen=True)
 class MQAR:
-    """What to draw.
+    """The task and its sizes.
 
-    The training set is finite unless `train_examples` is None: batches run through it in an order
-    that is new in every epoch, without a shorter batch at its end [ours]; the count of examples
-    shown must stay below 2^32. "validation", for what is chosen, and "test", for what is reported,
-    are sets of their own [ours], read in order, step by step; what a batch has beyond the end of
-    its set has weight 0, so that enough batches from step 0 on count every example once [ours].
-    All three sets belong to the seed.
+    The training set is finite unless `train_examples` is None. Every epoch has a new order, and a
+    batch may cross from one epoch into the next [ours]; the number of examples drawn must stay
+    below 2^32. "validation", for selection, and "test", for reporting, are further sets [ours],
+    read in order. Examples of a batch beyond the end of its set have weight 0, so that the batches
+    from step 0 on count every example once [ours]. The seed determines all three sets.
 
     Attributes:
       vocab_size: V, tokens and logits.
-      length: N, tokens per sequence; even. Or several of them, one for each of `pairs` (for all of
-        them, if `pairs` is one number): Zoology's training on several lengths, but in one batch
-        [ours]. What is behind the end of a shorter sequence is 0 and without label.
-      pairs: D; or several of them, which the examples of all sets take in turn [ours] and which
-        metrics tell apart.
-      power_a: a of the law of the gaps, > 0; 1 makes it uniform.
+      length: N, tokens per sequence; even. Or a tuple, with one length for each of `pairs` (or for
+        the same number of pairs): like Zoology's training on several lengths, but in one batch
+        [ours]. Shorter sequences are padded with 0 at the end, without labels.
+      pairs: D, or a tuple that examples cycle through [ours]; metrics distinguish them.
+      power_a: exponent a of the distribution of the gaps, > 0; 1 makes it uniform.
       train_examples: size of the training set; None draws new examples at every step [ours].
-      test_examples: size of the test set, and of the validation set.
-      random_fillers: whether tokens that are neither of a pair nor a query are random.
+      test_examples: size of the test set and of the validation set.
+      random_fillers: whether filler tokens are random rather than 0.
     """
 
     vocab_size: int = 8192
@@ -70,8 +67,8 @@ class MQAR:
 
     input_dim: ClassVar[None] = None
     splits: ClassVar[tuple[str, ...]] = ("train", "test", "validation")
-    headline: ClassVar[str] = "accuracy"
-    headline_mode: ClassVar[str] = "max"
+    primary_metric: ClassVar[str] = "accuracy"
+    metric_mode: ClassVar[str] = "max"
 
     def __post_init__(self):
         for name in ("length", "pairs"):
@@ -133,7 +130,7 @@ class MQAR:
 
     @property
     def _cases(self) -> tuple[tuple[int, int], ...]:
-        """(N, D) that the examples take in turn."""
+        """The pairs (N, D) that examples cycle through."""
         many = [len(each) for each in (self.length, self.pairs) if isinstance(each, tuple)]
         lengths, pairs = (
             each if isinstance(each, tuple) else (each,) * (many[0] if many else 1)
@@ -148,7 +145,7 @@ class MQAR:
 
     @property
     def _rooms(self) -> int:
-        """The largest number of places for queries."""
+        """The largest number of slots for queries."""
         return max((length - 2 * pairs) // 2 for length, pairs in self._cases)
 
     def batch(
@@ -158,26 +155,19 @@ class MQAR:
 
         Returns:
           "inputs" int32 [B, N], with the largest N; "positions" and "labels" int32 [B, D], of the
-          query of each pair in the order of the context; "weights" float32 [B, D], 0 for pairs that
-          an example does not have; "pairs" int32 [B]; "lengths" int32 [B] if there are several.
+          query of each pair in the order of the context; "weights" float32 [B, D], 0 for pairs
+          beyond those of the example; "pairs" int32 [B]; "lengths" int32 [B] if there are several.
         """
         check_batch(size, split, self.splits)
         key = split_key(seed, self.splits, split)
-        order, content = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        index = as_uint32(step) * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
-        counted = jnp.ones((size,), bool)
-        if split != "train":
-            counted = index < jnp.uint32(self.test_examples)
-            keys = fold_each(content, index)
-        elif self.train_examples is None:
-            keys = fresh_keys(content, step, size)
+        train = split == "train"
+        if train and self.train_examples is None:
+            keys = fresh_keys(jax.random.fold_in(key, 1), step, size)
+            index = as_uint32(step) * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
+            counted = jnp.ones((size,), bool)
         else:
-            count = jnp.uint32(self.train_examples)
-            epochs = fold_each(order, index // count)
-            index = jax.vmap(permuted, in_axes=(0, 0, None))(
-                epochs, index % count, self.train_examples
-            )
-            keys = fold_each(content, index)
+            count = self.train_examples if train else self.test_examples
+            keys, counted, index = from_set(key, step, size, count, shuffled=train)
         cases = jnp.asarray(self._cases, jnp.int32)
         lengths, pairs = jnp.moveaxis(cases[index % jnp.uint32(len(self._cases))], 1, 0)
         tokens, positions, labels, exists = jax.vmap(self._example)(keys, lengths, pairs)
@@ -193,7 +183,7 @@ class MQAR:
     def _example(self, key, length, pairs):
         """Tokens [N]; positions, labels and whether the pair exists [D].
 
-        `length` and `pairs` are traced; N and D are the largest of them.
+        `length` and `pairs` are traced; N and D are their maxima.
         """
         most, half = self._most, self.vocab_size // 2
         for_words, for_gaps = jax.random.split(key)
@@ -207,9 +197,10 @@ class MQAR:
         log_p = (self.power_a - 1.0) * jnp.log1p(slot.astype(jnp.float32))
         noisy = log_p + jax.random.gumbel(for_gaps, (rooms,), jnp.float32)
         room = length // 2 - pairs
-        _, gaps = jax.lax.top_k(jnp.where(slot < room, noisy, -jnp.inf), most)
+        nowhere = jnp.full_like(noisy, jnp.finfo(jnp.float32).min)
+        _, gaps = jax.lax.top_k(jnp.where(slot < room, noisy, nowhere), most)
 
-        # Pairs that do not exist read token 0, with weight 0, and write nowhere.
+        # Pairs that do not exist read token 0 with weight 0 and write no token.
         positions = jnp.where(exists, 2 * (pairs + gaps), 0)
         context = jnp.stack([keys, values], axis=1).reshape(2 * most)
         tokens = jnp.pad(context, (0, self.max_length - 2 * most))
@@ -245,7 +236,7 @@ class MQAR:
         return token_metrics(outputs, batch, self.vocab_size, slices)
 
     def _gap_spans(self):
-        """Gaps 0, 1-3, 4-15, 16-63, ...: of like probability at small a, where p is about 1 / r."""
+        """Gaps 0, 1-3, 4-15, 16-63, ...: about equally likely for small a, with p near 1 / r."""
         rooms, low, spans = self._rooms, 0, []
         while low < rooms:
             high = min(4 * low, rooms) - 1 if low else 0
@@ -256,8 +247,8 @@ class MQAR:
     def baselines(self) -> dict[str, float]:
         """Accuracies in closed form.
 
-        "chance": a value at random. "context": one of the values of the example at random, the best
-        without knowing which belongs to which key. "recall": what solving the task gives.
+        "chance": a random value. "context": a random value of the example, the best without
+        knowing which key it belongs to. "recall": solving the task.
         """
         return {
             "chance": 1.0 / (self.vocab_size - self.vocab_size // 2),

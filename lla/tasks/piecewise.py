@@ -1,7 +1,7 @@
-"""The piecewise-linear law that the regression tasks share, one sequence at a time.
+"""The piecewise-linear distribution of the regression tasks, for one sequence.
 
-A sequence is cut into segments of `segment_length` pairs, the last one short where the length is
-not a multiple; each segment has a centre that its keys lie around and a linear map.
+A sequence consists of segments of `segment_length` pairs; the last one is shorter if the length is
+not a multiple. Each segment has a centre, around which its keys lie, and a linear map.
 """
 
 import itertools
@@ -17,8 +17,8 @@ from lla import estimators
 def draw_normal(key: jax.Array, shapes: Mapping[str, tuple[int, ...]], dtype) -> dict:
     """Standard normal arrays of the given shapes.
 
-    All come from one draw: on a CPU the generator is most of what there is to compile, and it would
-    be compiled again for every further call.
+    They come from one draw: on a CPU the generator takes most of the compile time, and every call
+    would compile it again.
     """
     sizes = [math.prod(shape) for shape in shapes.values()]
     ends = list(itertools.accumulate(sizes))
@@ -45,7 +45,7 @@ def linear_by_segment(maps: jax.Array, x: jax.Array, segment_length: int) -> jax
     Returns:
       [T, V]
     """
-    # One product a segment, not one gathered map a position.
+    # One product per segment rather than one gathered map per position.
     segments, _, dim = maps.shape
     length = x.shape[0]
     pad = segments * segment_length - length
@@ -57,10 +57,10 @@ def linear_by_segment(maps: jax.Array, x: jax.Array, segment_length: int) -> jax
 def ridge_by_segment(
     queries: jax.Array, keys: jax.Array, values: jax.Array, segment_length: int, noise: float
 ) -> jax.Array:
-    """Predictions [B, T, V] of the Bayes estimator that is told where segments begin.
+    """Predictions [B, T, V] of the Bayes estimator that knows where segments begin.
 
-    Ridge regression on the pairs of the segment at positions <= t, the one at t included; the
-    ridge, noise^2 * H, makes it the posterior mean under maps of variance 1/H per entry.
+    Ridge regression on the pairs of the segment at positions <= t. With a ridge of noise^2 * H it
+    is the posterior mean for maps with entries of variance 1/H.
 
     Args:
       queries, keys: [B, T, H].

@@ -1,40 +1,55 @@
-"""The one place where trained tasks have names."""
+"""Trained tasks by name."""
 
-import dataclasses
-import difflib
-import typing
-from collections.abc import Iterable
 from typing import Any
 
-from lla.tasks.in_context_regression import InContextRegression
-from lla.tasks.mad import MAD
-from lla.tasks.mqar import MQAR
-from lla.tasks.state_tracking import StateTracking
+from lla.registry import Registry
 from lla.tasks.task import Task
 from lla.typed import conform
 
-_TASKS: dict[str, type] = {
-    "in_context_regression": InContextRegression,
-    "mad": MAD,
-    "mqar": MQAR,
-    "state_tracking": StateTracking,
-}
+_TASKS = Registry(
+    "task",
+    {
+        "in_context_regression": "lla.tasks.in_context_regression:InContextRegression",
+        "mad": "lla.tasks.mad:MAD",
+        "mqar": "lla.tasks.mqar:MQAR",
+        "state_tracking": "lla.tasks.state_tracking:StateTracking",
+    },
+    methods=("batch", "loss", "metrics", "splits", "primary_metric", "metric_mode"),
+    group="lla.tasks",
+)
 
 
 def names() -> tuple[str, ...]:
     """Names that `create` accepts."""
-    return tuple(_TASKS)
+    return _TASKS.names()
+
+
+def register(name: str, task: type) -> None:
+    """Adds a task under a name, for `create` and for ``lla.training.defaults(name)``.
+
+    A package can do without this call: an entry point of the group ``lla.tasks`` registers a task
+    wherever the package is installed.
+
+    Args:
+      name: a Python identifier that is not in use.
+      task: a frozen dataclass as `lla.tasks.Task` describes it. Its fields are the options; they
+        have defaults that are numbers, strings, bools, tuples or None.
+
+    Raises:
+      ValueError: the name is in use or no identifier.
+      TypeError: the class lacks a method or attribute, or the default of an option.
+    """
+    _TASKS.register(name, task)
 
 
 def options(name: str) -> dict[str, Any]:
     """Options of the task `name` with their default values."""
-    return {field.name: field.default for field in dataclasses.fields(_lookup(name))}
+    return _TASKS.options(name)
 
 
 def option_types(name: str) -> dict[str, Any]:
-    """What types the options of the task `name` are declared with."""
-    declared = typing.get_type_hints(_lookup(name))
-    return {option: declared[option] for option in options(name)}
+    """The declared types of the options of the task `name`."""
+    return _TASKS.option_types(name)
 
 
 def create(name: str, **given: Any) -> Task:
@@ -49,21 +64,5 @@ def create(name: str, **given: Any) -> Task:
       ValueError: an unknown name or option (the nearest valid one is named), or an option of
         another type or outside its range.
     """
-    task, declared = _lookup(name), option_types(name)
-    valid = [field.name for field in dataclasses.fields(task)]
-    for option in given:
-        if option not in valid:
-            raise ValueError(_unknown(f"option of task {name!r}", option, valid))
+    task, declared = _TASKS.check_options(name, given), option_types(name)
     return task(**{key: conform(entry, declared[key], key) for key, entry in given.items()})
-
-
-def _lookup(name: str) -> type:
-    if name not in _TASKS:
-        raise ValueError(_unknown("task", name, names()))
-    return _TASKS[name]
-
-
-def _unknown(kind: str, word: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.0)
-    return f"unknown {kind}: {word!r}; did you mean {near[0]!r}? Valid: {', '.join(valid)}."

@@ -1,11 +1,11 @@
-"""Random streams of the tasks, and sampling that is quick inside a compiled step."""
+"""Random streams of the tasks, and sampling that is fast inside a compiled step."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-_DATA_STREAM = 0x64617461  # keeps the data apart from whatever else is drawn from the same seed
+_DATA_STREAM = 0x64617461  # separates the data from other draws with the same seed
 _ROUNDS = 6
 
 
@@ -22,22 +22,22 @@ def fold_each(key: jax.Array, data: jax.Array) -> jax.Array:
 
 
 def fresh_keys(key: jax.Array, step: int | jax.Array, size: int) -> jax.Array:
-    """Keys [size] of the sequences of a batch that never comes again."""
+    """Keys [size] of the sequences of a batch that is new at every step."""
     return fold_each(jax.random.fold_in(key, as_uint32(step)), jnp.arange(size, dtype=jnp.uint32))
 
 
 def as_uint32(number: int | jax.Array) -> jax.Array:
-    """Python integers and traced int32 or uint32 alike, as uint32."""
+    """A Python integer, or a traced int32 or uint32, as uint32."""
     return jnp.asarray(number).astype(jnp.uint32)
 
 
 def distinct(key: jax.Array, populations: tuple[int, ...], count: int) -> jax.Array:
     """Ordered uniform samples without replacement, one from each `range(population)`.
 
-    The i-th entry is uniform among those that are left: its rank among them is drawn, and the
-    ranks are turned into numbers against the sorted list of those already taken. That costs
-    `count` steps of `count` comparisons, however large the population is, where a permutation or
-    the largest of one random number each would pay for all of it.
+    The i-th entry is uniform among the remaining numbers: its rank among them is drawn, and turned
+    into a number by means of the sorted list of those already taken. The cost is `count` steps of
+    `count` comparisons for a population of any size, whereas a permutation, or a sort of random
+    numbers, would cost its whole size.
 
     Returns:
       int32 [len(populations), count]
@@ -47,7 +47,8 @@ def distinct(key: jax.Array, populations: tuple[int, ...], count: int) -> jax.Ar
     slot = jnp.arange(count, dtype=jnp.int32)[None, :]
 
     def take(taken, rank):
-        # taken[j] - j numbers are left below taken[j], so these are the ones below the new number.
+        # There are taken[j] - j remaining numbers below taken[j]; if that is at most the rank,
+        # taken[j] lies below the new number.
         below = jnp.sum(taken - slot <= rank, axis=1, keepdims=True, dtype=jnp.int32)
         number = rank + below
         after = jnp.concatenate([taken[:, :1], taken[:, :-1]], axis=1)
@@ -60,11 +61,11 @@ def distinct(key: jax.Array, populations: tuple[int, ...], count: int) -> jax.Ar
 
 
 def permuted(key: jax.Array, index: jax.Array, count: int) -> jax.Array:
-    """Where a random permutation of `range(count)` sends `index`, without making the permutation.
+    """The image of `index` under a random permutation of `range(count)`, which is never stored.
 
-    A Feistel network on pairs of digits in base ceil(sqrt(count)) is a bijection of a square no
-    smaller than `range(count)`; applied until it comes back into the range it is one of the range
-    (Black and Rogaway, 2002: "cycle walking"), and that seldom takes more than one application.
+    A Feistel network on pairs of digits in base ceil(sqrt(count)) is a bijection of a set slightly
+    larger than `range(count)`. Repeated until the result lies in the range, it is a bijection of
+    the range ("cycle walking": Black and Rogaway, 2002); one application is usually enough.
 
     Args:
       key: chooses the permutation.
@@ -76,7 +77,7 @@ def permuted(key: jax.Array, index: jax.Array, count: int) -> jax.Array:
     """
     side = math.isqrt(count - 1) + 1
     base = jnp.uint32(side)
-    # An array, because keys made inside the loops below would be made at every turn.
+    # Outside the loops, which would compute them again in every iteration.
     keys = fold_each(key, jnp.arange(_ROUNDS, dtype=jnp.uint32))
 
     def shuffle(number):
@@ -96,25 +97,25 @@ def permuted(key: jax.Array, index: jax.Array, count: int) -> jax.Array:
 
 def from_set(
     key: jax.Array, step: int | jax.Array, size: int, count: int, *, shuffled: bool
-) -> tuple[jax.Array, jax.Array]:
-    """The examples of a batch from a set of `count` of them, which `key` decides.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys of the examples of a batch from a finite set of examples.
 
     Args:
       key: of the set.
-      step: of the batch; the examples shown so far must stay below 2^32.
-      size: examples of a batch.
-      count: of the set, at most 2^31.
-      shuffled: whether the set is run through again and again, in an order that is new every time;
-        otherwise it is read once, in its own order.
+      step: of the batch; the number of examples up to there must stay below 2^32.
+      size: examples per batch.
+      count: size of the set, at most 2^31.
+      shuffled: whether the set is repeated in epochs, each in a new order; otherwise it is read
+        once and in order.
 
     Returns:
-      Keys [size], the same for the same example, and whether the set has these examples, bool
-      [size]: not what a batch has beyond the end of a set that is read once.
+      Keys [size], one per example of the set; bool [size], False beyond the end of a set that is
+      read once; and uint32 [size], the indices of the examples in the set.
     """
     order, content = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
     index = as_uint32(step) * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
     if not shuffled:
-        return fold_each(content, index), index < jnp.uint32(count)
+        return fold_each(content, index), index < jnp.uint32(count), index
     epochs = fold_each(order, index // jnp.uint32(count))
     index = jax.vmap(permuted, in_axes=(0, 0, None))(epochs, index % jnp.uint32(count), count)
-    return fold_each(content, index), jnp.ones((size,), bool)
+    return fold_each(content, index), jnp.ones((size,), bool), index

@@ -1,7 +1,7 @@
 """Real series that ship with statsmodels, as one-step-ahead regression problems.
 
-No network is needed. The keys are delay embeddings; all scaling uses the first values of a series
-alone, and errors are to be counted only behind them, so nothing leaks from the future.
+No network is needed. The keys are delay embeddings. Scaling uses only the first values of a series,
+and errors should only be counted after them, so that nothing leaks from the future.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ class Series:
 
 
 class Pairs(NamedTuple):
-    """One-step-ahead regression, position i of T = n - delays - 1.
+    """One-step-ahead regression at positions i of T = n - delays - 1.
 
-    The pair at position i is an embedding and the value that followed it, the query is the next
-    embedding, `target` what followed that: everything a predictor reads at position i, pair
-    included, was observed before `target[i]`.
+    The pair at position i is an embedding and the value that follows it; the query is the next
+    embedding, and the target the value that follows that. All that a predictor reads at position i,
+    including the pair, is observed before `target[i]`.
 
     Attributes:
       queries, keys: float64 [T, delays + 1], |k|^2 = delays + 1 if normalised.
       values, targets: float64 [T, 1], standardised.
       last: float64 [T, 1], the newest value in the query, standardised.
       target_index: int [T], index of the target in the series.
-      mean, unit: a standardised value z stands for mean + unit * z.
+      mean, unit: the value of a standardised z is mean + unit * z.
     """
 
     queries: np.ndarray
@@ -87,10 +87,10 @@ def pairs(
 ) -> Pairs:
     """Turns a series into one-step-ahead regression.
 
-    An embedding is `(z_t, ..., z_{t-delays+1}, c)` of standardised values z, newest first:
-    "plain" has c = 1, so that a linear map of it has an intercept; "sphere" has c = sqrt(delays)
-    and is scaled to |k|^2 = delays + 1, so that exp(q.k) falls with the distance between the two
-    while the ratio to c keeps the amplitude.
+    An embedding is `(z_t, ..., z_{t-delays+1}, c)` of standardised values z, newest first. "plain"
+    has c = 1, so that linear maps have an intercept. "sphere" has c = sqrt(delays) and is scaled to
+    |k|^2 = delays + 1, so that exp(q.k) decreases with the distance of the two, while the ratio to
+    c keeps the amplitude.
 
     Args:
       values: [n] finite.
@@ -133,8 +133,8 @@ def pairs(
 def autoregression(problem: Pairs, ridge: float = 1e-6) -> np.ndarray:
     """Predictions [T, 1] of an autoregression refitted to the whole past at every step.
 
-    Least squares in float64 on the given embedding; `ridge` only decides between the many exact
-    fits while there are fewer pairs than unknowns.
+    Least squares in float64 on the given embedding; the small `ridge` selects one of the exact fits
+    while there are fewer pairs than unknowns.
     """
     out = np.empty_like(problem.targets)
     eye = ridge * np.eye(problem.keys.shape[1])

@@ -1,6 +1,6 @@
-"""Permutation state tracking: which item is where after a series of swaps.
+"""Permutation state tracking: which item is where after a sequence of swaps.
 
-A sequence is BOS, the items at positions 0 .. N-1 at the start, T swaps, and then questions:
+A sequence is BOS, the initial items at positions 0 .. N-1, T swaps, and then questions:
 
     token                     ids
     PAD                       0
@@ -11,9 +11,9 @@ A sequence is BOS, the items at positions 0 .. N-1 at the start, T swaps, and th
 
     BOS p_0 ... p_{N-1}  s_1 ... s_T  q_1 ... q_Q  PAD ... PAD
 
-The start is a uniform permutation, swaps are uniform and independent, the questions are for Q
-different positions in uniform order. The label of a question, read at its own token, is the item at
-that position after all swaps. Everything here is ours; the paper (arXiv 2510.01450) scans N.
+The initial permutation is uniform, swaps are uniform and independent, and the questions ask for Q
+different positions in random order. The label of a question, at its own token, is the item at that
+position after all swaps. All of this is [ours]; the paper (arXiv 2510.01450) varies N.
 """
 
 import dataclasses
@@ -39,17 +39,17 @@ _PAD, _BOS = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class StateTracking:
-    """What to draw; every step draws new sequences, in all splits.
+    """The task and its sizes; all splits draw new sequences at every step.
 
-    "train", "validation" and "test" have T uniform in [min_swaps, max_swaps], "test_long" has T
-    uniform in [max_swaps + 1, 2 * max_swaps]: lengths that training never shows. Random streams of
-    splits differ, but for very small N, T and Q the sequences cannot all be different: two items
-    have but two sequences of every length.
+    T is uniform in [min_swaps, max_swaps] in "train", "validation" and "test", and in
+    [max_swaps + 1, 2 * max_swaps] in "test_long", longer than any in training. Splits have
+    different random streams, but with very small N, T and Q their sequences cannot all differ: two
+    items have only two sequences of every length.
 
     Attributes:
       num_items: N, positions and items.
       min_swaps, max_swaps: range of T in training.
-      queries: Q, positions that are asked for at the end; at most N.
+      queries: Q, the number of questions at the end; at most N.
     """
 
     num_items: int = 5
@@ -59,8 +59,8 @@ class StateTracking:
 
     input_dim: ClassVar[None] = None
     splits: ClassVar[tuple[str, ...]] = ("train", "test", "test_long", "validation")
-    headline: ClassVar[str] = "accuracy"
-    headline_mode: ClassVar[str] = "max"
+    primary_metric: ClassVar[str] = "accuracy"
+    metric_mode: ClassVar[str] = "max"
 
     def __post_init__(self):
         check_integers(2, num_items=self.num_items)
@@ -166,8 +166,8 @@ class StateTracking:
     def baselines(self) -> dict[str, float]:
         """Accuracies in closed form.
 
-        "chance": an item at random, 1/N. "ignore_swaps": the item that was there at the start; the
-        same for the split "test_long". "tracking": what solving the task gives.
+        "chance": a random item, 1/N. "ignore_swaps": the initial item, also for the split
+        "test_long". "tracking": solving the task.
         """
         return {
             "chance": 1.0 / self.num_items,
@@ -177,11 +177,11 @@ class StateTracking:
         }
 
     def _unmoved(self, split):
-        """Probability that an item is where it was at the start.
+        """Probability that an item is at its initial position.
 
-        A swap moves a given item with probability 2/N, to each other position alike. The second
-        eigenvalue of that chain is 1 - 2/(N-1), so that after T swaps the item is at its start with
-        probability 1/N + (1 - 1/N) (1 - 2/(N-1))^T.
+        A swap moves a given item with probability 2/N, to a uniform other position. The second
+        eigenvalue of this Markov chain is 1 - 2/(N-1), so after T swaps the item is at its initial
+        position with probability 1/N + (1 - 1/N) (1 - 2/(N-1))^T.
         """
         fewest, most = self._swaps(split)
         eigenvalue = 1.0 - 2.0 / (self.num_items - 1)
@@ -190,7 +190,7 @@ class StateTracking:
 
 
 def _transpositions(items):
-    """For each swap, where the item at every position comes from."""
+    """For each swap, the position that the item at every position comes from."""
     table = []
     for i, j in itertools.combinations(range(items), 2):
         row = list(range(items))
@@ -200,9 +200,9 @@ def _transpositions(items):
 
 
 def _compose(moves):
-    """[T, N] -> [N]: where items come from after all moves, the first move first.
+    """[T, N] -> [N]: where items come from after all moves, in order.
 
-    In log2(T) rounds of neighbours: a loop over swaps would be slower than the model on a GPU.
+    Composes neighbours in log2(T) rounds; on a GPU a loop over swaps takes longer than the model.
     """
     while moves.shape[0] > 1:
         paired = moves.shape[0] // 2 * 2

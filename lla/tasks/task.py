@@ -1,4 +1,4 @@
-"""What a trained task is, and the checks and scores that tasks share."""
+"""The interface of trained tasks, and the checks, losses and metrics that they share."""
 
 import difflib
 import numbers
@@ -13,20 +13,19 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Task(Protocol):
-    """A task that a sequence model is trained on: a frozen dataclass, its fields the options.
+    """A task for training sequence models: a frozen dataclass whose fields are its options.
 
     Attributes:
-      vocab_size: token ids of the inputs, or None where they are continuous.
-      input_dim: width of continuous inputs, or None where they are tokens.
+      vocab_size: number of token ids, or None for continuous inputs.
+      input_dim: width of continuous inputs, or None for tokens.
       output_dim: logits, or numbers to predict, per position.
       max_length: longest sequence that `batch` returns, over all splits.
-      splits: names of the streams of data: "train" first; "test", for what is reported and read
-        once; possibly further ones to report; and "validation", for everything that is chosen: when
-        to stop, and which learning rate. A stream depends on its place: new ones go to the end.
-      readout: where a model takes its outputs from, as `lla.models.ModelConfig` has it; a task
-        without this attribute has "each".
-      headline: name of the metric that models are compared by.
-      headline_mode: "max" or "min", whichever is better.
+      splits: "train" first; "test", which is read once and reported; possibly more splits to
+        report; and "validation", for early stopping and for selecting the learning rate. The random
+        stream of a split depends on its index, so append new ones.
+      readout: see `lla.models.ModelConfig`; "each" for a task without this attribute.
+      primary_metric: name of the metric that models are compared by.
+      metric_mode: "max" or "min", whichever is better.
     """
 
     vocab_size: int | None
@@ -34,8 +33,8 @@ class Task(Protocol):
     output_dim: int
     max_length: int
     splits: tuple[str, ...]
-    headline: str
-    headline_mode: Literal["max", "min"]
+    primary_metric: str
+    metric_mode: Literal["max", "min"]
 
     def batch(
         self, seed: int | jax.Array, step: int | jax.Array, size: int, split: str = "train"
@@ -44,13 +43,13 @@ class Task(Protocol):
 
         Args:
           seed, step: non-negative; may be traced int32 or uint32, under `jax.vmap` as well.
-          size: sequences, B.
-          split: one of `splits`. Different splits draw from different random streams.
+          size: number of sequences, B.
+          split: one of `splits`, each of which has its own random stream.
 
         Returns:
-          Arrays with leading axis B, "inputs" among them: int32 [B, T] or float32
-          [B, T, input_dim]. T depends on the split alone. Where there is "positions" [B, Q], these
-          are the only positions whose outputs count.
+          Arrays with leading axis B, including "inputs": int32 [B, T] or float32
+          [B, T, input_dim]. T depends only on the split. If there is an entry "positions" [B, Q],
+          only the outputs at these positions count.
 
         Raises:
           ValueError: an unknown split, or a size below 1.
@@ -60,7 +59,7 @@ class Task(Protocol):
     def loss(self, outputs: jax.Array, batch: Batch) -> jax.Array:
         """The mean loss, a float32 scalar, of outputs [B, T, output_dim].
 
-        Outputs at the positions that count alone, [B, Q, output_dim], are accepted as well: a model
+        Also accepts outputs at the positions that count only, [B, Q, output_dim], so that a model
         need not compute the others.
         """
         ...
@@ -68,19 +67,18 @@ class Task(Protocol):
     def metrics(self, outputs: jax.Array, batch: Batch) -> Sums:
         """Name -> (weighted sum, weight), float32 scalars, for the outputs that `loss` takes.
 
-        Sums and weights of several batches add up to those of the batches together. Besides "loss"
-        and `headline` there are slices of the latter, such as "accuracy/gap_1-3". A slice that a
-        batch does not reach has weight 0.
+        Sums and weights add up over batches. Besides "loss" and the primary metric there are slices
+        of the latter, such as "accuracy/gap_1-3", which may have weight 0 in a batch.
         """
         ...
 
     def baselines(self) -> dict[str, float]:
-        """Values of the headline metric that need no training, by name: chance, trivial, best."""
+        """Values of the primary metric without training, by name: chance, trivial, best."""
         ...
 
 
 def check_integers(low: int, **given) -> None:
-    """Raises ValueError for the first value that is no integer or lies below `low`."""
+    """Raises ValueError for the first value that is not an integer >= `low`."""
     for name, value in given.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} must be an integer >= {low}; got {value!r}.")
@@ -97,7 +95,7 @@ def check_batch(size: int, split: str, splits: tuple[str, ...]) -> None:
 
 
 def check_outputs(outputs: jax.Array, batch: Batch, counted: int, output_dim: int) -> bool:
-    """Whether outputs are those of all T positions, not of the `counted` positions alone.
+    """Whether outputs are given at all T positions rather than at the `counted` ones only.
 
     Raises:
       ValueError: outputs of another shape.
@@ -113,7 +111,7 @@ def counted_logits(outputs: jax.Array, batch: Batch, vocab_size: int) -> jax.Arr
     """Float32 logits [B, Q, vocab_size] at the positions that count; see `token_scores`."""
     count = batch["labels"].shape[1]
     if check_outputs(outputs, batch, count, vocab_size) and "positions" in batch:
-        # Before anything is computed: there are few of them, and many logits at each.
+        # First of all, since there are few such positions and many logits at each.
         outputs = jnp.take_along_axis(outputs, batch["positions"][:, :, None], axis=1)
     return outputs.astype(jnp.float32)
 
@@ -122,13 +120,13 @@ def token_scores(outputs: jax.Array, batch: Batch, vocab_size: int) -> tuple[jax
     """Cross entropy and correctness at the positions that count.
 
     Args:
-      outputs: logits [B, T, vocab_size], or [B, Q, vocab_size] at `batch["positions"]` alone.
-      batch: with "positions" and "labels", int32 [B, Q]; without "positions" all T count, and
-        "labels" are [B, T].
+      outputs: logits [B, T, vocab_size], or [B, Q, vocab_size] at `batch["positions"]`.
+      batch: has "labels" and "positions", int32 [B, Q]. Without "positions" all T positions count
+        and "labels" is [B, T].
       vocab_size: number of logits.
 
     Returns:
-      Cross entropy in nats, and 1.0 where the largest logit is that of the label; float32 [B, Q].
+      Cross entropy in nats, and 1.0 where the label has the largest logit; float32 [B, Q].
     """
     labels = batch["labels"]
     logits = counted_logits(outputs, batch, vocab_size)
@@ -162,5 +160,5 @@ def token_metrics(
 
 
 def span(first: int, last: int) -> str:
-    """ "3" or "3-7": how slices call the integers from first to last."""
+    """ "3" or "3-7", the name of a slice of the integers from first to last."""
     return str(first) if first == last else f"{first}-{last}"

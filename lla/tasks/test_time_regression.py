@@ -1,18 +1,17 @@
-"""Test-time regression: pairs whose law changes from segment to segment.
+"""Test-time regression: pairs whose distribution changes from segment to segment.
 
-The task is that of Zuo et al. (arXiv 2510.01450); its generator was not published, so every
-choice here is ours:
+The task is that of Zuo et al. (arXiv 2510.01450). Its generator was not published, so that every
+choice here is [ours]:
 
     centre        c_s ~ N(0, I)                       one per segment
     map           W_s ~ N(0, 1/dim) per entry         one per segment
     key           k = rmsnorm(c_s + spread * eps)     so that |k|^2 = dim
     query         drawn like a key, independently     never equal to a key
     value         v = W_s k + noise * eps
-    target        W_s q                               what a prediction is compared with
+    target        W_s q                               the exact value at the query
 
-so keys and targets have unit variance per coordinate. Position t of a sequence holds the pair
-(k_t, v_t) and the query q_t of one segment; a predictor may use the pairs at positions <= t, the
-one at t included.
+Keys and targets have unit variance per coordinate. Position t of a sequence holds the pair
+(k_t, v_t) and the query q_t of one segment; a predictor may use the pairs at positions <= t.
 """
 
 import dataclasses
@@ -27,19 +26,19 @@ from lla.tasks import piecewise
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What to draw.
+    """The task and its sizes.
 
     Attributes:
       dim: dimension of keys, queries and values.
       length: pairs per sequence.
-      segment_length: pairs per segment; the last segment is cut where length is not a multiple.
+      segment_length: pairs per segment; the last segment is shorter if length is not a multiple.
       spread: standard deviation of a key around its centre, per coordinate, before the norm.
       noise: standard deviation of the values around the map, per coordinate.
       target: "piecewise_linear" as above, or "smooth": one nonlinear map for the whole sequence,
         f(x) = sqrt(2) A cos(B x + phase) with 4 * dim random features and B x of variance
-        `frequency^2`; then only the law of the keys changes from segment to segment.
+        `frequency^2`; then only the distribution of keys changes from segment to segment.
       frequency: of the smooth target, in radians per unit of a coordinate's standard deviation.
-      iid_keys: all segments share one centre, so keys do not tell segments apart.
+      iid_keys: whether all segments share one centre, so that keys do not reveal the segment.
     """
 
     dim: int = 64
@@ -80,7 +79,7 @@ class Batch(NamedTuple):
 def generate(seed: int | jax.Array, sequences: int, task: Task, dtype=jnp.float32) -> Batch:
     """Draws `sequences` sequences: a pure function of its arguments, safe under `jax.jit`.
 
-    Sequence i depends on (seed, i, task) alone: asking for more sequences keeps the first ones.
+    Sequence i depends only on (seed, i, task): drawing more sequences does not change the first.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
         jax.random.key(seed), jnp.arange(sequences)
@@ -90,11 +89,14 @@ def generate(seed: int | jax.Array, sequences: int, task: Task, dtype=jnp.float3
 
 
 def oracle(batch: Batch, task: Task) -> jax.Array:
-    """Predictions [B, T, dim] of the Bayes estimator that is told where segments begin.
+    """Predictions [B, T, dim] of the Bayes estimator that knows where segments begin.
 
-    Ridge regression within the segment, the ridge being noise^2 * dim: the posterior mean of W_s.
-    No estimator that has to find the segments itself can expect to do better on the
-    piecewise-linear target. Undefined for the smooth one (ValueError).
+    Ridge regression within the segment with a ridge of noise^2 * dim: the posterior mean of W_s. No
+    estimator that has to find the segments has a lower expected error on the piecewise-linear
+    target.
+
+    Raises:
+      ValueError: the target is the smooth one, which has no such estimator.
     """
     if task.target != "piecewise_linear":
         raise ValueError("the oracle exists for target='piecewise_linear' only.")

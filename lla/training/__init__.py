@@ -1,17 +1,17 @@
-"""Training of sequence models on tasks: settings, compiled steps, the loop, sweeps."""
+"""Training of sequence models on tasks: settings, the trainer, the loop, sweeps."""
 
 from lla.training.loop import NonFiniteError, fit, train
-from lla.training.program import Program, RefusedError, Runs, TrainState
 from lla.training.settings import Settings, Sweep, defaults, resolve
+from lla.training.trainer import RefusedError, Runs, Trainer, TrainState
 
 __all__ = [
     "NonFiniteError",
-    "Program",
     "RefusedError",
     "Runs",
     "Settings",
     "Sweep",
     "TrainState",
+    "Trainer",
     "defaults",
     "fit",
     "resolve",

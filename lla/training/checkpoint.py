@@ -1,5 +1,6 @@
-"""Checkpoints of the training state, by Orbax."""
+"""Checkpoints of the training state, with Orbax."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -10,20 +11,23 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from lla.runs.workdir import WorkdirError
-from lla.training.program import TrainState
+from lla.training.trainer import TrainState
+
+# Fields whose names in checkpoints are others, so that earlier checkpoints can be read.
+_SAVED_NAMES = {"opt_state": "moments"}
 
 
 class Checkpoints:
     """The checkpoints in one directory, numbered by step.
 
-    Writing is synchronous, and a checkpoint appears under its name only when it is complete: after
-    a kill at any instant the directory holds whole checkpoints, and at most one temporary folder
-    that the next start removes.
+    Writing is synchronous, and a checkpoint gets its name only once it is complete. A process that
+    is killed leaves complete checkpoints and at most one temporary folder, which the next start
+    removes.
 
     Args:
       path: the directory; made if it does not exist, unless `read_only`.
-      keep: how many of the latest stay; None for all.
-      read_only: changes nothing in the directory, which another process may be writing to.
+      keep: number of latest checkpoints to keep; None for all.
+      read_only: leaves the directory unchanged; another process may be writing to it.
     """
 
     def __init__(
@@ -35,7 +39,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=False, **(reads if read_only else writes)
         )
-        # With the handler named, it is not guessed from a checkpoint that may be damaged.
+        # Without a handler Orbax would infer one from a checkpoint, which may be damaged.
         self._manager = ocp.CheckpointManager(
             self.path, options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
@@ -48,34 +52,35 @@ class Checkpoints:
         """Writes the checkpoint of `state.step`, unless it exists; returns when it is on disk."""
         step = int(state.step)
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(step, args=ocp.args.StandardSave(_as_saved(state)))
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
         """The latest checkpoint that can be read, or that of `step`; None if there is none.
 
-        Damaged checkpoints are passed over with a warning and, unless the directory is opened to
-        read only, renamed to "damaged_STEP", so that the run can write them again.
+        Damaged checkpoints are skipped with a warning. Unless the directory is read-only they are
+        renamed to "damaged_STEP", so that the run can write them again.
 
         Args:
-          like: shapes, dtypes and shardings, `Program.abstract_state`.
+          like: shapes, dtypes and shardings, `Trainer.abstract_state`.
 
         Raises:
-          WorkdirError: there are checkpoints, and none can be read, or not that of `step`.
+          WorkdirError: there are checkpoints, but none can be read, or that of `step` cannot.
         """
         steps = self.steps() if step is None else [step]
         failures = {}
         for candidate in reversed(steps):
             try:
                 _verify(self.path / str(candidate))
-                state = self._manager.restore(candidate, args=ocp.args.StandardRestore(like))
-            except Exception as error:  # of a damaged checkpoint, Orbax raises almost anything
+                saved = ocp.args.StandardRestore(_as_saved(like))
+                state = _from_saved(self._manager.restore(candidate, args=saved))
+            except Exception as error:  # Orbax raises many types for damaged checkpoints
                 failures[candidate] = error
                 continue
             if failures:
                 self._pass_over(failures, candidate)
             return state
         if self.read_only and step is None:
-            # While these were read, the process that trains may have replaced all of them.
+            # The process that trains may have replaced all of them in the meantime.
             self._manager.reload()
             if self.steps() != steps:
                 return self.restore(like)
@@ -96,10 +101,10 @@ class Checkpoints:
                 if jax.process_index() == 0:
                     shutil.rmtree(aside, ignore_errors=True)
                     folder.replace(aside)
-                done = f" It is {aside.name} now."
+                done = f" It was renamed to {aside.name}."
             warnings.warn(
-                f"checkpoint {folder} cannot be read ({_first_line(error)}): that of step {step} "
-                f"is used in its place.{done}",
+                f"checkpoint {folder} cannot be read ({_first_line(error)}): using that of step "
+                f"{step} instead.{done}",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -116,11 +121,22 @@ class Checkpoints:
         self.close()
 
 
+def _as_saved(state):
+    """The tree that a checkpoint holds; the optimiser's state is called "moments" in it."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {_SAVED_NAMES.get(name, name): leaf for name, leaf in fields.items()}
+
+
+def _from_saved(tree):
+    names = {saved: name for name, saved in _SAVED_NAMES.items()}
+    return TrainState(**{names.get(name, name): leaf for name, leaf in tree.items()})
+
+
 def _verify(checkpoint):
     """Raises ValueError or OSError if the arrays cannot be read.
 
-    Orbax would raise as well, but it reads them all at once and leaves the reads behind that have
-    not failed yet: they print tracebacks, "Event loop is closed", at any later time.
+    Orbax would raise as well, but it starts all reads at once and abandons those that have not
+    failed yet; they print tracebacks, "Event loop is closed", at some later time.
     """
     item = checkpoint / "default"
     if not item.is_dir():

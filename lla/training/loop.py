@@ -1,4 +1,4 @@
-"""The host's side of training: when to evaluate, record, save, stop, and where to go on."""
+"""The host side of training: when to evaluate, log, checkpoint, stop, and where to resume."""
 
 import contextlib
 import dataclasses
@@ -17,42 +17,42 @@ from lla.runs import Progress, Workdir, WorkdirError, environment
 from lla.runs.lock import exclusive
 from lla.runs.workdir import check_config, directory, read_json, read_records, write_whole
 from lla.training.checkpoint import Checkpoints
-from lla.training.program import Program, Sums, means
 from lla.training.records import NoRecords, Records, plain_numbers
+from lla.training.trainer import Sums, Trainer, means
 
 
 class NonFiniteError(RuntimeError):
-    """Training met a loss or a gradient that is not finite; the message says where it is saved."""
+    """The loss or a gradient was not finite; the message says where the state is saved."""
 
 
 def train(
-    program: Program,
+    trainer: Trainer,
     path: str | os.PathLike,
     *,
     profile: int = 0,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
-    """Trains one run in the work directory `path`, or goes on with what it holds.
+    """Trains one run in the work directory `path`, or resumes it.
 
     Args:
-      program: what to train.
+      trainer: what to train.
       path: for `config.json`, `metrics.jsonl`, `timing.jsonl`, `environment.json`, `checkpoints/`
         and, at the end, `result.json`.
-      profile: calls of the compiled step to trace into `profile/`, from the second one on.
-      stream: for the line of progress; standard error if None.
+      profile: number of calls of the compiled step to trace into `profile/`, from the second on.
+      stream: for the progress line; standard error if None.
 
     Returns:
       What `fit` returns.
 
     Raises:
-      RefusedError: the model cannot compute with its settings; nothing was written.
+      RefusedError: the model does not support its settings; nothing was written.
       WorkdirError: as `fit`.
-      NonFiniteError: see there; also when a directory with such an end is used again.
+      NonFiniteError: see there; also for a directory whose run ended this way.
     """
     path = directory(path)
     if not (path / "result.json").exists():
-        program.check()
-    result = fit(program, path, program.settings.record(), profile=profile, stream=stream)
+        trainer.check()
+    result = fit(trainer, path, trainer.settings.record(), profile=profile, stream=stream)
     if result["status"] == "non_finite":
         raise NonFiniteError(
             f"the loss or its gradient was not finite at step {result['failed_at']}: the state "
@@ -63,7 +63,7 @@ def train(
 
 
 def fit(
-    program: Program,
+    trainer: Trainer,
     path: str | os.PathLike,
     record: Mapping[str, Any],
     *,
@@ -71,58 +71,58 @@ def fit(
     stream: TextIO | None = None,
     pause_at: float = math.inf,
 ) -> dict[str, Any]:
-    """Runs `program` to its end: one run, or several at once.
+    """Trains to the end: one run, or several at once.
 
-    `metrics.jsonl` gets a record of kind "train" every `log_every` steps, averaged over them, one
-    of kind "eval" on the validation split before the first step, every `eval_every` and after the
-    last step, and in the end one of kind "test". A run stays as it is from the evaluation on that
-    shows it at `stop_at`; training ends when all are there, or failed (or all runs of one learning
-    rate are there, for `Runs.one_rate`). A run that is killed goes on from its latest checkpoint:
-    records after that are dropped and computed again, so that on one device the file is equal, byte
-    by byte, to that of a run that was never killed. On a GPU that takes a compiler that chooses the
-    same kernels again, and kernels that repeat.
+    `metrics.jsonl` has records of kind "train", means over `log_every` steps; of kind "eval", on
+    the validation split before the first step, every `eval_every` steps and after the last one; and
+    at the end one of kind "test". A run stops at the evaluation that reaches `stop_at`. Training
+    ends when all runs have stopped or failed, or all runs of one learning rate have stopped, for
+    `Runs.one_rate`. A run that is killed resumes from its latest checkpoint: later records are
+    dropped and computed again, so that on one device the file is byte for byte that of a run that
+    was never killed. On a GPU this needs deterministic kernels and a compiler that chooses the
+    same ones again.
 
     Args:
-      program: what to run.
+      trainer: of the runs.
       path: the work directory.
-      record: the resolved config that belongs to it.
+      record: the resolved config of the directory.
       profile, stream: as in `train`.
       pause_at: `time.monotonic()` after which training pauses at the next record, with a checkpoint
-        from which the next call goes on.
+        that the next call resumes from.
 
     Returns:
       {"status", "steps", "headline", "mode", "final", "best", "test", "failed_at", "stopped_at"},
-      as in `result.json`; "status" is "finished" (all steps), "stopped" (`stop_at` is reached) or
-      "non_finite"; "final" and "best" are values of the headline metric, "test" has its value on
-      each split that results are reported on, by name; they are nested lists like "failed_at" and
-      "stopped_at" (of `TrainState`) where there are several runs. After a pause it has nothing but
-      "status", "paused", and "steps", and there is no `result.json`.
+      as in `result.json`. "status" is "finished" (all steps), "stopped" (`stop_at` was reached) or
+      "non_finite". "headline" is the name of the task's primary metric on the validation split,
+      "mode" is "max" or "min", "final" and "best" are its values, and "test" has its value on each
+      test split, by name. Values are nested lists, like "failed_at" and "stopped_at" of
+      `TrainState`, where there are several runs. After a pause there are only {"status": "paused",
+      "steps"}, and no `result.json`.
 
     Raises:
-      WorkdirError: the directory belongs to another config, another process is at it, or a file
-        there is damaged. A damaged checkpoint is passed over with a warning if there is an earlier
-        one.
+      WorkdirError: the directory has another config, another process is using it, or one of its
+        files is damaged. A damaged checkpoint is skipped with a warning if there is an earlier one.
     """
     path = directory(path)
     if (path / "result.json").exists():
         return _finished(path, record)
-    alone = exclusive(path) if jax.process_index() == 0 else contextlib.nullcontext()
-    with alone:
-        return _fit(program, path, record, profile, stream, pause_at)
+    lock = exclusive(path) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock:
+        return _fit(trainer, path, record, profile, stream, pause_at)
 
 
-def _fit(program, path, record, profile, stream, pause_at):
+def _fit(trainer, path, record, profile, stream, pause_at):
     if jax.process_index() == 0:
         workdir = Workdir(path, record)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("work directory")
     finished = path / "result.json"
-    if finished.exists():  # since then
+    if finished.exists():  # another process has finished it in the meantime
         return _finished(path, record)
     with Checkpoints(
-        path / "checkpoints", program.settings.training.keep_checkpoints
+        path / "checkpoints", trainer.settings.training.keep_checkpoints
     ) as checkpoints:
-        state = checkpoints.restore(program.abstract_state)
+        state = checkpoints.restore(trainer.abstract_state)
         start = -1 if state is None else int(state.step)
         known = _records_until(path, start)
         if jax.process_count() > 1:
@@ -132,8 +132,8 @@ def _fit(program, path, record, profile, stream, pause_at):
             write_whole(path / "environment.json", _pretty(environment.describe()))
         else:
             records = NoRecords()
-        state = program.init() if state is None else state
-        job = _Fit(program, path, records, checkpoints, known, profile, stream, pause_at)
+        state = trainer.init() if state is None else state
+        job = _Fit(trainer, path, records, checkpoints, known, profile, stream, pause_at)
         try:
             result = job.run(state, start)
         finally:
@@ -145,14 +145,14 @@ def _fit(program, path, record, profile, stream, pause_at):
 
 
 def _finished(path, record):
-    """The result of a run that is not run again; writes nothing."""
+    """The result of a finished run; writes nothing."""
     check_config(path, record)
     file = path / "result.json"
-    return read_json(file, f"Delete {file}, and the run goes on from its latest checkpoint.")
+    return read_json(file, f"Delete {file}, and the run resumes from its latest checkpoint.")
 
 
 def _records_until(path, start):
-    """The records up to step `start`, that of the checkpoint to go on from, -1 for none."""
+    """The records up to step `start`, the step of the checkpoint to resume from, -1 for none."""
     records, file = read_records(path), path / "metrics.jsonl"
     for number, entry in enumerate(records, 1):
         if not isinstance(entry.get("step"), int) or "kind" not in entry:
@@ -160,7 +160,7 @@ def _records_until(path, start):
                 f"{file}, line {number} is damaged: no record of training. Delete that line and "
                 "those below it."
             )
-    # The test split is read after the last step, and once: that is done again.
+    # The test split is read once, after the last step; a resumed run reads it again.
     known = [entry for entry in records if entry["step"] <= start and entry["kind"] != "test"]
     if start >= 0 and (not known or known[0]["step"] > 0 or known[-1]["step"] < start):
         raise WorkdirError(
@@ -171,16 +171,16 @@ def _records_until(path, start):
 
 
 class _Fit:
-    """One pass from a state to the end; the fields are what changes on the way."""
+    """One pass from a state to the end, and what changes on the way."""
 
-    def __init__(self, program, path, records, checkpoints, known, profile, stream, pause_at):
-        self.program, self.options = program, program.settings.training
+    def __init__(self, trainer, path, records, checkpoints, known, profile, stream, pause_at):
+        self.trainer, self.options = trainer, trainer.settings.training
         self.path, self.records, self.checkpoints = path, records, checkpoints
         self.evaluations = [entry for entry in known if entry["kind"] == "eval"]
         self.profile, self.stream, self.pause_at = profile, stream, pause_at
-        self.window: list[Sums] = []  # of the steps since the last training record
+        self.window: list[Sums] = []  # sums since the last training record
         self.pending = None  # (step, metrics) of a call that may still be running
-        self.failed_at = self.stopped_at = np.full(program.shape, -1)
+        self.failed_at = self.stopped_at = np.full(trainer.shape, -1)
         self.clock = (0, time.monotonic())
         self.tracing = False
 
@@ -195,14 +195,14 @@ class _Fit:
         while step < steps and not self._over():
             self._trace(calls)
             if self._ends_window():
-                # Of a window that has ended the time is taken now: the next call may not return
-                # before it is done, as on a GPU, where the host drives its loop.
+                # The time of a finished window is taken now: the next call may block until it is
+                # done, as on a GPU, where the host drives the loop.
                 self._fetch()
             end = min(steps, step + self.options.log_every - step % self.options.log_every)
             count = min(self.options.steps_per_call, end - step)
-            state, metrics = self.program.advance(state, np.int32(count))
+            state, metrics = self.trainer.advance(state, np.int32(count))
             step, calls = step + count, calls + 1
-            self._fetch()  # of the call before: the device is busy with this one meanwhile
+            self._fetch()  # metrics of the previous call, while the device runs this one
             self.pending = (step, metrics)
             last = step == steps
             if not (last or step % self.options.log_every == 0):
@@ -228,11 +228,11 @@ class _Fit:
             self.tracing = False
 
     def _ends_window(self) -> bool:
-        """Whether the pending call is the last of a training record."""
+        """Whether the pending call is the last one of a training record."""
         return self.pending is not None and self.pending[0] % self.options.log_every == 0
 
     def _fetch(self):
-        """Takes in the metrics of the pending call; writes the record if that ends a window."""
+        """Fetches the metrics of the pending call, and writes a record if they end a window."""
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
@@ -252,23 +252,23 @@ class _Fit:
         (before, then), now = self.clock, time.monotonic()
         self.clock = (step, now)
         speed = (step - before) / max(now - then, 1e-9)
-        runs = math.prod(self.program.shape)
+        runs = math.prod(self.trainer.shape)
         timing = {
             "seconds": now - then,
             "steps_per_second": speed,
-            "sequences_per_second": speed * runs * self.program.batch_size,
+            "sequences_per_second": speed * runs * self.trainer.batch_size,
         }
         self.records.time(step, timing)
         loss = values["loss"]
         shown = f"loss {float(loss):.4g}" if loss.ndim == 0 else f"loss >= {_lowest(loss):.4g}"
         if self.evaluations:
-            value = self.evaluations[-1].get(self.program.headline)
-            shown += f"  {self.program.headline} {_short(value)}"
+            value = self.evaluations[-1].get(self.trainer.primary_metric)
+            shown += f"  {self.trainer.primary_metric} {_short(value)}"
         self.progress.advance(step - before, f"step {step}  {shown}  {speed:.3g} steps/s")
 
     def _evaluate(self, step, state):
         """Writes the record; the state, in which the runs that are where they were to get stop."""
-        found = means(jax.device_get(self.program.evaluate(state.params)))
+        found = means(jax.device_get(self.trainer.evaluate(state.params)))
         self.records.write("eval", step, found)
         values = {name: plain_numbers(value) for name, value in found.items()}
         self.evaluations.append({"kind": "eval", "step": step, **values})
@@ -281,14 +281,14 @@ class _Fit:
         return state
 
     def _restart_clock(self):
-        self.clock = (self.clock[0], time.monotonic())  # speed is that of the training steps
+        self.clock = (self.clock[0], time.monotonic())  # only training steps are timed
 
     def _all_failed(self) -> bool:
         return bool(np.all(self.failed_at >= 0))
 
     def _over(self) -> bool:
-        """Whether every run has failed or stopped; of one learning rate, if that is enough."""
-        stopped, runs = self.stopped_at >= 0, self.program.runs
+        """Whether all runs have failed or stopped; those of one rate for `Runs.one_rate`."""
+        stopped, runs = self.stopped_at >= 0, self.trainer.runs
         if runs is not None and runs.one_rate and stopped.all(axis=0).any():
             return True
         return bool(np.all((self.failed_at >= 0) | stopped))
@@ -296,15 +296,15 @@ class _Fit:
     def _reached(self):
         goal = self.options.stop_at
         if goal is None:
-            return np.zeros(self.program.shape, bool)
-        value = _array(self.evaluations[-1][self.program.headline])
+            return np.zeros(self.trainer.shape, bool)
+        value = _array(self.evaluations[-1][self.trainer.primary_metric])
         return value >= goal if self._mode() == "max" else value <= goal
 
     def _mode(self):
-        return self.program.task.headline_mode
+        return self.trainer.task.metric_mode
 
     def _trace(self, calls):
-        # The first call compiles; what is traced is the steady state.
+        # Not the first call, which compiles.
         if self.profile and calls == 1:
             jax.profiler.start_trace(str(self.path / "profile"))
             self.tracing = True
@@ -316,20 +316,22 @@ class _Fit:
         status = "stopped" if step < self.options.steps else "finished"
         if self._all_failed():
             status = "non_finite"
-            if not self.program.shape:
+            if not self.trainer.shape:
                 step = int(self.failed_at)
                 self._save_failure(state, step)
                 self.records.write("non_finite", step, {})
-        test = {} if self._all_failed() else means(jax.device_get(self.program.test(state.params)))
+        test = {} if self._all_failed() else means(jax.device_get(self.trainer.test(state.params)))
         if test:
             self.records.write("test", step, test)
-        metric = self.program.task.headline
-        history = np.stack([_array(entry[self.program.headline]) for entry in self.evaluations])
+        metric = self.trainer.task.primary_metric
+        history = np.stack(
+            [_array(entry[self.trainer.primary_metric]) for entry in self.evaluations]
+        )
         best = np.fmax if self._mode() == "max" else np.fmin
         return {
             "status": status,
             "steps": step,
-            "headline": self.program.headline,
+            "headline": self.trainer.primary_metric,
             "mode": self._mode(),
             "final": plain_numbers(history[-1]),
             "best": plain_numbers(best.reduce(history)),

@@ -1,6 +1,6 @@
-"""Optimisers, as directions that a scheduled learning rate multiplies afterwards.
+"""Optimisers as gradient transformations that leave out the learning rate.
 
-The rate is a factor outside, so that it may be a traced number: one program trains many rates.
+The trainer multiplies by the rate, which may then be traced: one program trains many rates.
 """
 
 import jax
@@ -13,11 +13,11 @@ Params = dict[str, jax.Array]  # by path, such as "blocks.0.mixer.query.kernel"
 
 
 def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
-    """Factor of the peak learning rate for update `n`, from 0 to `steps - 1`.
+    """The factor of the peak learning rate at update `n`, from 0 to `steps - 1`.
 
-    Linear warm-up over ``round(warmup_fraction * steps)`` updates, whose last one has the factor 1,
-    then a cosine that would reach `final_fraction` at update `steps`: no update is wasted on a rate
-    of zero.
+    Linear warm-up over ``round(warmup_fraction * steps)`` updates, the last of which has the factor
+    1, then a cosine that would reach `final_fraction` at update `steps`. No update has a rate of
+    zero.
     """
     warmup = min(round(settings.warmup_fraction * steps), steps)
     curve = optax.warmup_cosine_decay_schedule(
@@ -31,16 +31,16 @@ def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
 
 
 def direction(settings: Optimizer, spared: frozenset[str]) -> optax.GradientTransformation:
-    """Gradients -> what the learning rate times is subtracted from the parameters.
+    """Gradients -> the direction that, times the learning rate, is subtracted from the parameters.
 
-    Clipping, then AdamW, or Muon (`optax.contrib.muon`) for the linear maps of blocks with AdamW
-    for the rest (both with Nesterov's momentum). Muon's steps are scaled to the root mean square
-    0.2 that is usual for AdamW's (arXiv 2502.16982), so that one learning rate and one decay mean
-    the same for both.
+    Clipping, then AdamW; or Muon (`optax.contrib.muon`) for the linear maps of blocks and AdamW for
+    the rest, both with Nesterov momentum. Muon's updates are scaled to the root mean square 0.2
+    that is typical of AdamW (arXiv 2502.16982), so that a learning rate and a decay mean the same
+    for both.
 
     Args:
-      settings: which, and its constants.
-      spared: paths of parameters that never decay.
+      settings: the optimiser and its constants.
+      spared: paths of parameters without weight decay.
     """
 
     def decays(params: Params) -> dict[str, bool]:
@@ -66,12 +66,12 @@ def direction(settings: Optimizer, spared: frozenset[str]) -> optax.GradientTran
 
 
 def _lenient(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    # Optax relies on implicit promotion, which a caller of ours may have switched off.
+    # Optax relies on implicit promotion, which the caller may have switched off.
     def init(params):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             state = rule.init(params)
             widest = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
-        # Muon's constants take JAX's widest type, which would make other checkpoints under x64.
+        # Muon's constants have JAX's default dtype; under x64 checkpoints would differ.
         return jax.tree.map(
             lambda leaf: leaf.astype(widest) if leaf.dtype == jnp.float64 else leaf, state
         )
@@ -84,7 +84,7 @@ def _lenient(rule: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def _decays(path: str, settings: Optimizer) -> bool:
-    # A bias of a projection to heads has two axes: the name tells, not the shape.
+    # By name: the bias of a projection to heads has two axes like a kernel.
     leaf = path.rsplit(".", 1)[-1]
     return leaf == "kernel" or (leaf == "embedding" and settings.decay_embeddings)
 
@@ -94,8 +94,8 @@ def _matrices(
 ) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
     """How Muon reads a kernel as a matrix; None leaves a parameter to AdamW.
 
-    Muon gets the linear maps inside blocks. Heads are part of the width that they come from or go
-    to, so that a map to heads is one matrix.
+    Muon updates the linear maps inside blocks. A projection to or from heads is one matrix, with
+    the heads and their width as one axis.
     """
     numbers = {}
     for path, leaf in params.items():

@@ -1,7 +1,6 @@
 """Metrics of a run: JSON lines that a resumed run continues exactly, and TensorBoard if installed.
 
-`metrics.jsonl` holds numbers that are a function of the settings alone; wall-clock times are in
-`timing.jsonl` beside it.
+`metrics.jsonl` depends on the settings alone; wall-clock times are in `timing.jsonl`.
 """
 
 import importlib.util
@@ -18,12 +17,12 @@ from lla.runs import Workdir
 
 
 class Records:
-    """Writes what training and evaluation found.
+    """Writes the metrics of training and evaluation.
 
     Args:
-      workdir: where; its records after step `start`, and of the test split, are dropped, because
-        the run is about to compute them again.
-      start: the step that the run continues from; -1 for a run without a checkpoint.
+      workdir: where to write. Records after step `start`, and those of the test split, are dropped,
+        because the run computes them again.
+      start: the step that the run resumes from; -1 for a run without a checkpoint.
     """
 
     def __init__(self, workdir: Workdir, start: int):
@@ -32,7 +31,7 @@ class Records:
         self._board = _tensorboard(workdir)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends {"kind", "step", **values}; what is not finite becomes null."""
+        """Appends {"kind", "step", **values}; numbers that are not finite become null."""
         values = {name: plain_numbers(value) for name, value in values.items()}
         self._workdir.write({"kind": kind, "step": step, **values})
         if self._board is None:
@@ -54,7 +53,7 @@ class Records:
 
 
 class NoRecords:
-    """What a process writes that is not the first of several: nothing."""
+    """The `Records` of all processes but the first: they write nothing."""
 
     def write(self, kind, step, values):
         pass
@@ -67,14 +66,14 @@ class NoRecords:
 
 
 def training_seconds(path: str | os.PathLike) -> float:
-    """The time that all updates took in the work directory `path`, those made twice included."""
+    """The time of all updates in the work directory `path`, including those made twice."""
     file = pathlib.Path(path) / "timing.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return sum(json.loads(line)["seconds"] for line in lines)
 
 
 def plain_numbers(value: Any) -> Any:
-    """Arrays as nested lists and scalars as floats, with None for what is not finite."""
+    """Arrays as nested lists and scalars as floats, with None for numbers that are not finite."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""Results of sweeps: a row for every run, and the choice of the learning rate.
+"""Results of sweeps: a row for every run, and the selection of the learning rate.
 
-A work directory of a sweep has `cells/NAME/PHASE/` for every point NAME and each of its phases,
-"select" and "final", or "final" alone where nothing is selected beforehand.
+The work directory of a sweep has `cells/NAME/PHASE/` for every point NAME of the grid and each of
+its phases: "select" and "final", or "final" alone where no seeds are set aside for the selection.
 """
 
 import csv
@@ -37,11 +37,11 @@ _COLUMNS = (
     "best",
 )
 _LAST = ("seconds", "eval_every", "curve")
-_FURTHER = "final:"  # columns of the headline metric's value on other splits begin with this
+_FURTHER = "final:"  # prefix of columns with the primary metric on test splits
 
 
 def is_choice(column: str) -> bool:
-    """Whether the column is one of a point of the grid, rather than of its runs."""
+    """Whether the column describes a point of the grid rather than a run."""
     return column not in (*_COLUMNS, *_LAST) and not column.startswith(_FURTHER)
 
 
@@ -50,7 +50,7 @@ def write_results(path: str | os.PathLike, *copies: str | os.PathLike) -> pathli
 
     Args:
       path: the work directory of a sweep.
-      *copies: further files that get the same text.
+      *copies: further files to write the same text to.
     """
     path = pathlib.Path(path)
     folders = sorted((path / "cells").glob("*/*"))
@@ -70,7 +70,7 @@ def write_results(path: str | os.PathLike, *copies: str | os.PathLike) -> pathli
 
 
 def read_results(file: str | os.PathLike) -> list[dict[str, Any]]:
-    """Rows of `results.csv`; numbers are numbers, and what is empty is None."""
+    """Rows of `results.csv` with numbers parsed; empty fields are None."""
     with pathlib.Path(file).open(encoding="utf-8", newline="") as lines:
         return [
             {column: _parsed(column, text) for column, text in row.items()}
@@ -79,23 +79,22 @@ def read_results(file: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def select(rows: Iterable[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
-    """The learning rate of every group of runs.
+    """Selects the learning rate of every group of runs.
 
-    It is the rate at which most seeds got to where they were to stop, of equal ones that with the
-    best mean over seeds of the final headline metric, which is one of the validation split. A rate
-    with which any run diverged is not taken unless all rates have such a run; then the group's
-    "mean" is None. Of equal rates the lowest is taken. This is the selection rule of every figure
-    that shows trained models [ours].
+    It is the rate at which most seeds reached their goal; among those, the rate with the best mean
+    over seeds of the final primary metric on the validation split; among those, the lowest. A rate
+    at which any run diverged is not selected unless every rate has such a run; then the group's
+    "mean" is None. All figures of trained models use this rule [ours].
 
     Args:
       rows: of `read_results`.
-      by: columns that make a group, such as ("model.mixer.name", "task.segment_length"). Options
-        that are not among them are selected like the learning rate.
+      by: columns that define the groups, such as ("model.mixer.name", "task.segment_length").
+        Other options are selected like the learning rate.
 
     Returns:
-      For each group its columns, all choices and the "learning_rate" selected, "mean" and "std"
-      (of the seeds, with n - 1; 0 for one seed), "best" (mean over seeds of the runs' best values),
-      "seeds" (their number), "diverged" (runs of the group at any rate), "headline" and "mode".
+      For each group its columns, all choices and the selected "learning_rate", "mean" and "std"
+      (over seeds, with n - 1; 0 for one seed), "best" (mean over seeds of the best values), "seeds"
+      (their number), "diverged" (runs of the group, at any rate), "headline" and "mode".
     """
     groups: dict[tuple, list] = {}
     for row in rows:
@@ -104,9 +103,9 @@ def select(rows: Iterable[Mapping[str, Any]], by: Sequence[str]) -> list[dict[st
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line of text for every choice but options of mechanisms, with the best learning rate.
+    """A line of text for every choice except options of mixers, at the best learning rate.
 
-    Runs that served the selection alone are not counted.
+    Runs of the phase "select" are left out.
     """
     columns = dict.fromkeys(column for row in rows for column in row)
     by = [c for c in columns if is_choice(c) and not c.startswith("mixers.")]
@@ -130,7 +129,7 @@ def _selected(members):
         candidates.setdefault(key, []).append((choice, row))
     modes = {row["mode"] for row in members}
     if len(modes) > 1:
-        raise ValueError("rows of a group must share one headline metric.")
+        raise ValueError("rows of a group must share one primary metric.")
     (mode,) = modes
     sign = -1.0 if mode == "max" else 1.0
 
@@ -160,7 +159,7 @@ def _selected(members):
 
 
 def rows(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Those of the phase that is in the work directory `folder`; none if it is not finished.
+    """The rows of the phase in the work directory `folder`; none if it is not finished.
 
     Raises:
       WorkdirError: a file there is damaged.
@@ -195,7 +194,7 @@ def rows(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
                 "steps": steps,
                 "headline": result["headline"],
                 "mode": result["mode"],
-                # The parameters of a diverged run are those before it: no result of training.
+                # A diverged run keeps the parameters from before, which are no result.
                 "final": "" if diverged else result["final"][i][j],
                 "best": result["best"][i][j],
                 **{
@@ -215,7 +214,7 @@ def _end(result, i, j) -> tuple[str, int]:
         return "diverged", failed
     if stopped >= 0:
         return "stopped", stopped
-    # Where another learning rate was selected before the last step, this run was cut short.
+    # Training may end before the last step because another rate has reached the goal.
     return ("finished" if result["status"] == "finished" else "cut"), result["steps"]
 
 

@@ -1,8 +1,8 @@
-"""What a run is described by: frozen dataclasses, their defaults, and the way from a config.
+"""The settings of a run: frozen dataclasses, their defaults, and how a config becomes one.
 
 A config has the sections `task`, `model`, `mixers`, `optimizer`, `training`, `sharding` and
-`sweep`. `mixers` lists the options of every mechanism, and only those of `model.mixer.name` are
-used and recorded, so that a change of that one name swaps the mechanism.
+`sweep`. `mixers` holds the options of every mixer; only those of `model.mixer.name` are used and
+recorded, so that changing this name swaps the mixer.
 """
 
 import copy
@@ -57,14 +57,14 @@ class Optimizer:
     """AdamW or Muon with warm-up and cosine decay.
 
     Attributes:
-      name: "adamw", or "muon" for the weights of linear maps (AdamW for all else).
+      name: "adamw", or "muon" for the kernels of linear maps and AdamW for the rest.
       learning_rate: the peak of the schedule.
-      warmup_fraction: share of all steps in which the rate rises linearly from 0.
-      final_fraction: rate after the last step over the peak.
-      weight_decay: decoupled, multiplied by the rate; of linear maps alone.
-      decay_embeddings: whether it shrinks embedding tables, too.
-      clip_norm: largest norm of all gradients together; 0 for no clipping.
-      b1, b2: decay of the moments per step.
+      warmup_fraction: fraction of all steps in which the rate rises linearly from 0.
+      final_fraction: the rate after the last step, as a fraction of the peak.
+      weight_decay: decoupled and multiplied by the rate; of the kernels of linear maps only.
+      decay_embeddings: whether embedding tables decay as well.
+      clip_norm: largest global norm of the gradients; 0 for no clipping.
+      b1, b2: decay rates of the first and second moments.
     """
 
     name: str = "adamw"
@@ -90,21 +90,21 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How long, how often, how much.
+    """Length of training, batch sizes, and how often to evaluate, log and checkpoint.
 
     Attributes:
       steps: updates.
       batch_size: sequences per update, over all devices.
-      seed: of the parameters and of the data, below 2^32.
+      seed: of parameters and data, below 2^32.
       log_every: steps that one record of training metrics averages over.
       eval_every: steps between evaluations; one comes before the first step, one after the last.
       eval_batches: batches per evaluation and split, the same ones every time.
       eval_batch_size: sequences per batch of an evaluation; 0 for `batch_size`.
       checkpoint_every: steps between checkpoints; one comes after the last step.
       keep_checkpoints: how many of the latest checkpoints stay.
-      steps_per_call: steps that the device makes without the host; a call ends at every record.
-      stop_at: value of the task's headline metric on the validation split at which training ends
-        early; None for never. Of the runs of a sweep each one stops for itself.
+      steps_per_call: steps per call of the compiled function; a call ends at every record.
+      stop_at: value of the task's primary metric on the validation split at which training stops
+        early; None for never. Each run of a sweep stops by itself.
     """
 
     steps: int = 1000
@@ -135,10 +135,10 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """Devices along the two axes of the mesh; -1, in one of them, stands for all that are left.
+    """Devices along the two axes of the mesh; -1, for one of them, means all that are left.
 
-    The batch is split over both axes; parameters and moments are split over `fsdp` and copied
-    along `data`.
+    The batch is split over both axes; parameters and optimiser state are split over `fsdp` and
+    replicated over `data`.
     """
 
     data: int = -1
@@ -158,13 +158,13 @@ class Sweep:
 
     Attributes:
       seeds, learning_rates: trained at once, each seed with each rate, at every point of the grid.
-      selection_seeds: where there are any, these are trained first, with all learning rates, until
-        all of them have reached `training.stop_at` at one rate, or to the end; then `seeds` are
-        trained at the rate that `results.select` takes. They must be other seeds.
-      grid: nested like the config; its leaves are tuples of values, and every combination of them
-        is a point. An option of a mechanism multiplies the points of that mechanism alone.
-      cases: name -> nested overrides that belong together; multiplied with the grid. Empty for a
-        single case without overrides.
+      selection_seeds: if given, these seeds are trained first, with all learning rates, until all
+        of them have reached `training.stop_at` at one rate, or to the end. Then `seeds` are trained
+        at the rate that `results.select` returns. The two sets must be disjoint.
+      grid: nested like the config. Its leaves are tuples of values, and every combination is a
+        point. Options of a mixer multiply the points of that mixer only.
+      cases: name -> nested overrides that belong together; every case has the whole grid. Empty for
+        a single case without overrides.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -191,7 +191,7 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One run."""
+    """The settings of one run."""
 
     task: Named
     model: Model
@@ -200,7 +200,7 @@ class Settings:
     sharding: Sharding = dataclasses.field(default_factory=Sharding)
 
     def __post_init__(self):
-        model = self.model_config(self.create_task())  # their own checks
+        model = self.model_config(self.create_task())  # both check their options
         options = dict(model.mixer_options)
         if mixers.options(model.mixer).keys() != options.keys():
             raise ValueError(f"incomplete options of mixer {model.mixer!r}: {options}.")
@@ -227,7 +227,7 @@ class Settings:
         )
 
     def record(self) -> dict[str, Any]:
-        """All of it in plain dicts, as the work directory keeps it."""
+        """The settings as plain dicts, as in `config.json`."""
         record = dataclasses.asdict(self)
         record["task"] = self.task.record()
         record["model"]["mixer"] = self.model.mixer.record()
@@ -235,7 +235,7 @@ class Settings:
 
 
 def defaults(task: str) -> dict[str, Any]:
-    """Every key that a config may have, with its default, as nested dicts."""
+    """All keys of a config of this task with their defaults, as nested dicts."""
     model = {
         field.name: field.default for field in dataclasses.fields(Model) if field.name != "mixer"
     }
@@ -251,7 +251,7 @@ def defaults(task: str) -> dict[str, Any]:
 
 
 def resolve(config: Mapping[str, Any]) -> Settings:
-    """The settings of the single run that `config` describes; its section `sweep` is not read.
+    """The settings of the single run that `config` describes; the section `sweep` is ignored.
 
     Args:
       config: nested mappings, such as `defaults(task)`; sections and fields may be missing.
@@ -300,7 +300,7 @@ def resolve(config: Mapping[str, Any]) -> Settings:
 
 
 def override(config: Mapping[str, Any], changes: Mapping[str, Any], path: str = "config") -> dict:
-    """`config` with the leaves that `changes` names; both are nested mappings.
+    """`config` with the leaves of `changes` in place of its own; both are nested mappings.
 
     Raises:
       ValueError: `changes` has a key that `config` lacks; the nearest one is named.

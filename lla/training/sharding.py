@@ -1,4 +1,4 @@
-"""Meshes and how arrays lie on them."""
+"""Meshes, and the shardings of arrays on them."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ def make_mesh(settings: Sharding, devices: list[jax.Device] | None = None) -> Me
     """The mesh [data, fsdp] over `devices`, all visible ones if None.
 
     Raises:
-      ValueError: the number of devices does not fit.
+      ValueError: the sizes do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": settings.data, "fsdp": settings.fsdp}
@@ -46,10 +46,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shard_state(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of parameters and moments (a tree of arrays or of their shapes).
+    """Shardings of parameters and optimiser state (a tree of arrays or of their shapes).
 
-    Every array is split over `fsdp` along the longest axis that is a multiple of it, the last one
-    of several; an array without such an axis, or small, is copied.
+    Every array is split over `fsdp` along its longest axis that `fsdp` divides, the last one of
+    equal axes. Arrays without such an axis are replicated.
     """
     parts = mesh.shape["fsdp"]
 

@@ -1,4 +1,4 @@
-"""Sweeps: every point of a grid is one program that trains all its seeds and learning rates."""
+"""Sweeps: for every point of a grid, one program trains all seeds and learning rates."""
 
 import dataclasses
 import hashlib
@@ -14,15 +14,15 @@ from typing import Any, TextIO
 from lla.runs.config import from_config, plain
 from lla.runs.workdir import check_config
 from lla.training import results
-from lla.training.program import Runs, abstract_model
 from lla.training.results import FINAL, SELECT, read_results, select, summary, write_results
 from lla.training.settings import Settings, Sharding, Sweep, defaults, override, resolve
+from lla.training.trainer import Runs, abstract_model
 from lla.training.unused import check_used
 
 __all__ = [
-    "Cell",
     "Grid",
-    "cells",
+    "GridPoint",
+    "grid_points",
     "read_results",
     "run",
     "select",
@@ -32,13 +32,13 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """A point of the grid.
+class GridPoint:
+    """A point of the grid of a sweep.
 
     Attributes:
-      name: of its folder, made of the choices.
+      name: of its folder, made from the choices.
       choices: column -> value: "case" where there are several, and the grid's dotted paths.
-      settings: what is trained; its seed and learning rate are not used.
+      settings: of its runs; seed and learning rate are not used.
     """
 
     name: str
@@ -47,10 +47,11 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits of the settings that differ from the defaults.
+        """Hash of the settings that differ from the defaults, twelve hexadecimal digits.
 
-        Rows of results carry them, so that results of other settings are told apart. An option that
-        is added later, with a default that changes nothing, does not change them.
+        Rows of results have it in the column "settings", which tells results of other settings
+        apart. An option that is added later, with a default that changes nothing, does not change
+        it.
         """
         record = _shared_settings(self)
         usual = defaults(self.settings.task.name)
@@ -68,15 +69,14 @@ class Cell:
         return {**shared, "runs": dataclasses.asdict(runs)}
 
 
-def cells(config: Mapping[str, Any]) -> tuple[Sweep, list[Cell]]:
+def grid_points(config: Mapping[str, Any]) -> tuple[Sweep, list[GridPoint]]:
     """The sweep that `config` describes, and its points.
 
-    Points that differ only in what does not apply to them, such as an option of another mechanism,
-    are one point: the first.
+    Points that differ only in options they do not use, such as those of another mixer, count once.
 
     Raises:
-      ValueError: an unknown key or impossible value in any of the points, or an axis or an override
-        of a case that none of them reads.
+      ValueError: an unknown key or impossible value in any point, or an axis or an override of a
+        case that no point uses.
     """
     config = {key: plain(entry) for key, entry in config.items()}
     sweep = from_config(Sweep, config.pop("sweep", {}), "config.sweep")
@@ -86,14 +86,14 @@ def cells(config: Mapping[str, Any]) -> tuple[Sweep, list[Cell]]:
     for path, values in axes.items():
         if not isinstance(values, tuple) or not values:
             raise ValueError(f"config.sweep.grid.{path} must be a tuple of values, got {values!r}.")
-        override(config, _nested(path, values[0]))  # its check of the path
-    found: list[Cell] = []
+        override(config, _nested(path, values[0]))  # checks the path
+    found: list[GridPoint] = []
     seen, labelled = [], set()
     for case in sweep.cases or {"": {}}:
         base = override(config, sweep.cases[case]) if case else config
         for point in itertools.product(*axes.values()):
             choices = dict(zip(axes, point, strict=True))
-            # What belongs to another mechanism is no choice of this point.
+            # Options of other mixers are not choices of this point.
             name = choices.get("model.mixer.name", base["model"]["mixer"].get("name"))
             used = {
                 path: value
@@ -112,26 +112,26 @@ def cells(config: Mapping[str, Any]) -> tuple[Sweep, list[Cell]]:
             if record in seen:
                 continue
             seen.append(record)
-            abstract_model(settings.model_config(settings.create_task()))  # its checks
-            found.append(Cell(_folder(labels), labels, settings))
+            abstract_model(settings.model_config(settings.create_task()))  # checks the model
+            found.append(GridPoint(_folder(labels), labels, settings))
     paths = [*axes, *(path for case in sweep.cases.values() for path, _ in _axes(case))]
-    check_used(paths, {cell.settings.model.mixer.name: None for cell in found}, sweeps=True)
+    check_used(paths, {point.settings.model.mixer.name: None for point in found}, sweeps=True)
     return sweep, found
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A sweep with the place of its results.
+    """A sweep and where its results go.
 
     Attributes:
-      sweep, points: of `cells`.
+      sweep, points: from `grid_points`.
       path: the work directory.
-      known: rows of results that were made elsewhere and need not be made again.
+      known: rows of results from elsewhere, whose runs are not trained again.
       copies: files that get a copy of `results.csv`.
     """
 
     sweep: Sweep
-    points: list[Cell]
+    points: list[GridPoint]
     path: pathlib.Path
     known: Sequence[Mapping[str, Any]] = ()
     copies: tuple[pathlib.Path, ...] = ()
@@ -139,7 +139,7 @@ class Grid:
     def phases(self) -> dict[str, Runs]:
         """The phases of every point in order, with their runs; see `Sweep.selection_seeds`.
 
-        The learning rate of runs behind a selection stands for the one that will be selected.
+        The learning rate of the phase after a selection is a placeholder for the selected one.
         """
         sweep = self.sweep
         if not sweep.selection_seeds:
@@ -149,30 +149,30 @@ class Grid:
             FINAL: Runs(sweep.seeds, sweep.learning_rates[:1]),
         }
 
-    def folder(self, cell: Cell, phase: str) -> pathlib.Path:
+    def folder(self, point: GridPoint, phase: str) -> pathlib.Path:
         """The work directory of a phase."""
-        return self.path / "cells" / cell.name / phase
+        return self.path / "cells" / point.name / phase
 
-    def open_phases(self, cell: Cell) -> list[str]:
-        """Those that are neither finished below `path` nor known.
+    def open_phases(self, point: GridPoint) -> list[str]:
+        """The phases that are neither finished below `path` nor known.
 
         Raises:
-          WorkdirError: one that is finished has another config.
+          WorkdirError: a finished phase has another config.
         """
         found = []
         for phase, runs in self.phases().items():
-            folder = self.folder(cell, phase)
+            folder = self.folder(point, phase)
             if (folder / "result.json").exists():
-                check_config(folder, cell.record(self.runs(cell, phase)))
-            elif len(self._known(cell, phase)) < len(runs.seeds) * len(runs.learning_rates):
+                check_config(folder, point.record(self.runs(point, phase)))
+            elif len(self._known(point, phase)) < len(runs.seeds) * len(runs.learning_rates):
                 found.append(phase)
         return found
 
-    def runs(self, cell: Cell, phase: str) -> Runs:
-        """The runs of a phase, once those before it are finished."""
+    def runs(self, point: GridPoint, phase: str) -> Runs:
+        """The runs of a phase, once the phases before it are finished."""
         runs = self.phases()[phase]
         if phase == FINAL and self.sweep.selection_seeds:
-            rows = list(results.rows(self.folder(cell, SELECT))) or self._known(cell, SELECT)
+            rows = list(results.rows(self.folder(point, SELECT))) or self._known(point, SELECT)
             (best,) = select(rows, ())
             runs = dataclasses.replace(runs, learning_rates=(best["learning_rate"],))
         return runs
@@ -181,13 +181,13 @@ class Grid:
         """Writes `results.csv`; returns its path."""
         return write_results(self.path, *self.copies)
 
-    def _known(self, cell, phase):
+    def _known(self, point, phase):
         return [
             row
             for row in self.known
-            if row["settings"] == cell.digest
+            if row["settings"] == point.digest
             and row["phase"] == phase
-            and all(row.get(column) == value for column, value in cell.choices.items())
+            and all(row.get(column) == value for column, value in point.choices.items())
         ]
 
 
@@ -203,21 +203,23 @@ def run(
     """Trains the points of a sweep that are not finished.
 
     `path/cells/NAME/PHASE/` is the work directory of one phase of a point (`lla.training.fit`),
-    with checkpoints of its own; `path/results.csv` is written anew after each, with a row for every
-    run: the choices, "phase" ("select" or "final"), "settings" (a digest), "seed", "learning_rate",
-    "status", "steps", "headline" (name of the metric, of the validation split), "mode" ("max" or
-    "min"), "final" and "best"; the last value of the same metric on the splits that results are
-    reported on, such as "final:test/accuracy"; "seconds", which all runs of the phase took
-    together; and the headline metric at every evaluation, "eval_every" updates apart ("curve").
-    "status" is "finished" (all updates), "stopped" (at its goal, after so many updates), "cut"
-    (another rate was at the goal first) or "diverged" ("steps" is the update that failed).
+    with its own checkpoints. `path/results.csv` is rewritten after each phase, with a row for every
+    run and these columns:
+
+    - the choices, "phase" ("select" or "final"), "settings" (a digest), "seed", "learning_rate";
+    - "status": "finished" (all updates), "stopped" (reached its goal), "cut" (another rate reached
+      the goal first) or "diverged"; "steps" (for a diverged run, the update that failed);
+    - "headline", the name of the primary metric on the validation split, "mode" ("max" or "min"),
+      its "final" and "best" values, and its final value on test splits ("final:test/accuracy");
+    - "seconds" that all runs of the phase took together; "curve", the metric at every evaluation,
+      "eval_every" updates apart.
 
     Args:
-      config: the whole config, section `sweep` included.
+      config: the whole config, including the section `sweep`.
       path: the directory of the sweep.
-      part: (i, n) for every n-th point from the i-th on. Processes that share `path` need none:
-        each takes the points that no other one is at.
-      limit: seconds after which no further phase is begun.
+      part: (i, n) for every n-th point from the i-th on. Processes that share `path` do not need
+        it: each takes points that no other process trains.
+      limit: seconds after which no further phase begins.
       stream: for progress; standard error if None.
       report: called with a line of text for each point.
 
@@ -225,22 +227,22 @@ def run(
       The path of `results.csv`.
 
     Raises:
-      ValueError: settings that make no sense, or a folder of a point with another config in it.
+      ValueError: invalid settings, or the folder of a point has another config.
     """
-    from lla.training.queue import Queue  # it is made of grids
+    from lla.training.queue import Queue  # which imports this module
 
     index, parts = part
     if not 0 <= index < parts:
         raise ValueError(f"part must be (i, n) with 0 <= i < n, got {part}.")
-    sweep, points = cells(config)
+    sweep, points = grid_points(config)
     grid = Grid(sweep, points[index::parts], pathlib.Path(path))
     Queue([grid], begin_before=limit, stream=stream, report=report).run()
     return grid.write()
 
 
-def _shared_settings(cell: Cell) -> dict[str, Any]:
-    """What all runs of a point share."""
-    record = cell.settings.record()
+def _shared_settings(point: GridPoint) -> dict[str, Any]:
+    """The settings that all runs of a point share."""
+    record = point.settings.record()
     del record["training"]["seed"], record["optimizer"]["learning_rate"], record["sharding"]
     return record
 

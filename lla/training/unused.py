@@ -1,4 +1,4 @@
-"""Overrides of a command line that would have no effect."""
+"""Overrides on the command line that would have no effect."""
 
 from collections.abc import Collection, Iterable
 
@@ -11,7 +11,7 @@ def check_used(overrides: Iterable[str], used: Collection[str], *, sweeps: bool)
     Args:
       overrides: dotted keys such as "mixers.lla.ridge".
       used: names of the mixers that are trained.
-      sweeps: whether a sweep is run, in place of a single run.
+      sweeps: whether they belong to a sweep rather than a single run.
     """
     for path in overrides:
         section, _, rest = path.partition(".")

@@ -135,7 +135,7 @@ def test_published_averages_are_those_of_the_tasks():
 
 
 def test_sweeps_have_the_settings_of_the_benchmark():
-    _, points = sweep.cells(get_config("").to_dict())
+    _, points = sweep.grid_points(get_config("").to_dict())
     assert {point.choices["case"] for point in points} == set(KINDS)
     assert {point.settings.model.num_heads for point in points} == {16}
     for point in points:
@@ -150,6 +150,6 @@ def test_sweeps_have_the_settings_of_the_benchmark():
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["two_heads", "protocol"])
 def test_every_point_of_the_larger_sweeps_is_possible(variant):
-    _, points = sweep.cells(get_config(variant).to_dict())
+    _, points = sweep.grid_points(get_config(variant).to_dict())
     kinds = {point.settings.create_task().kind for point in points}
     assert kinds == set(KINDS) and len(points) == len({point.name for point in points})

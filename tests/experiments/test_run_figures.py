@@ -8,7 +8,7 @@ import pytest
 
 from lla.experiments import run_figures
 from lla.training import sweep
-from lla.training.program import Runs
+from lla.training.trainer import Runs
 
 
 @pytest.fixture

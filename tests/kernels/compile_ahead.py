@@ -35,7 +35,7 @@ from lla.kernels.mosaic_gpu import (
     solve,
     tile,
 )
-from lla.ops import mosaic_gpu
+from lla.ops.mosaic_gpu import hopper as mosaic_gpu
 
 # What XLA needs to know about the card, from its data sheet and the limits of CUDA.
 H200 = """

@@ -211,10 +211,9 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from lla.kernels.mosaic_gpu import configs, tile
-    from lla.ops import mosaic_gpu as operator
+    from lla.ops import reference
+    from lla.ops.mosaic_gpu import hopper
     from lla.ops.problem import make_problem
-    from lla.ops.reference import reference
-    from lla.ops.shield import shield
 
     rng = np.random.default_rng(0)
     rows = (case.batch, case.queries, case.heads)
@@ -254,7 +253,7 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     if case.direct:
         options["solver"] = lla.Solver("direct")
     if case.single:
-        operator._INVERSE_BYTES = 1
+        hopper._INVERSE_BYTES = 1
     if case.member == "lla":
         if not isinstance(case.ridge, float):
             arrays["ridge"] = np.ones(rows, np.float32)
@@ -300,13 +299,12 @@ def run(case: Case, races: bool) -> dict[str, Any]:
     states = record_race_detectors()
 
     def kernels(problem):
-        inside, restore = shield(problem, fast=True)
-        return restore(*operator.mosaic_gpu(inside, configs=chosen, interpret=parameters))
+        return hopper.attend(problem, configs=chosen, interpret=parameters)
 
     actual = evaluate(kernels)
     actual = jax.tree.map(lambda a: np.asarray(a, np.float64), actual)
     with jax.enable_x64(True):
-        exact = jax.tree.map(np.asarray, evaluate(reference, np.float64))
+        exact = jax.tree.map(np.asarray, evaluate(reference.attend, np.float64))
     if case.nan_from is not None:
         rows = [name for name in exact if name not in ("key", "value")]
         actual, exact = (

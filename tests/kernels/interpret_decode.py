@@ -132,22 +132,24 @@ def run_step(gradient: bool) -> dict:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     import lla
-    from lla.ops import decode_gpu, dispatch, mosaic_gpu
+    from lla.ops import BACKENDS, Backend, Decoder
+    from lla.ops.mosaic_gpu import decode, hopper
 
     interpret = plgpu.InterpretGPUParams()
-    dispatch._REFUSALS["mosaic_gpu"] = mosaic_gpu.refuse_shape
     served = []
-    attend, whole = decode_gpu.attend, mosaic_gpu.mosaic_gpu
+    whole = hopper.attend
 
-    def step_kernels(problem):
+    def step_kernels(problem, with_stats):
         served.append("step")
-        return attend(problem, interpret=interpret)
+        return decode.attend(problem, with_stats, interpret=interpret)
 
-    def whole_kernels(problem, **options):
+    def whole_kernels(problem, with_stats=True, **options):
         served.append("whole")
-        return whole(problem, **{**options, "interpret": interpret})
+        return whole(problem, with_stats, **{**options, "interpret": interpret})
 
-    decode_gpu.attend, mosaic_gpu.mosaic_gpu = step_kernels, whole_kernels
+    hopper.attend = whole_kernels  # which the gradient of a step takes, too
+    decoder = Decoder(decode.unsupported, step_kernels)
+    BACKENDS["mosaic_gpu"] = Backend("mosaic_gpu", hopper.unsupported_shape, whole_kernels, decoder)
     rng = np.random.default_rng(0)
 
     def normal(*shape):

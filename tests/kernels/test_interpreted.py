@@ -1,16 +1,22 @@
 """The attention kernels for Hopper in the GPU interpreter against the exact reference."""
 
+import pickle
+
 import jax
 import pytest
 
+from lla.ops import Backend
+from lla.ops.mosaic_gpu import hopper
 from tests.kernels.interpret import CASES
 from tests.kernels.subprocesses import run_json
+from tests.ops.harness import Implementation, Result
+from tests.ops.suite import Suite
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the GPU interpreter needs JAX 0.11"
 )
 
-TIME_LIMIT = 240  # seconds; a case takes 10 to 40
+TIME_LIMIT = 600  # seconds; a case takes 10 to 40 on a machine with nothing else to do
 DIRECT_LIMIT = 1800  # every access is compiled separately: 100 to 500, 800 with the race detector
 QUICK = ("softmax_window", "parallax_odd", "lla_odd")
 
@@ -64,3 +70,31 @@ def test_every_case_equals_reference(case):
 )  # fmt: skip
 def test_no_races(case):
     check(case, "--races")
+
+
+class TestSuite(Suite):
+    """The suite of all back ends; every case that is served is a process of its own."""
+
+    implementation = Implementation("mosaic_gpu_interpreted")
+    backend = Backend(implementation.name, hopper.unsupported_shape, hopper.attend)
+    unsupported = frozenset(
+        {"float32", "shape:dim_256", "mask:dense", "mask:dense_broadcast", "mask:everything"}
+    )
+    dtype = "bfloat16"
+    quick = frozenset({"dim_256", "dense", "dense_broadcast", "everything"})
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path):
+        self.file = tmp_path / "result.pickle"
+
+    def evaluate(self, shape, member, mask, dtype):
+        case = (shape, member, mask or "none", dtype)
+        run_json("interpret_suite", *case, str(self.file), timeout=TIME_LIMIT)
+        return Result(*pickle.loads(self.file.read_bytes()))
+
+    def bound(self, name, floor, dtype):
+        kinds = {"out": OUTPUT, "d_key": KEYS, "d_value": KEYS}
+        return kinds.get(name, ROWS) * ROUNDING
+
+    def test_float32(self):
+        self.check("one_token", dtype="float32")

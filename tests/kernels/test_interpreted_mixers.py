@@ -73,11 +73,11 @@ def lower(name, monkeypatch, *, width=64, heads=1, unmeasured=True, **options):
 
     from lla import mixers
     from lla.mixers import hopper
-    from lla.ops import mosaic_gpu
+    from lla.ops.mosaic_gpu import hopper as mosaic_gpu
 
     monkeypatch.setattr(mosaic_gpu, "_refuse_device", lambda: None)
     if unmeasured:
-        monkeypatch.setattr(hopper, "_asked", 1)
+        monkeypatch.setattr(hopper, "_enabled", 1)
 
     def build():
         return mixers.create(name, width, heads, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, **options)

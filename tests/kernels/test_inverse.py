@@ -136,7 +136,7 @@ def test_systems_spoilt_by_rounding_get_a_zero_inverse(monkeypatch, dim, scale):
 
 def test_limits_agree_with_the_kernels():
     from lla.kernels.mosaic_gpu import configs, inverse
-    from lla.ops import mosaic_gpu
+    from lla.ops.mosaic_gpu import hopper as mosaic_gpu
 
     assert mosaic_gpu._MAX_DIRECT_DIM == configs.DIRECT_DIM == inverse.system_dim(17)
     assert configs.choose(configs.DIRECT_DIM).solve_direct is not None
@@ -191,7 +191,7 @@ def test_products_of_keys(monkeypatch, dim):
 @pytest.mark.parametrize(("sequences", "count"), [(6, 6), (5, 3), (2.5, 2), (0.1, 1)])
 def test_as_many_sequences_at_a_time_as_fit(monkeypatch, sequences, count):
     from lla.kernels.mosaic_gpu import launch
-    from lla.ops import mosaic_gpu
+    from lla.ops.mosaic_gpu import hopper as mosaic_gpu
 
     shape = launch.Shape(6, ROWS, ROWS, 2, 1, 32, jnp.dtype(jnp.bfloat16))
     each = mosaic_gpu._inverse_bytes(20, 2 * ROWS)

@@ -25,7 +25,7 @@ def lower(
     member, head_dim, *, value_dim=None, ridge=None, dtype=jnp.bfloat16, mask="causal", solver=None
 ):
     """The text of the lowered forward and backward pass."""
-    from lla.ops.mosaic_gpu import mosaic_gpu
+    from lla.ops.mosaic_gpu.hopper import attend_shielded
 
     b, t, n, k = 2, 200, 4, 2
     value_dim = value_dim or head_dim
@@ -53,7 +53,7 @@ def lower(
     def call(arrays, cotangent):
         def forward(arrays):
             problem = make_problem(member, **arrays, **options)
-            return problem.restore(mosaic_gpu(problem)[0])
+            return problem.restore(attend_shielded(problem)[0])
 
         out, pullback = jax.vjp(forward, arrays)
         return out, pullback(cotangent)
@@ -99,12 +99,12 @@ def test_float16_and_other_value_dim():
 
 def test_shard_map_and_vmap():
     """Sharded over the sequences of a batch, with replicated keys and values; and under `vmap`."""
-    from lla.ops.mosaic_gpu import mosaic_gpu
+    from lla.ops.mosaic_gpu.hopper import attend_shielded
 
     def call(query, key, value, cotangent):
         def forward(query, key, value):
             problem = make_problem("lla", query, key, value, ridge=1.0)
-            return problem.restore(mosaic_gpu(problem)[0])
+            return problem.restore(attend_shielded(problem)[0])
 
         out, pullback = jax.vjp(forward, query, key, value)
         return out, pullback(cotangent)
@@ -127,13 +127,13 @@ def test_shard_map_and_vmap():
 
 def test_equal_layers_are_lowered_once():
     """Kernels take seconds to lower and compile, and models have many equal layers."""
-    from lla.ops.mosaic_gpu import mosaic_gpu
+    from lla.ops.mosaic_gpu.hopper import attend_shielded
 
     def kernels(layers):
         def loss(query, key):
             for _ in range(layers):
                 problem = make_problem("lla", query, key, key, ridge=1.0)
-                query = problem.restore(mosaic_gpu(problem)[0])
+                query = problem.restore(attend_shielded(problem)[0])
             return jnp.square(query.astype(jnp.float32)).sum()
 
         arrays = [jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)] * 2

@@ -1,5 +1,6 @@
 """The Hopper kernels as the compiler partitions them: every share has the promised shapes."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import lla
-from lla.ops import dispatch, mosaic_gpu
+from lla.ops.backend import BACKENDS
+from lla.ops.mosaic_gpu import hopper
 from lla.ops.placement import Placement
 
 if jax.__version_info__ < (0, 11):
@@ -46,7 +48,10 @@ def partitioned(jaxpr) -> list:
 )
 def test_shares_have_their_shapes(monkeypatch, member, key_heads, length):
     """Batch and heads, and queries where tiles are not cut; forward and backward."""
-    monkeypatch.setitem(dispatch._REFUSALS, "mosaic_gpu", mosaic_gpu.refuse_shape)
+    able = dataclasses.replace(
+        BACKENDS["mosaic_gpu"], unsupported=hopper.unsupported_shape, attend=hopper.attend
+    )
+    monkeypatch.setitem(BACKENDS, "mosaic_gpu", able)
     query = jax.ShapeDtypeStruct((4, length, 4, 64), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((4, length, key_heads, 64), jnp.bfloat16)
     arrays = dict(query=query, key=key, value=key)

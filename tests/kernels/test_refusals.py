@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import auto, mosaic_gpu
+from lla.ops import solver as policy
+from lla.ops.mosaic_gpu import hopper, precision
 from lla.ops.problem import make_problem
 
 
@@ -28,43 +29,43 @@ def problem(dtype=jnp.bfloat16, head_dim=64, value_dim=64, **options):
     ],
 )
 def test_reasons(given, reason):
-    assert reason in mosaic_gpu.refuse_shape(problem(**given))
+    assert reason in hopper.unsupported_shape(problem(**given))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("head_dim", [16, 48, 128])
 def test_served(dtype, head_dim):
-    assert mosaic_gpu.refuse_shape(problem(dtype, head_dim)) is None
+    assert hopper.unsupported_shape(problem(dtype, head_dim)) is None
 
 
 @pytest.mark.parametrize("head_dim", [4, 16, 32])
 def test_served_directly(head_dim):
     small = problem(head_dim=head_dim, value_dim=head_dim, solver=lla.Solver(method="direct"))
-    assert mosaic_gpu.refuse_shape(small) is None
-    assert mosaic_gpu.use_direct(small)
-    assert not mosaic_gpu.use_direct(problem(head_dim=64))
+    assert hopper.unsupported_shape(small) is None
+    assert hopper.use_direct(small)
+    assert not hopper.use_direct(problem(head_dim=64))
 
 
 def test_auto_uses_the_crossings_of_the_kernels(monkeypatch):
     table = {"mosaic_gpu": {"bfloat16": {16: 2.0, 32: 0.5}}, "cpu": {"bfloat16": {32: 9.0}}}
-    monkeypatch.setattr(auto, "CROSSINGS", table)
+    monkeypatch.setattr(policy, "CROSSINGS", table)
     usual = {"value_dim": 16, "head_dim": 16}
-    assert mosaic_gpu.use_direct(problem(**usual))  # ridge 1
-    assert not mosaic_gpu.use_direct(problem(head_dim=32, value_dim=32))
-    assert not mosaic_gpu.use_direct(problem(**usual, solver=lla.Solver("cg")))
+    assert hopper.use_direct(problem(**usual))  # ridge 1
+    assert not hopper.use_direct(problem(head_dim=32, value_dim=32))
+    assert not hopper.use_direct(problem(**usual, solver=lla.Solver("cg")))
     # Kernels for wider values have no direct solver.
-    assert not mosaic_gpu.use_direct(problem(head_dim=16, value_dim=64))
+    assert not hopper.use_direct(problem(head_dim=16, value_dim=64))
 
 
 def test_auto_avoids_large_inverses(monkeypatch):
-    monkeypatch.setattr(auto, "CROSSINGS", {"mosaic_gpu": {"bfloat16": {32: 2.0}}})
+    monkeypatch.setattr(policy, "CROSSINGS", {"mosaic_gpu": {"bfloat16": {32: 2.0}}})
     given = problem(head_dim=32, value_dim=32)
-    needed = mosaic_gpu._inverse_bytes(32, given.query.shape[1] * 2)  # of a sequence with two heads
-    monkeypatch.setattr(mosaic_gpu, "_INVERSE_BYTES", needed)
-    assert mosaic_gpu.use_direct(given)
-    monkeypatch.setattr(mosaic_gpu, "_INVERSE_BYTES", needed - 1)
-    assert not mosaic_gpu.use_direct(given)
-    assert mosaic_gpu.use_direct(problem(head_dim=32, value_dim=32, solver=lla.Solver("direct")))
+    needed = hopper._inverse_bytes(32, given.query.shape[1] * 2)  # of a sequence with two heads
+    monkeypatch.setattr(hopper, "_INVERSE_BYTES", needed)
+    assert hopper.use_direct(given)
+    monkeypatch.setattr(hopper, "_INVERSE_BYTES", needed - 1)
+    assert not hopper.use_direct(given)
+    assert hopper.use_direct(problem(head_dim=32, value_dim=32, solver=lla.Solver("direct")))
 
 
 def test_named_implementation_says_why():
@@ -87,17 +88,17 @@ def test_tolerances(ridge, forward, backward, bf16x2):
         pytest.skip("the kernels need JAX 0.11")
     query = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     given = make_problem("lla", query, query, query, ridge=ridge)
-    found = mosaic_gpu.iterations(given, precise=False)
+    found = precision.iterations(given, precise=False)
     assert [i.tol for i in found] == [forward, backward]
     assert found[0].bf16x2 == bf16x2
     # With a preconditioner, a tighter tolerance costs little.
-    found = mosaic_gpu.iterations(given, precise=True, direct=True)
+    found = precision.iterations(given, precise=True, direct=True)
     assert [(i.tol, i.bf16x2) for i in found] == [(1e-3, True), (1e-4, True)]
     fixed = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(num_iters=3))
-    found = mosaic_gpu.iterations(fixed, precise=False)
+    found = precision.iterations(fixed, precise=False)
     assert [(i.tol, i.max_iters) for i in found] == [(None, 3)] * 2
     asked = make_problem("lla", query, query, query, ridge=ridge, solver=lla.Solver(tol=5e-4))
-    found = mosaic_gpu.iterations(asked, precise=False)
+    found = precision.iterations(asked, precise=False)
     assert [(i.tol, i.max_iters, i.bf16x2) for i in found] == [
         (5e-4, 256, True),
         (5e-3, 256, True),
@@ -112,19 +113,19 @@ def test_when_tiles_choose_their_precision():
 
     def chosen(ridge, **options):
         solver = lla.Solver(**options) if options else None
-        return mosaic_gpu.choose_by_tile(
+        return precision.choose_by_tile(
             make_problem("lla", query, query, query, ridge=ridge, solver=solver)
         )
 
     assert chosen(jnp.ones((1, 8, 2))) and chosen(1.0) and chosen(1.0, num_iters=3)
     # bf16x2 in all tiles, whatever the keys are; or a ridge that is large for any usual keys.
     assert not chosen(0.1) and not chosen(jnp.ones((1, 8, 2)), tol=5e-4) and not chosen(10.0)
-    assert not mosaic_gpu.choose_by_tile(make_problem("softmax", query, query, query))
+    assert not precision.choose_by_tile(make_problem("softmax", query, query, query))
 
 
 def mark(ridge, key, *, offset=(0, 0), length=(192, 192), is_causal=True):
     numbers = jnp.stack([jnp.array(offset), jnp.array(length)], axis=1).astype(jnp.int32)
-    return np.asarray(mosaic_gpu.mark_small(ridge, key, numbers, is_causal, key.shape[-1]))
+    return np.asarray(precision.mark_small(ridge, key, numbers, is_causal, key.shape[-1]))
 
 
 def test_tiles_with_a_small_ridge_are_marked():

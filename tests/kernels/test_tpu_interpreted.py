@@ -7,6 +7,7 @@ and detects races. Neither has the rounding or the memory layout of hardware.
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
@@ -15,14 +16,15 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import dispatch, mosaic_tpu
-from tests.kernels.tpu_cases import evaluate
+from lla.ops import BACKENDS, Backend
+from lla.ops.mosaic_tpu import backend as mosaic_tpu
+from tests.kernels.tpu_cases import SMALL, evaluate
 from tests.ops import harness
-from tests.ops.cases import MASKS, REGIMES, SHAPES, Shape, make_inputs
-from tests.ops.harness import errors, exact
+from tests.ops.cases import REGIMES, Shape, make_inputs
+from tests.ops.harness import Implementation, errors, exact
+from tests.ops.suite import MEMBERS, Suite
 from tests.ops.test_accuracy import CONTRACT
 
-MEMBERS = ("softmax", "parallax", "lla")
 GROUPED = Shape(70, 32, num_keys=150, value_dim=48, heads=4, key_heads=2, batch=(2,))
 OFFSETS = {"query_offset": np.array([80, 3], np.int32)}
 LONG = Shape(300, 16, heads=2)
@@ -109,39 +111,27 @@ def test_two_runs_are_equal_and_rows_do_not_depend_on_later_ones():
     for name in ("query", "key", "value"):
         changed[name][:, 150] = 5 - 3 * changed[name][:, 150]
     first, second, other = (evaluate(a) for a in (arrays, arrays, changed))
-    jax.tree.map(np.testing.assert_array_equal, first, second)
+    chex.assert_trees_all_equal(first, second)
     np.testing.assert_array_equal(first.out[:, :150], other.out[:, :150])
     np.testing.assert_array_equal(first.stats.lse[:, :150], other.stats.lse[:, :150])
     assert (first.out[:, 150:] != other.out[:, 150:]).any()
 
 
 # ---------------------------------------------------------------------------------------------
-# The rest of the operator's shapes, masks and data
+# The suite of all back ends, and other data
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("member", MEMBERS)
-def test_every_shape(member, shape):
-    compare(SHAPES[shape], member=member)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mask", [n for n in MASKS if "dense" not in n and n != "everything"])
-@pytest.mark.parametrize("member", MEMBERS)
-def test_every_mask(member, mask):
-    case = MASKS[mask]
-    shape = SHAPES[case.shape]
-    compare(shape, member=member, **case.options(shape))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("member", MEMBERS)
-def test_every_mask_at_once(member):
-    shape = SHAPES[MASKS["everything"].shape]
-    options = MASKS["everything"].options(shape)
-    del options["mask"]
-    compare(shape, member=member, **options)
+class TestSuite(Suite):
+    implementation = Implementation("mosaic_tpu_interpreted")
+    unsupported = frozenset({"mask:dense", "mask:dense_broadcast", "mask:everything", "float16"})
+    members = MEMBERS
+    other_members = ()  # they run with every shape and mask
+    quick = frozenset({"dense", "dense_broadcast", "everything", "float16", "one_token"})
+    backend = Backend(
+        implementation.name,
+        mosaic_tpu.unsupported_shape,
+        functools.partial(mosaic_tpu.attend, blocks=SMALL, interpret=True),
+    )
 
 
 @pytest.mark.slow
@@ -224,9 +214,9 @@ def test_extreme_ridges(ridge):
 @pytest.fixture
 def accepted(monkeypatch):
     """Accepts the kernels on this machine, and interprets them."""
-    run = functools.partial(mosaic_tpu.mosaic_tpu, interpret=True)
-    monkeypatch.setattr(mosaic_tpu, "mosaic_tpu", run)
-    monkeypatch.setitem(dispatch._REFUSALS, "mosaic_tpu", mosaic_tpu.refuse_shape)
+    run = functools.partial(mosaic_tpu.attend, interpret=True)
+    backend = Backend("mosaic_tpu", mosaic_tpu.unsupported_shape, run)
+    monkeypatch.setitem(BACKENDS, "mosaic_tpu", backend)
 
 
 @pytest.mark.slow

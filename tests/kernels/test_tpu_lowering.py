@@ -8,7 +8,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import lla
 from lla.compat import lowering_for
-from lla.ops.mosaic_tpu import mosaic_tpu
+from lla.ops.mosaic_tpu.backend import attend_shielded
 from lla.ops.problem import make_problem
 from tests.kernels.tpu_cases import MASKS, program
 
@@ -55,7 +55,7 @@ def test_few_queries(member):
 def call(query, key, value, cotangent, offset=None):
     def forward(query, key, value):
         problem = make_problem("lla", query, key, value, ridge=1.0, query_offset=offset)
-        return problem.restore(mosaic_tpu(problem)[0])
+        return problem.restore(attend_shielded(problem)[0])
 
     out, pullback = jax.vjp(forward, query, key, value)
     return out, pullback(cotangent)
@@ -110,7 +110,7 @@ def test_saved_residuals_spare_the_forward_kernel():
 
     def make_and_run(query):
         problem = make_problem("lla", query, query, query, ridge=1.0)
-        return problem.restore(mosaic_tpu(problem)[0])
+        return problem.restore(attend_shielded(problem)[0])
 
     def count(policy):
         traced = gradient(policy).trace(struct(1))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import dispatch, mosaic_tpu
+from lla.ops import backend as dispatch
+from lla.ops.mosaic_tpu import backend as mosaic_tpu
 from lla.ops.problem import make_problem
 
 
@@ -29,13 +30,13 @@ def problem(dtype=jnp.bfloat16, head_dim=64, value_dim=64, **options):
     ],
 )
 def test_reasons(given, reason):
-    assert reason in mosaic_tpu.refuse_shape(problem(**given))
+    assert reason in mosaic_tpu.unsupported_shape(problem(**given))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("head_dim", [16, 256])
 def test_served(dtype, head_dim):
-    assert mosaic_tpu.refuse_shape(problem(dtype, head_dim)) is None
+    assert mosaic_tpu.unsupported_shape(problem(dtype, head_dim)) is None
 
 
 def test_named_implementation_says_why():
@@ -57,7 +58,7 @@ def test_second_derivatives():
     def loss(query):
         given = problem()
         given = dataclasses.replace(given, query=query)
-        return mosaic_tpu.mosaic_tpu(given, interpret=True)[0].astype(jnp.float32).sum()
+        return mosaic_tpu.attend_shielded(given, interpret=True)[0].astype(jnp.float32).sum()
 
     def second(query):
         return jax.jvp(jax.grad(loss), (query,), (query,))[1]

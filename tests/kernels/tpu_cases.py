@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lla.kernels.mosaic_tpu.launch import BlockSizes
-from lla.ops.mosaic_tpu import mosaic_tpu
+from lla.ops.mosaic_tpu.backend import attend, attend_shielded
 from lla.ops.problem import make_problem
-from lla.ops.shield import shield
 from tests.ops.harness import DIFFERENTIABLE, OPTIMISED, Result
 
 # Small tiles, so that short sequences have more than one.
@@ -26,8 +25,7 @@ def compiled(member: str, static: tuple, solver, interpret, blocks, optimised: b
     def call(differentiable, options, cotangent):
         def forward(arrays):
             problem = make_problem(member, **arrays, **options, **dict(static), solver=solver)
-            inside, restore = shield(problem, fast=True)
-            out, stats = restore(*mosaic_tpu(inside, blocks=blocks, interpret=interpret))
+            out, stats = attend(problem, blocks=blocks, interpret=interpret)
             return problem.restore(out), type(stats)(*map(problem.restore, stats))
 
         out, pullback, stats = jax.vjp(forward, differentiable, has_aux=True)
@@ -106,7 +104,7 @@ def program(
 
     def forward(arrays):
         problem = make_problem(member, **arrays, **options)
-        return problem.restore(mosaic_tpu(problem)[0])
+        return problem.restore(attend_shielded(problem)[0])
 
     def both(arrays, cotangent):
         out, pullback = jax.vjp(forward, arrays)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from lla import mixers
-from tests.mixers.measure import relative_error
+from tests.measure import relative_error
 
 WIDTH, HEADS, BATCH, LONGEST = 16, 2, 2, 100
 SEEDS = (0, 1)

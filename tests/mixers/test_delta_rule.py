@@ -11,6 +11,7 @@ from flax import nnx
 from lla import mixers
 from lla.mixers import chunks
 from lla.mixers.delta_rule import delta_rule, delta_rule_step
+from tests.measure import relative_error
 
 BATCH, HEADS, DIM, VALUE_DIM = 2, 2, 16, 12
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -51,12 +52,6 @@ def sequences(length, gated=True, seed=0, heads=HEADS):
     if gated:
         arrays.append(-(rng.uniform(0, 1, beta.shape) ** 4) * np.log(1e6))
     return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
-
-
-def relative_error(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape and np.isfinite(actual).all()
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @partial(jax.jit, static_argnames=("form", "chunk"))

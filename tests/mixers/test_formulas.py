@@ -10,7 +10,7 @@ from flax import nnx
 
 from lla import mixers
 from lla.mixers import parts
-from tests.mixers.measure import relative_error
+from tests.measure import relative_error
 
 WIDTH, HEADS, BATCH, LENGTH = 16, 2, 2, 11
 

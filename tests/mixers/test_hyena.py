@@ -8,6 +8,7 @@ from flax import nnx
 
 from lla import mixers
 from lla.mixers.hyena import HyenaFilter
+from tests.measure import relative_error
 
 WIDTH, LENGTH = 16, 50
 
@@ -36,12 +37,6 @@ def direct_filter(module, length, features, frequency):
             h = np.sin(frequency * (h @ kernel + bias))
         taps.append(h @ kernels[-1] * np.exp(-np.array(rates) * position))
     return np.stack(taps)
-
-
-def relative_error(actual, expected):
-    actual, expected = doubles(actual), doubles(expected)
-    assert actual.shape == expected.shape and np.isfinite(actual).all()
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("features", [3, 9])

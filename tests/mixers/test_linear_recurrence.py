@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lla.mixers.linear_recurrence import linear_recurrence, linear_recurrence_step
-from tests.mixers.measure import largest_array, relative_error
+from tests.measure import largest_array, relative_error
 
 BATCH, HEADS, DIM, VALUE_DIM = 2, 2, 8, 6
 slow = partial(pytest.param, marks=pytest.mark.slow)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lla.mixers.long_convolution import long_convolution
+from tests.measure import relative_error
 
 BATCH, WIDTH = 2, 6
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -33,12 +34,6 @@ def arrays(length, taps, seed=0):
     inputs = rng.standard_normal((BATCH, length, WIDTH))
     filter = rng.standard_normal((taps, WIDTH)) * np.exp(-np.arange(taps) / 40)[:, None]
     return jnp.asarray(inputs, jnp.float32), jnp.asarray(filter, jnp.float32)
-
-
-def relative_error(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape and np.isfinite(actual).all()
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @partial(jax.jit, static_argnames="form")

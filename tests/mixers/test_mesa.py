@@ -10,6 +10,7 @@ from flax import nnx
 
 from lla import mixers
 from lla.mixers.mesa import MesaState, make_solver, mesa, mesa_step
+from tests.measure import relative_error
 
 BATCH, HEADS, DIM, VALUE_DIM = 2, 2, 16, 12
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -56,12 +57,6 @@ def sequences(length, seed=0, *, shared=0.0, dim=DIM, strongest=1e-6):
     ridge = rng.uniform(0.5, 1.5, (HEADS, dim))
     arrays = (query, key, value, beta, log_decay, ridge)
     return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
-
-
-def relative_error(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape and np.isfinite(actual).all()
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @partial(jax.jit, static_argnames=("way", "chunk", "max_iters"))

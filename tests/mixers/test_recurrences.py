@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from lla import mixers
-from lla.mixers import segments
-from tests.mixers.measure import relative_error
+from lla.mixers import chunks
+from tests.measure import relative_error
 
 README = Path(mixers.__file__).parent / "README.md"
 BATCH, LENGTH, HEADS, DIM, VALUE_DIM = 2, 23, 2, 4, 3
@@ -222,7 +222,7 @@ def test_packed_in_float64(name, form, float64):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_logarithm_of_zero_is_one(dtype, float64):
     with float64():
-        logarithm = jnp.asarray(segments.log_of_zero(jnp.dtype(dtype)), dtype)
+        logarithm = jnp.asarray(chunks.log_of_zero(jnp.dtype(dtype)), dtype)
         assert np.asarray(jnp.exp(logarithm)) == 0 and abs(float(logarithm)) <= 1024
 
 

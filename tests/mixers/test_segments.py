@@ -7,22 +7,17 @@ import pytest
 from flax import nnx
 
 from lla import mixers
-from lla.mixers import hopper, parts, scan_kernel
+from lla.mixers import hopper, scan_kernel
+from lla.nn.new_tokens import apply_projection
 from lla.ops import mosaic_gpu, segments
-from tests.mixers.measure import relative_error
+from tests.measure import relative_error
 from tests.mixers.test_all import close, reference_options
-from tests.mixers.test_decode import VARIANTS
+from tests.mixers.test_decode import BATCH, WIDTH, build, some, taps, variant
 
-WIDTH, HEADS, BATCH = 16, 2, 2
 # Two rows; ids are not sorted, one of them comes back, and one segment is a single token.
 ROWS = (((7, 5), (-3, 1), (7, 12), (2**31 - 1, 4)), ((0, 12), (1, 3), (0, 7)))
 LENGTH = 22
 every = pytest.mark.parametrize("name", mixers.names())
-QUICK = ("lla", "gla", "mamba", "gated_deltanet", "hyena")
-some = pytest.mark.parametrize(
-    "name",
-    [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in mixers.names() if n not in QUICK)],
-)
 
 
 def ids(rows=ROWS, dtype=np.int32):
@@ -38,15 +33,6 @@ def spans(rows=ROWS):
 
 def tokens(length=LENGTH, seed=1):
     return np.random.default_rng(seed).standard_normal((BATCH, length, WIDTH), np.float32)
-
-
-def build(name, **options):
-    """A mixer none of whose parts is idle."""
-    mixer = mixers.create(name, WIDTH, HEADS, rngs=nnx.Rngs(0), **options)
-    if name == "parallax":  # its probe starts at zero
-        kernel = mixer.probe.kernel
-        kernel[...] = 0.3 * jax.random.normal(jax.random.key(1), kernel.shape)
-    return mixer
 
 
 @nnx.jit
@@ -95,14 +81,14 @@ def test_packed_equals_apart(name):
 
 @every
 def test_packed_equals_apart_with_other_options_and_short_convolutions(name):
-    check(build(name, **(VARIANTS[name] | dict(short_conv=4))))
+    check(build(name, **(variant(name) | taps(name))))
 
 
 @every
 @pytest.mark.slow
 def test_packed_reference_equals_apart(name):
     check(build(name, **reference_options(name)))
-    check(build(name, **(VARIANTS[name] | reference_options(name))))
+    check(build(name, **(variant(name) | reference_options(name))))
 
 
 @nnx.jit
@@ -135,7 +121,7 @@ def with_more(x, more):
 @some
 @pytest.mark.parametrize("options", [{}, None], ids=["default", "variant"])
 def test_decode_goes_on_with_the_last_segment(name, options):
-    mixer = build(name, **(VARIANTS[name] | dict(short_conv=4) if options is None else options))
+    mixer = build(name, **((variant(name) | taps(name)) if options is None else options))
     x, more = tokens(), tokens(4, seed=3)
     rows, whole = with_more(x, more)
     expected = apart(mixer, whole, whole, rows)[0]
@@ -148,7 +134,7 @@ def test_decode_goes_on_with_the_last_segment(name, options):
 
 @some
 def test_ragged_packed_pieces_leave_no_trace_of_padding(name):
-    mixer, x, known = build(name, short_conv=3), tokens(), ids()
+    mixer, x, known = build(name, **taps(name, 3)), tokens(), ids()
     expected = apart(mixer, x, x)[0]
     out, done = np.full_like(x, np.nan), np.zeros(BATCH, int)
     state = mixer.init_state(BATCH, LENGTH + 9)
@@ -214,7 +200,7 @@ def test_positions_and_runs():
 
 def test_a_projection_without_a_convolution_takes_no_ids():
     layer = nnx.Linear(WIDTH, 3, rngs=nnx.Rngs(0))
-    out = parts.apply_projection(layer, jnp.asarray(tokens()), ids())
+    out = apply_projection(layer, jnp.asarray(tokens()), ids())
     np.testing.assert_array_equal(out, layer(jnp.asarray(tokens())))
 
 

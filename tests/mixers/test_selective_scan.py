@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lla.mixers.selective_scan import selective_scan, selective_scan_step
-from tests.mixers.measure import largest_array, relative_error
+from tests.measure import largest_array, relative_error
 
 BATCH, CHANNELS, STATE = 2, 5, 4
 forms = pytest.mark.parametrize("form", ["parallel", "recurrent"])

@@ -233,7 +233,6 @@ def test_every_argument_linen_may_pass_is_listed():
 REFUSED = {
     "dropout": dict(dropout_rate=0.1, deterministic=False),
     "dropout by default": dict(dropout_rate=0.1),
-    "bias": dict(bias=jnp.zeros((1, 1, 5, 5))),
     "sow": dict(module=object()),
     "qk einsum": dict(qk_attn_weights_einsum=jnp.einsum),
     "value einsum": dict(attn_weights_value_einsum=jnp.einsum),
@@ -243,6 +242,29 @@ REFUSED = {
     "pair with an algorithm": dict(precision=("high", jax.lax.DotAlgorithmPreset.F16_F16_F16)),
     "positions": dict(input_positions=jnp.arange(5)),
 }
+
+
+def test_bias_of_the_logits():
+    """A learned table of relative positions through Flax's own call, gradient included."""
+    query, key, value = heads(2, LENGTH, HEADS, 8)
+    distance = np.arange(LENGTH)[None] - np.arange(LENGTH)[:, None]
+
+    def loss(function, table, **options):
+        bias = table[:, distance + LENGTH - 1][None]
+        return jnp.sin(function(query, key, value, bias=bias, **options)).sum()
+
+    table = tokens(HEADS)[:, : 2 * LENGTH - 1]
+    attend = make_dense(implementation=None)
+    got = jax.jit(jax.value_and_grad(functools.partial(loss, attend)))(table)
+    want = jax.jit(jax.value_and_grad(functools.partial(loss, operator, is_causal=False)))(table)
+    for mine, right in zip(got, want, strict=True):
+        close(mine, right)
+    assert np.abs(got[1]).min() > 0
+    # For a large ridge it is Flax's function.
+    flax = jax.jit(jax.value_and_grad(functools.partial(loss, nn.dot_product_attention)))(table)
+    large = jax.jit(jax.value_and_grad(functools.partial(loss, make_dense(ridge=1e6))))(table)
+    for mine, right in zip(large, flax, strict=True):
+        close(mine, right)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,7 +166,7 @@ def test_weight_decay_leaves_only_the_ridge_alone():
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
     after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
-    jax.tree.map(np.testing.assert_array_equal, after.pop("ridge"), before.pop("ridge"))
+    chex.assert_trees_all_equal(after.pop("ridge"), before.pop("ridge"))
     jax.tree.map(lambda a, b: close(a, 0.95 * b, 1e-6), after, before)
 
 
@@ -383,7 +384,7 @@ def test_equal_inputs_give_bit_equal_outputs_and_gradients():
     first, second = (
         run(make_layer(ridge_type="per_head", implementation=None), x) for _ in range(2)
     )
-    jax.tree.map(np.testing.assert_array_equal, first, second)
+    chex.assert_trees_all_equal(first, second)
 
 
 def test_scan_over_layers_and_remat():
@@ -457,3 +458,35 @@ def test_bad_inputs_are_named():
         make_layer(in_kv_features=5)(x)
     with pytest.raises(NotImplementedError, match="mosaic_gpu"):
         make_layer(implementation="mosaic_gpu")(x)
+
+
+@pytest.mark.parametrize("mechanism", ["lla", "parallax", "softmax"])
+def test_bias_of_the_logits(mechanism):
+    """Handed to the operator with its gradient; and tokens that do not exist attend to nothing."""
+    layer = make_layer(mechanism=mechanism, implementation=None, use_out_bias=True)
+    if mechanism == "parallax":
+        layer.probe.kernel[...] = 0.1 * tokens(*layer.probe.kernel.shape, seed=3)
+    x, bias = tokens(2, 9, WIDTH), tokens(4, 9, 9, seed=2)
+    lengths = jnp.array([9, 4])
+    query, key, value = layer.heads(x)
+    function = {
+        "lla": functools.partial(lla.local_linear_attention, ridge=1.0),
+        "parallax": lla.parallax_attention,
+        "softmax": lla.softmax_attention,
+    }[mechanism]
+    args = (query, *((layer.probe(x),) if mechanism == "parallax" else ()), key, value)
+
+    def through(bias):
+        out = layer(x, bias=bias, query_seq_lengths=lengths)
+        return jnp.sin(out).sum(), out
+
+    def by_hand(bias):
+        out = function(*args, bias=bias, query_seq_lengths=lengths, implementation="reference")
+        return jnp.sin(layer.out(out)).sum(), out
+
+    got, out = jax.jit(jax.grad(through, has_aux=True))(bias)
+    want, attended = jax.jit(jax.grad(by_hand, has_aux=True))(bias)
+    close(out, layer.out(attended))
+    close(got, want)
+    nothing = np.broadcast_to(layer.out.bias[...], (5, WIDTH))
+    np.testing.assert_array_equal(out[1, 4:], nothing)

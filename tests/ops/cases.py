@@ -132,6 +132,15 @@ MASKS: dict[str, MaskCase] = {
         "grouped_heads", lambda s: {"is_causal": False, "mask": _dense(s, full=True)}
     ),
     "dense_broadcast": MaskCase("grouped_heads", lambda s: {"mask": _dense(s, full=False)}),
+    "everything_but_dense": MaskCase(
+        "more_keys",
+        lambda s: {
+            "query_offset": _offsets(s),
+            "key_value_seq_lengths": _lengths(s),
+            "segment_ids": (_segments(s.num_queries, s) + 1, _segments(s.key[-3], s)),
+            "local_window_size": (40, 0),
+        },
+    ),
     "everything": MaskCase(
         "more_keys",
         lambda s: {

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 import lla
+from lla.ops import BACKENDS, Backend, register_backend
+from tests.measure import relative_error
 
 FUNCTIONS = {
     "lla": lla.local_linear_attention,
@@ -61,6 +63,16 @@ class Result(NamedTuple):
 def double_precision():
     """Context in which float64 arrays stay float64."""
     return jax.enable_x64(True)
+
+
+@contextlib.contextmanager
+def registered(backend: Backend):
+    """Inside, callers reach `backend` by its name."""
+    register_backend(backend)
+    try:
+        yield
+    finally:
+        del BACKENDS[backend.name]
 
 
 @functools.cache
@@ -124,13 +136,6 @@ def exact(inputs: dict[str, Any], *, rounded="float32", **options) -> Result:
         kept = np.float32 if name in ("ridge", "scale") and rounded != "float64" else rounded
         narrow[name] = np.asarray(np.asarray(array, jax.numpy.dtype(kept)), np.float64)
     return evaluate(narrow, REFERENCE, dtype="float64", **options)
-
-
-def relative_error(actual, expected) -> float:
-    """Frobenius norm of the difference over that of `expected`."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    norm = np.linalg.norm(expected)
-    return float(np.linalg.norm(actual - expected) / (norm if norm > 0 else 1))
 
 
 def errors(actual: Result, expected: Result) -> dict[str, float]:

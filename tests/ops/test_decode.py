@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import decode
-from tests.ops.harness import FUNCTIONS, relative_error
+from lla.ops.xla import decode
+from tests.measure import relative_error
+from tests.ops.harness import FUNCTIONS
 
 BATCH, LENGTH, HEADS, KV_HEADS, DIM, VALUE_DIM = 3, 13, 4, 2, 8, 6
 STEPS = {

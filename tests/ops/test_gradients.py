@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lla
-from lla.ops import again
+from lla.ops import differentiation
 from tests.ops import oracles
 from tests.ops.cases import Shape, make_inputs
 from tests.ops.harness import (
@@ -236,7 +236,9 @@ def test_blockwise_second_derivatives_of_the_other_members(member):
 
 
 def test_kernels_refuse_second_derivatives_by_name():
-    function = again.refuse_derivative(lambda static, x: {"out": x * static}, "mosaic_gpu")
+    function = differentiation.refuse_derivative(
+        lambda static, x: {"out": x * static}, "mosaic_gpu"
+    )
     assert function(2.0, jnp.ones(3))["out"].tolist() == [2, 2, 2]
     with pytest.raises(NotImplementedError, match=r"mosaic_gpu.*reference"):
         jax.jvp(functools.partial(function, 2.0), (jnp.ones(3),), (jnp.ones(3),))

@@ -10,9 +10,11 @@ import pytest
 import lla
 from lla.ops import shield as shielding
 from lla.ops.problem import make_problem
-from lla.ops.xla import xla
+from lla.ops.solver import resolve
+from lla.ops.xla.backend import attend_shielded
+from tests.measure import relative_error
 from tests.ops.cases import Shape, make_inputs
-from tests.ops.harness import EVERY, FAST, REFERENCE, XLA_CG, evaluate, relative_error
+from tests.ops.harness import EVERY, FAST, REFERENCE, XLA_CG, evaluate
 
 LENGTH = 96
 SHAPE = Shape(LENGTH, 8, heads=2, key_heads=1, batch=(2,))
@@ -172,8 +174,6 @@ def test_a_row_without_a_cotangent_adds_nothing(implementation):
 @pytest.mark.parametrize("value", VALUES)
 def test_the_form_for_kernels(value):
     """What kernels are given where the mask is causal and nothing else, run without them."""
-    from lla.ops.problem import resolve_solver
-
     clean, spoiled = clean_and_spoiled("causal", VALUES[value])
 
     @jax.jit
@@ -182,7 +182,7 @@ def test_the_form_for_kernels(value):
             problem = make_problem("lla", **arrays)
             inside, restore = shielding.shield(problem, fast=True)
             assert inside.query is problem.query
-            return restore(*xla(inside, resolve_solver(inside, "cg")))[0]
+            return restore(*attend_shielded(inside, resolve(inside, method="cg")))[0]
 
         out, pullback = jax.vjp(forward, arrays)
         return out, pullback(jnp.ones_like(out))[0]["query"]

@@ -5,9 +5,10 @@ import functools
 import numpy as np
 import pytest
 
+from tests.measure import relative_error
 from tests.ops import oracles
 from tests.ops.cases import Shape, make_inputs
-from tests.ops.harness import EVERY, FAST, REFERENCE, evaluate, exact, relative_error
+from tests.ops.harness import EVERY, FAST, REFERENCE, evaluate, exact
 
 SHAPE = Shape(60, 12, value_dim=12, heads=4, key_heads=2, batch=(2,))
 implementations = pytest.mark.parametrize("implementation", EVERY, ids=str)

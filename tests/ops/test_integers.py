@@ -9,8 +9,9 @@ import pytest
 
 import lla
 from lla.ops import integers
+from tests.measure import relative_error
 from tests.ops.cases import Shape, make_inputs
-from tests.ops.harness import XLA_CG, evaluate, relative_error
+from tests.ops.harness import XLA_CG, evaluate
 
 SHAPE = Shape(48, 8, heads=2, key_heads=1, batch=(2,))
 LARGE = 2**31 - 1

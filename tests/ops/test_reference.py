@@ -9,9 +9,10 @@ from statsmodels.nonparametric.kernel_regression import KernelReg
 import lla
 from lla.ops.masks import dense_mask
 from lla.ops.problem import make_problem
+from tests.measure import relative_error
 from tests.ops import oracles
 from tests.ops.cases import MASKS, SHAPES, Shape, make_inputs
-from tests.ops.harness import FAST, REFERENCE, double_precision, evaluate, exact, relative_error
+from tests.ops.harness import FAST, REFERENCE, double_precision, evaluate, exact
 
 SMALL = Shape(40, 6, value_dim=3, heads=4, key_heads=2, batch=(2,))
 
@@ -81,7 +82,7 @@ def test_mask_equals_its_definition(name):
     batch = int(np.prod(shape.batch))
     built = dense_mask(problem.mask, batch, shape.num_queries, shape.key[-3])
     expected = oracles.visible(shape, **options)
-    full = (batch, shape.key_heads, shape.heads // shape.key_heads, *expected.shape[-2:])
+    full = (batch, *expected.shape[-3:])
     np.testing.assert_array_equal(np.broadcast_to(built, full), expected.reshape(full))
     assert expected.any()
     assert expected.all() == name.startswith("full")

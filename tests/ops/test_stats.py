@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import lla
+from tests.measure import relative_error
 from tests.ops import oracles
 from tests.ops.cases import SHAPES, Shape, make_inputs
-from tests.ops.harness import EVERY, FAST, XLA_CG, evaluate, exact, relative_error
+from tests.ops.harness import EVERY, FAST, XLA_CG, evaluate, exact
 
 SHAPE = Shape(70, 16, heads=2, key_heads=1, batch=(2,))
 OPTIONS = {"key_value_seq_lengths": np.array([70, 0], np.int32)}

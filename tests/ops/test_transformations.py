@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lla
+from tests.measure import relative_error
 from tests.ops.cases import MASKS, SHAPES, Shape, make_inputs
-from tests.ops.harness import EVERY, FAST, XLA_CG, XLA_DIRECT, evaluate, relative_error
+from tests.ops.harness import EVERY, FAST, XLA_CG, XLA_DIRECT, evaluate
 
 pytestmark = pytest.mark.compat
 
@@ -55,9 +57,8 @@ def direct_result(implementation):
 
 def assert_close(actual, expected, bound=2e-5):
     """Relative Frobenius norm: summation orders may differ, and so may rows' last iterations."""
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.shape == e.shape
-        assert relative_error(a, e) < bound
+    chex.assert_trees_all_equal_shapes(actual, expected)
+    assert all(e < bound for e in jax.tree.leaves(jax.tree.map(relative_error, actual, expected)))
 
 
 @mostly_cg
@@ -266,7 +267,7 @@ def test_jit_with_sharded_inputs(mesh, implementation):
 def test_two_runs_are_equal_bit_for_bit(implementation):
     arrays = make_inputs(SHAPES["length_129"])
     first, second = (evaluate(arrays, implementation) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, first, second)
+    chex.assert_trees_all_equal(first, second)
 
 
 @every

@@ -3,6 +3,7 @@
 import collections
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +122,7 @@ def test_sets_differ_and_belong_to_the_seed(kind):
     for split, seed, step in itertools.product(SPLITS, (0, 1), (0, 1)):
         batch = draw(task, seed, step, 8, split)
         again = draw(task, jnp.uint32(seed), jnp.uint32(step), 8, split)
-        jax.tree.map(np.testing.assert_array_equal, batch, again)
+        chex.assert_trees_all_equal(batch, again)
         seen[split, seed, step] = {tuple(row) for row in np.asarray(batch["inputs"])}
         assert len(seen[split, seed, step]) == 8
     for one, other in itertools.combinations(seen.values(), 2):

@@ -3,20 +3,22 @@
 import dataclasses
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lla.runs import WorkdirError
 from lla.training.checkpoint import Checkpoints
-from lla.training.program import TrainState
+from lla.training.trainer import TrainState
 
 
 def state(step):
     params = {"a": jnp.full((3, 2), step, jnp.float32), "b": jnp.arange(5, dtype=jnp.float32)}
     numbers = {field.name: jnp.int32(-1) for field in dataclasses.fields(TrainState)}
-    given = {"step": jnp.int32(step), "params": params, "moments": (jnp.zeros((3, 2)),)}
+    given = {"step": jnp.int32(step), "params": params, "opt_state": (jnp.zeros((3, 2)),)}
     return TrainState(**numbers | given)
 
 
@@ -81,7 +83,9 @@ def contents(path):
 def test_a_damaged_checkpoint_is_passed_over_and_can_be_written_again(folder, damage):
     damage(folder / "6")
     with Checkpoints(folder, keep=2) as checkpoints:
-        with pytest.warns(RuntimeWarning, match=r"6 cannot be read .* step 4 is used.*damaged_6"):
+        with pytest.warns(
+            RuntimeWarning, match=r"6 cannot be read .*using that of step 4.*damaged_6"
+        ):
             found = checkpoints.restore(like())
         assert int(found.step) == 4
         np.testing.assert_array_equal(found.params["a"], state(4).params["a"])
@@ -121,7 +125,7 @@ def test_a_reader_changes_nothing(folder):
     before = contents(folder)
     with Checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 4, 6]
-        with pytest.warns(RuntimeWarning, match="step 4 is used in its place"):
+        with pytest.warns(RuntimeWarning, match="using that of step 4"):
             assert int(checkpoints.restore(like()).step) == 4
         checkpoints.save(state(9))
     assert before == contents(folder)
@@ -142,3 +146,14 @@ def test_a_reader_follows_a_run_that_replaces_its_checkpoints(folder):
 def test_no_checkpoint_is_no_error(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.restore(like()) is None
+
+
+def test_the_layout_on_disk_stays(tmp_path):
+    """Checkpoints hold the optimiser's state under "moments", as the first ones did."""
+    expected = state(3)
+    tree = {field.name: getattr(expected, field.name) for field in dataclasses.fields(TrainState)}
+    tree["moments"] = tree.pop("opt_state")
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.StandardSave(tree))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        chex.assert_trees_all_equal(checkpoints.restore(like()), expected)

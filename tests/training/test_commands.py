@@ -9,12 +9,12 @@ import threading
 
 import pytest
 
-from lla import training
+from lla import tasks, training
 from lla.runs.workdir import read_config, read_records
 from lla.training import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
-TASKS = ("in_context_regression", "mad", "mqar", "state_tracking")
+TASKS = tasks.names()
 
 
 def run(script, *arguments):
@@ -39,7 +39,7 @@ def test_configs_describe_a_run_and_a_sweep(task, variant):
     settings = training.resolve(config(task, variant))
     assert settings.task.name == task and settings.model.mixer.name == "lla"
     if variant:
-        _, points = sweep.cells(config(task, variant))
+        _, points = sweep.grid_points(config(task, variant))
         assert len(points) == 2
     with pytest.raises(ValueError, match="unknown variant 'smok'"):
         config(task, "smok")
@@ -48,7 +48,7 @@ def test_configs_describe_a_run_and_a_sweep(task, variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_point_of_the_full_sweeps_is_possible(task):
-    _, points = sweep.cells(config(task, ""))
+    _, points = sweep.grid_points(config(task, ""))
     assert len(points) > 10 and len({point.name for point in points}) == len(points)
 
 

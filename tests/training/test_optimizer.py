@@ -10,8 +10,8 @@ import pytest
 from lla import mixers
 from lla.models import ModelConfig
 from lla.training.optimizer import direction, schedule
-from lla.training.program import abstract_model
 from lla.training.settings import Optimizer
+from lla.training.trainer import abstract_model
 
 PARAMS = {
     "embed.embedding": (8, 4),

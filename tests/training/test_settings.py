@@ -223,7 +223,7 @@ def test_a_grid_becomes_points():
         "short": {"task": {"length": 16}, "training": {"batch_size": 8}},
         "long": {"task": {"length": 32}},
     }
-    runs, points = sweep.cells(given)
+    runs, points = sweep.grid_points(given)
     assert runs.seeds == (0, 1)
     # Softmax has no ridge: one point a case, not two.
     assert [point.name for point in points] == [
@@ -279,16 +279,16 @@ def test_an_impossible_sweep_is_refused_before_it_starts(section, message):
     given = training.defaults("mqar")
     given["sweep"] = section
     with pytest.raises(ValueError, match=message):
-        sweep.cells(given)
+        sweep.grid_points(given)
 
 
 def test_a_sweep_is_not_sharded():
     with pytest.raises(ValueError, match="one device"):
-        sweep.cells(config(sharding={"fsdp": 2}))
+        sweep.grid_points(config(sharding={"fsdp": 2}))
 
 
 def test_a_program_needs_a_batch_that_its_devices_can_split():
     settings = training.resolve(config())
     odd = dataclasses.replace(settings.training, batch_size=12)
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 8 devices"):
-        training.Program(dataclasses.replace(settings, training=odd))
+        training.Trainer(dataclasses.replace(settings, training=odd))

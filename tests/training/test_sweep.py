@@ -14,7 +14,7 @@ from lla import training
 from lla.runs import WorkdirError
 from lla.runs.workdir import read_config, read_records
 from lla.training import sweep
-from tests.training.test_program import SMALL, resolve
+from tests.training.test_trainer import SMALL, resolve
 
 TOO_LARGE = 1e38
 RUNS = training.Runs(seeds=(0, 3), learning_rates=(1e-3, 1e-2, TOO_LARGE))
@@ -24,9 +24,9 @@ CHANGES = {"optimizer": {"warmup_fraction": 0.0}, "sharding": {"data": 1}}
 @pytest.fixture(scope="module")
 def cell():
     """State, sums and evaluation of all runs at once after 4 steps."""
-    program = training.Program(resolve(**CHANGES), runs=RUNS)
-    state, metrics = program.advance(program.init(), np.int32(4))
-    return jax.device_get((state, metrics["sums"], program.evaluate(state.params)))
+    trainer = training.Trainer(resolve(**CHANGES), runs=RUNS)
+    state, metrics = trainer.advance(trainer.init(), np.int32(4))
+    return jax.device_get((state, metrics["sums"], trainer.evaluate(state.params)))
 
 
 @pytest.mark.parametrize("i, j", [(0, 0), (1, 1)])
@@ -34,16 +34,16 @@ def test_a_run_of_a_cell_is_the_single_run(cell, i, j):
     state, sums, evaluation = cell
     seed, rate = RUNS.seeds[i], RUNS.learning_rates[j]
     optimizer = {**CHANGES["optimizer"], "learning_rate": rate}
-    program = training.Program(
+    trainer = training.Trainer(
         resolve(training={"seed": seed}, optimizer=optimizer, sharding={"data": 1})
     )
-    alone, metrics = program.advance(program.init(), np.int32(4))
+    alone, metrics = trainer.advance(trainer.init(), np.int32(4))
     for path, leaf in alone.params.items():
         np.testing.assert_allclose(state.params[path][i, j], leaf, atol=1e-5, err_msg=path)
     for name, (total, weight) in metrics["sums"].items():
         np.testing.assert_allclose(sums[name][0][i, j], total, rtol=1e-4, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(sums[name][1][i, j], weight, rtol=1e-6)
-    for name, (total, _) in program.evaluate(alone.params).items():
+    for name, (total, _) in trainer.evaluate(alone.params).items():
         np.testing.assert_allclose(
             evaluation[name][0][i, j], total, rtol=1e-4, atol=1e-5, err_msg=name
         )
@@ -207,7 +207,7 @@ def test_selection_has_seeds_of_its_own(tmp_path):
         training={**two_phases()["training"], "seed": 1},
         optimizer={"warmup_fraction": 0.0, "learning_rate": best["learning_rate"]},
     )
-    alone = training.train(training.Program(settings), tmp_path / "alone", stream=io.StringIO())
+    alone = training.train(training.Trainer(settings), tmp_path / "alone", stream=io.StringIO())
     assert final[1]["final:test/accuracy"] == pytest.approx(alone["test"]["test/accuracy"])
     assert len(sweep.summary(rows)) == 1 and "3 seeds" in sweep.summary(rows)[0]
     with pytest.raises(ValueError, match="selection_seeds must be others"):
@@ -224,7 +224,7 @@ def test_selection_ends_when_one_rate_is_at_the_goal(tmp_path, monkeypatch):
         self.evaluated = True
         return {"validation/accuracy": (0.0 * values if first else values, np.ones_like(values))}
 
-    monkeypatch.setattr(training.Program, "evaluate", evaluate)
+    monkeypatch.setattr(training.Trainer, "evaluate", evaluate)
     rows, _ = run(tmp_path, two_phases(stop_at=0.8, steps=6))
     ends = {
         (row["phase"], row["seed"], row["learning_rate"]): (row["status"], row["steps"])
@@ -244,7 +244,7 @@ def test_selection_ends_when_one_rate_is_at_the_goal(tmp_path, monkeypatch):
 
 def test_known_results_are_not_made_again(tmp_path):
     first, _ = run(tmp_path / "first", two_phases())
-    grid, points = sweep.cells(two_phases())
+    grid, points = sweep.grid_points(two_phases())
     known = sweep.Grid(grid, points, tmp_path / "second", known=first)
     assert known.open_phases(points[0]) == []
     chosen = [row for row in first if row["phase"] == "select"]
@@ -253,10 +253,10 @@ def test_known_results_are_not_made_again(tmp_path):
     assert half.runs(points[0], "final").learning_rates == (
         sweep.select(chosen, ())[0]["learning_rate"],
     )
-    _, others = sweep.cells(two_phases(steps=6))
+    _, others = sweep.grid_points(two_phases(steps=6))
     assert known.open_phases(others[0]) == ["select", "final"]
     # How often something is recorded changes no result.
-    _, others = sweep.cells(two_phases(log_every=1))
+    _, others = sweep.grid_points(two_phases(log_every=1))
     assert known.open_phases(others[0]) == []
 
 
@@ -264,7 +264,7 @@ def test_a_pause_goes_on_where_it_was(tmp_path):
     from lla.training.queue import Queue
 
     whole, _ = run(tmp_path / "whole", two_phases())
-    grid, points = sweep.cells(two_phases())
+    grid, points = sweep.grid_points(two_phases())
     lines, paused = [], sweep.Grid(grid, points, tmp_path / "paused")
 
     def work(**options):
@@ -282,7 +282,7 @@ def test_a_pause_goes_on_where_it_was(tmp_path):
 def test_what_takes_too_long_is_not_begun(tmp_path):
     from lla.training.queue import Queue
 
-    grid, points = sweep.cells(config())
+    grid, points = sweep.grid_points(config())
     lines, order = [], []
 
     def estimate(cell, runs):
@@ -337,7 +337,7 @@ def test_selection_takes_the_best_mean_over_seeds():
     assert b["mean"] is None and b["diverged"] == 1
     larger = [{**entry, "mode": "max"} for entry in rows[:2] + rows[4:6]]
     assert sweep.select(larger, ["model.mixer.name"])[0]["learning_rate"] == 0.3
-    with pytest.raises(ValueError, match="one headline"):
+    with pytest.raises(ValueError, match="one primary metric"):
         sweep.select([rows[0], {**rows[1], "mode": "max"}], ["model.mixer.name"])
 
 

@@ -9,13 +9,15 @@ compilers are better at matrices than at batches of one.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lla.compat import full_varying
 from lla.ops.masks import Mask, positional_mask
-from lla.ops.plan import Plan
+from lla.ops.xla.plan import Plan
 
 
 def drop_single(array):
@@ -24,18 +26,23 @@ def drop_single(array):
 
 
 def with_groups(groups: int, results):
-    """Gives the axis back to the results of a tile."""
+    """Restores the axis of a single group in the results of a tile."""
     return jax.tree.map(lambda a: a[None], results) if groups == 1 else results
 
 
 def for_groups(plan: Plan, function, *trees):
     """Maps `function` over chunks of groups: every array ``[M, ...]`` arrives as ``[M', ...]``."""
+    return scan_groups(plan, lambda _, *args: (None, function(*args)), None, *trees)[1]
+
+
+def scan_groups(plan: Plan, function, carry, *trees):
+    """`for_groups` of ``function(carry, *trees) -> (carry, results)``, chunk after chunk."""
     m, chunk = jax.tree.leaves(trees)[0].shape[0], plan.groups
     if chunk == m:
-        return function(*trees)
+        return function(carry, *trees)
     split = jax.tree.map(lambda a: a.reshape(m // chunk, chunk, *a.shape[1:]), trees)
-    out = lax.map(lambda args: function(*args), split)
-    return jax.tree.map(lambda a: a.reshape(m, *a.shape[2:]), out)
+    carry, out = lax.scan(lambda carry, args: function(carry, *args), carry, split)
+    return carry, jax.tree.map(lambda a: a.reshape(m, *a.shape[2:]), out)
 
 
 def scan_tiles(plan: Plan, tile, carry):
@@ -125,6 +132,76 @@ def add_keys(total, update, start):
         return lax.dynamic_update_slice_in_dim(a, u, i, axis=0)
 
     return jax.vmap(add)(total, update, start)
+
+
+class Bias(NamedTuple):
+    """A logit bias, never repeated for what it is the same for.
+
+    Attributes:
+      array: ``[P, G | 1, T | 1, S | 1]``, T padded to whole tiles.
+      places: int32 ``[M']``, for every group its place on the first axis.
+    """
+
+    array: jax.Array
+    places: jax.Array
+
+
+def tile_bias(plan: Plan, bias: Bias, first, start, length: int, heads: int, dtype):
+    """The part of a tile, ``[M', R, length]``."""
+    at, sizes = _bias_part(plan, bias.array, first, length)
+
+    def take(place, begin):
+        return lax.dynamic_slice(bias.array, at(place, begin), sizes)[0].astype(dtype)
+
+    groups = start.shape[0]
+    if groups == 1:
+        part = take(bias.places[0], start[0])[None]
+    else:
+        part = jax.vmap(take)(bias.places, start)
+    part = jnp.broadcast_to(part, (groups, heads, plan.block_q, length))
+    return part.reshape(groups, -1, length)
+
+
+def bias_rows(plan: Plan, shape, update, start, heads: int):
+    """``[M', R, length]``, summed like `shape`, that of a `Bias`, with zeros for all other keys."""
+    groups, _, length = update.shape
+    update = update.reshape(groups, heads, plan.block_q, length)
+    shared = tuple(axis for axis in (1, 2, 3) if shape[axis] == 1)
+    update = update.sum(shared, keepdims=True)
+    if update.shape[3] == shape[3]:
+        return update
+    total = full_varying((*update.shape[:3], shape[3]), 0, update.dtype, like=update)
+    return jax.vmap(lambda a, u, i: lax.dynamic_update_slice_in_dim(a, u, i, axis=2))(
+        total, update, start
+    )
+
+
+def add_bias(total, update, places, first):
+    """Adds what `bias_rows` returns to `total`, like the array of a `Bias`."""
+
+    def add(total, place, part):
+        at = (place, *(jnp.zeros_like(place),) * 3)
+        if total.shape[2] != 1:
+            at = (at[0], at[1], first, at[3])
+        part = part[None] + lax.dynamic_slice(total, at, (1, *part.shape))
+        return lax.dynamic_update_slice(total, part, at)
+
+    if update.shape[0] == 1:
+        return add(total, places[0], update[0])
+    # One after the other: groups may share a place, and the order of a sum must not vary.
+    return lax.scan(lambda total, group: (add(total, *group), None), total, (places, update))[0]
+
+
+def _bias_part(plan: Plan, array, first, length: int):
+    """Where a tile begins in the array of a `Bias`, by place and first key; and its sizes."""
+    _, heads, rows, cols = array.shape
+    sizes = (1, heads, min(rows, plan.block_q), min(cols, length))
+
+    def at(place, begin):
+        zero = jnp.zeros_like(place)
+        return place, zero, zero if rows == 1 else first, zero if cols == 1 else begin
+
+    return at, sizes
 
 
 def tile_mask(plan: Plan, mask: Mask, first, start, length: int, heads: int, num_queries: int):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lla.kernels import spd
+from lla import numerics
 from lla.kernels.tiles import product
 
 _KEY_CHUNK = 256
@@ -79,7 +79,7 @@ def inverse_systems(p, k, key_mean, ridge, precision):
     """
     system = covariances(p, k, key_mean, precision)
     identity = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), system.shape)
-    return spd.inverse(system + ridge[..., None, None] * identity, precision)
+    return numerics.spd_inverse(system + ridge[..., None, None] * identity, precision)
 
 
 def apply_inverse(inverse: jax.Array, r: jax.Array) -> jax.Array:

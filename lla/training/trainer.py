@@ -1,7 +1,7 @@
 """The compiled part of training: init, steps and evaluation of one run, or of many at once.
 
-Nothing here touches a file or waits for the device. Data come from `(seed, step)` inside the
-compiled steps, so that a run is a function of its settings and needs no state of a data loader.
+Nothing here touches a file or waits for the device. Data are drawn from `(seed, step)` inside the
+compiled steps, so a run depends on its settings alone and there is no data loader to restore.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from lla.training import optimizer
 from lla.training.settings import Settings
 from lla.training.sharding import BATCH, make_mesh, replicated, shard_state
 
-Sums = dict[str, tuple[jax.Array, jax.Array]]  # name: weighted sum, weight
-VALIDATION = "validation"  # the split that decides when to stop and which run is best
-_INIT_STREAM = 0x696E6974  # keeps the keys of parameters apart from those of the data
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # name: (weighted sum, weight)
+VALIDATION = "validation"  # the split for early stopping and model selection
+_INIT_STREAM = 0x696E6974  # separates the keys of parameters from those of the data
 
 
 class RefusedError(ValueError):
-    """The model cannot compute with these settings."""
+    """The model does not support these settings."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "failed_at", "stopped_at", "params", "moments"],
+    data_fields=["step", "failed_at", "stopped_at", "params", "opt_state"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -41,29 +41,29 @@ class TrainState:
 
     Attributes:
       step: int32, updates so far; one number for all runs.
-      failed_at: int32, for each run the update whose loss or gradient was not finite, -1 if none:
-        from there on the run keeps the parameters and moments that it had before that update.
-      stopped_at: int32, for each run the number of updates after which it was where it was to get,
-        -1 if it is not there yet: it keeps its parameters and moments from there on, too.
+      failed_at: int32, for each run the update whose loss or gradient was not finite, -1 if none.
+        The run keeps the parameters and the optimiser state from before that update.
+      stopped_at: int32, for each run the number of updates after which it reached its goal, -1 if
+        it has not. The run keeps its parameters and optimiser state from then on.
       params: by path, such as "blocks.0.mixer.query.kernel".
-      moments: the optimiser's state.
+      opt_state: the state of the optimiser, see `lla.training.optimizer`.
     """
 
     step: jax.Array
     failed_at: jax.Array
     stopped_at: jax.Array
     params: dict[str, jax.Array]
-    moments: Any
+    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """Runs that are trained at once: every seed with every learning rate, in this order of axes.
+    """Runs that are trained at once: every seed with every learning rate, axes in this order.
 
     Attributes:
       seeds, learning_rates: of the runs.
-      one_rate: whether training ends as soon as all seeds of one learning rate are where they were
-        to get, rather than all runs.
+      one_rate: whether training ends as soon as all seeds of one learning rate have reached the
+        goal, rather than all runs.
     """
 
     seeds: tuple[int, ...]
@@ -71,17 +71,17 @@ class Runs:
     one_rate: bool = False
 
 
-class Program:
-    """Functions of one setting, compiled at the first call.
+class Trainer:
+    """The compiled functions that train and evaluate a model; each is compiled at its first call.
 
     Args:
       settings: what to train.
       mesh: the devices; None makes the mesh of `settings.sharding`.
-      runs: seeds and learning rates to train at once, in place of those of `settings`; all arrays
-        of state and metrics then have leading axes [seeds, learning rates]. On one device only.
+      runs: seeds and learning rates to train at once, instead of those of `settings`. All arrays of
+        state and metrics then have leading axes [seeds, learning rates]. Needs a single device.
 
     Raises:
-      ValueError: a batch that the mesh cannot split, or several runs on several devices.
+      ValueError: a batch size that the mesh does not divide, or several runs on several devices.
     """
 
     def __init__(self, settings: Settings, mesh: Mesh | None = None, runs: Runs | None = None):
@@ -131,9 +131,9 @@ class Program:
         )
 
     @property
-    def headline(self) -> str:
-        """Name of the metric that runs are stopped and chosen by: "validation/accuracy"."""
-        return f"{VALIDATION}/{self.task.headline}"
+    def primary_metric(self) -> str:
+        """Name of the metric for early stopping and selection, such as "validation/accuracy"."""
+        return f"{VALIDATION}/{self.task.primary_metric}"
 
     @property
     def rates(self) -> np.ndarray:
@@ -145,10 +145,10 @@ class Program:
     def compile(
         self, names: Sequence[str] = ("init", "advance", "evaluate", "evaluate_others")
     ) -> dict[str, jax.stages.Compiled]:
-        """Compiles these functions now, rather than at the first call; may run in a thread.
+        """Compiles these functions now rather than at their first call; may run in a thread.
 
-        The learning rates are arguments of what is compiled, so that `runs` may be replaced
-        afterwards by runs with the same seeds and as many other rates.
+        Learning rates are arguments of the compiled functions: `runs` may later be replaced by runs
+        with the same seeds and the same number of other rates.
         """
         given = self._arguments()
         compiled = {name: self._calls[name].lower(*given[name]).compile() for name in names}
@@ -156,7 +156,7 @@ class Program:
         return compiled
 
     def _arguments(self) -> dict[str, tuple]:
-        """Shapes and dtypes of what the functions are called with, by their names."""
+        """The arguments of the functions, as shapes and dtypes, by name of the function."""
         params = self.abstract_state.params
         count, rates = jax.ShapeDtypeStruct((), np.int32), self.rates
         rates = jax.ShapeDtypeStruct(rates.shape, rates.dtype)
@@ -172,10 +172,12 @@ class Program:
         return self._calls["init"]()
 
     def advance(self, state: TrainState, count: np.int32) -> tuple[TrainState, dict[str, Any]]:
-        """`count` updates: the new state, and {"sums": of all of them, "failed_at": as there}.
+        """Makes `count` updates; donates `state`.
 
-        An update that fails, or that a run does not make because it has failed or stopped, adds
-        nothing to the sums. The memory of `state` is used again.
+        Returns:
+          The new state, and {"sums": metrics summed over the updates, "failed_at": see
+          `TrainState`}. Failed updates, and runs that have failed or stopped, add nothing to the
+          sums.
         """
         return self._calls["advance"](state, count, self.rates)
 
@@ -184,7 +186,7 @@ class Program:
         return self._evaluate_like(VALIDATION, params)
 
     def test(self, params: Mapping[str, jax.Array]) -> Sums:
-        """Metrics of the splits that results are reported on, named "test/metric" and so on."""
+        """Metrics of the test splits, named "test/metric" and so on."""
         found = dict(self._calls["evaluate_others"](params))
         for split in self.test_splits:
             if split in self._alike:
@@ -196,12 +198,12 @@ class Program:
         return {f"{split}/{name}": pair for name, pair in sums.items()}
 
     def check(self) -> None:
-        """Traces a step and an evaluation: what the model refuses is raised here, before any work.
+        """Traces a step and an evaluation, so that unsupported settings are found before any work.
 
-        Nothing is compiled, and the first calls do not trace again.
+        Nothing is compiled; the first calls use the same traces.
 
         Raises:
-          RefusedError: options that do not fit each other, the sequences or the device.
+          RefusedError: options that do not go with each other, the sequences or the device.
         """
         given = self._arguments()
         try:
@@ -220,7 +222,7 @@ class Program:
         return nnx.merge(self._graph, nnx.from_flat_state(list(variables.items())))
 
     def _like_validation(self, split) -> bool:
-        """Whether batches of this split have the shapes of those of the validation split."""
+        """Whether batches of this split have the shapes of validation batches."""
 
         def shapes(name):
             return jax.eval_shape(lambda: self.task.batch(0, 0, self.eval_batch_size, name))
@@ -230,7 +232,7 @@ class Program:
     def _everywhere(self, tree):
         return jax.tree.map(lambda _: replicated(self.mesh), tree)
 
-    # Each of the four below is the traced body of the public function of that name.
+    # The traced bodies of the public functions of the same names.
 
     def _init(self) -> TrainState:
         def init(seed):
@@ -243,15 +245,15 @@ class Program:
             return params, self._direction.init(params)
 
         if self.runs is None:
-            params, moments = init(jnp.uint32(self.settings.training.seed))
+            params, opt_state = init(jnp.uint32(self.settings.training.seed))
         else:
             rates = len(self.runs.learning_rates)
             each = jax.vmap(init)(jnp.asarray(self.runs.seeds, jnp.uint32))
-            params, moments = jax.tree.map(
+            params, opt_state = jax.tree.map(
                 lambda leaf: jnp.repeat(leaf[:, None], rates, axis=1), each
             )
         never = jnp.full(self.shape, -1, jnp.int32)
-        return TrainState(jnp.int32(0), never, never, params, moments)
+        return TrainState(jnp.int32(0), never, never, params, opt_state)
 
     def _advance(self, state: TrainState, count: jax.Array, rates: jax.Array):
         sums = jax.eval_shape(self._step, state, rates)[1]
@@ -266,7 +268,7 @@ class Program:
         return state, {"sums": sums, "failed_at": state.failed_at}
 
     def _evaluate(self, params, which: jax.Array) -> Sums:
-        """Of the split `self._alike[which]`: one program serves all splits of the same shapes."""
+        """Metrics of the split `self._alike[which]`; one program for all splits of equal shapes."""
 
         def draw(seed, index):
             branches = [
@@ -310,7 +312,7 @@ class Program:
 
     def _step(self, state: TrainState, rates: jax.Array) -> tuple[TrainState, Sums]:
         factor = self._schedule(state.step)
-        body = (state.params, state.moments, state.failed_at, state.stopped_at)
+        body = (state.params, state.opt_state, state.failed_at, state.stopped_at)
         update = functools.partial(self._update, state.step)
         if self.runs is None:
             seed = jnp.uint32(self.settings.training.seed)
@@ -320,16 +322,16 @@ class Program:
             rates = factor * rates
 
             def for_seed(body, seed):
-                # The learning rates of a seed share its batch.
+                # All learning rates of a seed train on the same batch.
                 batch = self._batch(seed, state.step, self.batch_size, "train")
                 return jax.vmap(update, in_axes=(0, 0, None))(body, rates, batch)
 
             new, sums = jax.vmap(for_seed)(body, jnp.asarray(self.runs.seeds, jnp.uint32))
-        params, moments, failed_at, stopped_at = new
-        return TrainState(state.step + 1, failed_at, stopped_at, params, moments), sums
+        params, opt_state, failed_at, stopped_at = new
+        return TrainState(state.step + 1, failed_at, stopped_at, params, opt_state), sums
 
     def _update(self, step, body, rate, batch):
-        params, moments, failed_at, stopped_at = body
+        params, opt_state, failed_at, stopped_at = body
 
         def loss_of(params):
             outputs = self._outputs(params, batch)
@@ -337,7 +339,7 @@ class Program:
 
         (loss, outputs), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         norm = _global_norm(gradients)
-        direction, new_moments = self._direction.update(gradients, moments, params)
+        direction, new_opt_state = self._direction.update(gradients, opt_state, params)
         new_params = jax.tree.map(
             lambda leaf, change: leaf - (rate * change.astype(jnp.float32)).astype(leaf.dtype),
             params,
@@ -347,18 +349,18 @@ class Program:
         waits = (failed_at >= 0) | (stopped_at >= 0)
         going = finite & ~waits
         new_failed_at = jnp.where(finite | waits, failed_at, step)
-        # A failed update is not made: the state stays the one that reproduces the failure. Nor is
-        # one of a run that has stopped.
-        new_params, new_moments = jax.tree.map(
+        # A failed update is dropped, so that the state reproduces the failure. Runs that have
+        # stopped are not updated either.
+        new_params, new_opt_state = jax.tree.map(
             lambda new, old: jnp.where(going, new, old),
-            (new_params, new_moments),
-            (params, moments),
+            (new_params, new_opt_state),
+            (params, opt_state),
         )
         one = jnp.float32(1)
         sums = dict(self.task.metrics(outputs, batch))
         sums |= {"gradient_norm": (norm, one), "learning_rate": (rate, one)}
         sums = jax.tree.map(lambda leaf: jnp.where(going, leaf, jnp.zeros_like(leaf)), sums)
-        return (new_params, new_moments, new_failed_at, stopped_at), sums
+        return (new_params, new_opt_state, new_failed_at, stopped_at), sums
 
     def _batch(self, seed, index, size, split):
         batch = self.task.batch(seed, index, size, split)
@@ -377,9 +379,9 @@ class Program:
         if "positions" in batch:
             inputs += (batch["positions"],)
         if self.mesh.size > 1:
-            # Sequences are independent, and kernels cannot be split by the compiler: each device
-            # runs the whole model on its share of the batch, gathering parameters as it needs them.
-            # The mixers' loops start from constants, which the check for varying values refuses.
+            # Sequences are independent, and the compiler cannot partition kernels: each device runs
+            # the whole model on its share of the batch and gathers parameters as needed. The loops
+            # of mixers start from constants, which the check of varying values does not accept.
             forward = jax.shard_map(
                 forward,
                 mesh=self.mesh,
@@ -391,7 +393,7 @@ class Program:
 
 
 def means(sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Weighted means in float64; NaN where nothing was counted."""
+    """Weighted means in float64; NaN where the weight is zero."""
     found = {}
     for name, (total, weight) in sums.items():
         total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
@@ -400,10 +402,11 @@ def means(sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.nda
 
 
 def abstract_model(config: ModelConfig) -> tuple[Any, dict, frozenset[str]]:
-    """The model without numbers: its graph, its variables by path, and paths that never decay.
+    """The abstract model: graph definition, variables by path, paths without weight decay.
 
     Raises:
-      ValueError: options of the mixer that do not fit the model, or a mixer with state.
+      ValueError: options of the mixer that do not fit the model, or a mixer with variables that are
+        no parameters.
     """
     model = nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
     graph, state, rest = nnx.split(model, nnx.Param, ...)

@@ -1,7 +1,7 @@
-"""Blockwise implementation in plain XLA: tiles of queries against ranges of keys, one custom_vjp.
+"""Blockwise implementation in plain XLA: tiles of queries against ranges of keys.
 
-A tile keeps its softmax weights in memory, where every solver iteration reuses them; nothing else
-of size queries x keys exists, so memory is linear in the number of keys. The derivation is in
+A tile keeps its softmax weights in memory, and every solver iteration reuses them. No other array
+has a size of queries times keys, so memory is linear in the number of keys. The derivation is in
 ``kernels/MATHEMATICS.md``.
 """
 
@@ -13,20 +13,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from lla.compat import full_varying, match_varying
+from lla.compat import full_varying, vary_like
 from lla.kernels import cg, tiles
-from lla.ops import again, blocks, direct
-from lla.ops.handover import Handover
-from lla.ops.masks import Mask
-from lla.ops.options import ResolvedSolver, Stats
-from lla.ops.plan import Plan, make_plan
-from lla.ops.problem import Member, Problem
-
-RESIDUAL_NAMES = ("lla_output", "lla_log_sum_exp", "lla_probe", "lla_key_mean")
-"""Names of the forward results that the backward pass needs, for checkpoint policies."""
+from lla.ops.differentiation import Residuals, attention
+from lla.ops.masks import Mask, hides
+from lla.ops.problem import Member, Operands, Problem
+from lla.ops.shield import shield
+from lla.ops.solver import ResolvedSolver, Stats, resolve
+from lla.ops.xla import blocks, direct
+from lla.ops.xla.plan import Plan, make_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,97 +36,73 @@ class _Spec:
     plan: Plan
     precision: lax.Precision
     with_stats: bool
+    bias_places: tuple[int, int, bool, bool] | None = None  # see `_places`
+    soft_cap: float | None = None
 
 
-class _Operands(NamedTuple):
-    """Arrays of a call, groups first: ``M = B * K`` pairs of sequence and key head.
-
-    query, probe ``[M, G, T, H]``; key ``[M, S, H]``; value ``[M, S, Hv]``; ridge and scale
-    ``[M, G, T]``. probe and ridge are None where the member has none.
-    """
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    probe: jax.Array | None
-    ridge: jax.Array | None
-    scale: jax.Array
+def unsupported(problem: Problem) -> str | None:
+    """None: it serves every problem."""
+    del problem
+    return None
 
 
-class _Saved(NamedTuple):
-    """Per-row results: out ``[M, G, T, Hv]``; x and key_mean ``[M, G, T, H]``; lse ``[M, G, T]``.
-
-    lse and key_mean are relative to the origin of the row's tile: with keys far from zero their
-    absolute values would lose the digits that the backward pass needs.
-    """
-
-    out: jax.Array
-    lse: jax.Array
-    x: jax.Array | None
-    key_mean: jax.Array | None
-
-
-# Checkpoint name and axes of what `_Saved` holds, for `Handover`.
-_SAVED_DIMS = dict(
-    zip(_Saved._fields, zip(RESIDUAL_NAMES, ("nth", "nt", "nth", "nth"), strict=True), strict=True)
-)
-
-
-def xla(
-    problem: Problem,
-    solver: ResolvedSolver,
-    with_stats: bool = True,
-    handover: Handover | None = None,
-) -> tuple[jax.Array, Stats]:
-    """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics.
+def attend(problem: Problem, with_stats: bool) -> tuple[jax.Array, Stats]:
+    """Output and statistics in the layout of `Problem`.
 
     Without `with_stats` their residual may be that of an earlier iterate.
     """
-    b, t, k, g, h = problem.query.shape
-    s = problem.key.shape[1]
+    problem, restore = shield(problem)
+    return restore(*attend_shielded(problem, resolve(problem), with_stats))
+
+
+def attend_shielded(
+    problem: Problem, solver: ResolvedSolver, with_stats: bool = True
+) -> tuple[jax.Array, Stats]:
+    """`attend` of a problem without hidden or non-finite numbers.
+
+    Inside, arrays come with groups first, ``M = B * K`` pairs of sequence and key head: query and
+    probe ``[M, G, T, H]``, key ``[M, S, H]``, value ``[M, S, Hv]``, ridge and scale ``[M, G, T]``.
+    A bias is ``[P, G | 1, T | 1, S | 1]`` with a place for each sequence and key head that it
+    differs for.
+    """
+    b, t, n, h = problem.query.shape
+    _, s, k, _ = problem.key.shape
+    g = problem.group
     uses_direct = problem.member == "lla" and solver.method == "direct"
     overlap = problem.member == "lla" and not uses_direct and not solver.adaptive
-    plan = make_plan(problem.query.shape, s, problem.mask, direct=uses_direct, overlap=overlap)
-    spec = _Spec(problem.member, solver, plan, _precision(problem), with_stats)
+    plan = make_plan((b, t, k, g, h), s, problem.mask, direct=uses_direct, overlap=overlap)
+    bias, bias_places = problem.bias, None
+    if bias is not None:
+        bias_places = (b, k, bias.shape[0] != 1, bias.shape[1] != 1)
+        bias = _by_group(bias, k)
+        bias = bias.reshape(-1, *bias.shape[2:])
+    spec = _Spec(
+        problem.member, solver, plan, _precision(problem), with_stats, bias_places, problem.soft_cap
+    )
 
-    def rows_to_groups(array):  # [B, T, K, G, ...] -> [M, G, T, ...]
+    def rows_to_groups(array):  # [B, T, N, ...] -> [M, G, T, ...]
         if array is None:
             return None
-        return jnp.moveaxis(array, 1, 3).reshape(b * k, g, t, *array.shape[4:])
+        array = jnp.broadcast_to(array, (b, t, n, *array.shape[3:]))
+        return jnp.swapaxes(array, 1, 2).reshape(b * k, g, t, *array.shape[3:])
 
     def keys_to_groups(array):  # [B, S, K, ...] -> [M, S, ...]
         return jnp.moveaxis(array, 1, 2).reshape(b * k, s, *array.shape[3:])
 
-    operands = _Operands(
+    operands = Operands(
         query=rows_to_groups(problem.query),
         key=keys_to_groups(problem.key),
         value=keys_to_groups(problem.value),
         probe=rows_to_groups(problem.probe),
         ridge=rows_to_groups(problem.ridge),
         scale=rows_to_groups(problem.scale),
+        bias=bias,
     )
     mask = _mask_by_group(problem.mask, b, k)
-    leaves, tree = jax.tree.flatten((operands, mask))
-    operands, mask = jax.tree.unflatten(tree, match_varying(*leaves))
-    if handover is None:
-        out, stats = _attend(spec, operands, mask)
-    else:
-        present = [n for n in _SAVED_DIMS if not (n == "x" and problem.member != "lla")]
-        present = [n for n in present if not (n == "key_mean" and problem.member == "softmax")]
+    out, stats = _attend(spec, operands, mask)
 
-        def pack(saved):
-            arrays = (getattr(saved, name) for name in present)
-            arrays = tuple(a.reshape(b, k * g, *a.shape[2:]) for a in arrays)
-            return arrays, tuple(_SAVED_DIMS[name] for name in present)
-
-        def unpack(arrays):
-            arrays = (a.reshape(b * k, g, *a.shape[2:]) for a in arrays)
-            return _Saved(**dict.fromkeys(_Saved._fields) | dict(zip(present, arrays, strict=True)))
-
-        out, stats = handover.attend(_results, _gradients, pack, unpack, spec, operands, (mask,))
-
-    def groups_to_rows(array):  # [M, G, T, ...] -> [B, T, K, G, ...]
-        return jnp.moveaxis(array.reshape(b, k, g, *array.shape[2:]), 3, 1)
+    def groups_to_rows(array):  # [M, G, T, ...] -> [B, T, N, ...]
+        return jnp.swapaxes(array.reshape(b, n, *array.shape[2:]), 1, 2)
 
     return groups_to_rows(out), Stats(*(groups_to_rows(a) for a in stats))
 
@@ -144,14 +118,21 @@ def _precision(problem: Problem) -> lax.Precision:
     return lax.Precision.HIGH if sixteen_bits and benign else lax.Precision.HIGHEST
 
 
+def _by_group(array, k: int):
+    """``[B | 1, N | 1, ...] -> [B | 1, K | 1, G | 1, ...]``."""
+    batch, n, *rest = array.shape
+    return array.reshape(batch, *((1, 1) if n == 1 else (k, n // k)), *rest)
+
+
 def _mask_by_group(mask: Mask, b: int, k: int) -> Mask:
-    """Repeats the per-sequence parts for the key heads of a sequence; `dense` stays as it is."""
+    """The mask of every pair of sequence and key head."""
 
     def repeat(array):
         return None if array is None else jnp.repeat(array, k, axis=0)
 
     dense = mask.dense
     if dense is not None:
+        dense = _by_group(dense, k)
         dense = jnp.broadcast_to(dense, (b, k, *dense.shape[2:])).reshape(b * k, *dense.shape[2:])
     return dataclasses.replace(
         mask,
@@ -160,34 +141,22 @@ def _mask_by_group(mask: Mask, b: int, k: int) -> Mask:
         query_segments=repeat(mask.query_segments),
         key_segments=repeat(mask.key_segments),
         dense=dense,
+        bias=None,  # the operand says what it hides
     )
 
 
-# ---------------------------------------------------------------------------------------------
-# Differentiation
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[jax.Array, Stats]:
-    saved, stats = _results(spec, operands, mask)
-    return saved.out, stats
-
-
-def _attend_fwd(spec, operands, mask):
-    saved, stats = _results(spec, operands, mask)
-    arrays = []
-    for array, name in zip(saved, RESIDUAL_NAMES, strict=True):
-        arrays.append(None if array is None else checkpoint_name(array, name))
-    saved = _Saved(*arrays)
-    return (saved.out, stats), (operands, mask, saved)
-
-
-def _attend_bwd(spec, residuals, cotangents):
-    operands, mask, saved = residuals
-    return _gradients(spec, operands, mask, saved, cotangents[0]), None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+def _split_bias(spec: _Spec, operands: Operands):
+    """What is divided among groups, the bias padded to whole tiles, and the places in it."""
+    if operands.bias is None:
+        return operands, None, None
+    bias = operands.bias
+    if bias.shape[2] != 1:
+        bias = blocks.pad_rows(spec.plan, bias, 2)
+    b, k, by_sequence, by_head = spec.bias_places
+    sequence, head = np.divmod(np.arange(b * k, dtype=np.int32), np.int32(k))
+    places = sequence * by_sequence * (k if by_head else 1) + head * by_head
+    places = vary_like(jnp.asarray(places, jnp.int32), operands.query)
+    return operands._replace(bias=None), bias, places
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,20 +169,40 @@ class _Keys(NamedTuple):
     k: jax.Array  # [M', L, H]
     v: jax.Array  # [M', L, Hv]
     valid: jax.Array  # [M', R, L]
+    bias: jax.Array | None  # [M', R, L], finite
     origin: jax.Array  # [M', 1, H]
 
 
-def _tile_keys(spec, operands: _Operands, mask: Mask, first, start, length: int, dtype) -> _Keys:
+def _tile_keys(
+    spec, operands: Operands, mask: Mask, bias, first, start, length: int, dtype
+) -> _Keys:
     _, heads, num_queries, _ = operands.query.shape
     valid = blocks.drop_single(
         blocks.tile_mask(spec.plan, mask, first, start, length, heads, num_queries)
     )
+    if bias is not None:
+        bias = blocks.tile_bias(spec.plan, bias, first, start, length, heads, dtype)
+        bias = blocks.drop_single(bias)
+        valid &= ~hides(bias)
+        bias = jnp.where(valid & jnp.isfinite(bias), bias, jnp.zeros_like(bias))
     k = blocks.drop_single(blocks.slice_keys(operands.key, start, length)).astype(dtype)
     v = blocks.drop_single(blocks.slice_keys(operands.value, start, length)).astype(dtype)
     # Elsewhere a later row sees all that an earlier one sees.
     bounded = mask.window is not None or mask.dense is not None or mask.query_segments is not None
+    bounded |= bias is not None
     origin = tiles.segment_origin(k, valid, bounded)
-    return _Keys(k - origin, v, valid, origin)
+    if spec.soft_cap is not None:
+        origin = jnp.zeros_like(origin)  # the cap is one of the logits themselves
+    return _Keys(k - origin, v, valid, bias, origin)
+
+
+def _logits(spec: _Spec, scaled_q, k, bias):
+    logits = tiles.product_nt(scaled_q, k, spec.precision)
+    if bias is not None:
+        logits = logits + bias
+    if spec.soft_cap is not None:
+        logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
+    return logits
 
 
 def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
@@ -235,7 +224,6 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
         precondition = functools.partial(direct.apply_inverse, inverse)
         # Half of the eigenvalue that an exact inverse leaves.
         smallest = jnp.where(ok[..., None], 0.5 * jnp.ones_like(smallest), smallest)
-    tol = solver.tol if forward else solver.backward_tol
     x, iterations, residual = cg.cg_solve(
         b,
         product,
@@ -245,7 +233,7 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
         zeros=full_varying((*b.shape[:-1], 1), 0, b.dtype, like=b),
         active=active[..., None],
         energy_offset=1 if forward else 0,
-        tol=tol if solver.adaptive else None,
+        tol=solver.stopping_tol(forward=forward),
         max_iters=solver.max_iters,
         with_residual=forward and spec.with_stats,
     )
@@ -256,21 +244,27 @@ def _solve(spec: _Spec, b, p, k, key_mean, ridge, active, *, forward: bool):
 # Forward
 
 
-def _forward(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Saved, Stats]:
-    function = functools.partial(_forward_groups, spec, _forward_tile)
-    return blocks.for_groups(spec.plan, function, operands, mask)
+def _forward(spec: _Spec, operands: Operands, mask: Mask) -> tuple[Residuals, Stats]:
+    return _by_tiles(spec, _forward_tile, operands, mask)
 
 
-def _forward_groups(spec: _Spec, function, operands: _Operands, mask: Mask):
+def _by_tiles(spec: _Spec, tile, operands: Operands, mask: Mask):
+    operands, bias, places = _split_bias(spec, operands)
+    function = functools.partial(_forward_groups, spec, tile, bias)
+    return blocks.for_groups(spec.plan, function, operands, mask, places)
+
+
+def _forward_groups(spec: _Spec, function, bias, operands: Operands, mask: Mask, places):
     """Results of ``function`` on every tile, one of `_forward_tile` and `_output_tile`."""
     groups, heads, num_queries, _ = operands.query.shape
     padded, mask = _pad(spec, operands, mask)
+    bias = None if bias is None else blocks.Bias(bias, places)
 
     def tile(buckets, carry, index):
         first = index * spec.plan.block_q
 
         def branch(length, start):
-            results = function(spec, operands, padded, mask, first, length, start)
+            results = function(spec, operands, padded, mask, bias, first, length, start)
             return carry, blocks.with_groups(groups, results)
 
         return blocks.with_key_range(
@@ -281,7 +275,7 @@ def _forward_groups(spec: _Spec, function, operands: _Operands, mask: Mask):
     return jax.tree.map(lambda a: blocks.join_tiles(spec.plan, a, heads, num_queries), results)
 
 
-def _pad(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Operands, Mask]:
+def _pad(spec: _Spec, operands: Operands, mask: Mask) -> tuple[Operands, Mask]:
     """Row arrays padded to whole tiles."""
     padded = operands._replace(
         query=blocks.pad_rows(spec.plan, operands.query, 2),
@@ -298,12 +292,14 @@ def _pad(spec: _Spec, operands: _Operands, mask: Mask) -> tuple[_Operands, Mask]
     return padded, mask
 
 
-def _forward_tile(spec, operands, padded, mask, first, length, start) -> tuple[_Saved, Stats]:
+def _forward_tile(
+    spec, operands, padded, mask, bias, first, length, start
+) -> tuple[Residuals, Stats]:
     dtype = padded.scale.dtype
     rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
-    keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
+    keys = _tile_keys(spec, operands, mask, bias, first, start, length, dtype)
     q, scale = rows(padded.query), rows(padded.scale)
-    logits = tiles.product_nt(q * scale[..., None], keys.k, spec.precision)
+    logits = _logits(spec, q * scale[..., None], keys.k, keys.bias)
     p, lse = tiles.softmax_weights(logits, keys.valid)
 
     x = key_mean = None
@@ -322,10 +318,12 @@ def _forward_tile(spec, operands, padded, mask, first, length, start) -> tuple[_
         )
         iterations, residual = iterations[..., 0], residual[..., 0]
     out = tiles.probed_output(p, keys.k, keys.v, key_mean, x, spec.precision)
-    saved = _Saved(
+    # The last two are relative to the origin of the tile: with keys far from zero their absolute
+    # values would lose the digits that the backward pass needs.
+    saved = Residuals(
         out=out.astype(operands.query.dtype),
-        lse=lse,
-        x=x if spec.member == "lla" else None,
+        log_sum_exp=lse,
+        probe=x if spec.member == "lla" else None,
         key_mean=key_mean,
     )
     # The log-sum-exp of the logits as defined, whose keys are not shifted.
@@ -341,22 +339,34 @@ def _finite(array):
     return jnp.where(jnp.isfinite(array), array, jnp.zeros_like(array))
 
 
-def _backward(spec: _Spec, operands: _Operands, mask: Mask, saved: _Saved, g) -> _Operands:
-    function = functools.partial(_backward_groups, spec)
-    gradients = blocks.for_groups(spec.plan, function, operands, mask, saved, g)
-    return jax.tree.map(lambda d, like: d.astype(like.dtype), gradients, operands)
+def _backward(spec: _Spec, operands: Operands, mask: Mask, saved: Residuals, g) -> Operands:
+    like, total = operands, None
+    operands, bias, places = _split_bias(spec, operands)
+    if bias is not None:
+        total = full_varying(bias.shape, 0, operands.scale.dtype, like=bias)
+    function = functools.partial(_backward_groups, spec, bias)
+    total, gradients = blocks.scan_groups(
+        spec.plan, function, total, operands, mask, places, saved, g
+    )
+    if bias is not None:
+        gradients = gradients._replace(bias=total[:, :, : like.bias.shape[2]])
+    return jax.tree.map(lambda d, like: d.astype(like.dtype), gradients, like)
 
 
-def _backward_groups(spec, operands: _Operands, mask: Mask, saved: _Saved, g) -> _Operands:
+def _backward_groups(
+    spec, bias, d_bias, operands: Operands, mask: Mask, places, saved: Residuals, g
+) -> tuple[jax.Array | None, Operands]:
+    """The sum of the bias's gradients so far, and the other gradients of these groups."""
     groups, heads, num_queries, _ = operands.query.shape
     num_keys = operands.key.shape[1]
     dtype = operands.scale.dtype
     padded, mask = _pad(spec, operands, mask)
+    bias = None if bias is None else blocks.Bias(bias, places)
     g = blocks.pad_rows(spec.plan, g, 2)
-    saved = _Saved(
+    saved = Residuals(
         out=None,
-        lse=blocks.pad_rows(spec.plan, saved.lse, 2, tiles.NOTHING),
-        x=None if saved.x is None else blocks.pad_rows(spec.plan, saved.x, 2),
+        log_sum_exp=blocks.pad_rows(spec.plan, saved.log_sum_exp, 2, tiles.NOTHING),
+        probe=None if saved.probe is None else blocks.pad_rows(spec.plan, saved.probe, 2),
         key_mean=None if saved.key_mean is None else blocks.pad_rows(spec.plan, saved.key_mean, 2),
     )
 
@@ -364,32 +374,44 @@ def _backward_groups(spec, operands: _Operands, mask: Mask, saved: _Saved, g) ->
         first = index * spec.plan.block_q
 
         def branch(length, start):
-            gradients = _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
-            d_rows, d_key, d_value = blocks.with_groups(groups, gradients)
+            gradients = _backward_tile(
+                spec, operands, padded, mask, bias, saved, g, first, length, start
+            )
+            d_rows, d_key, d_value, d_bias = blocks.with_groups(groups, gradients)
             d_key = blocks.add_keys(sums[0], d_key, start)
             d_value = blocks.add_keys(sums[1], d_value, start)
-            return (d_key, d_value), d_rows
+            if bias is not None:
+                d_bias = blocks.bias_rows(spec.plan, bias.array.shape, d_bias, start, heads)
+            return (d_key, d_value), (d_rows, d_bias)
 
-        return blocks.with_key_range(spec.plan, mask, first, num_keys, groups, buckets, branch)
+        # The bias's gradient may be large: a conditional would copy it for every tile.
+        *sums, d_bias = sums
+        sums, (d_rows, part) = blocks.with_key_range(
+            spec.plan, mask, first, num_keys, groups, buckets, branch
+        )
+        if bias is not None:
+            d_bias = blocks.add_bias(d_bias, part, places, first)
+        return (*sums, d_bias), d_rows
 
     sums = tuple(
         full_varying(array.shape, 0, dtype, like=array) for array in (operands.key, operands.value)
     )
-    (d_key, d_value), d_rows = blocks.scan_tiles(spec.plan, tile, sums)
+    (d_key, d_value, d_bias), d_rows = blocks.scan_tiles(spec.plan, tile, (*sums, d_bias))
     d_rows = jax.tree.map(lambda a: blocks.join_tiles(spec.plan, a, heads, num_queries), d_rows)
-    return d_rows._replace(key=d_key, value=d_value)
+    return d_bias, d_rows._replace(key=d_key, value=d_value)
 
 
-def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start):
-    """Gradients of a tile's rows (as `_Operands` without key and value), of its keys and values."""
+def _backward_tile(spec, operands, padded, mask, bias, saved, g, first, length, start):
+    """Gradients of a tile's rows (as `Operands` of these alone), keys, values and bias."""
     dtype, precision = padded.scale.dtype, spec.precision
     rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
-    keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
+    keys = _tile_keys(spec, operands, mask, bias, first, start, length, dtype)
     k, v = keys.k, keys.v
     q, scale, g = rows(padded.query), rows(padded.scale), rows(g)
-    lse = rows(saved.lse)
+    lse = rows(saved.log_sum_exp)
     scaled_q = q * scale[..., None]
-    p = tiles.saved_weights(tiles.product_nt(scaled_q, k, precision), keys.valid, lse)
+    logits = _logits(spec, scaled_q, k, keys.bias)
+    p = tiles.saved_weights(logits, keys.valid, lse)
 
     c = tiles.product_nt(g, v, precision)
     c = c - tiles.weigh(p, c).sum(-1, keepdims=True)
@@ -400,7 +422,7 @@ def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
     if spec.member == "parallax":
         x, d_probe = rows(padded.probe), -h
     if spec.member == "lla":
-        x, active = rows(saved.x), ~tiles.sees_nothing(lse)
+        x, active = rows(saved.probe), ~tiles.sees_nothing(lse)
         u, _, _ = _solve(spec, h, p, k, key_mean, rows(padded.ridge), active, forward=False)
         d_ridge = tiles.row_dot(u, x)[..., 0]
 
@@ -411,6 +433,8 @@ def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
     if u is not None:
         e = c - tiles.centred_scores(k, key_mean, u, precision)
     d_logits = tiles.logit_gradient(p, a, e)
+    if spec.soft_cap is not None:
+        d_logits = tiles.weigh(d_logits, 1 - (logits / spec.soft_cap) ** 2)
     weighted_keys = tiles.product(d_logits, k, precision)
     d_query = scale[..., None] * weighted_keys
     d_key = tiles.product_tn(d_logits, scaled_q, precision)
@@ -423,27 +447,44 @@ def _backward_tile(spec, operands, padded, mask, saved, g, first, length, start)
         d_query += u
         d_key -= tiles.product_tn(weighted, _finite(u), precision)
     d_scale = tiles.row_dot(q, weighted_keys)[..., 0]
-    d_rows = _Operands(d_query, None, None, d_probe, d_ridge, d_scale)
-    return d_rows, d_key, d_value
+    d_rows = Operands(d_query, None, None, d_probe, d_ridge, d_scale)
+    return d_rows, d_key, d_value, None if bias is None else d_logits
 
 
 # ---------------------------------------------------------------------------------------------
-# Further derivatives
+# Further derivatives: JAX applies the implicit function theorem to `lax.custom_linear_solve`, in
+# forward and reverse mode, as often as asked. A derivative is as exact as the solves.
 
 
-def _output_tile(spec, operands, padded, mask, first, length, start):
+def _differentiable_solve(find, p, k, key_mean, ridge, target, precision):
+    """Solves the systems of a tile, with the derivatives of the exact solution.
+
+    Args:
+      find: the map from right-hand sides to approximate solutions, ``[..., R, H]``; not
+        differentiated.
+      p, k, key_mean, ridge: see `lla.kernels.tiles`.
+      target: right-hand sides ``[..., R, H]``.
+    """
+
+    def product(y):
+        return tiles.system_product(p, k, key_mean, ridge, y, precision)
+
+    return lax.custom_linear_solve(product, target, lambda _, b: find(b), symmetric=True)
+
+
+def _output_tile(spec, operands, padded, mask, bias, first, length, start):
     """The output of `_forward_tile` in a form that JAX can differentiate."""
     dtype = padded.scale.dtype
 
-    @functools.partial(jax.checkpoint, static_argnums=(3,))
-    def output(operands, padded, start, length):
+    @functools.partial(jax.checkpoint, static_argnums=(4,))
+    def output(operands, padded, bias, start, length):
         rows = functools.partial(blocks.tile_rows, spec.plan, first=first, dtype=dtype)
-        keys = _tile_keys(spec, operands, mask, first, start, length, dtype)
+        keys = _tile_keys(spec, operands, mask, bias, first, start, length, dtype)
         # Nothing depends on the origin.
         origin = lax.stop_gradient(keys.origin)
         k, valid = keys.k + (keys.origin - origin), keys.valid
         q, scale = rows(padded.query), rows(padded.scale)
-        logits = tiles.product_nt(q * scale[..., None], k, spec.precision)
+        logits = _logits(spec, q * scale[..., None], k, keys.bias)
         p, lse = tiles.softmax_weights(logits, valid)
         x = key_mean = None
         if spec.member != "softmax":
@@ -458,29 +499,17 @@ def _output_tile(spec, operands, padded, mask, first, length, start):
             def find(b):
                 return _solve(spec, b, p, k, key_mean, ridge, active, forward=False)[0]
 
-            x = again.solve(find, p, k, key_mean, ridge, target, spec.precision)
+            x = _differentiable_solve(find, p, k, key_mean, ridge, target, spec.precision)
         return tiles.probed_output(p, k, keys.v, key_mean, x, spec.precision)
 
-    return output(operands, padded, start, length).astype(operands.query.dtype)
+    return output(operands, padded, bias, start, length).astype(operands.query.dtype)
 
 
-def _output(spec: _Spec, operands: _Operands, mask: Mask) -> jax.Array:
+def _output(spec: _Spec, operands: Operands, mask: Mask) -> jax.Array:
     solver = spec.solver
     tol = min(solver.tol, solver.backward_tol)
     spec = dataclasses.replace(spec, solver=dataclasses.replace(solver, backward_tol=tol))
-    function = functools.partial(_forward_groups, spec, _output_tile)
-    return blocks.for_groups(spec.plan, function, operands, mask)
+    return _by_tiles(spec, _output_tile, operands, mask)
 
 
-def _differentiable_results(spec: _Spec, operands: _Operands, mask: Mask):
-    out = _output(spec, operands, mask)
-    return _Saved(out, *[None] * (len(_Saved._fields) - 1)), Stats(None, None, None)
-
-
-def _differentiable_gradients(spec, operands: _Operands, mask: Mask, saved: _Saved, g) -> _Operands:
-    del saved  # what it holds follows from the operands
-    return jax.vjp(lambda operands: _output(spec, operands, mask), operands)[1](g)[0]
-
-
-_results = again.with_derivative(_forward, _differentiable_results)
-_gradients = again.with_derivative(_backward, _differentiable_gradients)
+_attend = attention("xla", _forward, _backward, _output, {3: "nt", 4: "nth"})

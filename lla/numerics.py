@@ -1,10 +1,4 @@
-"""Inverses of many small symmetric positive definite matrices, by products alone.
-
-XLA's batched factorisations call a library for every matrix: on a CPU these calls wait for workers
-of the very thread pool they run on, and several of them at once block it for good. Here the inverse
-Cholesky factor is found by halves, so that nearly all the work is batched matrix products on any
-platform; blocks of at most 16 x 16 are eliminated column by column, all matrices at once.
-"""
+"""Numerical helpers that the operator and the mixers share."""
 
 from __future__ import annotations
 
@@ -12,14 +6,49 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Largest matrix that `spd_inverse` eliminates column by column.
 _BASE = 16
 
 
-def inverse(a: jax.Array, precision) -> tuple[jax.Array, jax.Array]:
-    """Inverse of ``[..., H, H]`` and bool ``[...]``: whether every pivot was positive and finite.
+def compute_dtype(dtype) -> jnp.dtype:
+    """Statistics, solves and states use float32, or float64 for float64 inputs."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
-    Only the lower triangle of `a` is read. Where a pivot was not positive (rounding has made a
-    matrix indefinite), the inverse is the identity.
+
+@jax.jit
+def nan_where(flags: jax.Array, array: jax.Array) -> jax.Array:
+    """`array` with NaN where `flags` is set; `flags` has the leading axes of `array`.
+
+    It is compiled as one program, so that no NaN exists without a flag: JAX's debugging modes
+    would find it.
+    """
+    flags = flags.reshape(*flags.shape, *(1,) * (array.ndim - flags.ndim))
+    return jnp.where(jnp.broadcast_to(flags, array.shape), jnp.full_like(array, jnp.nan), array)
+
+
+def pad_to(array: jax.Array, *sizes: int, fill=0) -> jax.Array:
+    """`array` with `fill` behind every axis that is shorter than its one of `sizes`."""
+    widths = [(0, size - n) for size, n in zip(sizes, array.shape, strict=True)]
+    if not any(after for _, after in widths):
+        return array
+    return jnp.pad(array, widths, constant_values=fill)
+
+
+def spd_inverse(a: jax.Array, precision) -> tuple[jax.Array, jax.Array]:
+    """Inverses of many small symmetric positive definite matrices, by matrix products alone.
+
+    XLA's batched factorisations call a library once per matrix. On a CPU these calls wait for
+    workers of the thread pool that they run on, so several at a time can block it for good. Here
+    the inverse Cholesky factor is found by halves: nearly all the work is batched matrix products,
+    and blocks of at most 16 x 16 are eliminated column by column, all matrices at once.
+
+    Args:
+      a: ``[..., H, H]``, of which only the lower triangle is read.
+      precision: of the products.
+
+    Returns:
+      The inverses, and bool ``[...]``: whether every pivot was positive and finite. Where one was
+      not (rounding has made a matrix indefinite), the inverse is the identity.
     """
     factor, ok = _inverse_factor(a, precision)
     inverted = jnp.matmul(jnp.swapaxes(factor, -1, -2), factor, precision=precision)

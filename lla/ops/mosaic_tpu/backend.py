@@ -1,4 +1,4 @@
-"""The TPU kernels behind the operator: layout, padding, and one custom_vjp.
+"""The TPU kernels behind the operator: layout and padding.
 
 The kernels themselves are in `lla.kernels.mosaic_tpu`, their design in ``kernels/TPU.md``.
 Interpreted, lowered and compiled ahead of time, never run on hardware.
@@ -7,20 +7,24 @@ Interpreted, lowered and compiled ahead of time, never run on hardware.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from lla.compat import default_device, match_varying, target_platform
-from lla.ops import again
-from lla.ops.handover import Handover
-from lla.ops.options import Stats
-from lla.ops.problem import Member, Problem, refuse_for_kernels, resolve_solver
-from lla.ops.xla import RESIDUAL_NAMES
+from lla.compat import default_device, target_platform
+from lla.numerics import pad_to
+from lla.ops.differentiation import Residuals, attention
+from lla.ops.problem import (
+    Member,
+    Operands,
+    Problem,
+    options_unsupported_by_kernels,
+    unsupported_by_kernels,
+)
+from lla.ops.shield import shield
+from lla.ops.solver import Stats, resolve
 
 _MAX_HEAD_DIM = 256
 # From this ridge on the probe is so small that rounding it, and the weights, to bfloat16 once does
@@ -28,19 +32,20 @@ _MAX_HEAD_DIM = 256
 _SPLIT_BELOW = 5.0
 
 
-def refuse(problem: Problem) -> str | None:
+def unsupported(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem`, None if they can."""
-    if (reason := _refuse_device()) is not None:
+    reason = options_unsupported_by_kernels(problem) or _unsupported_device()
+    if reason is not None:
         return reason
-    return refuse_shape(problem)
+    return unsupported_shape(problem)
 
 
-def refuse_shape(problem: Problem) -> str | None:
+def unsupported_shape(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem` on any device, None if they can."""
-    return refuse_for_kernels(problem, ("bfloat16", "float32"), _MAX_HEAD_DIM)
+    return unsupported_by_kernels(problem, ("bfloat16", "float32"), _MAX_HEAD_DIM)
 
 
-def _refuse_device() -> str | None:
+def _unsupported_device() -> str | None:
     if target_platform() == "tpu":
         return None
     if (platform := default_device().platform) != "tpu":
@@ -64,48 +69,39 @@ class _Spec:
     interpret: Any
 
 
-class _Operands(NamedTuple):
-    """Padded arrays: ``[M, R, D]``, ``[M, S, D]``, rows ``[M, R]``; see `launch.Shape`."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    probe: jax.Array | None
-    ridge: jax.Array | None
-    scale: jax.Array
-
-
-class _Saved(NamedTuple):
-    """What the backward pass needs, padded: out, rows ``[M, R]``, and float32 ``[M, R, D]``.
-
-    The log-sum-exp and the mean key are relative to the origin of the row's tile.
-    """
-
-    out: jax.Array
-    log_sum_exp: jax.Array
-    probe: jax.Array | None
-    key_mean: jax.Array | None
-
-
-def mosaic_tpu(
-    problem: Problem,
-    *,
-    blocks: Any = None,
-    interpret: Any = None,
-    handover: Handover | None = None,
-) -> tuple[jax.Array, Stats]:
-    """Output ``[B, T, K, G, Hv]`` in the query's dtype, and the statistics.
+def attend(problem: Problem, with_stats: bool = True, **options) -> tuple[jax.Array, Stats]:
+    """Output and statistics, always complete, in the layout of `Problem`.
 
     Args:
-      problem: one that `refuse_shape` accepts.
+      problem: one that `unsupported_shape` accepts.
+      with_stats: ignored.
+      **options: those of `attend_shielded`.
+    """
+    del with_stats
+    problem, restore = shield(problem, fast=True)
+    return restore(*attend_shielded(problem, **options))
+
+
+def attend_shielded(
+    problem: Problem, *, blocks: Any = None, interpret: Any = None
+) -> tuple[jax.Array, Stats]:
+    """`attend` of a problem without hidden or non-finite numbers.
+
+    Inside, arrays are padded: query and probe ``[M, R, D]``, key and value ``[M, S, D]``, ridge and
+    scale ``[M, R]``; see `lla.kernels.mosaic_tpu.launch.Shape`. The log-sum-exp and the mean key
+    that are kept for the backward pass are relative to the origin of the row's tile.
+
+    Args:
+      problem: one that `unsupported_shape` accepts.
       blocks: a `lla.kernels.mosaic_tpu.launch.BlockSizes`; None chooses.
       interpret: True or a `pallas.tpu.InterpretParams` to interpret, None to compile.
-      handover: see `lla.ops.handover`.
     """
-    from lla.kernels.mosaic_tpu import configs, forward, launch, solve, tile
+    from lla.kernels.mosaic_tpu import configs, launch, solve, tile
+    from lla.kernels.mosaic_tpu.forward import Masking
 
-    b, t, k, g, h = problem.query.shape
-    s, hv = problem.key.shape[1], problem.value.shape[-1]
+    b, t, n, h = problem.query.shape
+    _, s, k, hv = problem.value.shape
+    g = problem.group
     dtype = problem.query.dtype
     arithmetic = tile.Arithmetic(
         dtype, problem.member == "lla" and (problem.static_ridge or 0) < _SPLIT_BELOW
@@ -119,29 +115,24 @@ def mosaic_tpu(
         dtype=dtype, blocks=blocks,
     )  # fmt: skip
 
-    def pad(array, *sizes, fill=0):
-        widths = [(0, size - n) for size, n in zip(sizes, array.shape, strict=True)]
-        if not any(after for _, after in widths):
-            return array
-        return jnp.pad(array, widths, constant_values=fill)
-
-    def queries(array):  # [B, T, K, G, H] -> [M, R, D]
+    def queries(array):  # [B, T, N, H] -> [M, R, D]
         if array is None:
             return None
-        array = jnp.moveaxis(array, 2, 1).reshape(b * k, t * g, h)
-        return pad(array, b * k, shape.num_rows, shape.head_dim)
+        array = jnp.swapaxes(array.reshape(b, t, k, g * h), 1, 2).reshape(b * k, t * g, h)
+        return pad_to(array, b * k, shape.num_rows, shape.head_dim)
 
     def keys(array, width):  # [B, S, K, H] -> [M, S, D]
         array = jnp.moveaxis(array, 2, 1).reshape(b * k, s, -1)
-        return pad(array, b * k, shape.num_keys, width)
+        return pad_to(array, b * k, shape.num_keys, width)
 
-    def rows(array):  # [B, T, K, G] -> [M, R]
+    def rows(array):  # [B | 1, T | 1, N | 1] -> [M, R]
         if array is None:
             return None
-        array = jnp.moveaxis(array.astype(jnp.float32), 2, 1).reshape(b * k, t * g)
-        return pad(array, b * k, shape.num_rows, fill=1)
+        array = problem.by_row(array.astype(jnp.float32)).reshape(b, t, k, g)
+        array = jnp.swapaxes(array, 1, 2).reshape(b * k, t * g)
+        return pad_to(array, b * k, shape.num_rows, fill=1)
 
-    operands = _Operands(
+    operands = Operands(
         query=queries(problem.query),
         key=keys(problem.key, shape.head_dim),
         value=keys(problem.value, shape.value_dim),
@@ -150,24 +141,20 @@ def mosaic_tpu(
         scale=rows(problem.scale),
     )
     mask = problem.mask
-    offset = jnp.zeros(b, jnp.int32) if mask.offset is None else mask.offset
-    length = jnp.full(b, s, jnp.int32)
-    if mask.lengths is not None:
-        length = jnp.clip(mask.lengths, 0, s)
     ids = (None, None)
     if mask.query_segments is not None:
         by_row = jnp.repeat(mask.query_segments, g, axis=1)
         ids = (
-            pad(by_row, b, shape.num_rows)[:, None],
-            pad(mask.key_segments, b, shape.num_keys)[:, None],
+            pad_to(by_row, b, shape.num_rows)[:, None],
+            pad_to(mask.key_segments, b, shape.num_keys)[:, None],
         )
-    masking = forward.Masking(jnp.stack([offset, length], axis=1), *ids)
+    masking = Masking(mask.numbers(b, s), *ids)
     iterations = (None, None)
     if problem.member == "lla":
-        resolved = resolve_solver(problem, "cg")
+        solver = resolve(problem, method="cg")
         iterations = [
-            solve.CGOptions(tol if resolved.adaptive else None, resolved.max_iters)
-            for tol in (resolved.tol, resolved.backward_tol)
+            solve.CGOptions(solver.stopping_tol(forward=forward), solver.max_iters)
+            for forward in (True, False)
         ]
     spec = _Spec(
         member=problem.member,
@@ -178,70 +165,20 @@ def mosaic_tpu(
         backward=iterations[1],
         interpret=interpret,
     )
-    leaves, tree = jax.tree.flatten((operands, masking))
-    operands, masking = jax.tree.unflatten(tree, match_varying(*leaves))
+    out, stats = _attend(spec, operands, masking)
 
-    def restore(array):  # [M, R, ...] -> [B, T, K, G, ...]
+    def restore(array):  # [M, R, ...] -> [B, T, N, ...]
         array = array[:, : t * g].reshape(b, k, t, g, *array.shape[2:])
-        return jnp.moveaxis(array, 1, 2)
-
-    def pack(saved):
-        arrays = (None if a is None else restore(a) for a in saved)
-        arrays = tuple(None if a is None else a.reshape(b, t, k * g, *a.shape[4:]) for a in arrays)
-        dims = zip(RESIDUAL_NAMES, ("tnh", "tn", "tnh", "tnh"), strict=True)
-        dims = tuple(d for a, d in zip(arrays, dims, strict=True) if a is not None)
-        return tuple(a for a in arrays if a is not None), dims
-
-    def unpack(arrays):
-        by_name = dict(zip((name for name, _ in handover.dims), arrays, strict=True))
-
-        def back(array):  # [B, T, N, ...] -> [M, R, ...]
-            if array is None:
-                return None
-            array = jnp.moveaxis(array.reshape(b, t, k, g, *array.shape[3:]), 2, 1)
-            array = array.reshape(b * k, t * g, *array.shape[4:])
-            return pad(array, b * k, shape.num_rows, *array.shape[2:])
-
-        return _Saved(*(back(by_name.get(name)) for name in RESIDUAL_NAMES))
-
-    if handover is None:
-        out, stats = _attend(spec, operands, masking)
-    else:
-        out, stats = handover.attend(_results, _gradients, pack, unpack, spec, operands, (masking,))
+        return jnp.swapaxes(array, 1, 2).reshape(b, t, n, *array.shape[4:])
 
     return restore(out)[..., :hv], Stats(*(restore(a) for a in stats))
 
 
 # ---------------------------------------------------------------------------------------------
-# Differentiation
+# Forward and backward pass
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: _Spec, operands: _Operands, masking) -> tuple[jax.Array, Stats]:
-    saved, stats = _results(spec, operands, masking)
-    return saved.out, stats
-
-
-def _attend_fwd(spec: _Spec, operands: _Operands, masking):
-    saved, stats = _results(spec, operands, masking)
-    saved = _Saved(
-        *(
-            None if a is None else checkpoint_name(a, name)
-            for a, name in zip(saved, RESIDUAL_NAMES, strict=True)
-        )
-    )
-    return (saved.out, stats), (operands, masking, saved)
-
-
-def _attend_bwd(spec: _Spec, residuals, cotangents):
-    operands, masking, saved = residuals
-    return _gradients(spec, operands, masking, saved, cotangents[0]), None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
+def _forward(spec: _Spec, operands: Operands, masking) -> tuple[Residuals, Stats]:
     from lla.kernels.mosaic_tpu.forward import ROW_STATISTICS, forward
 
     numbers = [operands.scale] if operands.ridge is None else [operands.scale, operands.ridge]
@@ -251,12 +188,12 @@ def _forward(spec: _Spec, operands: _Operands, masking) -> tuple[_Saved, Stats]:
         interpret=spec.interpret,
     )  # fmt: skip
     rows = dict(zip(ROW_STATISTICS, jnp.moveaxis(results.rows, 1, 0), strict=True))
-    saved = _Saved(results.out, rows["relative"], results.probe, results.key_mean)
+    saved = Residuals(results.out, rows["relative"], results.probe, results.key_mean)
     stats = Stats(rows["log_sum_exp"], rows["iterations"].astype(jnp.int32), rows["residual"])
     return saved, stats
 
 
-def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangent) -> _Operands:
+def _backward(spec: _Spec, operands: Operands, masking, saved: Residuals, cotangent) -> Operands:
     from lla.kernels.mosaic_tpu.key_gradients import key_gradients
     from lla.kernels.mosaic_tpu.row_gradients import ROW_OUTPUTS, row_gradients
 
@@ -291,7 +228,7 @@ def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangen
         None if a is None else a[:, :count] for a in (by_row.query, by_row.direction)
     )
     by_number = dict(zip(ROW_OUTPUTS, jnp.moveaxis(by_row.rows[..., :count], 1, 0), strict=False))
-    return _Operands(
+    return Operands(
         query=by_query,
         key=d_key,
         value=d_value,
@@ -301,5 +238,4 @@ def _backward(spec: _Spec, operands: _Operands, masking, saved: _Saved, cotangen
     )
 
 
-_results = again.refuse_derivative(_forward, "mosaic_tpu")
-_gradients = again.refuse_derivative(_backward, "mosaic_tpu")
+_attend = attention("mosaic_tpu", _forward, _backward)

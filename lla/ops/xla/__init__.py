@@ -1,0 +1,1 @@
+"""The blockwise back end in plain XLA, for every platform."""
