@@ -19,6 +19,7 @@ from lla.ops import segments
 from lla.ops.api import local_linear_attention, parallax_attention, softmax_attention
 from lla.ops.backend import Implementation
 from lla.ops.cache import KVCache
+from lla.ops.context import make_context, token_positions
 from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_step
 from lla.ops.solver import Solver, Stats
 
@@ -123,7 +124,8 @@ class LocalLinearAttention(nnx.Module):
       out_kernel_init: of the output kernel; None means `kernel_init`.
       kernel_metadata, out_kernel_metadata: metadata of those kernels' `nnx.Param`, such as
         sharding.
-      solver, implementation: as in `lla.local_linear_attention`.
+      solver, implementation, context_axis, context_balance: as in `lla.local_linear_attention`.
+        Where a sequence is split over devices, rotary embeddings know the positions of each.
       rngs: Flax random streams; uses ``params``.
 
     Raises:
@@ -161,6 +163,8 @@ class LocalLinearAttention(nnx.Module):
         out_kernel_metadata: Mapping[str, Any] = _NO_METADATA,
         solver: Solver | None = None,
         implementation: Implementation = None,
+        context_axis: str | None = None,
+        context_balance: bool = False,
         rngs: nnx.Rngs,
     ):
         if head_dim is None:
@@ -195,6 +199,7 @@ class LocalLinearAttention(nnx.Module):
         self.rope_theta = rope_theta
         self.solver = solver
         self.implementation = implementation
+        self.split = make_context(context_axis, context_balance)
         self.cached_heads = (num_kv_heads, head_dim, head_dim if value_dim is None else value_dim)
         self.cached_dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
@@ -325,6 +330,8 @@ class LocalLinearAttention(nnx.Module):
             implementation=self.implementation,
             return_stats=True,
         )
+        if self.split is not None:
+            options |= dict(context_axis=self.split.axis, context_balance=self.split.balanced)
         if self.mechanism == "lla":
             attended, stats = local_linear_attention(
                 query, key, value, ridge=self.ridge(x), solver=self.solver, **options
@@ -486,7 +493,7 @@ class LocalLinearAttention(nnx.Module):
             return heads
         if positions is not None:
             return rotate(heads, positions, self.rope_theta)
-        positions = jnp.arange(heads.shape[-3], dtype=jnp.int32)
+        positions = token_positions(self.split, heads.shape[-3])
         if offset is not None:
             offset = jnp.asarray(offset, jnp.int32)[..., None]
             shape = jnp.broadcast_shapes(offset.shape, (1,) * (offset.ndim - 1) + positions.shape)

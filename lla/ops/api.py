@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax
 
-from lla.ops import backend
+from lla.ops import backend, sharding
 from lla.ops.backend import Implementation
 from lla.ops.cache import KVCache
+from lla.ops.context import make_context
 from lla.ops.decode import decoding_problem
-from lla.ops.problem import Problem, make_problem
+from lla.ops.problem import make_problem
 from lla.ops.solver import Solver, Stats
 
 
@@ -31,6 +32,8 @@ def local_linear_attention(
     solver: Solver | None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
+    context_axis: str | None = None,
+    context_balance: bool = False,
 ) -> jax.Array | tuple[jax.Array, Stats]:
     """Local linear attention: a weighted ridge regression around every query.
 
@@ -39,9 +42,13 @@ def local_linear_attention(
     ``sum_j p_ij |v_j - b - W (k_j - q_i)|^2 + ridge_i |W|^2``, and returns ``b``. A large ridge
     gives softmax attention, a small scale ridge regression.
 
-    Works under `jit`, `vmap`, `grad`, `checkpoint`, `scan` and `shard_map`. Derivatives beyond the
-    first need ``implementation="xla"``, where they are as exact as the solver's tolerances, or
-    ``"reference"``; forward mode of the function itself needs ``"reference"``.
+    Works under `jit`, `vmap`, `grad`, `checkpoint`, `scan` and `shard_map`. Arrays that are sharded
+    over batch, heads or queries stay so, without communication, in `jit` as under Explicit axes;
+    what cannot be kept, the head dimension or the keys, is gathered with a warning.
+
+    Derivatives beyond the first need ``implementation="xla"``, where they are as exact as the
+    solver's tolerances, or ``"reference"``; forward mode of the function itself needs
+    ``"reference"``.
 
     **What is hidden is not read.** What a query cannot see, by any mask, has no influence on its
     output or gradients, whatever it holds: NaN, infinity, huge numbers. A query that sees a key,
@@ -88,6 +95,14 @@ def local_linear_attention(
         ``"xla"`` (blockwise), ``"mosaic_gpu"`` (Hopper), ``"mosaic_gpu_portable"`` (NVIDIA GPUs
         since Ampere), ``"mosaic_tpu"``, or a sequence tried in order; see `lla.explain`.
       return_stats: also return an `lla.Stats`.
+      context_axis: the name of a mesh axis over which the sequence of queries, keys and values is
+        split, an Explicit axis or one of an enclosing `jax.shard_map`; for other meshes see
+        `lla.sharding.on_mesh`. Keys and values are gathered once (with a window those around a
+        device's own alone), and their gradients are summed in float32. Inside `jax.shard_map`,
+        offsets, lengths, and the last axis of `mask` and `bias` are those of the whole sequence,
+        all else is a device's share.
+      context_balance: whether the sequence is in the order of `lla.sharding.balance`, which gives
+        all devices the same work under a causal mask.
 
     Returns:
       ``[*B, T, N, Hv]`` in the query's dtype; statistics and solves are float32 or better. A query
@@ -100,14 +115,19 @@ def local_linear_attention(
     Source: Zuo et al., "Local Linear Attention", arXiv 2510.01450, in the centred form derived in
     ``kernels/MATHEMATICS.md``.
     """
-    problem = make_problem(
-        "lla", query, key, value, ridge=ridge, scale=scale, is_causal=is_causal,
-        query_offset=query_offset, query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids,
-        local_window_size=local_window_size, mask=mask, bias=bias,
-        logits_soft_cap=logits_soft_cap, solver=solver,
+    arrays = dict(
+        query=query, key=key, value=value, ridge=ridge, scale=scale, query_offset=query_offset,
+        query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
+        segment_ids=segment_ids, mask=mask, bias=bias,
     )  # fmt: skip
-    return _serve(problem, implementation, return_stats)
+    options = dict(
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        solver=solver,
+    )
+    split = make_context(context_axis, context_balance)
+    return _serve("lla", arrays, options, implementation, return_stats, split)
 
 
 def parallax_attention(
@@ -128,6 +148,8 @@ def parallax_attention(
     logits_soft_cap: None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
+    context_axis: str | None = None,
+    context_balance: bool = False,
 ) -> jax.Array | tuple[jax.Array, Stats]:
     """Parallax attention: softmax attention corrected along a given direction, the probe.
 
@@ -139,8 +161,8 @@ def parallax_attention(
       query, key, value: as in `local_linear_attention`.
       probe: ``[*B, T, N, H]``, the query's dtype.
       scale, is_causal, query_offset, query_seq_lengths, key_value_seq_lengths, segment_ids,
-        local_window_size, mask, bias, logits_soft_cap, implementation, return_stats: as in
-        `local_linear_attention`.
+        local_window_size, mask, bias, logits_soft_cap, implementation, return_stats,
+        context_axis, context_balance: as in `local_linear_attention`.
 
     Returns:
       ``[*B, T, N, Hv]`` in the query's dtype, or a pair with `lla.Stats`.
@@ -150,14 +172,16 @@ def parallax_attention(
 
     Source: "Parallax", arXiv 2605.29157.
     """
-    problem = make_problem(
-        "parallax", query, key, value, probe=probe, scale=scale, is_causal=is_causal,
-        query_offset=query_offset, query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids,
-        local_window_size=local_window_size, mask=mask, bias=bias,
-        logits_soft_cap=logits_soft_cap,
+    arrays = dict(
+        query=query, key=key, value=value, probe=probe, scale=scale, query_offset=query_offset,
+        query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
+        segment_ids=segment_ids, mask=mask, bias=bias,
     )  # fmt: skip
-    return _serve(problem, implementation, return_stats)
+    options = dict(
+        is_causal=is_causal, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap
+    )
+    split = make_context(context_axis, context_balance)
+    return _serve("parallax", arrays, options, implementation, return_stats, split)
 
 
 def softmax_attention(
@@ -177,6 +201,8 @@ def softmax_attention(
     logits_soft_cap: float | None = None,
     implementation: Implementation = None,
     return_stats: bool = False,
+    context_axis: str | None = None,
+    context_balance: bool = False,
 ) -> jax.Array | tuple[jax.Array, Stats]:
     """Softmax attention through the same code, the member of the family without a probe.
 
@@ -187,14 +213,16 @@ def softmax_attention(
         ``c * tanh((scale * q_i . k_j + bias_ij) / c)``, the bias inside, as in tokamax. Where the
         bias is -inf the key is hidden all the same. ``"reference"`` and ``"xla"`` have it.
     """
-    problem = make_problem(
-        "softmax", query, key, value, scale=scale, is_causal=is_causal,
-        query_offset=query_offset, query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids,
-        local_window_size=local_window_size, mask=mask, bias=bias,
-        logits_soft_cap=logits_soft_cap,
+    arrays = dict(
+        query=query, key=key, value=value, scale=scale, query_offset=query_offset,
+        query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
+        segment_ids=segment_ids, mask=mask, bias=bias,
     )  # fmt: skip
-    return _serve(problem, implementation, return_stats)
+    options = dict(
+        is_causal=is_causal, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap
+    )
+    split = make_context(context_axis, context_balance)
+    return _serve("softmax", arrays, options, implementation, return_stats, split)
 
 
 def explain(
@@ -241,6 +269,16 @@ def explain(
     return reasons
 
 
-def _serve(problem: Problem, implementation, return_stats):
-    out, stats = backend.run(problem, implementation, return_stats)
-    return (out, stats) if return_stats else out
+def _serve(member, arrays, options, implementation, return_stats, split):
+    call = member, arrays, options, implementation, return_stats
+    if split is not None:
+        found = sharding.attend_split(split, *call)
+    else:
+        mesh = sharding.find_mesh(arrays.values())
+        if mesh is None:
+            problem = make_problem(member, **arrays, **options)
+            out, stats = backend.run(problem, implementation, return_stats)
+            return (out, stats) if return_stats else out
+        found = sharding.attend(mesh, *call)
+    stats = Stats(*(found[name] for name in Stats._fields))
+    return (found["out"], stats) if return_stats else found["out"]

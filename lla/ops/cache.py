@@ -108,7 +108,7 @@ class KVCache:
           ValueError: for wrong shapes or dtypes, and where the lengths are known for `new_lengths`
             outside its range and for tokens that do not fit.
         """
-        self._check(key, value)
+        self.check(key, value)
         length = key.shape[-3]
         counts = token_counts(new_lengths, self.lengths.shape, length)
         check_room(self.lengths, counts, self.max_length)
@@ -118,7 +118,8 @@ class KVCache:
             lengths=self.lengths + counts,
         )
 
-    def _check(self, key, value):
+    def check(self, key: jax.Array, value: jax.Array) -> None:
+        """Raises ValueError unless tokens of this key and value can be appended."""
         for name, new, old in (("key", key, self.key), ("value", value, self.value)):
             fits = new.ndim == old.ndim and new.ndim >= 3
             fits = fits and (*new.shape[:-3], *new.shape[-2:]) == (

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from lla.numerics import nan_where
-from lla.ops import backend
+from lla.ops import backend, sharding
 from lla.ops.backend import Implementation
-from lla.ops.cache import KVCache, exists, token_counts
-from lla.ops.problem import Member, Problem, make_problem
+from lla.ops.cache import KVCache, check_room, exists, token_counts
+from lla.ops.call import CACHE
+from lla.ops.problem import Member, Problem, check_ridge, make_problem
 from lla.ops.solver import Solver, Stats
 
 
@@ -147,11 +148,7 @@ def decoding_problem(
     query, key, value = (jnp.asarray(a) for a in (query, key, value))
     before = cache.lengths
     grown = cache.append(key, value, new_lengths)
-    if query.ndim != key.ndim or query.shape[:-2] != key.shape[:-2]:
-        raise ValueError(
-            f"query must have the leading axes and the length of key, got query {query.shape} and "
-            f"key {key.shape}."
-        )
+    _check_leading(query, key)
     if options.get("bias") is not None and new_lengths is not None:
         # The bias of tokens that only pad is not read.
         options["query_seq_lengths"] = token_counts(new_lengths, before.shape, query.shape[-3])
@@ -167,6 +164,58 @@ def decoding_problem(
 
 
 def _decode(member, query, key, value, cache, new_lengths, implementation, return_stats, **options):
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"cache must be an lla.KVCache, got {type(cache).__name__}.")
+    query, key, value = (jnp.asarray(a) for a in (query, key, value))
+    arrays = dict(
+        query=query, key=key, value=value, cache_key=cache.key, cache_value=cache.value,
+        cache_lengths=cache.lengths, new_lengths=new_lengths,
+    )  # fmt: skip
+    mesh = sharding.find_mesh(arrays.values())
+    if mesh is None:
+        out, cache, stats = _on_one_device(
+            member, query, key, value, cache, new_lengths, implementation, return_stats, **options
+        )
+        return (out, cache, stats) if return_stats else (out, cache)
+    return _sharded(mesh, member, arrays, cache, implementation, return_stats, options)
+
+
+def _sharded(mesh, member, arrays, cache, implementation, return_stats, options):
+    """`_decode` where several devices may hold the arrays."""
+    query, key = arrays["query"], arrays["key"]
+    cache.check(key, arrays["value"])
+    counts = token_counts(arrays["new_lengths"], cache.lengths.shape, key.shape[-3])
+    check_room(cache.lengths, counts, cache.max_length)
+    _check_leading(query, key)
+    names = ("ridge", "scale", "probe", "bias")
+    arrays |= {name: options.pop(name) for name in names if name in options}
+    if member == "lla":
+        check_ridge(arrays["ridge"])
+    found = sharding.attend(
+        mesh, member, arrays, options, implementation, return_stats, kind="decode"
+    )
+    cache = KVCache(*(found[name] for name in CACHE))
+    if not return_stats:
+        return found["out"], cache
+    return found["out"], cache, Stats(*(found[name] for name in Stats._fields))
+
+
+def decode_arrays(member, arrays, implementation, with_stats, options):
+    """A step of decoding on named arrays: output, the arrays of the cache, and the statistics."""
+    arrays = dict(arrays)
+    cache = KVCache(*(arrays.pop(name) for name in CACHE))
+    new_lengths = arrays.pop("new_lengths", None)
+    query, key, value = (arrays.pop(name) for name in ("query", "key", "value"))
+    out, cache, stats = _on_one_device(
+        member, query, key, value, cache, new_lengths, implementation, with_stats, **arrays,
+        **options,
+    )  # fmt: skip
+    return (out, cache.key, cache.value, cache.lengths, *(stats or ()))
+
+
+def _on_one_device(
+    member, query, key, value, cache, new_lengths, implementation, return_stats, **options
+):
     problem, grown = decoding_problem(member, query, key, value, cache, new_lengths, **options)
     out, stats = backend.run(problem, implementation, return_stats, decoding=True)
 
@@ -177,13 +226,21 @@ def _decode(member, query, key, value, cache, new_lengths, implementation, retur
     out = jnp.where(jnp.broadcast_to(real[..., None], out.shape), out, jnp.zeros_like(out))
     out = nan_where(jnp.broadcast_to(real & full, out.shape[:-1]), out)
     if not return_stats:
-        return out, grown
+        return out, grown, None
     fills = (-jnp.inf, 0, 0)
     real = jnp.broadcast_to(real, stats.lse.shape)
     stats = Stats(
         *(jnp.where(real, a, jnp.full_like(a, f)) for a, f in zip(stats, fills, strict=True))
     )
     return out, grown, stats
+
+
+def _check_leading(query: jax.Array, key: jax.Array) -> None:
+    if query.ndim != key.ndim or query.shape[:-2] != key.shape[:-2]:
+        raise ValueError(
+            f"query must have the leading axes and the length of key, got query {query.shape} and "
+            f"key {key.shape}."
+        )
 
 
 def _without_padding(problem: Problem, counts: jax.Array) -> Problem:

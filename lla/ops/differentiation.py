@@ -9,7 +9,7 @@ name where it does not.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lla.compat import match_varying
+from lla.ops.handover import current_handover
 from lla.ops.problem import Operands
 from lla.ops.solver import Stats
 
@@ -39,7 +40,11 @@ class Residuals(NamedTuple):
 
 
 def attention(
-    name: str, forward: Callable, backward: Callable, output: Callable | None = None
+    name: str,
+    forward: Callable,
+    backward: Callable,
+    output: Callable | None = None,
+    axes: Mapping[int, str] | None = None,
 ) -> Callable:
     """A differentiable function ``(spec, operands, constants) -> (out, Stats)``.
 
@@ -50,6 +55,8 @@ def attention(
       backward: ``(spec, operands, constants, residuals, cotangent) -> Operands``, the gradients.
       output: ``(spec, operands, constants) -> out``, equal to that of `forward` and differentiable
         by JAX; None if there is none, and no further derivatives.
+      axes: for `lla.ops.handover`, by the rank of a residual or statistic its axes behind the
+        first one, in the letters of `lla.ops.placement`; None if the compiler cannot divide it.
     """
     if output is None:
         results, gradients = (refuse_derivative(f, name) for f in (forward, backward))
@@ -88,7 +95,11 @@ def attention(
 
     def call(spec, operands: Operands, constants) -> tuple[jax.Array, Stats]:
         leaves, tree = jax.tree.flatten((operands, constants))
-        return attend(spec, *jax.tree.unflatten(tree, match_varying(*leaves)))
+        operands, constants = jax.tree.unflatten(tree, match_varying(*leaves))
+        handover = current_handover()
+        if handover is not None:
+            return handover.attend(results, gradients, axes, spec, operands, constants)
+        return attend(spec, operands, constants)
 
     return call
 

@@ -112,8 +112,12 @@ def make_problem(
     bias=None,
     logits_soft_cap=None,
     solver=None,
+    known_ridge: float | None = None,
 ) -> Problem:
-    """Checks every argument and builds the `Problem`; see `lla.local_linear_attention`."""
+    """Checks every argument and builds the `Problem`; see `lla.local_linear_attention`.
+
+    `known_ridge` is the smallest ridge, for a traced one that was known before it was traced.
+    """
     query, key, value = (
         _float_array(a, n) for a, n in ((query, "query"), (key, "key"), (value, "value"))
     )
@@ -156,6 +160,8 @@ def make_problem(
     static_ridge = None
     if member == "lla":
         static_ridge = _check_positive(ridge, "ridge", bound=min)
+        if static_ridge is None:
+            static_ridge = known_ridge
         ridge = row_parameter(ridge, "ridge")
         if static_ridge is None:
             # Traced values cannot raise: a row whose ridge is not positive becomes NaN.
@@ -363,6 +369,11 @@ def _check_positive(array, name: str, bound, or_zero: bool = False) -> float | N
             f"{values.max() if values.size else 'empty'}]."
         )
     return float(bound(values.min(), values.max())) if values.size else None
+
+
+def check_ridge(ridge) -> None:
+    """Raises ValueError for a ridge that is known not to be positive."""
+    _check_positive(ridge, "ridge", bound=min)
 
 
 def _check_soft_cap(cap, member: Member) -> float:

@@ -401,4 +401,4 @@ def _backward(spec: _Spec, operands: Operands, constants, saved: Residuals, cota
     return Operands(by_query.query, d_key, d_value, d_probe, d_ridge, by_query.scale)
 
 
-_attend = attention("mosaic_gpu", _forward, _backward)
+_attend = attention("mosaic_gpu", _forward, _backward, axes={3: "nq", 4: "qnh"})

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lla.compat import full_varying, vary_like
@@ -153,8 +152,9 @@ def _split_bias(spec: _Spec, operands: Operands):
     if bias.shape[2] != 1:
         bias = blocks.pad_rows(spec.plan, bias, 2)
     b, k, by_sequence, by_head = spec.bias_places
-    sequence, head = np.divmod(np.arange(b * k, dtype=np.int32), np.int32(k))
-    places = sequence * by_sequence * (k if by_head else 1) + head * by_head
+    # Traced: a function that the compiler divides must not hold constant arrays.
+    sequence, head = jnp.divmod(jnp.arange(b * k, dtype=jnp.int32), jnp.int32(k))
+    places = sequence * (int(by_sequence) * (k if by_head else 1)) + head * int(by_head)
     places = vary_like(jnp.asarray(places, jnp.int32), operands.query)
     return operands._replace(bias=None), bias, places
 
@@ -512,4 +512,4 @@ def _output(spec: _Spec, operands: Operands, mask: Mask) -> jax.Array:
     return _by_tiles(spec, _output_tile, operands, mask)
 
 
-_attend = attention("xla", _forward, _backward, _output)
+_attend = attention("xla", _forward, _backward, _output, {3: "nt", 4: "nth"})
