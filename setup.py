@@ -27,6 +27,7 @@ test = [
     *data,
     *text,
     "chex>=0.1.92",
+    "pyright[nodejs]>=1.1.414",  # a test checks the types of a script; with a Node.js of its own
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff==0.17.6",  # exact: the formatter's output changes between minor versions
@@ -43,7 +44,7 @@ setup(
     license_files=["LICENSE"],
     packages=packages,
     package_dir={"lla": "lla", **INSIDE},
-    package_data={"lla.tasks": ["sample_text/*.txt"]},
+    package_data={"lla": ["py.typed"], "lla.tasks": ["sample_text/*.txt"]},
     python_requires=">=3.11",
     install_requires=[
         f"jax{JAX}",

@@ -28,7 +28,7 @@ INSTALLED = {
 
 def sources(folder: str) -> list[Path]:
     texts = (ROOT / folder / "tasks" / "sample_text").glob("*.txt")
-    return sorted([*(ROOT / folder).rglob("*.py"), *texts])
+    return sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).glob("py.typed"), *texts])
 
 
 @pytest.fixture(scope="module")
