@@ -5,16 +5,24 @@
 
 Time: seconds; `:full` half a minute on two CPU cores.
 
-Variants: `--config=configs/bias_exponents.py:smoke` (seconds, numbers mean little) and `:full` (all
-of `results/full`: more targets, dimensions and ridges, and fits of random keys as well).
+Variants: `VARIANTS`, below.
 Any field can be overridden: `--config.seeds='(0,)' --config.replicates=16`.
 """
 
 from ml_collections import ConfigDict
 
+from lla.runs import check_variant
+
+VARIANTS = {
+    "": "one target, seconds",
+    "smoke": "seconds; the numbers mean nothing",
+    "full": "what the figure shows, half a minute: more targets, ridges and random keys",
+}
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The config; `variant` is one of "", "smoke", "full"."""
+    """The config; `variant` is a key of `VARIANTS`."""
+    check_variant(variant, VARIANTS)
     config = ConfigDict()
     config.experiment = "bias_exponents"
 
@@ -54,6 +62,4 @@ def get_config(variant: str = "") -> ConfigDict:
         config.settings = (*config.settings, *others, *dims, *ridges)
         config.operator_circles = (*config.operator_circles, (1.0, (1e-6, 4)))
         config.seeds = (0, 1, 2)
-    elif variant:
-        raise ValueError(f"unknown variant {variant!r}; valid: smoke, full.")
     return config.lock()

@@ -162,7 +162,7 @@ def assert_one_line(wrong, message):
         ("configs/mqra.py", "there is no file 'configs/mqra.py'"),
         ("configs", "there is no file 'configs'"),
         ("", "there is no file ''"),
-        ("configs/mqar.py:smok", "unknown variant 'smok'; valid"),
+        ("configs/mqar.py:smok", "unknown variant 'smok'; did you mean 'smoke'?"),
         ("lla/version.py", "no attribute 'get_config'"),
         ("README.md", "invalid"),
     ],
