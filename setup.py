@@ -17,6 +17,16 @@ packages = find_packages(include=["lla", "lla.*"])
 for package, folder in INSIDE.items():
     packages += [package, *(f"{package}.{name}" for name in find_packages(folder))]
 
+# The functions that `lla-train` and the others call; lla/__main__.py has the same commands.
+commands = {
+    "train": "lla.experiments.train",
+    "sweep": "lla.experiments.sweep",
+    "generate": "lla.experiments.generate",
+    "study": "lla.experiments.run_study",
+    "figure": "lla.experiments.figure",
+    "selftest": "lla.selftest",
+}
+
 # Lower bounds are the oldest versions that the tests run with. Python 3.11 gets these.
 JAX = ">=0.10.2"
 plot = ["matplotlib>=3.11"]
@@ -65,6 +75,9 @@ setup(
         "experiments": [*plot, *data, *text],
         "test": test,
         "dev": [*test, "pre-commit>=4.0"],
+    },
+    entry_points={
+        "console_scripts": [f"lla-{name} = {module}:run" for name, module in commands.items()]
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -24,14 +24,14 @@ def get_config(variant: str = "") -> ConfigDict:
     """The config; `variant` is a key of `VARIANTS`."""
     check_variant(variant, VARIANTS)
     config = ConfigDict()
-    config.experiment = "solver_iterations"
-    config.seeds = (0, 1, 2)
+    config.experiment = "solver_iterations"  # a study of experiments/run_study.py
+    config.seeds = (0, 1, 2)  # of the inputs
     config.length = 512  # keys and queries; the dense reference takes time and memory of n^2 d
-    config.heads = 2
+    config.heads = 2  # of the inputs; errors are over all
     config.settings = (("normal", 64), ("anisotropic", 64))  # inputs and head dimension
     config.dtypes = ("float32", "bfloat16")  # of query, key and value, and so of the output
-    config.ridges = (10.0, 1.0, 0.1, 0.01)
-    config.iterations = (1, 2, 4, 8, 16, 32, 64)
+    config.ridges = (10.0, 1.0, 0.1, 0.01)  # one curve each
+    config.iterations = (1, 2, 4, 8, 16, 32, 64)  # of the solver, forced
     config.published_iterations = 32  # of the paper's kernels: a line in the figure
 
     if variant == "smoke":

@@ -29,8 +29,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """The config; `variant` is a key of `VARIANTS`."""
     check_variant(variant, VARIANTS)
     config = ConfigDict()
-    config.experiment = "test_time_regression"
-    config.seed = 0
+    config.experiment = "test_time_regression"  # a study of experiments/run_study.py
+    config.seed = 0  # of the data
 
     # The task, see lla/tasks/test_time_regression.py.
     config.dim = 64  # of keys, queries and values, wherever it is not scanned

@@ -24,17 +24,17 @@ def get_config(variant: str = "") -> ConfigDict:
     """The config; `variant` is a key of `VARIANTS`."""
     check_variant(variant, VARIANTS)
     config = ConfigDict()
-    config.experiment = "series"
+    config.experiment = "series"  # a study of experiments/run_study.py
     config.delays = {"sunspots": 11, "elnino": 12}  # values per embedding: about one cycle
     # Keys, an axis of every estimator's grid; see lla/tasks/series.py.
     config.embeddings = ("plain", "sphere")
     config.statistics_fraction = 0.2  # of the series: mean and deviation; no errors counted
     config.selection_fraction = 0.45  # up to here options are chosen, behind it errors reported
     config.block = {"sunspots": 22, "elnino": 24}  # time steps per block of the bootstrap
-    config.resamples = 4000
+    config.resamples = 4000  # of the bootstrap
 
-    # Eight grid points, on either embedding, for every estimator.
     scales, decays = (0.25, 1.0, 4.0, 16.0), (0.97, 0.99, 0.995, 0.998)
+    # label: estimator and its grid, eight points on either embedding.
     config.estimators = {
         "lla": {
             "name": "lla",

@@ -1,9 +1,14 @@
 """Trains one model on one task.
 
-    python experiments/train.py --config=configs/mqar.py --workdir=runs/mqar
+    lla-train --config=mqar:short --workdir=runs/mqar
+    python experiments/train.py --config=configs/mqar.py:short --workdir=runs/mqar   # the same
 
 The same command resumes a run that was killed. Any field of the config can be overridden:
-`--config.model.mixer.name=gla --config.mixers.gla.expand_k=1.0`.
+`--config.model.mixer.name=gla --config.mixers.gla.expand_k=1.0`. What there is:
+
+    lla-train --list                          # configs, variants, tasks, mixers
+    lla-train --config=mqar:short --describe  # every field, its value and meaning
+    lla-train --config=mqar:short --dry_run   # the resolved config, parameters, memory, steps
 """
 
 import jax
@@ -13,10 +18,18 @@ from ml_collections import config_flags
 from lla import training
 from lla.runs import WorkdirError, command
 from lla.runs.workdir import directory
+from lla.training import describe
 from lla.training.unused import check_used
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Name or file of a config; `:NAME` behind it for a variant."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
+_LIST = flags.DEFINE_bool("list", False, "Print configs, variants, tasks and mixers.")
+_DESCRIBE = flags.DEFINE_bool("describe", False, "Print every field of the config, explained.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the resolved config, parameters, memory and steps; train nothing."
+)
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "Calls of the compiled step to trace into WORKDIR/profile.", lower_bound=0
 )
@@ -28,10 +41,18 @@ _MULTI_HOST = flags.DEFINE_bool(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if _LIST.value:
+        print(*describe.catalogue(command.configs()), sep="\n")
+        return
+    config = _CONFIG.value.to_dict()
     try:
-        settings = training.resolve(_CONFIG.value.to_dict())
+        describe.check_trains(config)
+        settings = training.resolve(config)
         check_used(command.overrides(), settings.model.mixer_names, sweeps=False)
-        path = directory(_WORKDIR.value)
+        if _DESCRIBE.value:
+            print(*describe.lines(describe.fields(config)), sep="\n")
+            return
+        path = None if _DRY_RUN.value else directory(_WORKDIR.value)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     if _MULTI_HOST.value:
@@ -43,7 +64,11 @@ def main(argv):
             ) from error
     try:
         trainer = training.Trainer(settings)
-    except (ImportError, ValueError) as error:
+        if _DRY_RUN.value:
+            trainer.check()
+            print(*describe.dry_run(trainer), sep="\n")
+            return
+    except (ImportError, OSError, ValueError, training.RefusedError) as error:
         raise app.UsageError(str(error)) from error
     try:
         result = training.train(trainer, path, profile=_PROFILE.value)
@@ -57,6 +82,7 @@ def main(argv):
         f"{result['status']} at step {result['steps']}: {result['headline']} {final}, best "
         f"{best}{test}"
     )
+    command.warn_of_smoke()
 
 
 def _shown(value):
@@ -64,6 +90,11 @@ def _shown(value):
     return "not finite" if value is None else f"{value:.6g}"
 
 
+def run() -> None:
+    """The command `lla-train`."""
+    needed = {"config": ("list",), "workdir": ("list", "describe", "dry_run")}
+    command.run(main, needed)
+
+
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    command.run(main)
+    run()

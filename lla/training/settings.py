@@ -176,8 +176,9 @@ class Training:
 class Sharding:
     """Devices along the two axes of the mesh; -1, for one of them, means all that are left.
 
-    The batch is split over both axes; parameters and optimiser state are split over `fsdp` and
-    replicated over `data`.
+    Attributes:
+      data: devices that the batch is split over, with all parameters on each.
+      fsdp: devices that the batch is split over as well as parameters and optimiser state.
     """
 
     data: int = -1
