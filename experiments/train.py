@@ -4,7 +4,9 @@
     python experiments/train.py --config=configs/mqar.py:short --workdir=runs/mqar   # the same
 
 The same command resumes a run that was killed. Any field of the config can be overridden:
-`--config.model.mixer.name=gla --config.mixers.gla.expand_k=1.0`. What there is:
+`--config.model.mixer.name=gla --config.mixers.gla.expand_k=1.0`. A run with
+`--config.optimizer.schedule=wsd` goes on to more steps with `--config.training.steps=N --extend`.
+What there is:
 
     lla-train --list                          # configs, variants, tasks, mixers
     lla-train --config=mqar:short --describe  # every field, its value and meaning
@@ -19,6 +21,7 @@ from lla import training
 from lla.runs import WorkdirError, command
 from lla.runs.workdir import directory
 from lla.training import describe
+from lla.training.extension import differs_by_length
 from lla.training.unused import check_used
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,12 +33,17 @@ _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every field of the confi
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print the resolved config, parameters, memory and steps; train nothing."
 )
+_EXTEND = flags.DEFINE_bool(
+    "extend", False, "Train a run of fewer steps further, if its schedule allows that."
+)
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "Calls of the compiled step to trace into WORKDIR/profile.", lower_bound=0
 )
 _MULTI_HOST = flags.DEFINE_bool(
     "multi_host", False, "Start JAX's distributed runtime: one process per host, one command each."
 )
+
+_HOW_TO_EXTEND = "\nTo train that run further, add --extend."
 
 
 def main(argv):
@@ -71,9 +79,10 @@ def main(argv):
     except (ImportError, OSError, ValueError, training.RefusedError) as error:
         raise app.UsageError(str(error)) from error
     try:
-        result = training.train(trainer, path, profile=_PROFILE.value)
+        result = training.train(trainer, path, profile=_PROFILE.value, extend=_EXTEND.value)
     except (WorkdirError, training.RefusedError) as error:
-        raise app.UsageError(str(error)) from error
+        hint = "" if _EXTEND.value or not differs_by_length(settings, path) else _HOW_TO_EXTEND
+        raise app.UsageError(f"{error}{hint}") from error
     except training.NonFiniteError as error:
         raise SystemExit(str(error)) from error
     final, best = (_shown(result[name]) for name in ("final", "best"))

@@ -79,7 +79,8 @@ class Optimizer:
       name: "adamw", or "muon" for the kernels of linear maps and AdamW for the rest.
       learning_rate: the peak of the schedule.
       schedule: after the warm-up, "cosine" decays from the peak to the end; "wsd" (warm-up, stable,
-        decay: arXiv 2404.06395) stays at the peak, and decays linearly at the end.
+        decay: arXiv 2404.06395) stays at the peak, and decays linearly at the end. Only a run with
+        "wsd" can be trained further (`lla.training.extension`).
       warmup_fraction: fraction of all steps in which the rate rises linearly from 0.
       decay_fraction: fraction of all steps in which "wsd" decays.
       final_fraction: the rate after the last step, as a fraction of the peak.

@@ -264,6 +264,26 @@ def test_a_work_directory_that_is_none_is_a_line(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_finished_run_is_trained_further_on_request(tmp_path):
+    flags = [
+        "--config=configs/mqar.py:smoke",
+        f"--workdir={tmp_path}",
+        "--config.model.mixer.name=linear",
+        "--config.optimizer.schedule=wsd",
+        "--config.optimizer.warmup_fraction=0",
+    ]
+    assert "finished at step 8" in run("train", *flags).stdout
+    more = [*flags, "--config.training.steps=16"]
+    refused = run("train", *more)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == "To train that run further, add --extend."
+    done = run("train", *more, "--extend")
+    assert done.returncode == 0 and "finished at step 16" in done.stdout, done.stderr
+    other = run("train", *more, "--config.training.seed=1", "--extend")
+    assert_one_line(other, "the settings differ in training.seed")
+
+
+@pytest.mark.slow
 def test_options_are_reached_whatever_their_defaults_are(tmp_path):
     done = run(
         "train",
