@@ -29,9 +29,10 @@ commands = {
 
 # Lower bounds are the oldest versions that the tests run with. Python 3.11 gets these.
 JAX = ">=0.10.2"
-plot = ["matplotlib>=3.11"]
+plot = ["matplotlib>=3.11"]  # figures as files: lla-figure
 data = ["statsmodels>=0.15"]  # ships the real series that the experiments use
 text = ["tokenizers>=0.22"]  # for language models on text files
+tensorboard = ["tensorboard>=2.20"]  # lla-train writes for it wherever it is installed
 test = [
     *plot,
     *data,
@@ -72,6 +73,7 @@ setup(
         "plot": plot,
         "data": data,
         "text": text,
+        "tensorboard": tensorboard,
         "experiments": [*plot, *data, *text],
         "test": test,
         "dev": [*test, "pre-commit>=4.0"],
@@ -85,6 +87,8 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     keywords="attention, jax, local linear regression, test-time regression",

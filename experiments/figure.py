@@ -57,8 +57,8 @@ def draw_curves(argv: Sequence[str]) -> int:
         figure = curves.draw(metric, found)
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=220)
-    except ModuleNotFoundError as error:
-        return _failed(f'{error}: for figures pip install "lla-jax[plot]", or give --text.')
+    except ImportError as error:
+        return _failed(f"{error}, or give --text.")
     except (OSError, ValueError) as error:  # such as an ending that is no kind of picture
         return _failed(f"--output: {error}")
     print(output)
@@ -76,7 +76,13 @@ def main(argv: Sequence[str]) -> int:
         return draw_curves(arguments)
     if name not in names():
         return _failed(unknown("figure", name, ["curves", *names()]))
-    return importlib.import_module(f"lla.experiments.{name}.plot").main(arguments)
+    plot = importlib.import_module(f"lla.experiments.{name}.plot")
+    if not arguments and not (pathlib.Path(plot.__file__).parent / "results").is_dir():
+        return _failed(
+            f"the results that {name} is drawn from are in the repository, not in the installed "
+            "package: name a folder with results of your own, or draw from a checkout."
+        )
+    return plot.main(arguments)
 
 
 def run() -> None:

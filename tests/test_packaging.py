@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -33,18 +34,23 @@ def sources(folder: str) -> list[Path]:
     return sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).glob("py.typed"), *texts])
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the sources, because a build leaves files beside them."""
-    copy = tmp_path_factory.mktemp("source") / "copy"
+def copied(copy: Path, *others: str) -> Path:
+    """A copy of the sources, and of other files: a build leaves files beside them."""
     copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", *others):
         shutil.copy(ROOT / name, copy)
     for folder in ("lla", "kernels", "configs", "experiments", "tests"):
         for source in sources(folder):
             target = copy / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the sources."""
+    copy = copied(tmp_path_factory.mktemp("source") / "copy")
     build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
     # -c puts the current folder on the path, as an isolated build does not; PYTHONSAFEPATH removes
     # it, so that setup.py is read without the sources being importable.
@@ -62,6 +68,10 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_wheel_holds_the_library_and_nothing_else(wheel):
+    check_contents(wheel)
+
+
+def check_contents(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = {
@@ -125,6 +135,63 @@ def test_the_wheel_trains_and_draws_from_another_folder(unpacked, tmp_path):
     assert (tmp_path / "run" / "curves.png").exists()
 
 
+@pytest.mark.slow
+def test_sdist_and_wheel_work_in_a_fresh_environment(tmp_path):
+    """From the sources to a package that runs; needs a package index, and takes minutes."""
+    extra = ("README.md", "CHANGELOG.md", "CITATION.cff", "MANIFEST.in")
+    copy = copied(tmp_path / "copy", *extra)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME", "JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
+    }
+
+    def run(*command, cwd=tmp_path):
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def make(name, *requirements):
+        run(sys.executable, "-m", "venv", tmp_path / name)
+        run(tmp_path / name / "bin" / "python", "-m", "pip", "install", "-q", *requirements)
+        return tmp_path / name / "bin"
+
+    tools = make("tools", "build", "twine")
+    run(tools / "python", "-m", "build", cwd=copy)  # the wheel from the sdist
+    (sdist,), (wheel,) = (copy / "dist").glob("*.tar.gz"), (copy / "dist").glob("*.whl")
+    run(tools / "twine", "check", "--strict", sdist, wheel)
+    check_contents(wheel)
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "setup.py"} <= names
+    assert not [name for name in names if name.startswith("tests/")]
+
+    fresh = make("fresh", wheel)
+    assert "0 failed" in run(fresh / "lla-selftest", "--quick")
+    assert "lla-train, lla-sweep" in run(fresh / "lla-train", "--list")
+    flags = ("--config=mqar:smoke", "--workdir=run")
+    assert "finished at step 8" in run(fresh / "lla-train", *flags)
+    assert "answers are right" in run(fresh / "lla-generate", "--workdir=run")
+    # The figure needs the extra "plot"; the text does not.
+    assert "LLA: " in run(fresh / "lla-figure", "curves", "run", "--text")
+    assert "None" in run(
+        fresh / "python", "-c", "import importlib.util as u; print(u.find_spec('kernels'))"
+    )
+    study = ("--config=test_time_regression:smoke", "--workdir=study")
+    with pytest.raises(AssertionError, match=r'FATAL figures need Matplotlib.*"lla-jax\[plot\]"'):
+        run(fresh / "lla-study", *study)
+    run(fresh / "python", "-m", "pip", "install", "-q", f"{wheel}[plot]")
+    assert "figure.png" in run(fresh / "lla-study", *study)
+    assert "curves.png" in run(fresh / "lla-figure", "curves", "run")
+
+
 @pytest.mark.compat
 def test_import_from_another_folder(tmp_path):
     """The installed distribution needs neither the repository nor a PYTHONPATH to be found."""
@@ -155,6 +222,17 @@ def test_version_is_the_same_everywhere():
         assert f"## [Unreleased]\n\nIn development as {lla.__version__}.\n" in changelog
     else:
         assert f"\n## [{lla.__version__}] - " in changelog
+
+
+def test_the_release_has_notes():
+    release = lla.__version__.partition(".dev")[0]
+    notes = (ROOT / "release_notes" / f"{release}.md").read_text(encoding="utf-8")
+    assert notes.startswith(f"# lla-jax {release}\n")
+    for name in re.findall(r"`(lla\.[\w.]+)`", notes):
+        found = lla
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
+    assert set(re.findall(r"`lla-(\w+)`", notes)) <= set(COMMANDS)
 
 
 def test_files_are_named_by_what_is_in_them():
