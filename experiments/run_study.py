@@ -47,7 +47,9 @@ def run() -> None:
     config = config_flags.DEFINE_config_file(
         "config", None, "Name or file of a config; `:NAME` behind it for a variant."
     )
-    workdir = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Directory of results, by default runs/NAME_VARIANT; rerunning resumes."
+    )
     listed = flags.DEFINE_bool("list", False, "Print configs, variants, tasks and mixers.")
     described = flags.DEFINE_bool("describe", False, "Print every field of the config, explained.")
 
@@ -59,10 +61,10 @@ def run() -> None:
             file = file.with_name(file.name.partition(":")[0])
             print(*describe.lines(describe.study_fields(config.value, file)), sep="\n")
         else:
-            main(argv, config.value, workdir.value)
+            main(argv, config.value, command.workdir(workdir.value))
             command.warn_of_smoke()
 
-    command.run(run, {"config": ("list",), "workdir": ("list", "describe")})
+    command.run(run, {"config": ("list",)})
 
 
 if __name__ == "__main__":

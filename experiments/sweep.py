@@ -27,7 +27,9 @@ from lla.training.unused import check_used
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Name or file of a config; `:NAME` behind it for a variant."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of results, by default runs/NAME_VARIANT_sweep; rerunning resumes."
+)
 _LIST = flags.DEFINE_bool("list", False, "Print configs, variants, tasks and mixers.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every field of the config, explained.")
 _DRY_RUN = flags.DEFINE_bool(
@@ -52,7 +54,11 @@ def main(argv):
     config = _CONFIG.value.to_dict()
     try:
         describe.check_trains(config)
-        path = None if _DESCRIBE.value or _DRY_RUN.value else directory(_WORKDIR.value)
+        path = (
+            None
+            if _DESCRIBE.value or _DRY_RUN.value
+            else directory(command.workdir(_WORKDIR.value, "sweep"))
+        )
         _, points = sweep.grid_points(config)
         names = dict.fromkeys(name for point in points for name in point.settings.model.mixer_names)
         check_used(command.overrides(), names, sweeps=True)
@@ -74,8 +80,7 @@ def main(argv):
 
 def run() -> None:
     """The command `lla-sweep`."""
-    needed = {"config": ("list",), "workdir": ("list", "describe", "dry_run")}
-    command.run(main, needed)
+    command.run(main, {"config": ("list",)})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Trains one model on one task.
 
-    lla-train --config=mqar:short --workdir=runs/mqar
+    lla-train --config=mqar:short                            # results in runs/mqar_short
+    lla-train --config=mqar:short --workdir=runs/mqar        # or wherever you say
     python experiments/train.py --config=configs/mqar.py:short --workdir=runs/mqar   # the same
 
 The same command resumes a run that was killed. Any field of the config can be overridden:
@@ -27,7 +28,9 @@ from lla.training.unused import check_used
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Name or file of a config; `:NAME` behind it for a variant."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of results, by default runs/NAME_VARIANT; rerunning resumes."
+)
 _LIST = flags.DEFINE_bool("list", False, "Print configs, variants, tasks and mixers.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every field of the config, explained.")
 _DRY_RUN = flags.DEFINE_bool(
@@ -60,7 +63,7 @@ def main(argv):
         if _DESCRIBE.value:
             print(*describe.lines(describe.fields(config)), sep="\n")
             return
-        path = None if _DRY_RUN.value else directory(_WORKDIR.value)
+        path = None if _DRY_RUN.value else directory(command.workdir(_WORKDIR.value))
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     if _MULTI_HOST.value:
@@ -91,6 +94,7 @@ def main(argv):
         f"{result['status']} at step {result['steps']}: {result['headline']} {final}, best "
         f"{best}{test}"
     )
+    print(path)
     command.warn_of_smoke()
 
 
@@ -101,8 +105,7 @@ def _shown(value):
 
 def run() -> None:
     """The command `lla-train`."""
-    needed = {"config": ("list",), "workdir": ("list", "describe", "dry_run")}
-    command.run(main, needed)
+    command.run(main, {"config": ("list",)})
 
 
 if __name__ == "__main__":

@@ -122,17 +122,17 @@ def test_every_command_is_an_entry_point(unpacked, tmp_path):
 
 
 def test_the_wheel_trains_and_draws_from_another_folder(unpacked, tmp_path):
-    flags = ("--config=mqar:smoke", "--config.model.mixer.name=linear", "--workdir=run")
+    flags = ("--config=mqar:smoke", "--config.model.mixer.name=linear")
     done = run_unpacked(unpacked, tmp_path, "-m", "lla", "train", *flags)
     assert done.returncode == 0, done.stderr
-    *_, last, note = done.stdout.splitlines()
-    record = json.loads((tmp_path / "run" / "environment.json").read_text())
+    last, folder, note = done.stdout.splitlines()
+    record = json.loads((tmp_path / folder / "environment.json").read_text())
     assert record["command"][0] == "lla-train" and record["versions"]["lla-jax"] == lla.__version__
     assert last.startswith("finished at step 8: validation/accuracy")
     assert note == "This was a smoke run: everything works, and its numbers mean nothing."
-    done = run_unpacked(unpacked, tmp_path, "-m", "lla", "figure", "curves", "run")
+    done = run_unpacked(unpacked, tmp_path, "-m", "lla", "figure", "curves", folder)
     assert done.returncode == 0 and "Linear attention: " in done.stdout, done.stderr
-    assert (tmp_path / "run" / "curves.png").exists()
+    assert folder == "runs/mqar_smoke" and (tmp_path / folder / "curves.png").exists()
 
 
 @pytest.mark.slow

@@ -75,6 +75,15 @@ def variant() -> str:
     return config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[2]
 
 
+def workdir(given: str | None, suffix: str = "") -> str:
+    """The work directory `given`; for None runs/NAME_VARIANT_SUFFIX, after the config."""
+    if given is not None:
+        return given
+    file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    parts = [pathlib.Path(file).stem, variant, suffix]
+    return str(pathlib.Path("runs", "_".join(filter(None, parts))))
+
+
 def warn_of_smoke() -> None:
     """Prints that the numbers mean nothing if the config is the variant "smoke"."""
     if variant() == "smoke":
@@ -129,7 +138,7 @@ def for_each_result(
 
 def _parse(argv):
     warnings.formatwarning = _one_line
-    argv = [_with_path(argument) for argument in argv]
+    argv = [_with_path(argument) for argument in _joined(argv)]
     try:
         positional = flags.FLAGS(argv)
         _check_file()
@@ -141,6 +150,16 @@ def _parse(argv):
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the checkpoint library logs every rename
     return positional
+
+
+def _joined(argv):
+    """The same with `--config NAME`, two arguments, as `--config=NAME`."""
+    argv, found = iter(argv), []
+    for argument in argv:
+        if argument in ("--config", "-config") and (name := next(argv, None)) is not None:
+            argument = f"{argument}={name}"
+        found.append(argument)
+    return found
 
 
 def _with_path(argument):

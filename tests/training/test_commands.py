@@ -124,7 +124,7 @@ def nowhere(tmp_path_factory):
     [
         ("trian", "unknown command: 'trian'; did you mean 'train'?"),
         ("train", "--config is needed"),
-        pytest.param("train --config=mqar", "--workdir is needed", marks=pytest.mark.slow),
+        pytest.param("generate", "--workdir is needed", marks=pytest.mark.slow),
         ("train --config=mqra:smoke --describe", "there is no file 'mqra'. Did you mean mqar?"),
         pytest.param(
             "train --config=mqar:smok --describe",
@@ -163,7 +163,7 @@ def test_a_mistyped_command_names_what_was_meant(nowhere, command, message):
     "command, expected",
     [
         ("--help", "\n  train     trains a model on a task\n"),
-        ("train --help", "lla-train --config=mqar:short --workdir=runs/mqar\n"),
+        ("train --help", "lla-train --config=mqar:short --workdir=runs/mqar  "),
         pytest.param("train --list", "\n  mqar  (lla-train, lla-sweep)\n", marks=pytest.mark.slow),
         ("study --config=bias_exponents:full --describe", "config.seeds = (0, 1, 2)\n    of the"),
         pytest.param(
@@ -172,7 +172,7 @@ def test_a_mistyped_command_names_what_was_meant(nowhere, command, message):
             marks=pytest.mark.slow,
         ),
         (
-            "train --config=mqar:smoke --config.training.steps=24 --describe",
+            "train --config mqar:smoke --config.training.steps=24 --describe",
             "config.training.steps = 24\n    updates.\n",
         ),
         (
