@@ -38,7 +38,7 @@ test = [
     *data,
     *text,
     "chex>=0.1.92",
-    "pyright[nodejs]>=1.1.414",  # a test checks the types of a script; with a Node.js of its own
+    "pyright[nodejs]==1.1.414",  # exact: strict checks grow; with a Node.js of its own
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff==0.17.6",  # exact: the formatter's output changes between minor versions

@@ -129,7 +129,7 @@ def test_the_wheel_trains_and_draws_from_another_folder(unpacked, tmp_path):
     record = json.loads((tmp_path / folder / "environment.json").read_text())
     assert record["command"][0] == "lla-train" and record["versions"]["lla-jax"] == lla.__version__
     assert last.startswith("finished at step 8: validation/accuracy")
-    assert note == "This was a smoke run: everything works, and its numbers mean nothing."
+    assert note == "A smoke run shows that everything works; its numbers mean nothing."
     done = run_unpacked(unpacked, tmp_path, "-m", "lla", "figure", "curves", folder)
     assert done.returncode == 0 and "Linear attention: " in done.stdout, done.stderr
     assert folder == "runs/mqar_smoke" and (tmp_path / folder / "curves.png").exists()

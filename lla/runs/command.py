@@ -87,7 +87,7 @@ def workdir(given: str | None, suffix: str = "") -> str:
 def warn_of_smoke() -> None:
     """Prints that the numbers mean nothing if the config is the variant "smoke"."""
     if variant() == "smoke":
-        print("This was a smoke run: everything works, and its numbers mean nothing.")
+        print("A smoke run shows that everything works; its numbers mean nothing.")
 
 
 def overrides() -> list[str]:

@@ -64,7 +64,7 @@ class Extension:
                 result.replace(self.path / f"result_{self.old_steps}.json")
             kept, target = self.path / BEFORE_DECAY / str(self.step), checkpoints / str(self.step)
             if not target.exists():
-                partial = checkpoints / f"{self.step}.partial"
+                partial = self.path / f"{BEFORE_DECAY}.partial"
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(kept, partial)
                 partial.replace(target)
