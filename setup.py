@@ -1,5 +1,6 @@
 """Packaging of lla-jax. Tool settings are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +11,20 @@ README = ROOT / "README.md"
 # Executed rather than imported: importing lla would need JAX at build time.
 version = {}
 exec((ROOT / "lla" / "version.py").read_text(encoding="utf-8"), version)
+
+
+def description() -> str:
+    """README.md, with absolute links once the repository has an address."""
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    if not version["REPOSITORY"]:
+        return text
+
+    def absolute(match):
+        kind = "raw" if match[2].endswith(".png") else "blob"
+        return f"{match[1]}({version['REPOSITORY']}/{kind}/main/{match[2]})"
+
+    return re.sub(r"(\])\((?!https?:|#)([^)\s]+)\)", absolute, text)
+
 
 # Folders beside lla/ that are installed inside it, so that nothing else gets a top-level name.
 INSIDE = {f"lla.{folder}": folder for folder in ("kernels", "configs", "experiments")}
@@ -22,6 +37,7 @@ JAX = ">=0.10.2"
 plot = ["matplotlib>=3.11"]
 data = ["statsmodels>=0.15"]  # ships the real series that the experiments use
 text = ["tokenizers>=0.22"]  # for language models on text files
+docs = ["mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0.8"]
 test = [
     *plot,
     *data,
@@ -37,7 +53,7 @@ setup(
     name="lla-jax",
     version=version["__version__"],
     description="Local linear attention for JAX: exact, differentiable, in linear memory.",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -62,6 +78,7 @@ setup(
         "data": data,
         "text": text,
         "experiments": [*plot, *data, *text],
+        "docs": docs,
         "test": test,
         "dev": [*test, "pre-commit>=4.0"],
     },
