@@ -80,7 +80,7 @@ def notebook_page(path: pathlib.Path) -> str:
 
 def place(uri: str) -> str:
     """Where the source of a page lies in the repository."""
-    return f"docs/{uri}" if (DOCS / uri).exists() or uri.startswith("tutorials/") else uri
+    return uri if (ROOT / uri).exists() else f"docs/{uri}"
 
 
 def on_page_markdown(markdown, page, config, files):
