@@ -37,7 +37,6 @@ JAX = ">=0.10.2"
 plot = ["matplotlib>=3.11"]
 data = ["statsmodels>=0.15"]  # ships the real series that the experiments use
 text = ["tokenizers>=0.22"]  # for language models on text files
-docs = ["mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0.8"]
 test = [
     *plot,
     *data,
@@ -48,6 +47,7 @@ test = [
     "ruff==0.17.6",  # exact: the formatter's output changes between minor versions
     "setuptools>=77",  # a test builds the wheel
 ]
+docs = ["mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0.8"]
 
 setup(
     name="lla-jax",
@@ -74,11 +74,11 @@ setup(
         "cuda12": [f"jax[cuda12]{JAX}"],
         "cuda13": [f"jax[cuda13]{JAX}"],
         "tpu": [f"jax[tpu]{JAX}"],
+        "docs": docs,
         "plot": plot,
         "data": data,
         "text": text,
         "experiments": [*plot, *data, *text],
-        "docs": docs,
         "test": test,
         "dev": [*test, "pre-commit>=4.0"],
     },
