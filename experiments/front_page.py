@@ -1,4 +1,4 @@
-"""The picture of README.md, and its tables and those of docs/speed.md, from committed results.
+"""The picture of README.md, and tables of it and of two other pages, from committed results.
 
 python experiments/front_page.py           # draws the picture and renews the tables
 python experiments/front_page.py --check   # exit status 1 if a table is out of date
@@ -24,6 +24,7 @@ from lla.runs.workdir import read_config, read_records
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
+FIGURES = FOLDER / "README.md"
 SPEED = FOLDER.parent / "docs" / "speed.md"
 PICTURE = FOLDER.parent / "docs" / "assets"
 MEASURED = FOLDER / "benchmarks" / "results"
@@ -179,8 +180,30 @@ def _trained(experiment, choices, updates=False):
     return cells
 
 
+def recall() -> str:
+    """How many cases of MQAR are trained and solved, and in how many updates."""
+    found: dict[str, list] = {}
+    for point in mqar.points(mqar.folder / "results"):
+        found.setdefault(point.label, []).append(point)
+    rows = []
+    for label, points in found.items():
+        solved = [point for point in points if len(point.updates) == len(point.rows)]
+        means = sorted(statistics.mean(point.updates) for point in solved)
+        rows.append([label, len(points), len(solved), _between(means)])
+    head = ["mechanism", "cases trained, of 6", "solved by all five seeds"]
+    return tables.markdown([*head, "updates to 0.99, mean of the seeds, by case"], rows)
+
+
+def _between(numbers):
+    if not numbers:
+        return "–"
+    low, high = f"{numbers[0]:,.0f}", f"{numbers[-1]:,.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
 TABLES = {
     README: {"speed": speed, "accuracy": accuracy},
+    FIGURES: {"recall": recall},
     SPEED: {"gpu": lambda: speed(every=True), "cpu": cpu, "decoding": decoding},
 }
 
