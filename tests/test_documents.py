@@ -244,6 +244,17 @@ def test_a_notebook_runs(path):
     run(["".join(cell["source"]) for cell in cells], path)
 
 
+def test_a_notebook_opens_in_colab(monkeypatch):
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    page = hooks["notebook_page"]
+    (path,) = NOTEBOOKS
+    assert "colab.research.google.com/" in page(path)
+    monkeypatch.setitem(page.__globals__, "repository", lambda: "https://github.com/OWNER/NAME")
+    address = f"https://colab.research.google.com/github/OWNER/NAME/blob/main/{name(path)}"
+    assert f"]({address})" in page(path)
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="needs the extra docs")
     pytest.importorskip("material", reason="needs the extra docs")
