@@ -87,7 +87,19 @@ def test_python_of_the_readme_runs():
     run(blocks(README, "python"), README)
 
 
-@pytest.mark.parametrize("path", [path for path in DOCS if "```" in path.read_text()], ids=name)
+# Sharding, custom derivatives and Flax's layers differ between versions of JAX.
+COMPAT = {"operator.md", "swap_attention.md", "decode.md", "multiple_devices.md"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.compat] if path.name in COMPAT else [])
+        for path in DOCS
+        if "```" in path.read_text(encoding="utf-8")
+    ],
+    ids=name,
+)
 def test_a_page_runs(path, own_names):
     run(blocks(path, "python"), path)
     for words in commands(path):
