@@ -187,7 +187,11 @@ def test_smoke_commands_run(path, tmp_path):
     """In order and in an empty folder; those that follow a smoke run read what it wrote."""
     written = set()
     for program, *words in commands(path):
-        folders = {word.removeprefix("--workdir=") for word in words if "runs/" in word}
+        folders = {
+            word.removeprefix("--workdir=")
+            for word in words
+            if word.startswith(("runs/", "--workdir=runs/"))
+        }
         if any(":smoke" in word for word in words):
             written |= folders
         if not folders or not folders <= written or "decaying_mean" in " ".join(words):
