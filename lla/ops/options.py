@@ -24,8 +24,8 @@ class Shared(TypedDict, total=False):
     implementation: Implementation
 
 
-class Attention(Shared, total=False):
-    """Of `lla.parallax_attention`."""
+class Sequences(Shared, total=False):
+    """Of attention between whole sequences."""
 
     is_causal: bool
     query_offset: int | jax.Array | None
@@ -33,18 +33,17 @@ class Attention(Shared, total=False):
     key_value_seq_lengths: jax.Array | None
     segment_ids: tuple[jax.Array, jax.Array] | None
     mask: jax.Array | None
+
+
+class Attention(Sequences, total=False):
+    """Of `lla.parallax_attention`."""
+
     logits_soft_cap: None
 
 
-class CappedAttention(Shared, total=False):
+class CappedAttention(Sequences, total=False):
     """Of `lla.softmax_attention`, which can bound its logits."""
 
-    is_causal: bool
-    query_offset: int | jax.Array | None
-    query_seq_lengths: jax.Array | None
-    key_value_seq_lengths: jax.Array | None
-    segment_ids: tuple[jax.Array, jax.Array] | None
-    mask: jax.Array | None
     logits_soft_cap: float | None
 
 
