@@ -1,5 +1,6 @@
 """Packaging of lla-jax. Tool settings are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +11,20 @@ README = ROOT / "README.md"
 # Executed rather than imported: importing lla would need JAX at build time.
 version = {}
 exec((ROOT / "lla" / "version.py").read_text(encoding="utf-8"), version)
+
+
+def description() -> str:
+    """README.md, with absolute links once the repository has an address."""
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    if not version["REPOSITORY"]:
+        return text
+
+    def absolute(match):
+        kind = "raw" if match[2].endswith(".png") else "blob"
+        return f"{match[1]}({version['REPOSITORY']}/{kind}/main/{match[2]})"
+
+    return re.sub(r"(\])\((?!https?:|#)([^)\s]+)\)", absolute, text)
+
 
 # Folders beside lla/ that are installed inside it, so that nothing else gets a top-level name.
 INSIDE = {f"lla.{folder}": folder for folder in ("kernels", "configs", "experiments")}
@@ -44,12 +59,13 @@ test = [
     "ruff==0.17.6",  # exact: the formatter's output changes between minor versions
     "setuptools>=77",  # a test builds the wheel
 ]
+docs = ["mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0.8"]
 
 setup(
     name="lla-jax",
     version=version["__version__"],
     description="Local linear attention for JAX: exact, differentiable, in linear memory.",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -70,6 +86,7 @@ setup(
         "cuda12": [f"jax[cuda12]{JAX}"],
         "cuda13": [f"jax[cuda13]{JAX}"],
         "tpu": [f"jax[tpu]{JAX}"],
+        "docs": docs,
         "plot": plot,
         "data": data,
         "text": text,

@@ -316,6 +316,9 @@ def explain(
 ) -> dict[str, str | None]:
     """Why each implementation would or would not serve a call, without computing anything.
 
+    ``docs/how-to/operator.md`` has a table of what each of them supports, ``docs/how-to/gpus.md``
+    and ``docs/how-to/tpus.md`` what runs on which machine.
+
     Args:
       query, key, value: arrays or `jax.ShapeDtypeStruct`, as for `local_linear_attention`, or those
         of the new tokens where there is a `cache`.
