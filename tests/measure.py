@@ -1,7 +1,10 @@
 """What tests of every part measure."""
 
+import itertools
+
 import jax
 import numpy as np
+import pytest
 
 
 def relative_error(actual, expected) -> float:
@@ -30,3 +33,18 @@ def _largest(jaxpr):
 
 def _is_jaxpr(thing):
     return hasattr(thing, "eqns")
+
+
+def latin(names, *values, every=None, marks=()):
+    """`pytest.mark.parametrize` of all combinations, of which one in `every` is quick.
+
+    Every value of the first argument meets every value of each other one in the quick combinations
+    as evenly as in a Latin square; the others are slow. None for `every` means ``len(values[0])``.
+    """
+    every = len(values[0]) if every is None else every
+    cases = []
+    for indices in itertools.product(*(range(len(v)) for v in values)):
+        quick = sum(indices) % every == 0
+        case = [v[i] for v, i in zip(values, indices, strict=True)]
+        cases.append(pytest.param(*case, marks=marks if quick else pytest.mark.slow))
+    return pytest.mark.parametrize(names, cases)

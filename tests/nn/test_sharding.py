@@ -16,8 +16,6 @@ import lla.nn
 import lla.sharding
 from tests.ops.harness import relative_error
 
-pytestmark = pytest.mark.compat
-
 if jax.device_count() < 8:
     pytest.skip("needs 8 devices", allow_module_level=True)
 
@@ -104,6 +102,7 @@ def test_sharded_batch_and_heads(kind):
         )
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("kind", ["lla", "nnx", "linen"])
 def test_sharded_batch_under_explicit_axes(kind):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):

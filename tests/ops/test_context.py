@@ -13,10 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 import lla
 import lla.sharding
+from tests.measure import latin
 from tests.ops.cases import Shape, make_inputs
 from tests.ops.harness import FUNCTIONS, relative_error
-
-pytestmark = pytest.mark.compat
 
 if jax.device_count() < 8:
     pytest.skip("needs 8 devices", allow_module_level=True)
@@ -140,9 +139,7 @@ def shape_of(parts, chunk=3, **options):
     return Shape(2 * parts * chunk, 8, **(defaults | options))
 
 
-@balance
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@latin("style, parts, balanced", STYLES, [2, 4, 8], [False, True], marks=pytest.mark.compat)
 def test_devices(parts, style, balanced):
     """Grouped heads, a ridge for every token, chunks of an odd length."""
     text = check(style, parts, balanced, "lla", shape_of(parts))
@@ -186,8 +183,7 @@ def masks(shape):
     }
 
 
-@balance
-@pytest.mark.parametrize("mask", list(masks(shape_of(4))))
+@latin("balanced, mask", [False, True], list(masks(shape_of(4))), every=3)
 def test_masks(mask, balanced):
     shape = shape_of(4)
     extra, static = masks(shape)[mask]
@@ -198,16 +194,14 @@ def test_masks(mask, balanced):
     check("shard_map", 4, balanced, "lla", shape, extra, static)
 
 
-@pytest.mark.parametrize("style", ["explicit", "on_mesh"])
-@pytest.mark.parametrize("mask", ["segments", "window_lengths_segments", "mask"])
+@latin("style, mask", ["explicit", "on_mesh"], ["segments", "window_lengths_segments", "mask"])
 def test_masks_in_other_styles(mask, style):
     shape = shape_of(4)
     extra, static = masks(shape)[mask]
     check(style, 4, True, "lla", shape, extra, static)
 
 
-@balance
-@pytest.mark.parametrize("window", [2, 3, 5])
+@latin("balanced, window", [False, True], [2, 3, 5])
 def test_a_window_gathers_its_halo_alone(window, balanced):
     """Rows that are sent: those before every chunk, and their gradients back."""
     shape = shape_of(4, chunk=3)

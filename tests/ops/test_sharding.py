@@ -13,10 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lla
+from tests.measure import latin
 from tests.ops.cases import MASKS, Shape, make_inputs
 from tests.ops.harness import FUNCTIONS, relative_error
-
-pytestmark = pytest.mark.compat
 
 if jax.device_count() < 8:
     pytest.skip("needs 8 devices", allow_module_level=True)
@@ -25,7 +24,6 @@ AUTO = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
 EXPLICIT = jax.make_mesh((4, 2), ("data", "heads"))
 STYLES = ("auto", "explicit", "shard_map")
 style = pytest.mark.parametrize("style", STYLES)
-member = pytest.mark.parametrize("member", list(FUNCTIONS))
 SHAPE = Shape(21, 8, heads=4, key_heads=4, batch=(8,))
 FLOATS = {
     "lla": ("query", "key", "value", "ridge", "scale"),
@@ -128,9 +126,7 @@ def check(run: Run, function, operands, cotangent, specs, extra=None, bound=1e-5
 # Results, shardings and collectives
 
 
-@style
-@member
-@pytest.mark.parametrize("place", PLACES)
+@latin("style, member, place", STYLES, list(FUNCTIONS), list(PLACES), marks=pytest.mark.compat)
 def test_what_is_independent_needs_no_collective(style, member, place):
     operands, cotangent = arrays_of(SHAPE, member)
     specs = row_specs(operands, *PLACES[place])
@@ -141,9 +137,7 @@ def test_what_is_independent_needs_no_collective(style, member, place):
     assert (run.forward, run.both) == ({}, {})
 
 
-@style
-@member
-@pytest.mark.parametrize("key_heads", [1, 2])
+@latin("style, member, key_heads", STYLES, list(FUNCTIONS), [1, 2])
 def test_grouped_heads(style, member, key_heads):
     """Query heads over four devices, fewer key heads on all of them, whose gradients are summed."""
     if style == "shard_map" and key_heads == 2:
@@ -210,8 +204,12 @@ def test_ridge_of_each_head(style):
     assert run.forward == {} and set(run.both) == {"all-reduce"}
 
 
-@style
-@pytest.mark.parametrize("mask", [name for name in MASKS if name not in ("none", "empty_sequence")])
+@latin(
+    "style, mask",
+    STYLES,
+    [name for name in MASKS if name not in ("none", "empty_sequence")],
+    every=6,
+)
 def test_masks(style, mask):
     shape = Shape(30, 8, num_keys=37, heads=4, key_heads=2, batch=(4,))
     options = {n: o for n, o in MASKS[mask].options(shape).items()}
@@ -307,6 +305,7 @@ def test_what_cannot_be_served_is_gathered_with_a_warning(style, query, key, axi
 # Transformations
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     "style, place", [("auto", "mapped"), ("auto", "inner"), ("explicit", "inner")]
 )
@@ -363,6 +362,7 @@ def test_a_checkpoint_that_saves_residuals_solves_once():
     assert loops(names) < loops(jax.checkpoint_policies.nothing_saveable)
 
 
+@pytest.mark.compat
 def test_second_derivatives():
     shape = Shape(9, 4, heads=2, key_heads=2, batch=(4,))
     operands, _ = arrays_of(shape, "lla")
@@ -422,8 +422,7 @@ def test_wrong_arguments_are_named_as_on_one_device():
 # Decoding
 
 
-@pytest.mark.parametrize("style", ["auto", "explicit"])
-@member
+@latin("style, member", ["auto", "explicit"], list(FUNCTIONS), marks=pytest.mark.compat)
 def test_decoding(style, member):
     """A prompt and a token; output and cache stay where the cache lies."""
     shape = Shape(7, 8, heads=4, key_heads=2, batch=(4,))
