@@ -11,20 +11,26 @@ each, such as `train.txt`. lla/tasks/README.md says more. The mixer is
 `--config.model.mixer.name=gla`, its options are under `--config.mixers.gla`. The primary metric is
 the validation loss in nats a token; "bits_per_byte" compares vocabularies.
 
-Variants: `:small`, the same as none (30M parameters with softmax attention, 52M tokens); `:base`
-(124M parameters, 500M tokens); `:smoke` (seconds, on a few kilobytes of text that come with the
-package; numbers mean nothing). All of it is ours.
+Variants: `VARIANTS`, below. All of it is ours.
 """
 
 import pathlib
 
 import lla.tasks
 from lla import training
-from lla.runs import to_config
+from lla.runs import check_variant, to_config
+
+VARIANTS = {
+    "": "30M parameters with softmax attention, 52M tokens",
+    "small": "the same",
+    "base": "124M parameters, 500M tokens",
+    "smoke": "seconds, on a few kilobytes of text of the package; the numbers mean nothing",
+}
 
 
 def get_config(variant: str = ""):
-    """The config; `variant` is "", "small", "base" or "smoke"."""
+    """The config; `variant` is a key of `VARIANTS`."""
+    check_variant(variant, VARIANTS)
     config = to_config(training.defaults("text"))
 
     config.task.vocab_size = 8192
@@ -72,6 +78,4 @@ def get_config(variant: str = ""):
         config.sweep.grid.model.mixer.name = ("softmax", "lla")
         config.sweep.grid.optimizer.name = ("adamw",)
         config.sweep.grid.mixers.lla.ridge = (1.0,)
-    elif variant not in ("", "small"):
-        raise ValueError(f"unknown variant {variant!r}; valid: small, base, smoke.")
     return config.lock()

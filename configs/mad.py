@@ -10,14 +10,11 @@ has the six tasks in their baseline setting for softmax attention, Parallax and 
 weight decays: 36 points, of which each trains three learning rates with two seeds at once. A point
 takes 20 000 updates (200 epochs), of memorization 400.
 
-Variants: `:full` is the same; `:two_heads` has two heads of 64 instead of sixteen of 8, and the
-recurrent mechanisms as well; `:protocol` has all 66 settings of the benchmark instead of the six,
-over which its published scores are averaged, with one seed; `:smoke` (seconds, numbers mean
-nothing).
+Variants: `VARIANTS`, below.
 """
 
 from lla import training
-from lla.runs import to_config
+from lla.runs import check_variant, to_config
 from lla.tasks.mad import BASELINES, KINDS
 
 EPOCHS, BATCH = 200, 128
@@ -35,9 +32,18 @@ LEVELS = {
     "memorization": {"vocab_size": (512, 1024, 2048, 4096, 8192)},
 }  # fmt: skip
 
+VARIANTS = {
+    "": "the six tasks in their baseline setting",
+    "full": "the same",
+    "two_heads": "two heads of 64 instead of sixteen of 8, and the recurrent mechanisms as well",
+    "protocol": "all 66 settings of the benchmark, over which its scores are averaged; one seed",
+    "smoke": "seconds; the numbers mean nothing",
+}
+
 
 def get_config(variant: str = ""):
-    """The config; `variant` is "", "full", "two_heads", "protocol" or "smoke"."""
+    """The config; `variant` is a key of `VARIANTS`."""
+    check_variant(variant, VARIANTS)
     config = to_config(training.defaults("mad"))
 
     # See lla/tasks/mad.py: None is the benchmark's baseline setting of the kind. The benchmark's
@@ -126,8 +132,6 @@ def get_config(variant: str = ""):
             config.sweep.cases = {
                 kind: {"task": {"kind": kind}} for kind in ("in_context_recall", "compression")
             }
-    elif variant not in ("", "full"):
-        raise ValueError(f"unknown variant {variant!r}; valid: full, two_heads, protocol, smoke.")
     return config.lock()
 
 

@@ -1,7 +1,8 @@
-"""Answers test questions, or continues a text, with a model trained by experiments/train.py.
+"""Answers test questions, or continues a text, with a model trained by lla-train.
 
-    python experiments/generate.py --workdir=runs/mqar
-    python experiments/generate.py --workdir=runs/language_model --prompt="It was"
+    lla-generate --workdir=runs/mqar
+    lla-generate --workdir=runs/language_model --prompt="It was"
+    python experiments/generate.py --workdir=runs/mqar             # the same
 
 A language model prints the continuation of the prompt, drawn token by token, or that of the
 beginning of the split if there is no prompt. Of the other tasks, each sequence is read at once up
@@ -169,6 +170,10 @@ def main(argv):
         raise SystemExit("the two forms do not agree.")
 
 
+def run() -> None:
+    """The command `lla-generate`."""
+    command.run(main, {"workdir": ()})
+
+
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
-    command.run(main)
+    run()

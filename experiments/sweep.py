@@ -1,13 +1,14 @@
 """Trains the grid in the section `sweep` of a config.
 
-    python experiments/sweep.py --config=configs/mqar.py --workdir=runs/mqar_sweep
+    lla-sweep --config=mqar:short --workdir=runs/mqar_sweep
+    python experiments/sweep.py --config=configs/mqar.py:short --workdir=runs/mqar_sweep  # the same
 
 A point of the grid trains all its seeds and learning rates at once on one device. The same command
 resumes a sweep that was killed and skips what is finished. Results are in WORKDIR/results.csv.
 Several processes may run the same command at once, on one device or several: each takes points that
 no other process is working on.
 
-    for gpu in 0 1; do CUDA_VISIBLE_DEVICES=$gpu python experiments/sweep.py ... & done; wait
+    for gpu in 0 1; do CUDA_VISIBLE_DEVICES=$gpu lla-sweep ... & done; wait
 
 Processes without a common file system share a grid by `--part=I/N`.
 """
@@ -20,11 +21,20 @@ from ml_collections import config_flags
 
 from lla.runs import WorkdirError, command
 from lla.runs.workdir import directory
-from lla.training import RefusedError, sweep
+from lla.training import RefusedError, describe, sweep
 from lla.training.unused import check_used
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Name or file of a config; `:NAME` behind it for a variant."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of results, by default runs/NAME_VARIANT_sweep; rerunning resumes."
+)
+_LIST = flags.DEFINE_bool("list", False, "Print configs, variants, tasks and mixers.")
+_DESCRIBE = flags.DEFINE_bool("describe", False, "Print every field of the config, explained.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the points with their parameters, runs and steps; train nothing."
+)
 _PART = flags.DEFINE_string("part", "0/1", "I/N: every N-th point of the grid, from the I-th on.")
 _LIMIT = flags.DEFINE_float("limit", math.inf, "Seconds; then no further point is begun.")
 
@@ -38,12 +48,24 @@ def main(argv):
     index, parts = map(int, part.groups())
     if index >= parts:
         raise app.UsageError(f"--part must be I/N with I < N; got {_PART.value!r}.")
+    if _LIST.value:
+        print(*describe.catalogue(command.configs()), sep="\n")
+        return
     config = _CONFIG.value.to_dict()
     try:
-        path = directory(_WORKDIR.value)
+        describe.check_trains(config)
+        path = (
+            None
+            if _DESCRIBE.value or _DRY_RUN.value
+            else directory(command.workdir(_WORKDIR.value, "sweep"))
+        )
         _, points = sweep.grid_points(config)
         names = dict.fromkeys(name for point in points for name in point.settings.model.mixer_names)
         check_used(command.overrides(), names, sweeps=True)
+        if _DESCRIBE.value or _DRY_RUN.value:
+            fields = describe.lines(describe.fields(config))
+            print(*(fields if _DESCRIBE.value else describe.dry_run_of_sweep(config)), sep="\n")
+            return
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     try:
@@ -53,8 +75,13 @@ def main(argv):
     for line in sweep.summary(sweep.read_results(results)):
         print(line)
     print(results)
+    command.warn_of_smoke()
+
+
+def run() -> None:
+    """The command `lla-sweep`."""
+    command.run(main, {"config": ("list",)})
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    command.run(main)
+    run()

@@ -1,9 +1,17 @@
 """Trains one model on one task.
 
-    python experiments/train.py --config=configs/mqar.py --workdir=runs/mqar
+    lla-train --config=mqar:short                            # results in runs/mqar_short
+    lla-train --config=mqar:short --workdir=runs/mqar        # or wherever you say
+    python experiments/train.py --config=configs/mqar.py:short --workdir=runs/mqar   # the same
 
 The same command resumes a run that was killed. Any field of the config can be overridden:
-`--config.model.mixer.name=gla --config.mixers.gla.expand_k=1.0`.
+`--config.model.mixer.name=gla --config.mixers.gla.expand_k=1.0`. A run with
+`--config.optimizer.schedule=wsd` goes on to more steps with `--config.training.steps=N --extend`.
+What there is:
+
+    lla-train --list                          # configs, variants, tasks, mixers
+    lla-train --config=mqar:short --describe  # every field, its value and meaning
+    lla-train --config=mqar:short --dry_run   # the resolved config, parameters, memory, steps
 """
 
 import jax
@@ -13,10 +21,24 @@ from ml_collections import config_flags
 from lla import training
 from lla.runs import WorkdirError, command
 from lla.runs.workdir import directory
+from lla.training import describe
+from lla.training.extension import differs_by_length
 from lla.training.unused import check_used
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `:argument` for a variant.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; rerunning resumes.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Name or file of a config; `:NAME` behind it for a variant."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of results, by default runs/NAME_VARIANT; rerunning resumes."
+)
+_LIST = flags.DEFINE_bool("list", False, "Print configs, variants, tasks and mixers.")
+_DESCRIBE = flags.DEFINE_bool("describe", False, "Print every field of the config, explained.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the resolved config, parameters, memory and steps; train nothing."
+)
+_EXTEND = flags.DEFINE_bool(
+    "extend", False, "Train a run of fewer steps further, if its schedule allows that."
+)
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "Calls of the compiled step to trace into WORKDIR/profile.", lower_bound=0
 )
@@ -24,14 +46,24 @@ _MULTI_HOST = flags.DEFINE_bool(
     "multi_host", False, "Start JAX's distributed runtime: one process per host, one command each."
 )
 
+_HOW_TO_EXTEND = "\nTo train that run further, add --extend."
+
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if _LIST.value:
+        print(*describe.catalogue(command.configs()), sep="\n")
+        return
+    config = _CONFIG.value.to_dict()
     try:
-        settings = training.resolve(_CONFIG.value.to_dict())
+        describe.check_trains(config)
+        settings = training.resolve(config)
         check_used(command.overrides(), settings.model.mixer_names, sweeps=False)
-        path = directory(_WORKDIR.value)
+        if _DESCRIBE.value:
+            print(*describe.lines(describe.fields(config)), sep="\n")
+            return
+        path = None if _DRY_RUN.value else directory(command.workdir(_WORKDIR.value))
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     if _MULTI_HOST.value:
@@ -43,12 +75,17 @@ def main(argv):
             ) from error
     try:
         trainer = training.Trainer(settings)
-    except (ImportError, ValueError) as error:
+        if _DRY_RUN.value:
+            trainer.check()
+            print(*describe.dry_run(trainer), sep="\n")
+            return
+    except (ImportError, OSError, ValueError, training.RefusedError) as error:
         raise app.UsageError(str(error)) from error
     try:
-        result = training.train(trainer, path, profile=_PROFILE.value)
+        result = training.train(trainer, path, profile=_PROFILE.value, extend=_EXTEND.value)
     except (WorkdirError, training.RefusedError) as error:
-        raise app.UsageError(str(error)) from error
+        hint = "" if _EXTEND.value or not differs_by_length(settings, path) else _HOW_TO_EXTEND
+        raise app.UsageError(f"{error}{hint}") from error
     except training.NonFiniteError as error:
         raise SystemExit(str(error)) from error
     final, best = (_shown(result[name]) for name in ("final", "best"))
@@ -57,6 +94,8 @@ def main(argv):
         f"{result['status']} at step {result['steps']}: {result['headline']} {final}, best "
         f"{best}{test}"
     )
+    print(path)
+    command.warn_of_smoke()
 
 
 def _shown(value):
@@ -64,6 +103,10 @@ def _shown(value):
     return "not finite" if value is None else f"{value:.6g}"
 
 
+def run() -> None:
+    """The command `lla-train`."""
+    command.run(main, {"config": ("list",)})
+
+
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    command.run(main)
+    run()

@@ -6,7 +6,7 @@ than JAX.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lla.generate import Generated, generate
 from lla.ops.api import explain, local_linear_attention, parallax_attention, softmax_attention
@@ -15,6 +15,14 @@ from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_ste
 from lla.ops.differentiation import RESIDUAL_NAMES
 from lla.ops.solver import Solver, Stats
 from lla.version import __version__
+
+if TYPE_CHECKING:
+    from lla import estimators as estimators
+    from lla import mixers as mixers
+    from lla import models as models
+    from lla import nn as nn
+    from lla import tasks as tasks
+    from lla import training as training
 
 _SUBPACKAGES = ("estimators", "mixers", "models", "nn", "tasks", "training")
 

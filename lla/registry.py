@@ -12,6 +12,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lla import docstrings
+
 _PLAIN = (bool, int, float, str, tuple, type(None))  # what a config can hold
 
 
@@ -96,6 +98,15 @@ class Registry:
         cls = self.lookup(name)
         declared = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
         return {option: declared.get(option, Any) for option in self.options(name)}
+
+    def meanings(self, name: str) -> dict[str, str]:
+        """The meanings of the options of a class, as its docstring has them."""
+        known = docstrings.meanings(self.lookup(name))
+        return {option: known.get(option, "") for option in self.options(name)}
+
+    def summary(self, name: str) -> str:
+        """What a class is: the first line of its docstring."""
+        return docstrings.first_line(self.lookup(name))
 
     def check_options(self, name: str, given: Iterable[str]) -> type:
         """The class, once it is sure that it has these options.

@@ -392,7 +392,7 @@ def keep_cpu() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the self test; see the module's docstring for `argv` from ``--help``."""
     parser = argparse.ArgumentParser(
-        prog="python -m lla.selftest",
+        prog="lla-selftest",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -452,5 +452,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if passed else 1
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `lla-selftest`."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

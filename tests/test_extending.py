@@ -1,4 +1,4 @@
-"""A mixer and a task from outside the package, as the READMEs describe them."""
+"""A mixer and a task from outside the package, as the tutorials describe them."""
 
 import doctest
 import json
@@ -21,10 +21,10 @@ from lla.tasks.registry import _TASKS
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def examples(folder):
-    """The Python examples of a README below the heading "Adding one"."""
-    text = (ROOT / folder / "README.md").read_text(encoding="utf-8").split("\n## Adding one\n")[1]
-    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+def examples(what):
+    """The Python of a tutorial, without the last block, which tries it."""
+    text = (ROOT / f"docs/tutorials/write_a_{what}.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[:-1]
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def registered(monkeypatch):
     """The classes of the examples, under their names until the test is over."""
     for registry in (_MIXERS, _TASKS):
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
-    (mixer,), (task, config) = examples("lla/mixers"), examples("lla/tasks")
+    (mixer,), (task, config) = examples("mixer"), examples("task")
     namespace = {}
-    exec(compile(mixer, "lla/mixers/README.md", "exec"), namespace)
+    exec(compile(mixer, "write_a_mixer.md", "exec"), namespace)
     mixers.register("decaying_mean", namespace["DecayingMean"])
-    exec(compile(task + config, "lla/tasks/README.md", "exec"), namespace)
+    exec(compile(task + config, "write_a_task.md", "exec"), namespace)
     return namespace
 
 
@@ -96,8 +96,8 @@ def test_an_entry_point_is_found_by_every_command(tmp_path):
         "[lla.mixers]\ndecaying_mean = decaying_mean:DecayingMean\n"
         "[lla.tasks]\nshifted = shifted:Shifted\n"
     )
-    (package / "decaying_mean.py").write_text(examples("lla/mixers")[0])
-    (package / "shifted.py").write_text(examples("lla/tasks")[0])
+    (package / "decaying_mean.py").write_text(examples("mixer")[0])
+    (package / "shifted.py").write_text(examples("task")[0])
     mixer = ("--config.model.mixer.name=decaying_mean", "--config.mixers.decaying_mean.decay=0.5")
     work = f"--workdir={tmp_path / 'run'}"
     done = run("train", "--config=configs/mqar.py:smoke", work, *mixer, path=package)
@@ -106,7 +106,7 @@ def test_an_entry_point_is_found_by_every_command(tmp_path):
     answered = run("generate", work, path=package)
     assert answered.returncode == 0 and "logits differ by" in answered.stdout, answered.stderr
     own = tmp_path / "own.py"
-    own.write_text(examples("lla/tasks")[1].replace('tasks.register("shifted", Shifted)\n', ""))
+    own.write_text(examples("task")[1].replace('tasks.register("shifted", Shifted)\n', ""))
     sizes = ("width=8", "num_heads=2", "depth=1")
     flags = [f"--config.model.{size}" for size in sizes]
     flags += [

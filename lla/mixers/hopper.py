@@ -20,16 +20,15 @@ MEASURED = {
     "delta_rule": 128,
     "linear": 64,
     "mesa": 64,
-    "retention": 64,
+    "retention": 128,
     "retention_shared": 128,
     "selective_scan": 16,
 }
 """Kernels that were checked and timed on a GPU, with the largest key dimension that was.
 
 For `selective_scan` it is the size of a state. Source:
-experiments/benchmarks/results/mixer_updates_h200.json, which has no errors for `retention_shared`,
-where all heads share their keys, only times of Mamba-2 with states of 128. Other kernels run only
-inside `unmeasured_kernels`.
+experiments/benchmarks/results/mixer_updates_h200.json; `retention_shared`, where all heads share
+their keys, is Mamba-2's. Other kernels run only inside `unmeasured_kernels`.
 """
 
 _enabled = 0  # number of open `unmeasured_kernels`; global, since programs are traced in threads

@@ -79,6 +79,16 @@ def option_types(name: str) -> dict[str, Any]:
     return _MIXERS.option_types(name)
 
 
+def meanings(name: str) -> dict[str, str]:
+    """The meanings of the options of the mixer `name`."""
+    return _MIXERS.meanings(name)
+
+
+def summary(name: str) -> str:
+    """What the mixer `name` is, in a line."""
+    return _MIXERS.summary(name)
+
+
 def uses_positions(name: str) -> bool:
     """Whether the mixer `name`, with its default options, needs position embeddings.
 

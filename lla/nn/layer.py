@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,18 @@ class AttentionState(NamedTuple):
     cache: KVCache
     convolutions: dict[str, jax.Array]
     segment: jax.Array
+
+
+class CallOptions(TypedDict, total=False):
+    """The keyword arguments of a call of the layer but for `return_stats`, for its overloads."""
+
+    mask: jax.Array | None
+    bias: jax.Array | None
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None
+    query_seq_lengths: jax.Array | None
+    key_value_seq_lengths: jax.Array | None
+    query_offset: int | jax.Array | None
+    positions: jax.Array | None
 
 
 def _last_segment(cache: KVCache, lengths: jax.Array) -> KVCache:
@@ -243,6 +255,36 @@ class LocalLinearAttention(nnx.Module):
             kernel_metadata=out_kernel_metadata,
             rngs=rngs,
         )
+
+    @overload
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        return_stats: Literal[False] = False,
+        **options: Unpack[CallOptions],
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        return_stats: Literal[True],
+        **options: Unpack[CallOptions],
+    ) -> tuple[jax.Array, Stats]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        return_stats: bool,
+        **options: Unpack[CallOptions],
+    ) -> jax.Array | tuple[jax.Array, Stats]: ...
 
     def __call__(
         self,

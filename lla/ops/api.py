@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, Unpack, overload
+
 import jax
 
 from lla.ops import backend
+from lla.ops import options as keyword
 from lla.ops.backend import Implementation
 from lla.ops.cache import KVCache
 from lla.ops.decode import decoding_problem
 from lla.ops.problem import Problem, make_problem
 from lla.ops.solver import Solver, Stats
+
+
+@overload
+def local_linear_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    ridge: float | jax.Array,
+    return_stats: Literal[False] = False,
+    **options: Unpack[keyword.SolvedAttention],
+) -> jax.Array: ...
+
+
+@overload
+def local_linear_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    ridge: float | jax.Array,
+    return_stats: Literal[True],
+    **options: Unpack[keyword.SolvedAttention],
+) -> tuple[jax.Array, Stats]: ...
+
+
+@overload
+def local_linear_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    ridge: float | jax.Array,
+    return_stats: bool,
+    **options: Unpack[keyword.SolvedAttention],
+) -> jax.Array | tuple[jax.Array, Stats]: ...
 
 
 def local_linear_attention(
@@ -110,6 +149,42 @@ def local_linear_attention(
     return _serve(problem, implementation, return_stats)
 
 
+@overload
+def parallax_attention(
+    query: jax.Array,
+    probe: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[keyword.Attention],
+) -> jax.Array: ...
+
+
+@overload
+def parallax_attention(
+    query: jax.Array,
+    probe: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[keyword.Attention],
+) -> tuple[jax.Array, Stats]: ...
+
+
+@overload
+def parallax_attention(
+    query: jax.Array,
+    probe: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    return_stats: bool,
+    **options: Unpack[keyword.Attention],
+) -> jax.Array | tuple[jax.Array, Stats]: ...
+
+
 def parallax_attention(
     query: jax.Array,
     probe: jax.Array,
@@ -160,6 +235,39 @@ def parallax_attention(
     return _serve(problem, implementation, return_stats)
 
 
+@overload
+def softmax_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[keyword.CappedAttention],
+) -> jax.Array: ...
+
+
+@overload
+def softmax_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[keyword.CappedAttention],
+) -> tuple[jax.Array, Stats]: ...
+
+
+@overload
+def softmax_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    return_stats: bool,
+    **options: Unpack[keyword.CappedAttention],
+) -> jax.Array | tuple[jax.Array, Stats]: ...
+
+
 def softmax_attention(
     query: jax.Array,
     key: jax.Array,
@@ -204,9 +312,12 @@ def explain(
     *,
     cache: KVCache | None = None,
     implementation: Implementation = None,
-    **options,
+    **options: Any,
 ) -> dict[str, str | None]:
     """Why each implementation would or would not serve a call, without computing anything.
+
+    ``docs/how-to/operator.md`` has a table of what each of them supports, ``docs/how-to/gpus.md``
+    and ``docs/how-to/tpus.md`` what runs on which machine.
 
     Args:
       query, key, value: arrays or `jax.ShapeDtypeStruct`, as for `local_linear_attention`, or those

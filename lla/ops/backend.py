@@ -17,6 +17,7 @@ from lla.ops.problem import Problem
 from lla.ops.solver import Stats
 from lla.ops.xla import backend as xla
 from lla.ops.xla import decode as xla_decode
+from lla.version import document
 
 Implementation = str | Sequence[str] | None
 Results = tuple[jax.Array, Stats]
@@ -156,7 +157,10 @@ def choose(problem: Problem, implementation: Implementation) -> str:
         if reasons[name] is None:
             return name
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise NotImplementedError(f"no implementation can serve this call ({listed}).")
+    raise NotImplementedError(
+        f"no implementation can serve this call ({listed}). What each of them has: "
+        f"{document('docs/how-to/operator.md')}."
+    )
 
 
 def run(

@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 
 from lla.numerics import nan_where
 from lla.ops import backend
+from lla.ops import options as keyword
 from lla.ops.backend import Implementation
 from lla.ops.cache import KVCache, exists, token_counts
 from lla.ops.problem import Member, Problem, make_problem
 from lla.ops.solver import Solver, Stats
+
+
+@overload
+def decode_step(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: KVCache,
+    *,
+    ridge: float | jax.Array,
+    return_stats: Literal[False] = False,
+    **options: Unpack[keyword.SolvedDecoding],
+) -> tuple[jax.Array, KVCache]: ...
+
+
+@overload
+def decode_step(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: KVCache,
+    *,
+    ridge: float | jax.Array,
+    return_stats: Literal[True],
+    **options: Unpack[keyword.SolvedDecoding],
+) -> tuple[jax.Array, KVCache, Stats]: ...
+
+
+@overload
+def decode_step(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: KVCache,
+    *,
+    ridge: float | jax.Array,
+    return_stats: bool,
+    **options: Unpack[keyword.SolvedDecoding],
+) -> tuple[jax.Array, KVCache] | tuple[jax.Array, KVCache, Stats]: ...
 
 
 def decode_step(
@@ -79,6 +120,45 @@ def decode_step(
     )  # fmt: skip
 
 
+@overload
+def parallax_decode_step(
+    query: jax.Array,
+    probe: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: KVCache,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[keyword.Decoding],
+) -> tuple[jax.Array, KVCache]: ...
+
+
+@overload
+def parallax_decode_step(
+    query: jax.Array,
+    probe: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: KVCache,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[keyword.Decoding],
+) -> tuple[jax.Array, KVCache, Stats]: ...
+
+
+@overload
+def parallax_decode_step(
+    query: jax.Array,
+    probe: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: KVCache,
+    *,
+    return_stats: bool,
+    **options: Unpack[keyword.Decoding],
+) -> tuple[jax.Array, KVCache] | tuple[jax.Array, KVCache, Stats]: ...
+
+
 def parallax_decode_step(
     query: jax.Array,
     probe: jax.Array,
@@ -106,6 +186,42 @@ def parallax_decode_step(
         "parallax", query, key, value, cache, new_lengths, implementation, return_stats,
         probe=probe, scale=scale, local_window_size=local_window_size, bias=bias,
     )  # fmt: skip
+
+
+@overload
+def softmax_decode_step(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: KVCache,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[keyword.CappedDecoding],
+) -> tuple[jax.Array, KVCache]: ...
+
+
+@overload
+def softmax_decode_step(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: KVCache,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[keyword.CappedDecoding],
+) -> tuple[jax.Array, KVCache, Stats]: ...
+
+
+@overload
+def softmax_decode_step(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: KVCache,
+    *,
+    return_stats: bool,
+    **options: Unpack[keyword.CappedDecoding],
+) -> tuple[jax.Array, KVCache] | tuple[jax.Array, KVCache, Stats]: ...
 
 
 def softmax_decode_step(

@@ -3,16 +3,20 @@
 import argparse
 import difflib
 import importlib
+import inspect
+import os
 import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from lla import paths
 from lla.runs.config import check_keys
 from lla.runs.workdir import WorkdirError, read_config
 
@@ -22,29 +26,80 @@ _NAME = re.compile(r"(--?config=)(\w+)(:.*)?")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run(
+    main: Callable[[Sequence[str]], None],
+    needed: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> None:
     """`absl.app.run` for a program with a config flag named "config".
 
-    `--config=NAME` stands for the file of that name in `lla.configs`.
+    `--config=NAME` stands for the file of that name in `lla.configs`, from any folder.
 
-    The program ends with exit status 1 and one line of text if an override names a key that the
-    config does not have (the line names the nearest key), if the config file does not exist or
-    raises ValueError, or if `main` raises `absl.app.UsageError`. Each warning is one line.
+    The program ends with exit status 1 and one line of text if a flag is missing, if an override
+    names a key that the config does not have (the line names the nearest key), if the config file
+    does not exist or raises ValueError, or if `main` raises `absl.app.UsageError`. Each warning is
+    one line.
+
+    Args:
+      main: the program; `--help` prints the docstring of its module, and its flags.
+      needed: flags without which the program cannot do anything -> boolean flags, each of which
+        makes do without them.
     """
 
     def checked(argv):
         try:
+            for name, instead in needed.items():
+                if flags.FLAGS[name].value is None and not any(
+                    flags.FLAGS[i].value for i in instead
+                ):
+                    raise app.UsageError(f"--{name} is needed: {flags.FLAGS[name].help}")
             main(argv)
+            sys.stdout.flush()
         except app.UsageError as error:
             sys.stderr.write(f"FATAL {error}\n")
             sys.exit(error.exitcode or 1)
+        except BrokenPipeError:  # such as `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
+    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+        script = main.__module__ == "__main__"
+        of_flags = flags.FLAGS.main_module_help if script else flags.FLAGS.module_help
+        print(inspect.getdoc(sys.modules[main.__module__]), "", sep="\n")
+        print(of_flags() if script else of_flags(main.__module__))
+        return
     app.run(checked, flags_parser=_parse)
+
+
+def variant() -> str:
+    """The variant of the config on the command line, "" for none."""
+    return config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[2]
+
+
+def workdir(given: str | None, suffix: str = "") -> str:
+    """The work directory `given`; for None runs/NAME_VARIANT_SUFFIX, after the config."""
+    if given is not None:
+        return given
+    file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    parts = [pathlib.Path(file).stem, variant, suffix]
+    return str(pathlib.Path("runs", "_".join(filter(None, parts))))
+
+
+def warn_of_smoke() -> None:
+    """Prints that the numbers mean nothing if the config is the variant "smoke"."""
+    if variant() == "smoke":
+        print("A smoke run shows that everything works; its numbers mean nothing.")
 
 
 def overrides() -> list[str]:
     """The dotted keys that the command line overrides, such as "model.width"."""
     return list(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def configs() -> dict[str, pathlib.Path]:
+    """Name -> file of the configs of the package."""
+    folders = importlib.import_module("lla.configs").__path__
+    files = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.py"))]
+    return {file.stem: file for file in files if file.stem != "__init__"}
 
 
 def for_each_result(
@@ -83,7 +138,7 @@ def for_each_result(
 
 def _parse(argv):
     warnings.formatwarning = _one_line
-    argv = [_with_path(argument) for argument in argv]
+    argv = [_with_path(argument) for argument in _joined(argv)]
     try:
         positional = flags.FLAGS(argv)
         _check_file()
@@ -97,19 +152,26 @@ def _parse(argv):
     return positional
 
 
+def _joined(argv):
+    """The same with `--config NAME`, two arguments, as `--config=NAME`."""
+    argv, found = iter(argv), []
+    for argument in argv:
+        if argument in ("--config", "-config") and (name := next(argv, None)) is not None:
+            argument = f"{argument}={name}"
+        found.append(argument)
+    return found
+
+
 def _with_path(argument):
     """`--config=mqar:smoke` names a config of the package, unless there is a file "mqar"."""
     match = _NAME.fullmatch(argument)
-    if match is None or pathlib.Path(match[2]).exists() or match[2] not in (known := _configs()):
+    if match is None or pathlib.Path(match[2]).is_file() or match[2] not in (known := configs()):
         return argument
     return f"{match[1]}{known[match[2]]}{match[3] or ''}"
 
 
-def _configs():
-    """Name -> file of the configs of the package."""
-    folders = importlib.import_module("lla.configs").__path__
-    files = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.py"))]
-    return {file.stem: file for file in files if file.stem != "__init__"}
+def _is_python(path):
+    return path.suffix == ".py"
 
 
 def _check_file():
@@ -119,8 +181,9 @@ def _check_file():
     flag = flags.FLAGS["config"]
     file = config_flags.get_config_filename(flag).partition(":")[0]
     if not pathlib.Path(file).is_file():
-        near = difflib.get_close_matches(pathlib.Path(file).stem, _configs(), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        near = difflib.get_close_matches(pathlib.Path(file).stem, configs(), n=1)
+        if not (hint := paths.hint(pathlib.Path(file), _is_python)) and near:
+            hint = f" Did you mean {near[0]}?"
         raise ValueError(f"--config must be a config file, and there is no file {file!r}.{hint}")
     if not isinstance(flag.value, ConfigDict):
         raise ValueError(f"get_config() of {file!r} must return a ConfigDict, got {flag.value!r}.")

@@ -71,6 +71,18 @@ def check_keys(path: str, given: Iterable[str], valid: Iterable[str]) -> None:
             raise ValueError(f"{path}.{key} does not exist{hint} Valid: {', '.join(valid)}.")
 
 
+def check_variant(variant: str, valid: Iterable[str]) -> None:
+    """Raises ValueError for a variant that a config does not have; the nearest one is named."""
+    valid = list(valid)
+    if variant not in valid:
+        named = [name for name in valid if name]
+        near = difflib.get_close_matches(variant, named, n=1, cutoff=0.0)
+        hint = (
+            f"; did you mean {near[0]!r}? Valid: {', '.join(named)}." if near else "; it has none."
+        )
+        raise ValueError(f"unknown variant {variant!r}{hint}")
+
+
 def check_types(path: str, given: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
     """The values of `given`, converted to the types that `declared` has for their keys.
 

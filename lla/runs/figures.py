@@ -42,9 +42,15 @@ def new(
       rows, columns: number of axes.
       width, height: in inches.
       **options: for `matplotlib.figure.Figure.subplots`.
+
+    Raises:
+      ImportError: Matplotlib is not installed.
     """
-    import matplotlib
-    from matplotlib.figure import Figure  # not Pyplot's, which keeps figures and opens windows
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure  # not Pyplot's, which keeps figures and opens windows
+    except ImportError as error:
+        raise ImportError('figures need Matplotlib: pip install "lla-jax[plot]"') from error
 
     matplotlib.rcParams.update(_SETTINGS)
     figure = Figure(figsize=(width, height), layout="constrained")

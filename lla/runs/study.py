@@ -90,7 +90,7 @@ def run_study(
     Raises:
       absl.app.UsageError: there are arguments besides the flags, `study` refuses the config, or the
         work directory has another config or is in use by another process; nothing was written. Or
-        the records cannot be read.
+        the records cannot be read, or an optional package is missing.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
@@ -106,5 +106,7 @@ def run_study(
             run_trials(chosen, Workdir(path, config.to_dict()))
             for file in draw(path):
                 print(file)
+    except ImportError as error:  # an optional package; what is computed stays
+        raise app.UsageError(f"{error}, and give the command again.") from error
     except WorkdirError as error:
         raise app.UsageError(str(error)) from error

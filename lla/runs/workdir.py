@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lla import paths
+
 
 class WorkdirError(ValueError):
     """The directory belongs to another config or process, or its files cannot be read."""
@@ -136,7 +138,10 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """
     file = pathlib.Path(path) / "config.json"
     if not file.exists():
-        raise WorkdirError(f"{path} is no work directory: it has no config.json.")
+        raise WorkdirError(
+            f"{path} is no work directory: it has no config.json."
+            + paths.hint(pathlib.Path(path), lambda beside: (beside / "config.json").exists())
+        )
     return read_json(file, f"Without it {path} cannot be read; choose another directory.")
 
 
@@ -171,7 +176,7 @@ def _parsed(text, place, remedy):
 
 def _refuse_other(file, config):
     stored = read_json(file, f"Choose another directory, or delete {file.parent} and start anew.")
-    ours, theirs = _flat(config), _flat(stored)
+    ours, theirs = flat(config), flat(stored)
     differences = [
         f"  {key}: {theirs.get(key, 'absent')} there, {ours.get(key, 'absent')} now"
         for key in sorted(ours.keys() | theirs.keys())
@@ -184,9 +189,10 @@ def _refuse_other(file, config):
         )
 
 
-def _flat(entry, prefix=""):
+def flat(entry: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted path -> leaf, as JSON, of a nested config."""
     if isinstance(entry, dict) and entry:
-        parts = [_flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in entry.items()]
+        parts = [flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in entry.items()]
         return {key: leaf for part in parts for key, leaf in part.items()}
     return {prefix: json.dumps(entry)}
 

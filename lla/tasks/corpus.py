@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from lla.paths import hint
+
 PARTS = ("train", "validation", "test")
 BYTES = 256  # every byte is a token, so that any text has tokens
 _VERSION = 1  # of the token files; a new one makes new files
@@ -149,7 +151,9 @@ def _checked(found):
 def _existing(name: str) -> pathlib.Path:
     path = pathlib.Path(name).expanduser()
     if not path.exists():
-        raise ValueError(f"task text: there is no file or folder {name!r} (config.task.files).")
+        raise ValueError(
+            f"task text: there is no file or folder {name!r} (config.task.files)." + hint(path)
+        )
     return path
 
 

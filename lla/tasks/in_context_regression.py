@@ -31,7 +31,7 @@ _SAMPLED = (8, 8)  # batches, and sequences per batch, on which `baselines` are 
 
 @dataclasses.dataclass(frozen=True)
 class InContextRegression:
-    """The task and its sizes; all splits draw new sequences at every step.
+    """In-context regression; all splits draw new sequences at every step.
 
     Attributes:
       dim: coordinates of x.

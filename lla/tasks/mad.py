@@ -54,7 +54,7 @@ _FACTS_STREAM = 0x66616374  # separates the table of memorization from the examp
 
 @dataclasses.dataclass(frozen=True)
 class MAD:
-    """One of the six tasks.
+    """One of the six tasks of MAD.
 
     The training set is finite, and every epoch has a new order. The test set is read in order, and
     examples of a batch beyond its end have weight 0. "validation" is a further set, with the size

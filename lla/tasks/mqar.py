@@ -37,7 +37,7 @@ from lla.tasks.task import (
 
 @dataclasses.dataclass(frozen=True)
 class MQAR:
-    """The task and its sizes.
+    """Multi-query associative recall.
 
     The training set is finite unless `train_examples` is None. Every epoch has a new order, and a
     batch may cross from one epoch into the next [ours]; the number of examples drawn must stay

@@ -53,6 +53,16 @@ def option_types(name: str) -> dict[str, Any]:
     return _TASKS.option_types(name)
 
 
+def meanings(name: str) -> dict[str, str]:
+    """The meanings of the options of the task `name`."""
+    return _TASKS.meanings(name)
+
+
+def summary(name: str) -> str:
+    """What the task `name` is, in a line."""
+    return _TASKS.summary(name)
+
+
 def create(name: str, **given: Any) -> Task:
     """Builds a task.
 

@@ -66,7 +66,9 @@ def load(name: str) -> Series:
     try:
         from statsmodels.datasets import elnino, sunspots
     except ImportError as error:
-        raise ImportError("the real series need statsmodels: pip install statsmodels") from error
+        raise ImportError(
+            'the real series need statsmodels: pip install "lla-jax[data]"'
+        ) from error
     if name == "sunspots":
         table = sunspots.load_pandas().data
         times, values = table["YEAR"].to_numpy(), table["SUNACTIVITY"].to_numpy()

@@ -39,7 +39,7 @@ _PAD, _BOS = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class StateTracking:
-    """The task and its sizes; all splits draw new sequences at every step.
+    """Permutation state tracking; all splits draw new sequences at every step.
 
     T is uniform in [min_swaps, max_swaps] in "train", "validation" and "test", and in
     [max_swaps + 1, 2 * max_swaps] in "test_long", longer than any in training. Splits have

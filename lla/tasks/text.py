@@ -32,7 +32,7 @@ from lla.tasks.task import (
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """The task; files are read when the first batch is drawn, or traced.
+    """Language modelling; files are read when the first batch is drawn, or traced.
 
     Attributes:
       files: UTF-8 text files, plain or compressed (`.xz`, `.gz`), and folders. Each file is a

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from lla.runs import Progress, Workdir, WorkdirError, environment
 from lla.runs.lock import exclusive
 from lla.runs.workdir import check_config, directory, read_json, read_records, write_whole
+from lla.training import extension
 from lla.training.checkpoint import Checkpoints
 from lla.training.records import NoRecords, Records, plain_numbers
 from lla.training.trainer import Sums, Trainer, means
@@ -31,25 +32,35 @@ def train(
     *,
     profile: int = 0,
     stream: TextIO | None = None,
+    extend: bool = False,
 ) -> dict[str, Any]:
     """Trains one run in the work directory `path`, or resumes it.
 
     Args:
       trainer: what to train.
-      path: for `config.json`, `metrics.jsonl`, `timing.jsonl`, `environment.json`, `checkpoints/`
-        and, at the end, `result.json`.
+      path: for `config.json`, `metrics.jsonl`, `timing.jsonl`, `environment.json`, `checkpoints/`,
+        `before_decay/` (a checkpoint, with the schedule "wsd"), `tensorboard/` (where that is
+        installed) and, at the end, `result.json`.
       profile: number of calls of the compiled step to trace into `profile/`, from the second on.
       stream: for the progress line; standard error if None.
+      extend: whether a run of fewer steps in `path` becomes this one, if its schedule allows that;
+        see `lla.training.extension`. The same call resumes an extended run that was killed.
 
     Returns:
       What `fit` returns.
 
     Raises:
       RefusedError: the model does not support its settings; nothing was written.
-      WorkdirError: as `fit`.
+      WorkdirError: as `fit`; or the run cannot be extended, and why.
       NonFiniteError: see there; also for a directory whose run ended this way.
     """
     path = directory(path)
+    if extend and (longer := extension.plan(trainer.settings, path)):
+        trainer.check()
+        if jax.process_index() == 0:
+            longer.apply()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("extended")
     if not (path / "result.json").exists():
         trainer.check()
     result = fit(trainer, path, trainer.settings.record(), profile=profile, stream=stream)
@@ -178,6 +189,9 @@ class _Fit:
         self.path, self.records, self.checkpoints = path, records, checkpoints
         self.evaluations = [entry for entry in known if entry["kind"] == "eval"]
         self.profile, self.stream, self.pause_at = profile, stream, pause_at
+        # Of a single run: runs of sweeps are not extended.
+        single = trainer.runs is None
+        self.before_decay = extension.last_record_before_decay(trainer.settings) if single else None
         self.window: list[Sums] = []  # sums since the last training record
         self.pending = None  # (step, metrics) of a call that may still be running
         self.failed_at = self.stopped_at = np.full(trainer.shape, -1)
@@ -214,6 +228,11 @@ class _Fit:
                 self._fetch()
             if evaluates and not self._all_failed():
                 state = self._evaluate(step, state)
+            if step == self.before_decay and not self._all_failed():
+                self._fetch()
+                with Checkpoints(self.path / extension.BEFORE_DECAY, keep=1) as checkpoints:
+                    checkpoints.save(state)
+                self._restart_clock()
             if (saves or self._over()) and not self._all_failed():
                 self.checkpoints.save(state)
                 self._restart_clock()

@@ -79,7 +79,8 @@ class Optimizer:
       name: "adamw", or "muon" for the kernels of linear maps and AdamW for the rest.
       learning_rate: the peak of the schedule.
       schedule: after the warm-up, "cosine" decays from the peak to the end; "wsd" (warm-up, stable,
-        decay: arXiv 2404.06395) stays at the peak, and decays linearly at the end.
+        decay: arXiv 2404.06395) stays at the peak, and decays linearly at the end. Only a run with
+        "wsd" can be trained further (`lla.training.extension`).
       warmup_fraction: fraction of all steps in which the rate rises linearly from 0.
       decay_fraction: fraction of all steps in which "wsd" decays.
       final_fraction: the rate after the last step, as a fraction of the peak.
@@ -176,8 +177,9 @@ class Training:
 class Sharding:
     """Devices along the two axes of the mesh; -1, for one of them, means all that are left.
 
-    The batch is split over both axes; parameters and optimiser state are split over `fsdp` and
-    replicated over `data`.
+    Attributes:
+      data: devices that the batch is split over, with all parameters on each.
+      fsdp: devices that the batch is split over as well as parameters and optimiser state.
     """
 
     data: int = -1

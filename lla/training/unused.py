@@ -23,7 +23,8 @@ def check_used(overrides: Iterable[str], used: Collection[str], *, sweeps: bool)
             )
         if section == "sweep" and not sweeps:
             raise ValueError(
-                f"config.{path} has no effect on a single run: it is for experiments/sweep.py."
+                f"config.{path} has no effect on a single run: it is for experiments/sweep.py "
+                "(lla-sweep)."
             )
         if sweeps and path in _BY_SWEEP:
             other = _BY_SWEEP[path]

@@ -90,5 +90,5 @@ def test_every_config_names_a_study():
 
 def test_a_config_of_something_else_is_refused():
     config = ConfigDict({"experiment": "mqar"})
-    with pytest.raises(app.UsageError, match=r"must be one of bias_exponents.*got 'mqar'"):
+    with pytest.raises(app.UsageError, match=r"unknown study: 'mqar'.*Valid: bias_exponents"):
         run_study.main(["run_study.py"], config, None)

@@ -92,6 +92,16 @@ def test_a_study_from_config_to_figures(tmp_path, capsys):
         run_study(["main.py"], Study, ConfigDict({"names": ("a",), "stop": "a"}), new, draw)
 
 
+def test_a_missing_optional_package_is_a_line_and_the_records_stay(tmp_path):
+    def draw(path):
+        raise ImportError('figures need Matplotlib: pip install "lla-jax[plot]"')
+
+    config = ConfigDict({"names": ("a",)})
+    with pytest.raises(app.UsageError, match=r'"lla-jax\[plot\]", and give the command again'):
+        run_study(["main.py"], Study, config, tmp_path, draw)
+    assert len(Workdir(tmp_path, config.to_dict()).read()) == 1
+
+
 def test_a_directory_that_another_process_is_at_is_left_alone(tmp_path):
     config = ConfigDict({"names": ("a",)})
     with exclusive(tmp_path):

@@ -119,7 +119,9 @@ def with_more(x, more):
 
 
 @some
-@pytest.mark.parametrize("options", [{}, None], ids=["default", "variant"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param(None, marks=pytest.mark.slow)], ids=["default", "variant"]
+)
 def test_decode_goes_on_with_the_last_segment(name, options):
     mixer = build(name, **((variant(name) | taps(name)) if options is None else options))
     x, more = tokens(), tokens(4, seed=3)

@@ -384,7 +384,6 @@ def test_a_bad_entry_of_a_shared_bias():
 # Cost, layouts of other platforms, transformations
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("bias", [(1, 1, 512, 512), (1, 8, 1, 512), (1, 1, 1, 512), (8, 1, 1, 512)])
 def test_a_shared_bias_is_never_repeated(bias):
     shape = Shape(512, 8, heads=8, key_heads=8, batch=(8,))
@@ -432,7 +431,6 @@ def make_mask():
     return make_problem("softmax", array, array, array).mask
 
 
-@pytest.mark.compat
 def test_vmap_and_leading_axes_sum_the_gradient():
     inputs = with_bias(SMALL, (4, 10, 10))
     arrays = [jnp.asarray(inputs[n], jnp.float32) for n in ("query", "key", "value", "bias")]
@@ -459,7 +457,6 @@ def test_vmap_and_leading_axes_sum_the_gradient():
     assert relative_error(got.sum((0, 1)), want) < GRADIENT_BOUND
 
 
-@pytest.mark.compat
 def test_shard_map_sums_the_gradient_of_a_replicated_bias():
     inputs = with_bias(SMALL, (4, 10, 10))
     arrays = [jnp.asarray(inputs[n], jnp.float32) for n in ("query", "key", "value", "bias")]

@@ -116,7 +116,6 @@ def test_no_key_has_the_id_of_a_query_that_does_not_exist(lowest):
     np.testing.assert_array_equal(same, np.eye(24, dtype=bool) & (np.arange(24) < 3)[:, None])
 
 
-@pytest.mark.compat
 def test_equals_dot_product_attention():
     inputs = make_inputs(SHAPE)
     arrays = [jnp.asarray(inputs[n], jnp.float32) for n in ("query", "key", "value")]

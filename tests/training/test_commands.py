@@ -114,6 +114,86 @@ def test_two_processes_train_as_one(tmp_path):
             assert ours[name] == (value and pytest.approx(value, rel=1e-4, abs=1e-5)), name
 
 
+@pytest.fixture(scope="module")
+def nowhere(tmp_path_factory):
+    return tmp_path_factory.mktemp("nowhere")
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("trian", "unknown command: 'trian'; did you mean 'train'?"),
+        ("train", "--config is needed"),
+        pytest.param("generate", "--workdir is needed", marks=pytest.mark.slow),
+        ("train --config=mqra:smoke --describe", "there is no file 'mqra'. Did you mean mqar?"),
+        pytest.param(
+            "train --config=mqar:smok --describe",
+            "'smok'; did you mean 'smoke'?",
+            marks=pytest.mark.slow,
+        ),
+        ("train --config=bias_exponents --describe", "trains no model: use lla-study"),
+        pytest.param("train --confg=mqar", "Did you mean: config", marks=pytest.mark.slow),
+        pytest.param(
+            "study --config=mqar --workdir=new",
+            "use lla-train or lla-sweep",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "sweep --config=mqar:smoke --config.sweep.seds=3 --dry_run",
+            "did you mean config.sweep.",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("generate --workdir=new", "new is no work directory", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mistyped_command_names_what_was_meant(nowhere, command, message):
+    """From a folder without configs."""
+    wrong = subprocess.run(
+        [sys.executable, "-m", "lla", *command.split()],
+        cwd=nowhere,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert_one_line(wrong, message)
+    assert not list(nowhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("--help", "\n  train     trains a model on a task\n"),
+        ("train --help", "lla-train --config=mqar:short --workdir=runs/mqar  "),
+        pytest.param("train --list", "\n  mqar  (lla-train, lla-sweep)\n", marks=pytest.mark.slow),
+        ("study --config=bias_exponents:full --describe", "config.seeds = (0, 1, 2)\n    of the"),
+        pytest.param(
+            "sweep --config=mqar:smoke --dry_run",
+            "2 points, 8 runs, at most 64 updates\n",
+            marks=pytest.mark.slow,
+        ),
+        (
+            "train --config mqar:smoke --config.training.steps=24 --describe",
+            "config.training.steps = 24\n    updates.\n",
+        ),
+        (
+            "train --config=mqar:smoke --config.model.mixer.name=linear --dry_run",
+            "\nsteps        8 of 8 sequences",
+        ),
+    ],
+)
+def test_commands_tell_what_there_is_and_write_nothing(nowhere, command, expected):
+    done = subprocess.run(
+        [sys.executable, "-m", "lla", *command.split()],
+        cwd=nowhere,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout, done.stdout
+    assert not list(nowhere.iterdir())
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -159,10 +239,10 @@ def assert_one_line(wrong, message):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ("configs/mqra.py", "there is no file 'configs/mqra.py'"),
+        ("configs/mqra.py", "no file 'configs/mqra.py'. Did you mean configs/mqar.py?"),
         ("configs", "there is no file 'configs'"),
         ("", "there is no file ''"),
-        ("configs/mqar.py:smok", "unknown variant 'smok'; valid"),
+        ("configs/mqar.py:smok", "unknown variant 'smok'; did you mean 'smoke'?"),
         ("lla/version.py", "no attribute 'get_config'"),
         ("README.md", "invalid"),
     ],
@@ -181,6 +261,26 @@ def test_a_work_directory_that_is_none_is_a_line(tmp_path):
             wrong = run(script, "--config=configs/mqar.py:smoke", f"--workdir={workdir}")
             assert_one_line(wrong, message)
     assert not (ROOT / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_trained_further_on_request(tmp_path):
+    flags = [
+        "--config=configs/mqar.py:smoke",
+        f"--workdir={tmp_path}",
+        "--config.model.mixer.name=linear",
+        "--config.optimizer.schedule=wsd",
+        "--config.optimizer.warmup_fraction=0",
+    ]
+    assert "finished at step 8" in run("train", *flags).stdout
+    more = [*flags, "--config.training.steps=16"]
+    refused = run("train", *more)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == "To train that run further, add --extend."
+    done = run("train", *more, "--extend")
+    assert done.returncode == 0 and "finished at step 16" in done.stdout, done.stderr
+    other = run("train", *more, "--config.training.seed=1", "--extend")
+    assert_one_line(other, "the settings differ in training.seed")
 
 
 @pytest.mark.slow
