@@ -16,6 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from lla.kernels import lowered
 from lla.kernels.mosaic_gpu.launch import (
     Config,
     Environment,
@@ -73,7 +74,7 @@ class Solved(NamedTuple):
     marked: jax.Array | None = None  # int32 [B, N, T/64], the tiles with bf16x2; None: all
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "bf16x2", "interpret"))
+@lowered.jit("shape", "mask", "config", "bf16x2", "interpret")
 def attend(
     shape: Shape,
     mask: MaskSpec,

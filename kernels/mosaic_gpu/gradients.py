@@ -21,6 +21,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from lla.kernels import lowered
 from lla.kernels.mosaic_gpu.launch import (
     Config,
     Environment,
@@ -90,7 +91,7 @@ class QueryGradients(NamedTuple):
     mean: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "interpret"))
+@lowered.jit("shape", "mask", "config", "interpret")
 def query_gradients(
     shape: Shape,
     mask: MaskSpec,
@@ -264,7 +265,7 @@ class GradientRows(QueryRows):
 NUMBERS = ("scale", "log_sum_exp", "cotangent_mean", "mean", "constant")
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "interpret"))
+@lowered.jit("shape", "mask", "config", "interpret")
 def key_gradients(
     shape: Shape,
     mask: MaskSpec,

@@ -20,6 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from lla.kernels import lowered
 from lla.kernels.mosaic_gpu.launch import (
     Config,
     Environment,
@@ -118,7 +119,7 @@ class TileOverride:
     marked: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mask", "config", "options", "interpret"))
+@lowered.jit("shape", "mask", "config", "options", "interpret")
 def solve(
     shape: Shape,
     mask: MaskSpec,

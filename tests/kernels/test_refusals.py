@@ -125,7 +125,9 @@ def test_when_tiles_choose_their_precision():
 
 def mark(ridge, key, *, offset=(0, 0), length=(192, 192), is_causal=True):
     numbers = jnp.stack([jnp.array(offset), jnp.array(length)], axis=1).astype(jnp.int32)
-    return np.asarray(precision.mark_small(ridge, key, numbers, is_causal, key.shape[-1]))
+    heads, rows = ridge.shape[1], key.shape[1]
+    found = precision.mark_small(ridge, key, numbers, is_causal, key.shape[-1], (heads, rows))
+    return np.asarray(found)
 
 
 def test_tiles_with_a_small_ridge_are_marked():
@@ -139,6 +141,10 @@ def test_tiles_with_a_small_ridge_are_marked():
     # Heads 2 and 3 share keys with mean square 4, for which a ridge of 1 is small.
     scale = jnp.array([1, 2], key.dtype)[None, None, :, None]
     expected[:, 2:] = 1
+    np.testing.assert_array_equal(mark(ridge, key * scale), expected)
+    # One ridge for all rows of a head.
+    ridge = np.array([0.4, 0.6, 1.9, 2.1], np.float32)[None, :, None]
+    expected = np.broadcast_to(np.array([1, 0, 1, 0])[None, :, None], expected.shape)
     np.testing.assert_array_equal(mark(ridge, key * scale), expected)
 
 

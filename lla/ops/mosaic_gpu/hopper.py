@@ -209,8 +209,11 @@ def attend_shielded(
     precise_forward = precise_backward = marked = None
     if precision.choose_by_tile(problem) and not direct:
         precise_forward, precise_backward = precision.iterations(problem, precise=True)
+        ridge = operands.ridge
+        if problem.ridge.shape[1] == 1:  # one number for all rows
+            ridge = jnp.swapaxes(problem.ridge.astype(jnp.float32), 1, 2)
         marked = precision.mark_small(
-            operands.ridge, operands.key, masking.numbers, mask.is_causal, h
+            ridge, operands.key, masking.numbers, mask.is_causal, h, (n, padded_t)
         )
     spec = _Spec(
         member=problem.member,

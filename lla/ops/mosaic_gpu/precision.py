@@ -35,23 +35,26 @@ def choose_by_tile(problem: Problem) -> bool:
 
 
 def mark_small(
-    ridge: jax.Array, key: jax.Array, numbers: jax.Array, is_causal: bool, head_dim: int
-) -> jax.Array:
+    ridge: jax.Array, key: jax.Array, numbers: jax.Array, is_causal: bool, head_dim: int,
+    shape: tuple[int, int],
+) -> jax.Array:  # fmt: skip
     """The tiles of 64 queries, int32 ``[B, N, T/64]``, with a ridge that is small for their keys.
 
     The smallest ridge of a tile is compared with the mean square of the coordinates of the keys up
     to the last one that the tile sees: no tile depends on later keys.
 
     Args:
-      ridge: ``[B, N, T]``, padded.
+      ridge: ``[B | 1, N | 1, T | 1]``, padded along axes that are not 1. There is no minimum over
+        rows that share a ridge: for a constant, XLA would compute it while it compiles, in seconds.
       key: ``[B, S, K, D]``, padded.
       numbers: int32 ``[B, 2]``, the offset and the number of keys of each sequence.
       is_causal: whether later keys are invisible.
       head_dim: D before padding.
+      shape: ``(N, T)``, padded.
     """
     rows = 64
     b, s, k, _ = key.shape
-    n, t = ridge.shape[1:]
+    n, t = shape
     offset, length = (numbers[:, i, None, None] for i in range(2))
     exists = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None, None], (b, 1, s)) < length
     squares = jnp.square(key.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
@@ -68,8 +71,9 @@ def mark_small(
         squares, counts = squares.sum(-1, keepdims=True), counts.sum(-1, keepdims=True)
     mean = squares / jnp.maximum(counts, 1.0)
     mean = jnp.broadcast_to(jnp.repeat(mean, n // k, axis=1), (b, n, t // rows))
-    smallest = ridge.reshape(b, n, t // rows, rows).min(-1)
-    return (smallest < _PRECISE_RIDGE * mean).astype(jnp.int32)
+    if ridge.shape[2] > 1:
+        ridge = ridge.reshape(*ridge.shape[:2], t // rows, rows).min(-1)
+    return (ridge < _PRECISE_RIDGE * mean).astype(jnp.int32)
 
 
 def iterations(problem: Problem, *, precise: bool, direct: bool = False):
