@@ -45,6 +45,15 @@ _PROFILE = flags.DEFINE_integer(
 _MULTI_HOST = flags.DEFINE_bool(
     "multi_host", False, "Start JAX's distributed runtime: one process per host, one command each."
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "With --multi_host: HOST:PORT of process 0, where JAX finds no cluster."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "With --coordinator: the number of processes.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "With --coordinator: which process this is, from 0.", lower_bound=0
+)
 
 _HOW_TO_EXTEND = "\nTo train that run further, add --extend."
 
@@ -66,13 +75,7 @@ def main(argv):
         path = None if _DRY_RUN.value else directory(command.workdir(_WORKDIR.value))
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    if _MULTI_HOST.value:
-        try:
-            jax.distributed.initialize()
-        except (RuntimeError, ValueError) as error:
-            raise app.UsageError(
-                f"--multi_host needs a cluster that JAX can find, such as SLURM's: {error}"
-            ) from error
+    _join_hosts()
     try:
         trainer = training.Trainer(settings)
         if _DRY_RUN.value:
@@ -96,6 +99,38 @@ def main(argv):
     )
     print(path)
     command.warn_of_smoke()
+
+
+def _join_hosts():
+    """Starts JAX's distributed runtime if --multi_host asks for it."""
+    cluster = {
+        "coordinator": _COORDINATOR.value,
+        "num_processes": _NUM_PROCESSES.value,
+        "process_id": _PROCESS_ID.value,
+    }
+    missing = [f"--{name}" for name, value in cluster.items() if value is None]
+    if not _MULTI_HOST.value:
+        if len(missing) < len(cluster):
+            given = [f"--{name}" for name, value in cluster.items() if value is not None]
+            raise app.UsageError(f"{', '.join(given)} needs --multi_host.")
+        return
+    if 0 < len(missing) < len(cluster):
+        raise app.UsageError(f"--multi_host without a cluster also needs {', '.join(missing)}.")
+    if not missing and _PROCESS_ID.value >= _NUM_PROCESSES.value:
+        raise app.UsageError(
+            f"--process_id={_PROCESS_ID.value} must be less than "
+            f"--num_processes={_NUM_PROCESSES.value}."
+        )
+    try:
+        jax.distributed.initialize(*cluster.values())
+    except (RuntimeError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise app.UsageError(
+            "--multi_host found no cluster such as SLURM's; without one give "
+            f"--coordinator=HOST:PORT, --num_processes and --process_id. JAX says: {told}"
+            if missing
+            else f"--multi_host with --coordinator={_COORDINATOR.value}: {told}"
+        ) from error
 
 
 def _shown(value):

@@ -71,14 +71,6 @@ def test_smoke_variants_run(task, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """The flag multi_host: two processes with a device each compute what one process does."""
-    start = (
-        "import sys, runpy, jax\n"
-        "index, port = int(sys.argv.pop(1)), sys.argv.pop(1)\n"
-        "begin = jax.distributed.initialize\n"
-        "jax.distributed.initialize = lambda: begin('localhost:' + port, 2, index)\n"
-        "sys.argv[0] = 'experiments/train.py'\n"
-        "runpy.run_path('experiments/train.py', run_name='__main__')\n"
-    )
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -89,9 +81,10 @@ def test_two_processes_train_as_one(tmp_path):
     ]
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PATH": ""}
     shared = [*arguments, "--multi_host", f"--workdir={tmp_path / 'two'}"]
+    shared += [f"--coordinator=localhost:{port}", "--num_processes=2"]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", start, str(index), str(port), *shared],
+            [sys.executable, "experiments/train.py", *shared, f"--process_id={index}"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -217,7 +210,8 @@ def test_commands_tell_what_there_is_and_write_nothing(nowhere, command, expecte
         pytest.param(
             "--config.sweep.seeds=(1,)", "is for experiments/sweep.py", marks=pytest.mark.slow
         ),
-        pytest.param("--multi_host", "coordinator_address", marks=pytest.mark.slow),
+        pytest.param("--multi_host", "give --coordinator=HOST:PORT", marks=pytest.mark.slow),
+        ("--process_id=1", "--process_id needs --multi_host"),
     ],
 )
 def test_a_mistake_is_a_line_that_names_it(tmp_path, override, message):
