@@ -41,9 +41,12 @@ def speed(document: dict) -> str:
         ratio = f"{ours / hopper:.2f}" if ours and hopper else "not run"
         name = member if ridge is None else f"{member}, ridge {ridge:g}"
         passes = "forward" if which == "forward" else "with gradients"
+        xla = found.get("xla")
+        ratio = [ratio, f"{xla / ours:.1f}" if ours and xla else ""]
         others = [_time(found[n]) if n in found else "" for n in (_OURS, _HOPPER, "cudnn", "xla")]
-        rows.append([str(head_dim), name, passes, *others, ratio])
+        rows.append([str(head_dim), name, passes, *others, *ratio])
     head = ["d", "member", "pass", "portable", "Hopper's", "cuDNN", "XLA", "portable / Hopper's"]
+    head.append("XLA / portable")
     keep = [i for i, name in enumerate(head) if any(row[i] for row in rows)]
     return table([head[i] for i in keep], [[row[i] for i in keep] for row in rows])
 
@@ -71,6 +74,8 @@ def accuracy(document: dict) -> str:
         if cell["value_dim"] != cell["head_dim"]:
             sizes += f" (values {cell['value_dim']})"
         options = ", ".join(f"{name}" for name, _ in cell["options"]) or "causal"
+        if cell["inputs"] != "normal":
+            options += f", {cell['inputs']} inputs"
         if "errors" not in record:
             rows.append([member, cell["dtype"], sizes, options, "not run", "", ""])
             continue
@@ -81,7 +86,7 @@ def accuracy(document: dict) -> str:
             [member, cell["dtype"], sizes, options, f"{errors['output']:.1e}",
              f"{errors[worst]:.1e} ({worst})", repeat]
         )  # fmt: skip
-    head = ["member", "dtype", "queries × keys", "mask", "output", "worst gradient", "two runs"]
+    head = ["member", "dtype", "queries × keys", "case", "output", "worst gradient", "two runs"]
     return table(head, rows)
 
 

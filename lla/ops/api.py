@@ -235,9 +235,9 @@ def parallax_attention(
     Args:
       query, key, value: as in `local_linear_attention`.
       probe: ``[*B, T, N, H]``, the query's dtype.
-      scale, is_causal, query_offset, query_seq_lengths, key_value_seq_lengths, segment_ids,
-        local_window_size, mask, bias, logits_soft_cap, implementation, return_stats,
-        context_axis, context_balance: as in `local_linear_attention`.
+      scale, is_causal, query_offset, query_seq_lengths: as in `local_linear_attention`.
+      key_value_seq_lengths, segment_ids, local_window_size, mask, bias, logits_soft_cap: likewise.
+      implementation, return_stats, context_axis, context_balance: likewise.
 
     Returns:
       ``[*B, T, N, Hv]`` in the query's dtype, or a pair with `lla.Stats`.
