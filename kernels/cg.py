@@ -1,7 +1,7 @@
 """Preconditioned conjugate gradients for the rows of a tile, with a dimensionless stopping rule.
 
 Every row solves its own system ``A_i x_i = b_i``; the products are computed for all rows together.
-Each row stops by itself, once an upper bound of its error is small enough. A row that has stopped
+Each row stops on its own, once an upper bound on its error is small enough. A row that has stopped
 or broken down (zero residual, non-positive curvature) is frozen, so that it neither becomes NaN nor
 affects other rows.
 """

@@ -16,11 +16,11 @@ _CAPABILITY = contextvars.ContextVar("lla_target_capability", default=None)
 
 @contextlib.contextmanager
 def lowering_for(platform: str, *, capability: str | None = None) -> Iterator[None]:
-    """Inside, kernels for `platform` are chosen though the machine has no such device.
+    """Inside, kernels for `platform` are chosen although the machine has no such device.
 
-    For programs that are lowered, exported or compiled here and run elsewhere. An implementation
-    has to be named: ``implementation=None`` goes on choosing for this machine. A function that was
-    traced inside cannot run on this machine; JAX keeps such traces, so use a function of its own::
+    For programs that are lowered, exported or compiled here and run elsewhere. The implementation
+    must be named: ``implementation=None`` still chooses for this machine. A function that was
+    traced inside cannot run on this machine. JAX keeps such traces, so use a separate function::
 
         with lla.compat.lowering_for("tpu"):
             exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments)

@@ -426,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
         print(format_row(result), flush=True)
 
     count = {status: sum(r.status == status for r in results) for status in ("pass", "FAIL")}
-    # Nothing that ran is no success either.
+    # A run in which no case passed is not a success either.
     passed = count["FAIL"] == 0 and count["pass"] > 0
     seconds = time.perf_counter() - start
     refused = len(results) - sum(count.values())

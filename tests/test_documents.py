@@ -88,7 +88,7 @@ def test_python_of_the_readme_runs():
 
 
 # Sharding, custom derivatives and Flax's layers differ between versions of JAX.
-COMPAT = {"operator.md", "swap_attention.md", "decode.md", "multiple_devices.md"}
+COMPAT = {"swap_attention.md", "multiple_devices.md"}
 
 
 @pytest.mark.parametrize(

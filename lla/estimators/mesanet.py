@@ -27,7 +27,7 @@ class MesaNet:
     output is linear attention with the queries x.
 
     Attributes:
-      decay: gate per token, in (0, 1]; 1 is no decay.
+      decay: gate per token, in (0, 1]; 1 means no decay.
       relative_ridge: `Lambda = relative_ridge * H`, H the head dimension. For maps of variance
         1/H per entry and noise of variance s^2, `relative_ridge = s^2` is the Bayes estimator.
       form: "chunked" or "recurrent".

@@ -24,10 +24,10 @@ _FEATURE_MAPS = {
 class LinearAttention(RecurrentMixer):
     """Linear attention (arXiv 2006.16236): ``S += f(k) v^T; o = S^T f(q) / sqrt(head_dim)``.
 
-    Departures: by default f is the identity and there is no division by the sum of the weights, as
-    in later linear recurrent networks. Instead every head of the output is RMS-normalised, as in
-    arXiv 2210.10340, since its size would grow with the length. ``feature_map="elu",
-    normalize=True, out_norm=False`` is the form of 2006.16236.
+    Differences from the paper: by default f is the identity and outputs are not divided by the sum
+    of the weights, as in later linear recurrent networks. Instead every head of the output is
+    RMS-normalised, as in arXiv 2210.10340, because its magnitude would grow with the
+    length. ``feature_map="elu", normalize=True, out_norm=False`` is the form of 2006.16236.
 
     Parameters: ``query``, ``key``, ``value``, ``out``; ``out_norm``, ``query_norm`` and
     ``key_norm`` by option.

@@ -59,7 +59,7 @@ class AttentionState(NamedTuple):
 
 
 class CallOptions(TypedDict, total=False):
-    """The keyword arguments of a call of the layer but for `return_stats`, for its overloads."""
+    """The keyword arguments of a call of the layer, except `return_stats`, for its overloads."""
 
     mask: jax.Array | None
     bias: jax.Array | None
@@ -71,7 +71,7 @@ class CallOptions(TypedDict, total=False):
 
 
 def _last_segment(cache: KVCache, lengths: jax.Array) -> KVCache:
-    """The last `lengths` tokens of `cache`; one that has overflowed stays so."""
+    """The last `lengths` tokens of `cache`; a sequence that overflowed stays marked as such."""
     first = cache.lengths - lengths
     return KVCache(
         key=segments.moved_to_front(cache.key, first, lengths),

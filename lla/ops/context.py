@@ -1,12 +1,12 @@
 """One sequence over several devices: context parallelism, inside a `jax.shard_map`.
 
-A device has a share of the queries, and of keys and values. It gathers all keys and values once, or
-through a window those around its own alone, and solves for its queries by itself; gradients of keys
-and values are summed in float32 and scattered back.
+Each device holds a share of the queries, keys and values. It gathers all keys and values once, or
+with a window only those near its own, and solves for its own queries. Gradients of keys and values
+are summed in float32 and scattered back.
 
-With a causal mask the last queries have most to do. Balanced, the sequence is cut into twice as
-many chunks as there are devices, and device ``i`` of ``n`` has the chunks ``i`` and
-``2 n - 1 - i``, one behind the other; `lla.sharding.balance` brings a batch into that order.
+With a causal mask the last queries have the most work. Balanced, the sequence is cut into twice as
+many chunks as there are devices, and device ``i`` of ``n`` holds chunk ``i`` followed by chunk
+``2 n - 1 - i``; `lla.sharding.balance` puts a batch in that order.
 """
 
 from __future__ import annotations

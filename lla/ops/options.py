@@ -50,7 +50,7 @@ class CappedAttention(Sequences, total=False):
 
 
 class SolvedAttention(Attention, total=False):
-    """Of `lla.local_linear_attention` besides ridge."""
+    """Of `lla.local_linear_attention`, except ridge."""
 
     solver: Solver | None
 
@@ -68,6 +68,6 @@ class CappedDecoding(Decoding, total=False):
 
 
 class SolvedDecoding(Decoding, total=False):
-    """Of `lla.decode_step` besides ridge."""
+    """Of `lla.decode_step`, except ridge."""
 
     solver: Solver | None

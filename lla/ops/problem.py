@@ -21,7 +21,7 @@ SUPPORTED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Operands(NamedTuple):
-    """The arrays of a call that are differentiated; every back end has a layout of its own.
+    """The differentiable arrays of a call; each back end lays them out in its own way.
 
     probe is None unless the member is "parallax", ridge is None unless it is "lla".
     """

@@ -30,12 +30,12 @@ def starts(segment_ids: Any, shape: tuple[int, ...], before: jax.Array | None = 
     Args:
       segment_ids: integers ``[*B, T]``.
       shape: what that has to be.
-      before: int32 ``[*B]``, ids of the tokens in front of these. None: the first token goes on
-        with the segment of what is in front of it, if anything is.
+      before: int32 ``[*B]``, ids of the preceding tokens. None: the first token continues the
+        preceding segment, if there is one.
 
     Raises:
-      ValueError: `segment_ids` is no integer array of that shape; with `before` also if it is known
-        to hold numbers beyond int32.
+      ValueError: `segment_ids` is not an integer array of that shape, or, with `before`, is known
+        to hold values outside int32.
     """
     ids = checked(segment_ids, shape)
     changes = jnp.asarray(ids[..., 1:] != ids[..., :-1])
@@ -103,11 +103,11 @@ def moved_to_front(buffer: jax.Array, first: jax.Array, counts: jax.Array) -> ja
 
 
 def slots(runs: jax.Array, lengths: jax.Array, room: int) -> jax.Array:
-    """Segments of the slots of a buffer behind whose first `lengths` tokens new ones are written.
+    """Segments of the slots of a buffer whose first `lengths` tokens are followed by new ones.
 
     Args:
-      runs: int32 ``[*B, T]``, segments of the new tokens, of which the first goes on with what is
-        in the buffer.
+      runs: int32 ``[*B, T]``, segments of the new tokens; the first one continues the segment in
+        the buffer.
       lengths: int32 ``[*B]``.
       room: slots of the buffer.
 

@@ -63,7 +63,7 @@ def attend(
     if mesh is not AUTO:
         return _explicit(mesh, call, arrays)
     if kind == "attend" and call.implementation not in partition.ROW_UNITS:
-        # The reference is nothing but sums over axes, which the compiler divides by itself.
+        # The reference consists only of sums over axes, which the compiler can partition.
         return run(call, arrays)
     if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
         return partition.attend(call, arrays)

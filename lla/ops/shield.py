@@ -254,7 +254,7 @@ def _if_any(flags: jax.Array, function, shape) -> jax.Array:
 
 
 def _finite(array: jax.Array) -> jax.Array:
-    """`array` with zeros for what is not finite."""
+    """`array` with non-finite values replaced by zeros."""
     return jnp.where(jnp.isfinite(array), array, jnp.zeros_like(array))
 
 

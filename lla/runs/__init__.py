@@ -1,4 +1,4 @@
-"""What every run needs besides its computation: settings, a work directory, records, progress.
+"""What every run needs apart from its computation: settings, a work directory, records, progress.
 
 `lla.runs.tables` and `lla.runs.figures` write its tables and figures.
 """

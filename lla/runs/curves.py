@@ -253,7 +253,7 @@ def _best_rate(folder):
 def _labels(found):
     """(panel, label) of every folder: choices of a sweep make panels, the mechanism labels.
 
-    What is the same everywhere is left out. Runs are told apart by what differs in their configs.
+    Settings that all runs share are left out; labels show those that differ.
     """
     shown = []
     for folder in found:

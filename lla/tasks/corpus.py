@@ -114,7 +114,7 @@ def load(
 
 
 def _parts_of_folders(files) -> list[tuple[str, pathlib.Path]]:
-    """(part, file) of all folders, each of which has the parts by name."""
+    """(part, file) for all folders; each folder holds the parts by name."""
     found = []
     for name in files:
         folder = _existing(name)
@@ -264,7 +264,7 @@ def _encode(tokenizer, text: str) -> list[int]:
 
 
 def _make(folder: pathlib.Path, paths: dict[str, list[pathlib.Path]], vocab_size: int) -> None:
-    """Tokenises all parts into `folder`, which is there as a whole or not at all."""
+    """Tokenises all parts into `folder`, which appears complete or not at all."""
     _check_disjoint(
         {
             part: [(hashlib.sha256(_text(path).encode()).hexdigest(), path) for path in inside]

@@ -146,7 +146,7 @@ class Text:
         return jax.vmap(start)(epochs, index % jnp.uint32(windows))
 
     def _read(self, starts, split):
-        """Int32 [B, T + 1]: tokens from `starts` [B] on, the last one repeated behind the end."""
+        """Int32 [B, T + 1]: tokens from `starts` [B] on, the last one repeated past the end."""
         tokens = self.corpus.tokens[split]
         offsets = np.arange(self.length + 1)
 

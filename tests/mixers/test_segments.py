@@ -80,6 +80,7 @@ def test_packed_equals_apart(name):
 
 
 @every
+@pytest.mark.slow
 def test_packed_equals_apart_with_other_options_and_short_convolutions(name):
     check(build(name, **(variant(name) | taps(name))))
 

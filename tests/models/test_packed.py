@@ -13,10 +13,12 @@ from lla.models import ModelConfig, SequenceModel
 VOCAB, BATCH, ROOM = 11, 2, 9
 IDS = np.array([[4] * 6 + [0] * 1 + [4] * 8, [1] * 9 + [2] * 6], np.int32)
 ENDS = ((0, 6, 7, 15), (0, 9, 15))
+SOFTMAX, DELTANET = dict(mixer="softmax"), dict(mixer="deltanet", mixer_options=dict(short_conv=3))
 kinds = pytest.mark.parametrize(
-    "kind", [dict(mixer="softmax"), dict(mixer="deltanet", mixer_options=dict(short_conv=3))],
+    "kind",
+    [pytest.param(SOFTMAX, marks=pytest.mark.slow), DELTANET],
     ids=["softmax", "deltanet"],
-)  # fmt: skip
+)
 
 
 def build(**options):

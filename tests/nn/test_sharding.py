@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lla.nn
 import lla.sharding
+from tests.measure import latin
 from tests.ops.harness import relative_error
 
 if jax.device_count() < 8:
@@ -118,8 +119,7 @@ def test_sharded_batch_under_explicit_axes(kind):
         assert_equal(found, want)
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-@pytest.mark.parametrize("style", ["shard_map", "explicit"])
+@latin("style, balanced", ["shard_map", "explicit"], [False, True])
 def test_split_sequences(style, balanced):
     """Rotary positions and learned ridges are those of the tokens."""
     options = dict(rope_theta=100.0, ridge_type="per_token", num_kv_heads=2, rngs=nnx.Rngs(0))

@@ -130,7 +130,6 @@ def check(style, parts, balanced, member, shape, extra=None, static=None):
     return text
 
 
-balance = pytest.mark.parametrize("balanced", [False, True], ids=["in_order", "balanced"])
 STYLES = ("shard_map", "explicit", "on_mesh")
 
 
@@ -139,7 +138,7 @@ def shape_of(parts, chunk=3, **options):
     return Shape(2 * parts * chunk, 8, **(defaults | options))
 
 
-@latin("style, parts, balanced", STYLES, [2, 4, 8], [False, True], marks=pytest.mark.compat)
+@latin("style, parts, balanced", STYLES, [2, 4, 8], [False, True], every=6)
 def test_devices(parts, style, balanced):
     """Grouped heads, a ridge for every token, chunks of an odd length."""
     text = check(style, parts, balanced, "lla", shape_of(parts))
@@ -152,8 +151,7 @@ def test_devices(parts, style, balanced):
     assert sent["reduce-scatter"] == [whole // parts] * 2
 
 
-@balance
-@pytest.mark.parametrize("member", ["parallax", "softmax"])
+@latin("balanced, member", [False, True], ["parallax", "softmax"], marks=pytest.mark.compat)
 def test_members(member, balanced):
     check("shard_map", 4, balanced, member, shape_of(4, key_heads=1))
 

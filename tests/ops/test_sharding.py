@@ -137,7 +137,7 @@ def test_what_is_independent_needs_no_collective(style, member, place):
     assert (run.forward, run.both) == ({}, {})
 
 
-@latin("style, member, key_heads", STYLES, list(FUNCTIONS), [1, 2])
+@latin("style, member, key_heads", STYLES, list(FUNCTIONS), [1, 2], every=6)
 def test_grouped_heads(style, member, key_heads):
     """Query heads over four devices, fewer key heads on all of them, whose gradients are summed."""
     if style == "shard_map" and key_heads == 2:
@@ -249,8 +249,7 @@ def test_two_leading_axes(style):
     assert (run.forward, run.both) == ({}, {})
 
 
-@pytest.mark.parametrize("style", ["auto", "explicit"])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@latin("style, implementation", ["auto", "explicit"], ["reference", "xla"])
 def test_implementations(style, implementation):
     operands, cotangent = arrays_of(SHAPE, "lla")
     both = P("data", None, "heads")
@@ -422,7 +421,7 @@ def test_wrong_arguments_are_named_as_on_one_device():
 # Decoding
 
 
-@latin("style, member", ["auto", "explicit"], list(FUNCTIONS), marks=pytest.mark.compat)
+@latin("style, member", ["auto", "explicit"], list(FUNCTIONS))
 def test_decoding(style, member):
     """A prompt and a token; output and cache stay where the cache lies."""
     shape = Shape(7, 8, heads=4, key_heads=2, batch=(4,))

@@ -22,7 +22,7 @@ from lla.ops.xla.plan import largest_divisor
 # Bytes of cached keys and values that are worked on at once, each counted in the dtype of the cache
 # and in the compute dtype.
 _CHUNK_BYTES = 1 << 28
-# Queries from which on a mask as an array is no longer small.
+# With this many queries or more, a mask array is no longer small.
 _FEW = 8
 
 
