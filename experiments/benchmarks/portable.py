@@ -80,7 +80,6 @@ def make_cells(options) -> list[Cell]:
     accuracy("lla", ridge=1.0)
     accuracy("parallax")
     accuracy("lla", 128, ridge=1.0)
-    accuracy("lla", ridge=0.1)
     sizes = {"batch": 2, "queries": 4096, "keys": 4096, "heads": 16, "kv_heads": 16}
 
     def speed(implementation, member, head_dim, ridge=None, passes=("forward", "forward_backward")):
