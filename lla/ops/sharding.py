@@ -63,7 +63,8 @@ def attend(
     if mesh is not AUTO:
         return _explicit(mesh, call, arrays)
     if kind == "attend" and call.implementation not in partition.ROW_UNITS:
-        # The reference consists only of sums over axes, which the compiler can partition.
+        # The reference consists only of sums over axes, which the compiler can partition. Kernels
+        # that are not in the table compute everything on every device.
         return run(call, arrays)
     if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
         return partition.attend(call, arrays)

@@ -117,6 +117,16 @@ def test_final_runs_are_shown_by_their_test_split_and_trials_tell_the_edge(tmp_p
     assert mqar.accuracy_cell(softmax) == "0.937 ± 0.031 (1/5)"
 
 
+def test_a_run_that_ended_below_the_goal_has_not_solved_the_task(tmp_path):
+    """Whatever its accuracy on the test split is: both tables count the same runs."""
+    rows = selected("gla", {0.001: (0.99, 1.0)}) + final("gla", {0.001: (0.99, 0.985)})
+    write_phases(tmp_path / "r.csv", mqar.EXPERIMENT, rows, shift=0.005)
+    (point,) = mqar.EXPERIMENT.points(tmp_path)
+    assert point.values == pytest.approx((0.995, 0.99))
+    assert mqar.accuracy_cell(point).endswith("(1/2)")
+    assert shared.updates_cell(point).endswith("(1/2)")
+
+
 def test_runs_that_all_diverged_are_no_values(tmp_path):
     (point,) = mqar_points(tmp_path, final("lla", {0.001: (None, None)}))
     assert point.values == () and point.diverged == 2
