@@ -39,11 +39,18 @@ def speed(every: bool = False) -> str:
       every: all ridges, and those that are not known when the call is compiled.
     """
     found = {
-        (r["implementation"], r["member"], r["ridge"], r["ridge_kind"], r["head_dim"], r["pass"]): r
+        (
+            r["implementation"],
+            r["mechanism"],
+            r["ridge"],
+            r["ridge_kind"],
+            r["head_dim"],
+            r["pass"],
+        ): r
         for r in load(MEASURED / "hopper_h200.json")["records"]
         if r["group"] == "speed" and r["inputs"] == "normal"
     } | {
-        (r["implementation"], r["member"], r["ridge"], "static", r["head_dim"], r["pass"]): r
+        (r["implementation"], r["mechanism"], r["ridge"], "static", r["head_dim"], r["pass"]): r
         for r in load(MEASURED / "peers_h200.json")["records"]
         if r["implementation"] == "flash_lla" and r["status"] == "timed"
     }

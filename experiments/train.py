@@ -94,7 +94,7 @@ def main(argv):
     final, best = (_shown(result[name]) for name in ("final", "best"))
     test = "".join(f", {name} {_shown(value)}" for name, value in result["test"].items())
     print(
-        f"{result['status']} at step {result['steps']}: {result['headline']} {final}, best "
+        f"{result['status']} at step {result['steps']}: {result['metric']} {final}, best "
         f"{best}{test}"
     )
     print(path)

@@ -1,12 +1,12 @@
 """Every implementation on this machine against the exact reference: ``python -m lla.selftest``.
 
-Outputs and gradients of all members of the family are compared with automatic differentiation of
+Outputs and gradients of all mechanisms of the family are compared with automatic differentiation of
 the dense reference in float64 on the CPU, for the same inputs. Prints a table of errors and times,
 exits with 0 if everything that can run is within its bound and with 1 otherwise.
 
-Errors are relative Frobenius norms. Bounds for float32: 1e-5 for a ridge of at least 1 (and for
-the members without a ridge), 1e-4 for at least 0.1, 1e-3 below, and ten times that for gradients.
-Bounds for bfloat16: twice the error of the exact result rounded once to bfloat16, plus 1e-5. The
+Errors are relative Frobenius norms. Bounds for float32: 1e-5 for a ridge of at least 1 (and
+for the mechanisms without a ridge), 1e-4 for at least 0.1, 1e-3 below, and ten times that for
+gradients. Bounds for bfloat16: twice the error of the exact result rounded once to bfloat16, plus 1e-5. The
 kernels round weights and probe besides: for local linear attention in bfloat16 their bounds are
 5e-3, and 2e-2 for gradients, at every ridge. Where few rows have a cotangent the tolerance of the
 solve does not average out of the gradients: elsewhere in bfloat16 theirs may be four times that of
@@ -48,7 +48,7 @@ TIMED_RUNS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape with its masks; `plan` lists the pairs of member and dtype to run.
+    """One shape with its masks; `plan` lists the pairs of mechanism and dtype to run.
 
     `faint` lets the cotangent of the later queries fall to 1e-30, as behind sharp softmax weights.
     `step` decodes one token, the last of the keys, with the others in a cache.
@@ -104,7 +104,7 @@ CASES = (
         (2, 200, 2, 64),
         64,
         {},
-        (("lla", "float32"), *((member, "bfloat16") for member in FUNCTIONS)),
+        (("lla", "float32"), *((mechanism, "bfloat16") for mechanism in FUNCTIONS)),
         step=True,
     ),
 )
@@ -131,7 +131,7 @@ class Result:
     """
 
     case: str
-    member: str
+    mechanism: str
     dtype: str
     implementation: str
     method: str | None
@@ -150,7 +150,7 @@ class Result:
 # What is computed
 
 
-def make_inputs(case: Case, member: str, dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def make_inputs(case: Case, mechanism: str, dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Inputs without the ridge, and a cotangent, standard normal and rounded to `dtype`."""
     b, t, n, _ = case.query
     shapes = {
@@ -171,7 +171,7 @@ def make_inputs(case: Case, member: str, dtype: str) -> tuple[dict[str, np.ndarr
         fall = np.ones((t, 1, 1), np.float32)
         fall[t // 2 :, 0, 0] = np.logspace(0, -30, t - t // 2)
         cotangent = (cotangent.astype(np.float32) * fall).astype(cotangent.dtype)
-    if member == "parallax":
+    if mechanism == "parallax":
         arrays["probe"] = (probe.astype(np.float32) / 8).astype(probe.dtype)
     return arrays, cotangent
 
@@ -183,19 +183,19 @@ def with_ridge(inputs: dict, ridge: float | None, dtype) -> dict:
     return inputs | {"ridge": np.full(inputs["query"].shape[:-1], ridge, dtype)}
 
 
-def decode_last(member: str, **inputs):
+def decode_last(mechanism: str, **inputs):
     """The output of one step of decoding with the tokens before it in a cache."""
     key, value = inputs.pop("key"), inputs.pop("value")
     lengths = jnp.full(key.shape[0], key.shape[1] - 1, jnp.int32)
     cache = lla.KVCache(key.at[:, -1].set(0), value.at[:, -1].set(0), lengths)
-    name = {"lla": "decode_step"}.get(member, f"{member}_decode_step")
+    name = {"lla": "decode_step"}.get(mechanism, f"{mechanism}_decode_step")
     return getattr(lla, name)(key=key[:, -1:], value=value[:, -1:], cache=cache, **inputs)[0]
 
 
-def compile_pass(member: str, options: dict[str, Any], step: bool = False):
+def compile_pass(mechanism: str, options: dict[str, Any], step: bool = False):
     """A compiled function of inputs and cotangent: the output and the gradients by name."""
-    whole = getattr(lla, FUNCTIONS[member])
-    function = functools.partial(decode_last, member) if step else whole
+    whole = getattr(lla, FUNCTIONS[mechanism])
+    function = functools.partial(decode_last, mechanism) if step else whole
 
     @jax.jit
     def run(inputs, cotangent):
@@ -212,16 +212,16 @@ class Reference:
         self.device = jax.devices("cpu")[0]
         self.compiled, self.results = {}, {}
 
-    def __call__(self, case: Case, member: str, dtype: str, ridge: float | None):
-        key = (case.name, member, dtype, ridge)
+    def __call__(self, case: Case, mechanism: str, dtype: str, ridge: float | None):
+        key = (case.name, mechanism, dtype, ridge)
         if key not in self.results:
             with jax.enable_x64(True), jax.default_device(self.device):
                 if key[:2] not in self.compiled:
                     options = case.options | {"implementation": "reference"}
                     if case.step:
                         options["query_offset"] = case.key[1] - 1
-                    self.compiled[key[:2]] = compile_pass(member, options)
-                inputs, cotangent = make_inputs(case, member, dtype)
+                    self.compiled[key[:2]] = compile_pass(mechanism, options)
+                inputs, cotangent = make_inputs(case, mechanism, dtype)
                 inputs = with_ridge(inputs, ridge, np.float64)
                 exact = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (inputs, cotangent))
                 results = self.compiled[key[:2]](*exact)
@@ -260,7 +260,7 @@ def error_bound(
 
 def run_variant(
     case: Case,
-    member: str,
+    mechanism: str,
     dtype: str,
     implementation: str,
     method: str | None,
@@ -271,10 +271,10 @@ def run_variant(
     options = case.options | {"implementation": implementation}
     if method is not None:
         options["solver"] = lla.Solver(method=method)
-    run = compile_pass(member, options, case.step)
-    for ridge in ridges if member == "lla" else (None,):
-        result = Result(case.name, member, dtype, implementation, method, ridge)
-        inputs, cotangent = make_inputs(case, member, dtype)
+    run = compile_pass(mechanism, options, case.step)
+    for ridge in ridges if mechanism == "lla" else (None,):
+        result = Result(case.name, mechanism, dtype, implementation, method, ridge)
+        inputs, cotangent = make_inputs(case, mechanism, dtype)
         inputs = with_ridge(inputs, ridge, np.float32)
         inputs, cotangent = jax.device_put((inputs, cotangent))
         try:
@@ -290,7 +290,7 @@ def run_variant(
             result.status, result.reason = "FAIL", f"{type(error).__name__}: {error}"
         else:
             result.milliseconds = statistics.median(times)
-            judge(result, first, again, reference(case, member, dtype, ridge), case.faint)
+            judge(result, first, again, reference(case, mechanism, dtype, ridge), case.faint)
         yield result
 
 
@@ -319,12 +319,12 @@ def judge(result: Result, first, again, expected, faint: bool) -> None:
 def run_cases(cases, implementations, ridges) -> Iterator[Result]:
     reference = Reference()
     for case in cases:
-        for member, dtype in case.plan:
+        for mechanism, dtype in case.plan:
             for implementation in implementations:
-                solves = member == "lla" and implementation != "reference"
+                solves = mechanism == "lla" and implementation != "reference"
                 for method in case.methods if solves else (None,):
                     yield from run_variant(
-                        case, member, dtype, implementation, method, ridges, reference
+                        case, mechanism, dtype, implementation, method, ridges, reference
                     )
 
 
@@ -355,7 +355,7 @@ def environment() -> dict[str, Any]:
 
 
 _HEADER = (
-    f"{'case':<12} {'member':<9}{'dtype':<9} {'implementation':<18}{'ridge':>6}  {'output':>8}"
+    f"{'case':<12} {'mechanism':<9}{'dtype':<9} {'implementation':<18}{'ridge':>6}  {'output':>8}"
     f" {'(bound)':>9}  {'gradient':>8} {'(bound)':>9} {'of':<7}{'ms':>8}  status"
 )
 
@@ -363,7 +363,7 @@ _HEADER = (
 def format_row(row: Result) -> str:
     name = row.implementation + (f" {row.method}" if row.method else "")
     ridge = "" if row.ridge is None else f"{row.ridge:g}"
-    start = f"{row.case:<12} {row.member:<9}{row.dtype:<9} {name:<18}{ridge:>6}  "
+    start = f"{row.case:<12} {row.mechanism:<9}{row.dtype:<9} {name:<18}{ridge:>6}  "
     if row.error is None:
         reason = (row.reason or "").splitlines()[0]
         return f"{start}{row.status}: {reason}"

@@ -93,7 +93,7 @@ def positions(length: int, context_axis: str, *, context_balance: bool = False) 
     return context.token_positions(split, length)
 
 
-_MEMBERS: Mapping[Callable, str] = {
+_MECHANISMS: Mapping[Callable, str] = {
     local_linear_attention: "lla",
     parallax_attention: "parallax",
     softmax_attention: "softmax",
@@ -141,8 +141,8 @@ def on_mesh(
     Raises:
       ValueError: an axis that `mesh` does not have, or, when called, a size that does not divide.
     """
-    if function not in _MEMBERS:
-        names = ", ".join(f"lla.{f.__name__}" for f in _MEMBERS)
+    if function not in _MECHANISMS:
+        names = ", ".join(f"lla.{f.__name__}" for f in _MECHANISMS)
         raise ValueError(f"function must be one of {names}, got {function!r}.")
     split = context.make_context(context_axis, context_balance)
     axes = {"b0": _tuple(batch), "n": _tuple(heads), "t": _tuple(context_axis)}
@@ -166,7 +166,7 @@ def on_mesh(
             "logits_soft_cap": None,
         } | arguments
         made, arrays = make_call(
-            _MEMBERS[function], arrays, options, implementation, with_stats, split=split
+            _MECHANISMS[function], arrays, options, implementation, with_stats, split=split
         )
         sizes = dict(made.sizes)
         for factor, own in axes.items():

@@ -75,7 +75,7 @@ def test_quick_run_passes_and_covers_the_family(tmp_path):
     assert report["environment"]["jax"] == jax.__version__
     rows = report["results"]
     assert {row["status"] for row in rows} == {"pass"}
-    assert {(row["member"], row["implementation"], row["method"]) for row in rows} == {
+    assert {(row["mechanism"], row["implementation"], row["method"]) for row in rows} == {
         ("lla", "reference", None),
         ("lla", "xla", "cg"),
         ("lla", "xla", "direct"),
@@ -117,12 +117,14 @@ def test_a_step_of_decoding_is_held_to_the_operator(monkeypatch):
     case = selftest.Case("step", (2, 1, 2, 8), (2, 9, 1, 8), 4, {}, step=True)
     reference = selftest.Reference()
 
-    def rows(member):
+    def rows(mechanism):
         return list(
-            selftest.run_variant(case, member, "float32", "reference", None, (0.5,), reference)
+            selftest.run_variant(case, mechanism, "float32", "reference", None, (0.5,), reference)
         )
 
-    assert [row.status for member in selftest.FUNCTIONS for row in rows(member)] == ["pass"] * 3
+    assert [row.status for mechanism in selftest.FUNCTIONS for row in rows(mechanism)] == [
+        "pass"
+    ] * 3
     step = lla.decode_step
     monkeypatch.setattr(lla, "decode_step", lambda *_, **given: (1.01 * step(**given)[0], None))
     assert [row.status for row in rows("lla")] == ["FAIL"]

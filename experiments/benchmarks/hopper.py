@@ -53,8 +53,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     add("--head_dims", type=int, nargs="+", default=[64, 128])
     add("--ridges", type=float, nargs="+", default=[10.0, 1.0, 0.1, 0.01])
-    members = ("lla", "softmax", "parallax")
-    add("--members", nargs="+", choices=members, default=list(members))
+    mechanisms = ("lla", "softmax", "parallax")
+    add("--mechanisms", nargs="+", choices=mechanisms, default=list(mechanisms))
     add("--batch", type=int, default=2)
     add("--heads", type=int, default=16)
     add("--length", type=int, default=4096, help="of the speed cases")
@@ -100,7 +100,7 @@ def bound(case: Case) -> float:
     program = case.program
     if program.implementation == "cudnn" or case.inputs != "normal":
         return 1e-2
-    easy = program.member != "lla" or (program.ridge >= 1 and program.head_dim <= 64)
+    easy = program.mechanism != "lla" or (program.ridge >= 1 and program.head_dim <= 64)
     return 4e-3 if easy else 1e-2
 
 
@@ -111,7 +111,7 @@ def exact(program: Program, arrays: Mapping[str, np.ndarray], compiled: Mapping)
         name: array if name == "ridge" else np.asarray(jnp.asarray(array, program.dtype))
         for name, array in arrays.items()
     }
-    if program.member == "lla":
+    if program.mechanism == "lla":
         rows = arrays["query"].shape[:-1]
         wide["ridge"] = np.full(rows, program.ridge)
     wide = {name: array.astype(np.float64) for name, array in wide.items()}
@@ -183,9 +183,9 @@ def finish(options, records: Mapping[Case, dict], calls: Mapping, results) -> No
 
 def flops(program: Program) -> float | None:
     """Floating-point operations; None if they depend on the number of iterations."""
-    if program.member == "matmul":
+    if program.mechanism == "matmul":
         return 2.0 * program.n**3
-    if program.member != "softmax":
+    if program.mechanism != "softmax":
         return None
     products = 2 if program.which == "forward" else 7  # causal n x n x d products
     return float(products * program.batch * program.heads * program.n**2 * program.head_dim)
@@ -196,7 +196,7 @@ def check(case: Case, records: Sequence[dict]) -> dict[str, Any]:
     program = case.program
     same = {
         "group": "accuracy", "inputs": "normal", "implementation": program.implementation,
-        "member": program.member, "head_dim": program.head_dim, "ridge": program.ridge,
+        "mechanism": program.mechanism, "head_dim": program.head_dim, "ridge": program.ridge,
         "ridge_kind": program.ridge_kind,
     }  # fmt: skip
     found = next((r for r in records if all(r[k] == v for k, v in same.items())), None)
@@ -237,7 +237,7 @@ def run_speed(options, cases: Sequence[Case], compiled: Mapping, results) -> Non
         if amount is not None:
             record["flops"] = amount
         try:
-            if program.member != "matmul":
+            if program.mechanism != "matmul":
                 record |= check(case, results.records)
             if found.call is None:
                 raise RuntimeError(found.error)
@@ -246,8 +246,8 @@ def run_speed(options, cases: Sequence[Case], compiled: Mapping, results) -> Non
             sizes = (program.n, program.batch, program.heads, program.head_dim)
             if sizes not in shared:
                 widest = program
-                if program.member != "matmul":
-                    widest = program._replace(member="parallax", which="forward_backward")
+                if program.mechanism != "matmul":
+                    widest = program._replace(mechanism="parallax", which="forward_backward")
                 arrays = make_inputs(widest, case.inputs, options.seed)
                 shared[sizes] = on_device(widest, arrays)
             shapes = input_shapes(program)
@@ -255,7 +255,7 @@ def run_speed(options, cases: Sequence[Case], compiled: Mapping, results) -> Non
             if "ridge" in shapes:
                 inputs["ridge"] = jnp.full(shapes["ridge"], program.ridge, jnp.float32)
             out = jax.block_until_ready(found.call(inputs))
-            if program.member == "matmul":
+            if program.mechanism == "matmul":
                 record |= check_matmul(out["output"], inputs)
             if "iterations" in out:
                 iterations[program._replace(which="")] = float(out["iterations"])
@@ -281,7 +281,7 @@ def run_speed(options, cases: Sequence[Case], compiled: Mapping, results) -> Non
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    unsaid = {"members", "output", "commit", "limit", "compile_share", "workers", "lock"}
+    unsaid = {"mechanisms", "output", "commit", "limit", "compile_share", "workers", "lock"}
     settings = [name for name in vars(options) if name not in unsaid]
     packages = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "torch")
     results = open_results("hopper", options, settings, KEY_FIELDS, packages=packages)

@@ -14,7 +14,7 @@ import numpy as np
 import lla
 
 KEY_FIELDS = (
-    "group", "implementation", "member", "pass", "batch", "heads", "kv_heads", "n", "head_dim",
+    "group", "implementation", "mechanism", "pass", "batch", "heads", "kv_heads", "n", "head_dim",
     "ridge", "ridge_kind", "inputs",
 )  # fmt: skip
 HOSTILE = ("anisotropic", "clustered", "offset", "sharp")
@@ -27,7 +27,7 @@ class Program(NamedTuple):
     """What is compiled. Cases that differ only in their inputs share a program."""
 
     implementation: str
-    member: str
+    mechanism: str
     which: str
     batch: int
     heads: int
@@ -41,7 +41,7 @@ class Program(NamedTuple):
     @property
     def differentiable(self) -> tuple[str, ...]:
         extra = {"parallax": ("probe",), "lla": ("ridge",) if self.ridge_kind == "array" else ()}
-        return ("query", "key", "value", *extra.get(self.member, ()))
+        return ("query", "key", "value", *extra.get(self.mechanism, ()))
 
     def compiled_as(self) -> Program:
         """The program to compile: if the ridge is an argument, one program serves all ridges."""
@@ -49,7 +49,7 @@ class Program(NamedTuple):
 
     def truth(self) -> Program:
         """The same problem for the dense reference in float64, with the ridge as an argument."""
-        kind = "array" if self.member == "lla" else None
+        kind = "array" if self.mechanism == "lla" else None
         return self._replace(
             implementation="reference", which="forward_backward", ridge=None, ridge_kind=kind,
             dtype="float64",
@@ -83,14 +83,14 @@ def make_cases(options: argparse.Namespace) -> list[Case]:
     def programs(passes, batch, heads, kv_heads, n, head_dim, ridges, others, kind="static"):
         sizes = (batch, heads, kv_heads, n, head_dim)
         for which in passes:
-            for ridge in ridges if "lla" in options.members else ():
+            for ridge in ridges if "lla" in options.mechanisms else ():
                 yield Program(ours, "lla", which, *sizes, ridge, kind, options.dtype)
-            for name, member in others:
-                yield Program(name, member, which, *sizes, None, None, options.dtype)
+            for name, mechanism in others:
+                yield Program(name, mechanism, which, *sizes, None, None, options.dtype)
 
     both = ("forward_backward", "forward")
     others = ((ours, "softmax"), (ours, "parallax"), ("cudnn", "softmax"))
-    others = [(name, member) for name, member in others if member in options.members]
+    others = [(name, mechanism) for name, mechanism in others if mechanism in options.mechanisms]
     small = (1, 2, 1, options.accuracy_length)
     cases = []
     for d in options.head_dims:
@@ -133,9 +133,9 @@ def attend(program: Program, inputs: Mapping[str, jax.Array], solver: lla.Solver
         )
         return out, None
     options = {"implementation": program.implementation}
-    if program.member == "softmax":
+    if program.mechanism == "softmax":
         return lla.softmax_attention(query, key, value, **options), None
-    if program.member == "parallax":
+    if program.mechanism == "parallax":
         return lla.parallax_attention(query, inputs["probe"], key, value, **options), None
     # If the ridge is known at compile time, the kernels choose their tolerance by it.
     ridge = inputs["ridge"] if program.ridge_kind == "array" else program.ridge
@@ -167,18 +167,18 @@ def make_function(
             results["iterations"] = iterations.astype(jnp.float32).mean()
         return results
 
-    if program.member == "matmul":
+    if program.mechanism == "matmul":
         return matmul
     return {"forward": forward, "forward_backward": forward_backward}[program.which]
 
 
 def input_shapes(program: Program) -> dict[str, tuple[int, ...]]:
-    if program.member == "matmul":
+    if program.mechanism == "matmul":
         return dict.fromkeys(("query", "key"), (program.n, program.n))
     query = (program.batch, program.n, program.heads, program.head_dim)
     key = (program.batch, program.n, program.kv_heads, program.head_dim)
     shapes = {"query": query, "key": key, "value": key}
-    if program.member == "parallax":
+    if program.mechanism == "parallax":
         shapes["probe"] = query
     if program.ridge_kind == "array":
         shapes["ridge"] = query[:-1]
@@ -188,11 +188,11 @@ def input_shapes(program: Program) -> dict[str, tuple[int, ...]]:
 
 
 def make_inputs(program: Program, kind: str, seed: int) -> dict[str, np.ndarray]:
-    """float32 arrays; they depend on sizes and kind, not on the member or the pass."""
+    """float32 arrays; they depend on sizes and kind, not on the mechanism or the pass."""
     sizes = (program.batch, program.heads, program.kv_heads, program.n, program.head_dim)
     rng = np.random.default_rng([seed, *sizes])
-    full = input_shapes(program._replace(member="parallax", which="forward_backward"))
-    if program.member == "matmul":
+    full = input_shapes(program._replace(mechanism="parallax", which="forward_backward"))
+    if program.mechanism == "matmul":
         full = input_shapes(program)
     draw = functools.partial(rng.standard_normal, dtype=np.float32)
     arrays = {name: draw(full[name]) for name in full if name != "ridge"}

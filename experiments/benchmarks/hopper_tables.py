@@ -18,18 +18,18 @@ from lla.experiments.benchmarks.formatting import (
 from lla.runs import figures, styles, tables
 
 CAPTION = "Time against length and ridge"
-_MEMBERS = ("softmax", "parallax", "lla")
+_MECHANISMS = ("softmax", "parallax", "lla")
 
 
 def _rows(records) -> list[tuple]:
-    """The rows of a table: implementation, member, ridge, kind of ridge, inputs."""
-    fields = ("implementation", "member", "ridge", "ridge_kind", "inputs")
+    """The rows of a table: implementation, mechanism, ridge, kind of ridge, inputs."""
+    fields = ("implementation", "mechanism", "ridge", "ridge_kind", "inputs")
     keys = {tuple(record[name] for name in fields) for record in records}
     order = ("normal", "anisotropic", "clustered", "offset", "sharp")
     return sorted(
-        (key for key in keys if key[1] in _MEMBERS),
+        (key for key in keys if key[1] in _MECHANISMS),
         key=lambda key: (
-            _MEMBERS.index(key[1]), key[0] in ("cudnn", "torch_flash"), order.index(key[4]),
+            _MECHANISMS.index(key[1]), key[0] in ("cudnn", "torch_flash"), order.index(key[4]),
             key[3] or "", -(key[2] or 0), key[0],
         ),
     )  # fmt: skip
@@ -37,7 +37,7 @@ def _rows(records) -> list[tuple]:
 
 def _cells(records, key: tuple) -> dict[str, dict]:
     """The records of a row, by pass."""
-    fields = ("implementation", "member", "ridge", "ridge_kind", "inputs")
+    fields = ("implementation", "mechanism", "ridge", "ridge_kind", "inputs")
     return {r["pass"]: r for r in records if tuple(r[name] for name in fields) == key}
 
 
@@ -61,10 +61,10 @@ def markdown(document: Mapping) -> str:
     for record in document["records"]:
         groups[record["group"]].append(record)
     parts = [provenance(document)]
-    peak = [_rate(r) for r in groups["speed"] if r["member"] == "matmul"]
+    peak = [_rate(r) for r in groups["speed"] if r["mechanism"] == "matmul"]
     if peak and peak[0]:
         parts.append(f"Matrix product on the same card: {peak[0]} TFLOP/s.")
-    attention = [r for r in groups["speed"] if r["member"] != "matmul"]
+    attention = [r for r in groups["speed"] if r["mechanism"] != "matmul"]
     for size in sorted({(r["head_dim"], r["batch"], r["heads"], r["n"]) for r in attention}):
         here = [r for r in attention if (r["head_dim"], r["batch"], r["heads"], r["n"]) == size]
         floor = _cells(here, ("cudnn", "softmax", None, None, "normal"))
@@ -120,9 +120,10 @@ def _growth(records, speed) -> str:
             ]
         rows.append(row)
         for which in names:
-            key = [next(iter(found.values()))[name] for name in ("head_dim", "ridge", "member")]
+            alike = ("head_dim", "ridge", "mechanism")
+            key = [next(iter(found.values()))[name] for name in alike]
             more = [r for r in speed if r["pass"] == which and r["n"] == n and r["batch"] > 1
-                    and [r[name] for name in ("head_dim", "ridge", "member")] == key]  # fmt: skip
+                    and [r[name] for name in alike] == key]  # fmt: skip
             factor = ratio(more[0], found.get(which)) if more and heads > 1 else ""
             if factor:
                 times = more[0]["batch"] * more[0]["heads"] / (batch * heads)
@@ -151,7 +152,7 @@ def draw(records):
     dims = {
         r["head_dim"]
         for r in records
-        if r["group"] == "speed" and r["member"] == "lla" and r["ridge_kind"] == "static"
+        if r["group"] == "speed" and r["mechanism"] == "lla" and r["ridge_kind"] == "static"
     }
     # The fill of a marker tells the pass, its shape the head dimension.
     forms = dict(zip(sorted(dims | {r["head_dim"] for r in growth}), "o^Ds", strict=False))

@@ -98,8 +98,8 @@ def run_length(options, results: Results, head_dim: int, length: int) -> None:
             continue
         reason = f"temporary memory exceeds {options.memory_limit_gib:g} GiB"
         records.append({**cell, **memory, "status": "memory only", "reason": reason})
-    members = {truth.IMPLEMENTATIONS[name].member for _, name in compiled}
-    truths = {member: truth.exact(member, inputs) for member in sorted(members)}
+    mechanisms = {truth.IMPLEMENTATIONS[name].mechanism for _, name in compiled}
+    truths = {mechanism: truth.exact(mechanism, inputs) for mechanism in sorted(mechanisms)}
     for which in truth.PASSES:
         chosen = {name: cells[w, name] for w, name in compiled if w == which}
         records += truth.measure_group(

@@ -11,7 +11,7 @@ not timed. A run that is started again measures what is missing or was unavailab
 Both frameworks are timed by `time_interleaved`: with the same clock, queues of the same length and
 the same statistics, taking turns.
 
-Members are `lla`, `softmax` and `parallax` as in `hopper.py`, and `mesanet` (arXiv 2506.05233)
+Mechanisms are `lla`, `softmax` and `parallax` as in `hopper.py`, and `mesanet` (arXiv 2506.05233)
 with unit queries and keys, no decay, unit weights and Lambda = 1 [ours]. MesaNet is a different
 operator: its time is given for comparison, and its error is against its own definition.
 """
@@ -48,7 +48,7 @@ from lla.experiments.benchmarks.hopper_programs import (
     on_device,
 )
 from lla.experiments.benchmarks.peers_adapters import (
-    MEMBERS,
+    MECHANISMS,
     Adapter,
     JaxAdapter,
     Sizes,
@@ -67,7 +67,7 @@ from lla.experiments.benchmarks.timing import (
 from lla.mixers.mesa import mesa
 from lla.runs import tables
 
-KEY_FIELDS = ("implementation", "member", "ridge", "pass", "batch", "heads", "n", "head_dim")
+KEY_FIELDS = ("implementation", "mechanism", "ridge", "pass", "batch", "heads", "n", "head_dim")
 FINAL = ("timed", "refused", "memory only")  # records that another run does not repeat
 PACKAGES = ("torch", "triton", "fla-core", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 _NAMES = {
@@ -94,11 +94,13 @@ def checked_heads(sizes: Sizes, count: int) -> list[tuple[int, int]]:
     return [divmod(int(index), sizes.heads) for index in dict.fromkeys(flat.tolist())]
 
 
-def exact(member: str, ridge: float | None, inputs: Mapping[str, np.ndarray]) -> tuple[dict, str]:
+def exact(
+    mechanism: str, ridge: float | None, inputs: Mapping[str, np.ndarray]
+) -> tuple[dict, str]:
     """Output and gradients in float64, and their source.
 
     Args:
-      member: one of `MEMBERS`.
+      mechanism: one of `MECHANISMS`.
       ridge: of `lla`.
       inputs: float64 query, key, value, probe and cotangent ``[heads, T, H]``. Heads are
         independent, so the results hold for the whole call that they were taken from.
@@ -109,15 +111,15 @@ def exact(member: str, ridge: float | None, inputs: Mapping[str, np.ndarray]) ->
       factorisations of every prefix for `mesanet`.
     """
     wide = {name: array[:, :, None] for name, array in inputs.items()}
-    if member in ("lla", "softmax"):
+    if mechanism in ("lla", "softmax"):
         rows = np.full(wide["query"].shape[:-1], 1.0 if ridge is None else ridge)
         del wide["probe"]
-        found = _anywhere(lambda: truth.exact(member, {**wide, "ridge": rows}))
+        found = _anywhere(lambda: truth.exact(mechanism, {**wide, "ridge": rows}))
         results, source = dict(found.results), found.source
         results.pop("ridge", None)
     else:
-        results = _anywhere(lambda: _gradients(member, wide))
-        source = "xla, float64" if member == "parallax" else "Cholesky of every prefix, float64"
+        results = _anywhere(lambda: _gradients(mechanism, wide))
+        source = "xla, float64" if mechanism == "parallax" else "Cholesky of every prefix, float64"
     return {name: np.asarray(array)[:, :, 0] for name, array in results.items()}, source
 
 
@@ -133,15 +135,15 @@ def _anywhere(compute: Callable[[], Any]) -> Any:
         return compute()
 
 
-def _gradients(member: str, wide: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _gradients(mechanism: str, wide: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     with jax.enable_x64(True):
         arrays = {name: jnp.asarray(array) for name, array in wide.items()}
-        if member == "mesanet":
+        if mechanism == "mesanet":
             results = jax.jit(_mesanet)(arrays)
         else:
             batch, n, heads, head_dim = arrays["query"].shape
             sizes = (batch, heads, heads, n, head_dim)
-            program = Program("xla", member, "forward_backward", *sizes, None, None, "float64")
+            program = Program("xla", mechanism, "forward_backward", *sizes, None, None, "float64")
             results = jax.jit(make_function(program))(arrays)
         return jax.tree.map(np.asarray, results)
 
@@ -168,13 +170,13 @@ def check_group(
     todo: Iterable[tuple[Adapter, float | None]],
     arrays: Mapping[str, jax.Array],
 ) -> tuple[dict, dict]:
-    """Records of the adapters of one member at one size, and the calls that may be timed.
+    """Records of the adapters of one mechanism at one size, and the calls that may be timed.
 
     Triton compiles and tunes its kernels here, which can take minutes.
     """
     heads = checked_heads(sizes, options.checked_heads)
     inputs = {name: pick(np.asarray(array), heads) for name, array in arrays.items()}
-    exact_once = functools.cache(lambda member, ridge: exact(member, ridge, inputs))
+    exact_once = functools.cache(lambda mechanism, ridge: exact(mechanism, ridge, inputs))
     records, calls = {}, {}
     for adapter, ridge in todo:
         given, iterations, reason = None, None, adapter.available()
@@ -192,7 +194,7 @@ def check_group(
                 if call.reason is None:
                     got = adapter.collect(call.results, sizes, heads)
                     iterations = got.pop("iterations", iterations)
-                    want, source = exact_once(adapter.member, ridge)
+                    want, source = exact_once(adapter.mechanism, ridge)
                     limits = truth.limits_for(want, *adapter.limits(sizes, ridge))
                     record |= truth.verdict(got, want, limits)
                     record["worst_row"] = truth.worst_row(got["output"], want["output"])
@@ -240,7 +242,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="one small problem")
     add("--flash_lla", type=pathlib.Path, help="folder that holds the package flashlla")
     add("--only", nargs="+", help="names of implementations; the others are left to another run")
-    add("--members", nargs="+", choices=MEMBERS, default=list(MEMBERS))
+    add("--mechanisms", nargs="+", choices=MECHANISMS, default=list(MECHANISMS))
     options = parser.parse_args(argv)
     if options.quick:
         vars(options).update(_QUICK)
@@ -251,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # JAX must leave memory of the device to the other framework.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = parse(argv)
-    unsaid = {"flash_lla", "only", "members", "workers", "limit", "lock", "commit"}
+    unsaid = {"flash_lla", "only", "mechanisms", "workers", "limit", "lock", "commit"}
     unsaid |= {"output", "quick"}
     settings = [name for name in vars(options) if name not in unsaid]
     results = open_results("peers", options, settings, KEY_FIELDS, packages=PACKAGES)
@@ -260,9 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     adapters = make_adapters(options, compiled)
     for d in options.head_dims:
         sizes = Sizes(options.batch, options.heads, options.length, d, options.dtype)
-        for member in options.members:
-            chosen = [adapter for adapter in adapters if adapter.member == member]
-            ridges = options.ridges if member == "lla" else [None]
+        for mechanism in options.mechanisms:
+            chosen = [adapter for adapter in adapters if adapter.mechanism == mechanism]
+            ridges = options.ridges if mechanism == "lla" else [None]
             todo = [
                 (adapter, ridge)
                 for adapter in chosen
@@ -270,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not all(results.has(f, FINAL) for f in _fields(adapter, ridge, sizes))
             ]
             if todo:
-                groups[sizes, member] = todo
+                groups[sizes, mechanism] = todo
     programs = [
         adapter.program(sizes, ridge, which)
         for (sizes, _), todo in groups.items()
@@ -298,7 +300,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fields(adapter: Adapter, ridge: float | None, sizes: Sizes) -> list[dict[str, Any]]:
     """The fields that identify the records of both passes, the one with the gradients first."""
     fields = {name: getattr(sizes, name) for name in ("batch", "heads", "n", "head_dim")}
-    call = {"implementation": adapter.name, "member": adapter.member, "ridge": ridge, **fields}
+    call = {
+        "implementation": adapter.name,
+        "mechanism": adapter.mechanism,
+        "ridge": ridge,
+        **fields,
+    }
     return [{**call, "pass": which} for which in reversed(truth.PASSES)]
 
 
@@ -337,18 +344,22 @@ def result_tables(records: Sequence[Mapping]) -> str:
 
 
 def _call(record: Mapping) -> tuple:
-    return record["member"], record["implementation"], record["ridge"]
+    return record["mechanism"], record["implementation"], record["ridge"]
 
 
 def _order(key: tuple) -> tuple:
-    member, name, ridge = key
+    mechanism, name, ridge = key
     peers = list(_NAMES)
-    return (MEMBERS.index(member), -(ridge or 0), peers.index(name) + 1 if name in peers else 0)
+    return (
+        MECHANISMS.index(mechanism),
+        -(ridge or 0),
+        peers.index(name) + 1 if name in peers else 0,
+    )
 
 
 def _label(key: tuple) -> str:
-    member, name, ridge = key
-    text = f"{_NAMES.get(name, name)}, {member}"
+    mechanism, name, ridge = key
+    text = f"{_NAMES.get(name, name)}, {mechanism}"
     return text if ridge is None else f"{text}, ridge {ridge:g}"
 
 

@@ -18,7 +18,7 @@ from lla.experiments.benchmarks.compilation import Compiled
 from lla.experiments.benchmarks.hopper_programs import Case, Program, input_shapes
 from lla.experiments.benchmarks.timing import error_line
 
-MEMBERS = ("softmax", "parallax", "lla", "mesanet")
+MECHANISMS = ("softmax", "parallax", "lla", "mesanet")
 
 
 class Sizes(NamedTuple):
@@ -39,16 +39,16 @@ def pick(array: np.ndarray, heads: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 class Adapter:
-    """One implementation of one member, in a framework.
+    """One implementation of one mechanism, in a framework.
 
     Attributes:
       name: the `implementation` of its records.
-      member: which exact result it is compared with.
+      mechanism: which exact result it is compared with.
       bounds: largest relative errors of output and gradients beside which a time is given.
     """
 
     name: str
-    member: str
+    mechanism: str
     bounds: tuple[float, float] = (1e-2, 1e-1)
 
     def available(self) -> str | None:
@@ -89,8 +89,8 @@ class Adapter:
 class JaxAdapter(Adapter):
     """A call of `attend`, compiled beforehand into the mapping `compiled`."""
 
-    def __init__(self, name: str, member: str, compiled: Mapping[Program, Compiled]):
-        self.name, self.member, self.compiled = name, member, compiled
+    def __init__(self, name: str, mechanism: str, compiled: Mapping[Program, Compiled]):
+        self.name, self.mechanism, self.compiled = name, mechanism, compiled
 
     @property
     def ours(self) -> bool:
@@ -104,7 +104,7 @@ class JaxAdapter(Adapter):
     def program(self, sizes: Sizes, ridge: float | None, which: str) -> Program:
         shape = (sizes.batch, sizes.heads, sizes.heads, sizes.n, sizes.head_dim)
         kind = None if ridge is None else "static"
-        return Program(self.name, self.member, which, *shape, ridge, kind, sizes.dtype)
+        return Program(self.name, self.mechanism, which, *shape, ridge, kind, sizes.dtype)
 
     def prepare(self, sizes, ridge, arrays):
         given = {}
@@ -179,7 +179,9 @@ class TorchAdapter(Adapter):
             bits = torch.from_numpy(np.array(array).view(np.int16))
             tensor = bits.view(getattr(torch, sizes.dtype)).to(self.device)
             given[name] = self.to_layout(tensor).contiguous()
-        given["names"] = ("query", "key", "value", "probe")[: 4 if self.member == "parallax" else 3]
+        given["names"] = ("query", "key", "value", "probe")[
+            : 4 if self.mechanism == "parallax" else 3
+        ]
         for name in given["names"]:
             given[name].requires_grad_()
         return given
@@ -218,7 +220,7 @@ class TorchAdapter(Adapter):
 class TorchSoftmax(TorchAdapter):
     """`torch.nn.functional.scaled_dot_product_attention` with one back end forced."""
 
-    member = "softmax"
+    mechanism = "softmax"
     modules = ("torch.nn.attention",)
 
     def __init__(self, name: str, backend: str):
@@ -243,7 +245,7 @@ class TorchSoftmax(TorchAdapter):
 class FlaParallax(TorchAdapter):
     """The Triton kernels of flash-linear-attention for Parallax; their probe is not scaled."""
 
-    name, member = "fla", "parallax"
+    name, mechanism = "fla", "parallax"
     modules = ("fla.ops.parallax",)
 
     def attend(self, query, key, value, probe, given):
@@ -258,7 +260,7 @@ class FlaMesaNet(TorchAdapter):
     They round queries and keys to float16 after normalising them.
     """
 
-    name, member = "fla", "mesanet"
+    name, mechanism = "fla", "mesanet"
     modules = ("fla.ops.mesa_net",)
 
     def prepare(self, sizes, ridge, arrays):
@@ -288,7 +290,7 @@ class FlashLLA(TorchAdapter):
     digit right.
     """
 
-    name, member = "flash_lla", "lla"
+    name, mechanism = "flash_lla", "lla"
     modules = ("flashlla",)
     bounds = (0.1, 0.5)
 
@@ -325,7 +327,7 @@ class FlashLLA(TorchAdapter):
 
 def make_adapters(options: argparse.Namespace, compiled: Mapping) -> list[Adapter]:
     """All adapters, the most reliable first: after an error of the device nothing else runs."""
-    adapters = [JaxAdapter(options.implementation, m, compiled) for m in MEMBERS[:3]]
+    adapters = [JaxAdapter(options.implementation, m, compiled) for m in MECHANISMS[:3]]
     adapters += [
         JaxAdapter("cudnn", "softmax", compiled),
         TorchSoftmax("torch_flash", "FLASH_ATTENTION"),

@@ -39,7 +39,7 @@ class Cell:
     """
 
     kind: str
-    member: str
+    mechanism: str
     implementation: str = OURS
     which: str = "forward_backward"
     batch: int = 1
@@ -58,9 +58,9 @@ class Cell:
     def name(self) -> str:
         fields = dataclasses.asdict(self)
         default = {f.name: f.default for f in dataclasses.fields(self)}
-        shown = [self.kind, self.member, self.implementation]
+        shown = [self.kind, self.mechanism, self.implementation]
         for name, value in fields.items():
-            if name not in ("kind", "member", "implementation") and value != default[name]:
+            if name not in ("kind", "mechanism", "implementation") and value != default[name]:
                 shown.append(f"{name}={value}")
         return " ".join(shown)
 
@@ -69,9 +69,9 @@ def make_cells(options) -> list[Cell]:
     """All cells, in the order in which they are wanted."""
     cells = []
 
-    def accuracy(member, head_dim=64, **fields):
+    def accuracy(mechanism, head_dim=64, **fields):
         fields = {"value_dim": head_dim} | fields
-        cells.append(Cell("accuracy", member, head_dim=head_dim, **fields))
+        cells.append(Cell("accuracy", mechanism, head_dim=head_dim, **fields))
 
     accuracy("softmax")
     accuracy("lla", ridge=10.0)
@@ -82,11 +82,13 @@ def make_cells(options) -> list[Cell]:
     accuracy("lla", 128, ridge=1.0)
     sizes = {"batch": 2, "queries": 4096, "keys": 4096, "heads": 16, "kv_heads": 16}
 
-    def speed(implementation, member, head_dim, ridge=None, passes=("forward", "forward_backward")):
+    def speed(
+        implementation, mechanism, head_dim, ridge=None, passes=("forward", "forward_backward")
+    ):
         for which in passes:
             cells.append(
                 Cell(
-                    "speed", member, implementation, which, **sizes, head_dim=head_dim,
+                    "speed", mechanism, implementation, which, **sizes, head_dim=head_dim,
                     value_dim=head_dim, ridge=ridge,
                 )
             )  # fmt: skip
@@ -105,13 +107,13 @@ def make_cells(options) -> list[Cell]:
                      **sizes)
             )  # fmt: skip
     window, length = ("local_window_size", (100, 0)), ("key_value_seq_lengths", (700, 130, 0))
-    for member, ridge in (("softmax", None), ("lla", 1.0)):
-        accuracy(member, 32, ridge=ridge)
-        accuracy(member, queries=1000, keys=1000, value_dim=48, ridge=ridge, options=(window,))
+    for mechanism, ridge in (("softmax", None), ("lla", 1.0)):
+        accuracy(mechanism, 32, ridge=ridge)
+        accuracy(mechanism, queries=1000, keys=1000, value_dim=48, ridge=ridge, options=(window,))
         accuracy(
-            member, 128, batch=3, ridge=ridge, options=(length, ("is_causal", False)), keys=900
+            mechanism, 128, batch=3, ridge=ridge, options=(length, ("is_causal", False)), keys=900
         )
-        accuracy(member, dtype="float16", ridge=ridge, options=(("segments", True),))
+        accuracy(mechanism, dtype="float16", ridge=ridge, options=(("segments", True),))
     accuracy("parallax", 128)
     accuracy("parallax", 40, queries=300, keys=700, options=(("query_offset", (400,)),))
     for head_dim in options.head_dims:
@@ -165,7 +167,7 @@ def make_inputs(cell: Cell) -> dict[str, Any]:
             array = rng.standard_normal((*array.shape[:-1], cell.value_dim), dtype=np.float32)
         arrays[name] = np.asarray(jnp.asarray(array, cell.dtype))
     arrays["scale"] = np.full(arrays["query"].shape[:-1], cell.head_dim**-0.5, np.float32)
-    if cell.member != "parallax":
+    if cell.mechanism != "parallax":
         del arrays["probe"]
     if cell.traced:
         arrays["ridge"] = np.full(arrays["query"].shape[:-1], cell.ridge, np.float32)
@@ -182,7 +184,7 @@ def operator_options(cell: Cell) -> dict[str, Any]:
     for name in ("query_offset", "key_value_seq_lengths"):
         if name in options:
             options[name] = np.asarray(options[name], np.int32)
-    if cell.member == "lla" and not cell.traced:
+    if cell.mechanism == "lla" and not cell.traced:
         options["ridge"] = cell.ridge
     return options
 
@@ -204,7 +206,7 @@ def make_function(cell: Cell, implementation: str):
             "parallax": lla.parallax_attention,
             "lla": lla.local_linear_attention,
         }
-        return functions[cell.member](**arrays, **options, implementation=implementation)
+        return functions[cell.mechanism](**arrays, **options, implementation=implementation)
 
     def run(arrays):
         arrays = dict(arrays)
@@ -286,7 +288,7 @@ def compare(cell: Cell, first, second, exact) -> dict[str, Any]:
     for name, want in exact.items():
         got = first[name].astype(np.float64)
         errors[name] = float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-300))
-    easy = cell.member != "lla" or (cell.ridge >= 1 and cell.head_dim <= 64)
+    easy = cell.mechanism != "lla" or (cell.ridge >= 1 and cell.head_dim <= 64)
     limit = 4e-3 if easy and cell.inputs == "normal" else 1e-2
     bad = [n for n, e in errors.items() if not e <= limit * (1 if n == "output" else 10)]
     return {
@@ -342,20 +344,20 @@ def kernel_call(cell: Cell):
         masking = Masking(numbers, None, None)
         zero = 0 * scale
         sizes = shape, mask, config
-        if cell.member == "softmax":
+        if cell.mechanism == "softmax":
             return attend.attend(*sizes, query, key, value, scale, masking)
-        if cell.member == "solved":
+        if cell.mechanism == "solved":
             solved = Solved(lse, zero, None)
             return attend.attend(*sizes, query, key, value, scale, masking, cotangent, solved)
-        if cell.member == "solve":
+        if cell.mechanism == "solve":
             return solve.solve(*sizes, steps, query, key, scale, ridge, masking)
-        if cell.member == "adjoint":
+        if cell.mechanism == "adjoint":
             adjoint = Adjoint(value, cotangent, lse, zero, mean, scale)
             return solve.solve(*sizes, steps, query, key, scale, ridge, masking, adjoint)
         directions = Directions(query, zero, cotangent, cotangent, mean)
         rows = Rows(scale, lse, zero)
         call = (query, key, value, cotangent, rows)
-        if cell.member == "query_gradients":
+        if cell.mechanism == "query_gradients":
             return gradients.query_gradients(*sizes, *call, directions, masking)
         return gradients.key_gradients(*sizes, *call, zero, directions, masking)
 
@@ -476,9 +478,9 @@ def table(records) -> str:
     for record in records:
         cell = record["cell"]
         if cell["kind"] == "speed" and "time_median_s" in record:
-            where = cell["member"], cell["head_dim"], cell["ridge"], cell["which"]
+            where = cell["mechanism"], cell["head_dim"], cell["ridge"], cell["which"]
             times.setdefault(where, {})[cell["implementation"]] = record["time_median_s"] * 1e3
-    lines = ["member d ridge pass: portable, hopper, cudnn, xla (ms); portable / hopper"]
+    lines = ["mechanism d ridge pass: portable, hopper, cudnn, xla (ms); portable / hopper"]
     for where, found in times.items():
         row = [found.get(name) for name in (OURS, "mosaic_gpu", "cudnn", "xla")]
         text = ", ".join("-" if value is None else f"{value:.3f}" for value in row)

@@ -32,28 +32,28 @@ def speed(document: dict) -> str:
     for record in document["records"]:
         cell = record["cell"]
         if cell["kind"] == "speed":
-            where = cell["head_dim"], cell["member"], cell["ridge"], cell["which"]
+            where = cell["head_dim"], cell["mechanism"], cell["ridge"], cell["which"]
             found = times.setdefault(where, {})
             found[cell["implementation"]] = record.get("time_median_s")
     rows = []
-    for (head_dim, member, ridge, which), found in sorted(times.items(), key=_order):
+    for (head_dim, mechanism, ridge, which), found in sorted(times.items(), key=_order):
         ours, hopper = found.get(_OURS), found.get(_HOPPER)
         ratio = f"{ours / hopper:.2f}" if ours and hopper else "not run"
-        name = member if ridge is None else f"{member}, ridge {ridge:g}"
+        name = mechanism if ridge is None else f"{mechanism}, ridge {ridge:g}"
         passes = "forward" if which == "forward" else "with gradients"
         xla = found.get("xla")
         ratio = [ratio, f"{xla / ours:.1f}" if ours and xla else ""]
         others = [_time(found[n]) if n in found else "" for n in (_OURS, _HOPPER, "cudnn", "xla")]
         rows.append([str(head_dim), name, passes, *others, *ratio])
-    head = ["d", "member", "pass", "portable", "Hopper's", "cuDNN", "XLA", "portable / Hopper's"]
+    head = ["d", "mechanism", "pass", "portable", "Hopper's", "cuDNN", "XLA", "portable / Hopper's"]
     head.append("XLA / portable")
     keep = [i for i, name in enumerate(head) if any(row[i] for row in rows)]
     return table([head[i] for i in keep], [[row[i] for i in keep] for row in rows])
 
 
 def _order(item):
-    head_dim, member, ridge, which = item[0]
-    return head_dim, member != "softmax", -(ridge or 0), which
+    head_dim, mechanism, ridge, which = item[0]
+    return head_dim, mechanism != "softmax", -(ridge or 0), which
 
 
 def _time(seconds: float | None) -> str:
@@ -67,9 +67,9 @@ def accuracy(document: dict) -> str:
         cell = record["cell"]
         if cell["kind"] != "accuracy":
             continue
-        member = cell["member"] if cell["ridge"] is None else f"lla, ridge {cell['ridge']:g}"
+        mechanism = cell["mechanism"] if cell["ridge"] is None else f"lla, ridge {cell['ridge']:g}"
         if cell["traced"]:
-            member += " (array)"
+            mechanism += " (array)"
         sizes = f"{cell['queries']} × {cell['keys']}, d = {cell['head_dim']}"
         if cell["value_dim"] != cell["head_dim"]:
             sizes += f" (values {cell['value_dim']})"
@@ -77,16 +77,16 @@ def accuracy(document: dict) -> str:
         if cell["inputs"] != "normal":
             options += f", {cell['inputs']} inputs"
         if "errors" not in record:
-            rows.append([member, cell["dtype"], sizes, options, "not run", "", ""])
+            rows.append([mechanism, cell["dtype"], sizes, options, "not run", "", ""])
             continue
         errors = record["errors"]
         worst = max(errors, key=lambda name: errors[name] if name != "output" else 0)
         repeat = "equal" if record["repeatable"] else "different"
         rows.append(
-            [member, cell["dtype"], sizes, options, f"{errors['output']:.1e}",
+            [mechanism, cell["dtype"], sizes, options, f"{errors['output']:.1e}",
              f"{errors[worst]:.1e} ({worst})", repeat]
         )  # fmt: skip
-    head = ["member", "dtype", "queries × keys", "case", "output", "worst gradient", "two runs"]
+    head = ["mechanism", "dtype", "queries × keys", "case", "output", "worst gradient", "two runs"]
     return table(head, rows)
 
 
@@ -96,7 +96,7 @@ def variants(document: dict) -> str:
     for record in document["records"]:
         cell = record["cell"]
         if cell["kind"] == "variant" and "time_median_s" in record:
-            where = cell["head_dim"], cell["member"]
+            where = cell["head_dim"], cell["mechanism"]
             found.setdefault(where, []).append((record["time_median_s"], dict(cell["options"])))
     rows = []
     for (head_dim, kernel), measured in sorted(found.items()):

@@ -49,7 +49,7 @@ PASSES = {
     ("softmax", "lla_row_gradients"): {"query gradient": 3},
     ("softmax", "lla_key_gradients"): {"key gradients": 4},
 }
-MEMBERS = ("lla", "parallax", "softmax")
+MECHANISMS = ("lla", "parallax", "softmax")
 RIDGES = (10.0, None)  # known to be large; an array
 HEAD_DIMS = (64, 128)
 BATCH, HEADS, LENGTH = 2, 16, 4096
@@ -61,7 +61,7 @@ ITERATION_LENGTH = 2048
 # Programs
 
 
-def program(member: str, head_dim: int, ridge, *, batch, heads, length, sharding=None):
+def program(mechanism: str, head_dim: int, ridge, *, batch, heads, length, sharding=None):
     """Forward and backward pass of a causal call in bfloat16, and its abstract arguments."""
     import jax
     import jax.numpy as jnp
@@ -75,16 +75,16 @@ def program(member: str, head_dim: int, ridge, *, batch, heads, length, sharding
     size = (batch, length, heads, head_dim)
     arrays = {name: struct(*size) for name in ("query", "key", "value")}
     options = {}
-    if member == "parallax":
+    if mechanism == "parallax":
         arrays["probe"] = struct(*size)
-    if member == "lla" and ridge is None:
+    if mechanism == "lla" and ridge is None:
         arrays["ridge"] = struct(*size[:-1], dtype=jnp.float32)
-    elif member == "lla":
+    elif mechanism == "lla":
         options["ridge"] = ridge
 
     def run(arrays, cotangent):
         def forward(arrays):
-            problem = make_problem(member, **arrays, **options)
+            problem = make_problem(mechanism, **arrays, **options)
             return problem.restore(attend_shielded(problem)[0])
 
         out, pullback = jax.vjp(forward, arrays)
@@ -177,7 +177,9 @@ def visited_tiles(length: int, rows: int, keys: int) -> int:
     return sum(-(-min(length, first + rows) // keys) for first in range(0, length, rows))
 
 
-def count(member: str, head_dim: int, ridge, *, batch: int, heads: int, length: int) -> list[dict]:
+def count(
+    mechanism: str, head_dim: int, ridge, *, batch: int, heads: int, length: int
+) -> list[dict]:
     """A record for each pass: products per pair of query and key, and bytes through HBM.
 
     `products` are in units of the derivation: products with vectors of length `head_dim`. Parts and
@@ -188,7 +190,7 @@ def count(member: str, head_dim: int, ridge, *, batch: int, heads: int, length: 
     from lla.kernels.mosaic_tpu import configs
 
     sizes = {"batch": batch, "heads": heads, "length": length}
-    function, structs = program(member, head_dim, ridge, **sizes)
+    function, structs = program(mechanism, head_dim, ridge, **sizes)
     blocks = configs.choose(length, length)
     padded = configs.round_up(head_dim, 128)
     records = []
@@ -197,12 +199,12 @@ def count(member: str, head_dim: int, ridge, *, batch: int, heads: int, length: 
         own_keys = name == "lla_key_gradients"
         keys = blocks.own_keys if own_keys else blocks.keys
         found = list(pipelines_of(kernel.params["jaxpr"]))
-        names = PASSES[member, name]
-        assert len(found) == len(names), (member, name, found)
+        names = PASSES[mechanism, name]
+        assert len(found) == len(names), (mechanism, name, found)
         tiles = batch * heads * visited_tiles(length, blocks.rows, keys)
         for (which, units), (flops, depth) in zip(names.items(), found, strict=True):
             if own_keys:  # query, cotangent, the directions (float32 where solved), row numbers
-                solved = {"lla": 2 * 4, "parallax": 2, "softmax": 0}[member]
+                solved = {"lla": 2 * 4, "parallax": 2, "softmax": 0}[mechanism]
                 moved = blocks.rows * (padded * (2 + 2 + solved) + 8 * 4)
             else:
                 keys_alone = which in ("statistics", "iteration")
@@ -260,11 +262,11 @@ def seconds(records, chip: str, kernels, iterated: float) -> float:
 
 def make_document(commit: str | None) -> dict[str, Any]:
     cases = []
-    for member in MEMBERS:
-        for ridge in RIDGES if member == "lla" else (None,):
+    for mechanism in MECHANISMS:
+        for ridge in RIDGES if mechanism == "lla" else (None,):
             for head_dim in HEAD_DIMS:
-                arguments = (member, head_dim, ridge)
-                case = {"member": member, "ridge": ridge, "head_dim": head_dim}
+                arguments = (mechanism, head_dim, ridge)
+                case = {"mechanism": mechanism, "ridge": ridge, "head_dim": head_dim}
                 sizes = {"batch": BATCH, "heads": HEADS, "length": LENGTH}
                 case["passes"] = count(*arguments, **sizes)
                 topologies = {n: c[0] for n, c in CHIPS.items()} | MORE_CHIPS
@@ -274,7 +276,7 @@ def make_document(commit: str | None) -> dict[str, Any]:
                 if head_dim == 128:
                     case["long"] = {n: compile_for(CHIPS[n][0], *arguments, **LONG) for n in CHIPS}
                 cases.append(case)
-                print(member, ridge, head_dim, case["compiled"], flush=True)
+                print(mechanism, ridge, head_dim, case["compiled"], flush=True)
     names = ("jax", "jaxlib", "libtpu")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -290,7 +292,7 @@ def make_document(commit: str | None) -> dict[str, Any]:
 
 def _label(case: Mapping) -> str:
     ridge = {None: ", ridge an array", 10.0: ", ridge 10"}[case["ridge"]]
-    return case["member"] + (ridge if case["member"] == "lla" else "")
+    return case["mechanism"] + (ridge if case["mechanism"] == "lla" else "")
 
 
 def markdown(document: Mapping) -> str:
@@ -340,10 +342,10 @@ def _memory(document: Mapping) -> str:
     ]
     return (
         "Vector memory that a kernel takes, MiB, as the compiler reports it.\n\n"
-        + tables.markdown(["member", "d", "kernel", *chips], rows)
+        + tables.markdown(["mechanism", "d", "kernel", *chips], rows)
         + f"\n\nTemporary HBM of n = {long['length']}, batch {long['batch']}, {long['heads']} "
         "heads, d = 128, forward and backward pass, MiB.\n\n"
-        + tables.markdown(["member", *CHIPS], temporary)
+        + tables.markdown(["mechanism", *CHIPS], temporary)
     )
 
 
@@ -351,17 +353,17 @@ def _times(document: Mapping) -> str:
     rows = []
     for case in document["cases"]:
         found = document["iterations"][str(case["head_dim"])]
-        if case["member"] != "lla":
+        if case["mechanism"] != "lla":
             found = {"": 0.0}
         elif case["ridge"] is not None:
             found = {f"{case['ridge']:g}": found[f"{case['ridge']:g}"]}
         for ridge, iterated in found.items():
             row = [
-                case["member"], ridge, case["head_dim"],
+                case["mechanism"], ridge, case["head_dim"],
                 ("one" if case["ridge"] else "two") if ridge else "",
                 f"{iterated:.1f}" if ridge else "",
             ]  # fmt: skip
-            everything = [k for m, k in PASSES if m == case["member"]]
+            everything = [k for m, k in PASSES if m == case["mechanism"]]
             for chip in CHIPS:
                 both = (
                     seconds(case["passes"], chip, kernels, iterated)
@@ -381,7 +383,7 @@ def _times(document: Mapping) -> str:
         "be longer. Iterations are those of a tile on standard normal inputs at n = "
         f"{ITERATION_LENGTH}, taken from the implementation in XLA, which stops by the same rule; "
         "the adjoint solve is given as many.\n\n"
-        + tables.markdown(["member", "ridge", "d", "parts", "iterations", *CHIPS], rows)
+        + tables.markdown(["mechanism", "ridge", "d", "parts", "iterations", *CHIPS], rows)
     )
 
 

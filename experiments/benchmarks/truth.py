@@ -25,20 +25,20 @@ class Implementation(NamedTuple):
     """One way to compute a kind of attention.
 
     Attributes:
-      member: the kind: "lla", or "softmax", which ignores the ridge.
+      mechanism: the kind: "lla", or "softmax", which ignores the ridge.
       function: ``(query, key, value, ridge) -> output``.
       ours: whether it is part of this library.
       roundings: the largest error in 16 bits, as a multiple of one rounding of the exact output.
     """
 
-    member: str
+    mechanism: str
     function: Callable[..., jax.Array]
     ours: bool = True
     roundings: float = 2
 
     @property
     def differentiable(self) -> tuple[str, ...]:
-        return ("query", "key", "value", "ridge")[: 4 if self.member == "lla" else 3]
+        return ("query", "key", "value", "ridge")[: 4 if self.mechanism == "lla" else 3]
 
 
 def _lla(implementation: str, method: str | None = None, **options):
@@ -164,11 +164,11 @@ class Truth(NamedTuple):
 
 
 @functools.cache
-def _exact_call(function, member: str):
-    return jax.jit(make_call(Implementation(member, function), "forward_backward"))
+def _exact_call(function, mechanism: str):
+    return jax.jit(make_call(Implementation(mechanism, function), "forward_backward"))
 
 
-def exact(member: str, inputs: Mapping[str, jax.Array]) -> Truth:
+def exact(mechanism: str, inputs: Mapping[str, jax.Array]) -> Truth:
     """Output and gradients in float64, for the inputs as they are (16-bit inputs are not redrawn).
 
     Up to 512 keys they come from the dense reference, and the blockwise direct solver has to agree.
@@ -177,22 +177,22 @@ def exact(member: str, inputs: Mapping[str, jax.Array]) -> Truth:
     Raises:
       RuntimeError: the two disagree.
     """
-    blockwise = _in_float64(_BLOCKWISE_TRUTH[member], member, inputs)
+    blockwise = _in_float64(_BLOCKWISE_TRUTH[mechanism], mechanism, inputs)
     if inputs["query"].shape[1] > _DENSE_TRUTH_LENGTH:
-        solver = f", direct solver, tolerance {_TRUTH_TOL:g}" if member == "lla" else ""
+        solver = f", direct solver, tolerance {_TRUTH_TOL:g}" if mechanism == "lla" else ""
         return Truth(blockwise, f"xla, float64{solver}", None)
-    dense = _in_float64(_DENSE_TRUTH[member], member, inputs)
+    dense = _in_float64(_DENSE_TRUTH[mechanism], mechanism, inputs)
     difference = max(errors(blockwise, dense).values())
     if not difference < 1e-9:
-        raise RuntimeError(f"two float64 results of {member} differ by {difference:.1e}.")
+        raise RuntimeError(f"two float64 results of {mechanism} differ by {difference:.1e}.")
     return Truth(dense, "reference, float64", difference)
 
 
-def _in_float64(function, member: str, inputs: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+def _in_float64(function, mechanism: str, inputs: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     wide = {name: np.asarray(array).astype(np.float64) for name, array in inputs.items()}
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(array) for name, array in wide.items()}
-        return jax.tree.map(np.asarray, _exact_call(function, member)(wide))
+        return jax.tree.map(np.asarray, _exact_call(function, mechanism)(wide))
 
 
 def errors(got: Mapping[str, Any], want: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -217,7 +217,7 @@ def bounds(
     """
     if jnp.dtype(dtype) == jnp.float32:
         steps = (
-            max(0, math.ceil(-math.log10(ridge) - 1e-9)) if implementation.member == "lla" else 0
+            max(0, math.ceil(-math.log10(ridge) - 1e-9)) if implementation.mechanism == "lla" else 0
         )
         output = 1e-5 * 10.0**steps
     else:
@@ -286,7 +286,7 @@ def measure_group(
       cells: by name, the fields that identify a record.
       implementations: by name.
       inputs: of all calls.
-      truths: by member.
+      truths: by mechanism.
       compiled: by name, what `compile_call` returned.
       ridge: in `inputs`.
       repeats, budget: as for `time_interleaved`.
@@ -295,7 +295,7 @@ def measure_group(
     for name, cell in cells.items():
         call, memory = compiled[name]
         implementation = implementations[name]
-        truth = truths[implementation.member]
+        truth = truths[implementation.mechanism]
         judged = judge(implementation, call(inputs), truth, ridge, inputs["query"].dtype)
         records[name] = {**cell, **memory, **judged}
         if judged["status"] == "timed":

@@ -109,7 +109,7 @@ def scores(folder: pathlib.Path) -> list[Score]:
     rows = []
     for file in sorted(folder.glob("*.csv")):
         for row in read_results(file):
-            if row.get("headline") != SELECTED or REPORTED not in row:
+            if row.get("metric") != SELECTED or REPORTED not in row:
                 raise ValueError(f"{file} is no result file of mad: it must have {SELECTED}.")
             if row["phase"] == FINAL:
                 rows.append(row)
@@ -121,7 +121,7 @@ def scores(folder: pathlib.Path) -> list[Score]:
     for best in select(
         rows, [column for column in (MECHANISM, HEADS, "case") if column in columns]
     ):
-        names = [name for name in best if name in columns and name not in ("best", "headline")]
+        names = [name for name in best if name in columns and name not in ("best", "metric")]
         chosen = [row for row in rows if all(row[name] == best[name] for name in names)]
         sound = best["mean"] is not None
         found.append(

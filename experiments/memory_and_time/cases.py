@@ -193,14 +193,14 @@ def make_inputs(case: Case, longest: int, ridge: float, seed: int) -> dict[str, 
 # Exact results
 
 
-def checked_length(case: Case, member: str, longest: int) -> int:
+def checked_length(case: Case, mechanism: str, longest: int) -> int:
     """How many first tokens are compared with exact results."""
-    return min(case.n, longest, MESANET_CHECKED if member == "mesanet" else longest)
+    return min(case.n, longest, MESANET_CHECKED if mechanism == "mesanet" else longest)
 
 
 @functools.lru_cache(maxsize=8)
 def exact_results(
-    member: str, n: int, head_dim: int, ridge: float, seed: int, folder: str | None = None
+    mechanism: str, n: int, head_dim: int, ridge: float, seed: int, folder: str | None = None
 ) -> truth.Truth:
     """Output and gradients of the first head in float64.
 
@@ -212,14 +212,14 @@ def exact_results(
     inputs = {**arrays, "ridge": np.full((1, n, 1), ridge, np.float32)}
     path = None
     if folder is not None:
-        name = f"{member}-n{n}-d{head_dim}-ridge{ridge:g}-seed{seed}-{digest[:12]}.npz"
+        name = f"{mechanism}-n{n}-d{head_dim}-ridge{ridge:g}-seed{seed}-{digest[:12]}.npz"
         path = pathlib.Path(folder) / name
         if path.exists():
             with np.load(path) as stored:
                 results = {name: stored[name] for name in stored.files}
             source, check = str(results.pop("source")), float(results.pop("cross_check"))
             return truth.Truth(results, source, None if math.isnan(check) else check)
-    found = _mesanet_truth(inputs) if member == "mesanet" else truth.exact(member, inputs)
+    found = _mesanet_truth(inputs) if mechanism == "mesanet" else truth.exact(mechanism, inputs)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         check = math.nan if found.cross_check is None else found.cross_check
@@ -269,7 +269,7 @@ def judge(
       compared, finite: what the function of `compile_check` returns.
     """  # fmt: skip
     first = {name: np.asarray(array).astype(np.float64) for name, array in compared.items()}
-    if implementation.member == "mesanet":
+    if implementation.mechanism == "mesanet":
         verdict = truth.verdict(
             first, exact.results, truth.limits_for(first, *MESANET_BOUNDS[case.dtype])
         )

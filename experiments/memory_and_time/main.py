@@ -148,8 +148,10 @@ class CompiledCase(NamedTuple):
 
 def checked_length(options, case: Case) -> int:
     """How many first tokens are compared with exact ones."""
-    member = cases.make_implementation(case.series, case.dtype, jax.default_backend())[1].member
-    return cases.checked_length(case, member, options.checked)
+    mechanism = cases.make_implementation(case.series, case.dtype, jax.default_backend())[
+        1
+    ].mechanism
+    return cases.checked_length(case, mechanism, options.checked)
 
 
 def compile_case(options, case: Case) -> CompiledCase:
@@ -255,7 +257,7 @@ def run(
 ) -> dict[str, Any]:
     """Checks a call and, if it is right, times it; a call beyond the limit is timed once."""
     exact = cases.exact_results(
-        implementation.member, checked_length(options, case), case.head_dim, options.ridge,
+        implementation.mechanism, checked_length(options, case), case.head_dim, options.ridge,
         options.seed, options.truths,
     )  # fmt: skip
     inputs = cases.make_inputs(case, max(options.lengths), options.ridge, options.seed)
@@ -337,13 +339,13 @@ def run_unit(options, unit: Sequence[Case], path: pathlib.Path, header: dict, en
 
 def prepare(options, unit: Sequence[Case]) -> None:
     """Computes exact results on the CPU, and inputs, both of which are cached."""
-    member = cases.make_implementation(unit[0].series, unit[0].dtype, jax.default_backend())[
+    mechanism = cases.make_implementation(unit[0].series, unit[0].dtype, jax.default_backend())[
         1
-    ].member
+    ].mechanism
     with jax.default_device(jax.devices("cpu")[0]):
         for length in sorted({checked_length(options, case) for case in unit}):
             cases.exact_results(
-                member, length, unit[0].head_dim, options.ridge, options.seed, options.truths
+                mechanism, length, unit[0].head_dim, options.ridge, options.seed, options.truths
             )
     if not options.truths_only:
         cases.make_inputs(unit[0], max(options.lengths), options.ridge, options.seed)

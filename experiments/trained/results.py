@@ -21,7 +21,7 @@ Row = dict[str, Any]
 MECHANISM = "model.mixer.name"
 FURTHER = "final:"  # prefix of the columns of further metrics
 PHASE = "phase"  # column: "select" or "final"
-_RUN = ("seed", "learning_rate", "status", "steps", "headline", "mode", "final", "best")
+_RUN = ("seed", "learning_rate", "status", "steps", "metric", "mode", "final", "best")
 # Columns that are not settings.
 _ABOUT = (*_RUN, PHASE, "split", "settings", "seconds", "eval_every", "curve")
 # Options that turn a mechanism into another one, with a row or line of its own.
@@ -36,7 +36,7 @@ class Experiment:
     Attributes:
       name: of its folder here and of its config.
       columns: the columns of result files that identify a point, the mechanism first.
-      metric: shown in the figure; it is in the column "headline" of result files.
+      metric: shown in the figure; it is in the column "metric" of result files.
       published: dotted path of a setting -> (values, source), for the table of settings. A setting
         with another value, or that is not listed, is ours.
       tables: makes the tables of the results, as Markdown, from points and their folder.
@@ -129,7 +129,7 @@ class Point:
 def read(experiment: Experiment, folder: pathlib.Path) -> list[Row]:
     """The rows of all CSV files in `folder`; every row has the columns of all files.
 
-    The column "headline" of every row is the metric of `experiment`: if a file has that of the
+    The column "metric" of every row is the metric of `experiment`: if a file has that of the
     validation split there, the two are exchanged. If any file has final runs, rows without a phase
     are left out.
 
@@ -171,12 +171,12 @@ def _row(experiment, file, row):
         raise ValueError(f"{file} has the phase {row[PHASE]!r}; known: select, final.")
     row = {k: _TRUTH.get(v, v) if isinstance(v, str) else v for k, v in row.items()}
     test, validation = FURTHER + experiment.metric, FURTHER + experiment.validation
-    if row["headline"] == experiment.validation and test in row:
+    if row["metric"] == experiment.validation and test in row:
         value = row.pop(test)
-        row |= {validation: row["final"], "final": value, "headline": experiment.metric}
-    if row["headline"] != experiment.metric:
+        row |= {validation: row["final"], "final": value, "metric": experiment.metric}
+    if row["metric"] != experiment.metric:
         raise ValueError(
-            f"{file} has the metric {row['headline']}, {experiment.name} shows {experiment.metric}."
+            f"{file} has the metric {row['metric']}, {experiment.name} shows {experiment.metric}."
         )
     return row
 

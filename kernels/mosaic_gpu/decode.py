@@ -99,29 +99,29 @@ class Sums(NamedTuple):
     moments: jax.Array | None = None
 
 
-def heads_per_program(member: str, group: int) -> int:
+def heads_per_program(mechanism: str, group: int) -> int:
     """Number of query heads that a program instance serves, of a `group` that shares a key head.
 
     They are rows of the same products (`decode_gqa`). Local linear attention has separate moments
     for each head, for which an instance per head is faster than a warpgroup per head.
     """
-    most = 1 if member == "lla" else MAX_HEADS
+    most = 1 if mechanism == "lla" else MAX_HEADS
     return max(heads for heads in range(1, most + 1) if group % heads == 0)
 
 
-def row_names(member: str) -> tuple[str, ...]:
+def row_names(mechanism: str) -> tuple[str, ...]:
     """Names of the rows of `Sums`."""
     return (
         "total",
         "value",
-        *{"lla": ("key",), "parallax": ("along", "along_value")}.get(member, ()),
+        *{"lla": ("key",), "parallax": ("along", "along_value")}.get(mechanism, ()),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cache", "member", "bf16x2", "interpret"))
+@functools.partial(jax.jit, static_argnames=("cache", "mechanism", "bf16x2", "interpret"))
 def sum_over_cache(
     cache: CacheShape,
-    member: str,
+    mechanism: str,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -136,7 +136,7 @@ def sum_over_cache(
 
     Args:
       cache: sizes; at least 64 keys.
-      member: "softmax", "parallax" or "lla".
+      mechanism: "softmax", "parallax" or "lla".
       query, probe: ``[B, N, D]`` in 16 bits, the probe for "parallax".
       key, value: ``[B, S, K, D]`` in 16 bits.
       visible: two int32 ``[B]``, the first visible key and the one after the last.
@@ -146,20 +146,20 @@ def sum_over_cache(
     """
     from lla.kernels.mosaic_gpu import decode_gqa, decode_pingpong, decode_specialized
 
-    heads = heads_per_program(member, cache.group)
+    heads = heads_per_program(mechanism, cache.group)
     if heads > 1:
         kernel = decode_gqa
     else:
-        kernel = decode_specialized if member == "lla" and cache.blocks == 2 else decode_pingpong
-    config, scratch = kernel.plan(cache, member, bf16x2)
+        kernel = decode_specialized if mechanism == "lla" and cache.blocks == 2 else decode_pingpong
+    config, scratch = kernel.plan(cache, mechanism, bf16x2)
     if kernel is decode_gqa:
-        outputs = decode_gqa.outputs(cache, member)
+        outputs = decode_gqa.outputs(cache, mechanism)
     else:
         outputs = {
             "largest": cache.per_head(cache.splits, ROW_BLOCK),
-            "rows": cache.per_head(cache.splits, len(row_names(member)), cache.head_dim),
+            "rows": cache.per_head(cache.splits, len(row_names(mechanism)), cache.head_dim),
         }
-    if member == "lla":
+    if mechanism == "lla":
         outputs["moments"] = cache.per_head(cache.splits, cache.head_dim, 2 * cache.head_dim)
     operands = {
         "query": query,
@@ -171,14 +171,14 @@ def sum_over_cache(
         "probe": probe,
     }
     body = functools.partial(
-        kernel.body, cache, member, bf16x2, config, Arithmetic(interpret is not None)
+        kernel.body, cache, mechanism, bf16x2, config, Arithmetic(interpret is not None)
     )
     results = launch(
         body, outputs, scratch, operands,
         programs=cache.batch * (cache.heads // heads) * cache.splits, config=config,
         interpret=interpret, reduction_bytes=1024,
     )  # fmt: skip
-    return decode_gqa.sums(cache, member, results) if kernel is decode_gqa else Sums(**results)
+    return decode_gqa.sums(cache, mechanism, results) if kernel is decode_gqa else Sums(**results)
 
 
 def ring_scratch(cache: CacheShape, config: Config, readers: int):
@@ -197,14 +197,14 @@ def make_ring(config: Config, scratch) -> Ring:
     return Ring(tuple(tiles), produced, consumed, config.stages, deferred=False)
 
 
-def consumer_scratch(cache: CacheShape, member: str, weighers: int) -> dict:
+def consumer_scratch(cache: CacheShape, mechanism: str, weighers: int) -> dict:
     """Scratch types of `Consumer`; `weighers` of them compute weights."""
     transforms = narrow_transforms()
     types = {
         "query": plgpu.SMEM((weighers, BLOCK, cache.head_dim), cache.dtype, transforms=transforms),
         "vectors": plgpu.SMEM((weighers, ORIGIN + cache.blocks, BLOCK), jnp.float32),
     }
-    if member == "lla":
+    if mechanism == "lla":
         types["ones"] = plgpu.SMEM(SQUARE, cache.dtype, transforms=transforms)
         types["ones_written"] = plgpu.Barrier(num_arrivals=1)
     return types
@@ -321,7 +321,7 @@ class Consumer:
     """A consumer warpgroup, with static index `w`."""
 
     cache: CacheShape
-    member: str
+    mechanism: str
     bf16x2: bool
     arithmetic: Arithmetic
     given: Any
@@ -350,7 +350,7 @@ class Consumer:
             block = self.read(origin, c)
             self.scratch["vectors"].at[self.w, ORIGIN + c][...] = block
             rows = by_column(self.read(given["query"].at[split.b, split.head], c), SQUARE)
-            if self.member == "parallax":
+            if self.mechanism == "parallax":
                 probe = by_column(self.read(given["probe"].at[split.b, split.head], c), SQUARE)
                 origin_along = origin_along + row_dot(by_column(block, SQUARE), probe)
                 row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=WGMMA)
@@ -402,7 +402,7 @@ class Consumer:
         (products,) = self.arithmetic.products(MIN_COLUMNS, [(self.ring.tiles[0].at[slot], query)])
         logits, along = products, full((ROW_BLOCK,), 0, WGMMA_ROW)
         copies = MIN_COLUMNS
-        if self.member == "parallax":
+        if self.mechanism == "parallax":
             copies = MIN_COLUMNS // 2
             column = plgpu.broadcasted_iota(jnp.int32, products.shape, 1, layout=WGMMA)
             logits = jnp.where(column < copies, products, 0.0)
@@ -446,7 +446,7 @@ class Consumer:
 
     def store_rows(self, rows) -> None:
         """Writes `rows`, by name: a list with a vector per block, or one vector, to be summed."""
-        for r, name in enumerate(row_names(self.member)):
+        for r, name in enumerate(row_names(self.mechanism)):
             if name not in rows:
                 continue
             blocks = rows[name]

@@ -26,7 +26,7 @@ class Decoded(NamedTuple):
 
 def attend_cache(
     cache: CacheShape,
-    member: str,
+    mechanism: str,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -44,7 +44,7 @@ def attend_cache(
 
     Args:
       cache: sizes.
-      member: "softmax", "parallax" or "lla".
+      mechanism: "softmax", "parallax" or "lla".
       query, probe: ``[B, N, D]`` in 16 bits.
       key, value: ``[B, S, K, D]`` in 16 bits.
       visible: two int32 ``[B]``, the first visible key and the one after the last.
@@ -53,23 +53,23 @@ def attend_cache(
       bf16x2, interpret: see `lla.kernels.mosaic_gpu.decode.sum_over_cache`.
     """
     sums = sum_over_cache(
-        cache, member, query, key, value, visible, scale, probe, bf16x2=bf16x2,
+        cache, mechanism, query, key, value, visible, scale, probe, bf16x2=bf16x2,
         interpret=interpret,
     )  # fmt: skip
     rows, moments, highest = _join(sums)
-    named = dict(zip(row_names(member), jnp.moveaxis(rows, 2, 0), strict=True))
+    named = dict(zip(row_names(mechanism), jnp.moveaxis(rows, 2, 0), strict=True))
     total = named["total"].sum(-1)
     some = total > 0
     inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
     iterations = residual = jnp.zeros_like(highest)
-    if member == "lla":
+    if mechanism == "lla":
         out, iterations, residual = fit(
             cache, rows, moments, query, key, visible[0], ridge,
             tol=tol, max_iters=max_iters, interpret=interpret,
         )  # fmt: skip
     else:
         out = named["value"] * inverse[..., None]
-        if member == "parallax":
+        if mechanism == "parallax":
             along = named["along"].sum(-1) * inverse
             out = out * (1 + along)[..., None] - named["along_value"] * inverse[..., None]
         out = out.astype(cache.dtype)

@@ -53,27 +53,27 @@ CONSUMERS = 2
 """Consumer warpgroups, each of which takes every other tile."""
 
 
-def _names(member: str) -> dict[str, int]:
+def _names(mechanism: str) -> dict[str, int]:
     """Index of each sum in the output: `row_names`, then the largest logit."""
-    return {name: i for i, name in enumerate((*row_names(member), "largest"))}
+    return {name: i for i, name in enumerate((*row_names(mechanism), "largest"))}
 
 
-def outputs(cache: CacheShape, member: str) -> dict:
+def outputs(cache: CacheShape, mechanism: str) -> dict:
     """Arrays ``[B, N / H, P, R + 1, 8, D]`` for instances with H query heads."""
-    heads = heads_per_program(member, cache.group)
-    lead = (cache.batch, cache.heads // heads, cache.splits, len(_names(member)))
+    heads = heads_per_program(mechanism, cache.group)
+    lead = (cache.batch, cache.heads // heads, cache.splits, len(_names(mechanism)))
     return {"rows": jax.ShapeDtypeStruct((*lead, MAX_HEADS, cache.head_dim), jnp.float32)}
 
 
-def sums(cache: CacheShape, member: str, results: dict) -> Sums:
+def sums(cache: CacheShape, mechanism: str, results: dict) -> Sums:
     """Rearranges the sums from program instances to query heads."""
-    rows = results["rows"][:, :, :, :, : heads_per_program(member, cache.group)]
+    rows = results["rows"][:, :, :, :, : heads_per_program(mechanism, cache.group)]
     rows = jnp.moveaxis(rows, 4, 2)  # [B, N / H, H, P, R + 1, D]
     rows = rows.reshape(cache.batch, cache.heads, *rows.shape[3:])
     return Sums(rows[..., -1, :ROW_BLOCK], rows[..., :-1, :])
 
 
-def plan(cache: CacheShape, member: str, bf16x2: bool) -> tuple[Config, dict]:
+def plan(cache: CacheShape, mechanism: str, bf16x2: bool) -> tuple[Config, dict]:
     """How the kernel is launched, and its scratch types."""
     del bf16x2  # the weights always have two parts
     # Even: see `lla.kernels.mosaic_gpu.decode_pingpong.plan`.
@@ -83,7 +83,7 @@ def plan(cache: CacheShape, member: str, bf16x2: bool) -> tuple[Config, dict]:
     return config, {
         "ring": ring_scratch(cache, config, 1),
         # Row h is the query of head h; in the second array, its probe.
-        "heads": [rows] * (2 if member == "parallax" else 1),
+        "heads": [rows] * (2 if mechanism == "parallax" else 1),
         "heads_written": plgpu.Barrier(num_arrivals=1),
         # Results of the second consumer, for the first.
         "numbers": plgpu.SMEM((3, ROW_BLOCK), jnp.float32),
@@ -93,10 +93,10 @@ def plan(cache: CacheShape, member: str, bf16x2: bool) -> tuple[Config, dict]:
     }
 
 
-def body(cache, member, bf16x2, config, arithmetic, given, out, scratch):
+def body(cache, mechanism, bf16x2, config, arithmetic, given, out, scratch):
     """Body of the kernel, for `lla.kernels.mosaic_gpu.launch.launch`."""
     del bf16x2
-    heads = heads_per_program(member, cache.group)
+    heads = heads_per_program(mechanism, cache.group)
     split = Split.of_program(cache, given, heads)
     ring = make_ring(config, scratch)
     warpgroup = lax.axis_index("warpgroup")
@@ -105,7 +105,7 @@ def body(cache, member, bf16x2, config, arithmetic, given, out, scratch):
     def _():
         set_registers(config, arithmetic, compute=True)
         w = warpgroup
-        _Rows(cache, member, heads, arithmetic, given, out, scratch, split, ring, w).run()
+        _Rows(cache, mechanism, heads, arithmetic, given, out, scratch, split, ring, w).run()
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
@@ -127,7 +127,7 @@ class _Rows:
     """Consumer `w`, which sums over every other tile: ``[64, D]`` with a row per head."""
 
     cache: CacheShape
-    member: str
+    mechanism: str
     heads: int
     arithmetic: Arithmetic
     given: Any
@@ -149,7 +149,7 @@ class _Rows:
         # others.
         largest = full((ROW_BLOCK,), LOWEST / 2, WGMMA_ROW)
         start = {"largest": largest, "total": zero, "value": wide}
-        if self.member == "parallax":
+        if self.mechanism == "parallax":
             start |= {"along": zero, "along_value": wide}
         count = self.split.end - self.split.begin
         count_mine = lax.div(count + (CONSUMERS - 1 - self.w), jnp.int32(CONSUMERS))
@@ -187,7 +187,7 @@ class _Rows:
             own = per_head_scalar(given["scale"], split.b, split.head + h)
             scale = jnp.where(row == h, own * LOG2E, scale)
         self.scale = scale
-        if self.member != "parallax":
+        if self.mechanism != "parallax":
             return
         some_key = jnp.minimum(split.low, self.cache.num_keys - 1)
         origin = given["key"].at[split.b, some_key, split.kv_head]
@@ -213,7 +213,7 @@ class _Rows:
         weights = jnp.exp2(logits - _by_row(largest, SQUARE))
         new = {"largest": largest, "total": sums["total"] * shrink + weights.sum(axis=1)}
         factors = {"value": weights}
-        if self.member == "parallax":
+        if self.mechanism == "parallax":
             weighted = weights * (along[0] - _by_row(self.origin_along, SQUARE))
             new["along"] = sums["along"] * shrink + weighted.sum(axis=1)
             factors["along_value"] = weighted
@@ -268,7 +268,10 @@ class _Rows:
         """Writes the first rows of a matrix to sum `name` of the output."""
         split, heads = self.split, self.heads
         place = self.out["rows"].at[
-            split.b, lax.div(split.head, jnp.int32(heads)), split.number, _names(self.member)[name]
+            split.b,
+            lax.div(split.head, jnp.int32(heads)),
+            split.number,
+            _names(self.mechanism)[name],
         ]
         self.scratch["matrix"][...] = matrix
         plgpu.commit_smem()

@@ -37,26 +37,26 @@ CONSUMERS = 2
 """Consumer warpgroups, each of which takes every other tile."""
 
 
-def plan(cache: CacheShape, member: str, bf16x2: bool) -> tuple[Config, dict]:
+def plan(cache: CacheShape, mechanism: str, bf16x2: bool) -> tuple[Config, dict]:
     """How the kernel is launched, and its scratch types."""
     # An even number of stages gives each consumer its own slots. Otherwise it would miss every
     # other phase of their barriers, and wait forever.
     config = Config(warpgroups=CONSUMERS, block=BLOCK, stages=4 if cache.blocks == 2 else 6)
     types = {
         "ring": ring_scratch(cache, config, 1),
-        **consumer_scratch(cache, member, CONSUMERS),
+        **consumer_scratch(cache, mechanism, CONSUMERS),
         "handed": plgpu.Barrier(num_arrivals=1),
         "numbers": plgpu.SMEM((3, ROW_BLOCK), jnp.float32),
-        "rows": plgpu.SMEM((len(row_names(member)), cache.blocks, BLOCK), jnp.float32),
+        "rows": plgpu.SMEM((len(row_names(mechanism)), cache.blocks, BLOCK), jnp.float32),
     }
-    if member == "lla":
+    if mechanism == "lla":
         weighted = plgpu.SMEM((CONSUMERS, *SQUARE), cache.dtype, transforms=narrow_transforms())
         types["weighted"] = [weighted] * (2 if bf16x2 else 1)
         types["moments"] = plgpu.SMEM((2, *SQUARE), jnp.float32)
     return config, types
 
 
-def body(cache, member, bf16x2, config, arithmetic, given, out, scratch):
+def body(cache, mechanism, bf16x2, config, arithmetic, given, out, scratch):
     """Body of the kernel, for `lla.kernels.mosaic_gpu.launch.launch`."""
     split = Split.of_program(cache, given)
     ring = make_ring(config, scratch)
@@ -67,7 +67,9 @@ def body(cache, member, bf16x2, config, arithmetic, given, out, scratch):
         @pl.when(warpgroup == w)
         def _(w=w):
             set_registers(config, arithmetic, compute=True)
-            _Pingpong(cache, member, bf16x2, arithmetic, given, out, scratch, split, ring, w).run()
+            _Pingpong(
+                cache, mechanism, bf16x2, arithmetic, given, out, scratch, split, ring, w
+            ).run()
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
@@ -80,7 +82,7 @@ class _Pingpong(Consumer):
 
     def run(self) -> None:
         self.prepare()
-        if self.member == "lla" and self.w == 0:
+        if self.mechanism == "lla" and self.w == 0:
             self.write_ones()
 
         def matrices(count):
@@ -92,10 +94,10 @@ class _Pingpong(Consumer):
             "total": zero,
             "value": matrices(len(self.blocks)),
         }
-        if self.member == "lla":
+        if self.mechanism == "lla":
             plgpu.barrier_wait(self.scratch["ones_written"])
             start |= {"moments": (*matrices(2), full((BLOCK, MIN_COLUMNS), 0, WGMMA))}
-        if self.member == "parallax":
+        if self.mechanism == "parallax":
             start |= {"along": zero, "along_value": matrices(len(self.blocks))}
         count = self.split.end - self.split.begin
         count_mine = lax.div(count + (CONSUMERS - 1 - self.w), jnp.int32(CONSUMERS))
@@ -116,12 +118,12 @@ class _Pingpong(Consumer):
         spread = by_row(weights, SQUARE)
         values = [self.values(slot, c) for c in self.blocks]
         new["value"] = add(sums["value"], [v * spread for v in values])
-        if self.member == "parallax":
+        if self.mechanism == "parallax":
             weighted = weights * tile.along
             new["along"] = sums["along"] * shrink_rows + weighted
             weighted = by_row(weighted, SQUARE)
             new["along_value"] = add(sums["along_value"], [v * weighted for v in values])
-        if self.member == "lla":
+        if self.mechanism == "lla":
             parts = in_parts(self.keys(slot, 0) * spread, self.cache.dtype, self.bf16x2)
             # Not `self.w`: products with a constant index do not lower.
             refs = [ref.at[lax.axis_index("warpgroup")] for ref in self.scratch["weighted"]]

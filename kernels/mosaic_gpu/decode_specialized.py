@@ -50,13 +50,13 @@ _PAIR = 2  # tiles that are weighted together, and weighted tiles in flight
 _REGISTERS = {"score": 168, "multiply": 160, "load": 24}
 
 
-def plan(cache: CacheShape, member: str, bf16x2: bool) -> tuple[Config, dict]:
+def plan(cache: CacheShape, mechanism: str, bf16x2: bool) -> tuple[Config, dict]:
     """How the kernel is launched, and its scratch types."""
     config = Config(warpgroups=CONSUMERS, block=BLOCK, stages=2 * _PAIR)
     weighted = plgpu.SMEM((_HALVES, *SQUARE), cache.dtype, transforms=narrow_transforms())
     return config, {
         "ring": ring_scratch(cache, config, CONSUMERS),
-        **consumer_scratch(cache, member, 1),
+        **consumer_scratch(cache, mechanism, 1),
         "weighted": [[weighted] * (2 if bf16x2 else 1) for _ in range(_PAIR)],
         "seen": plgpu.Barrier(num_arrivals=_HALVES),
         # One barrier for each half of the moments.
@@ -65,7 +65,7 @@ def plan(cache: CacheShape, member: str, bf16x2: bool) -> tuple[Config, dict]:
     }
 
 
-def body(cache, member, bf16x2, config, arithmetic, given, out, scratch):
+def body(cache, mechanism, bf16x2, config, arithmetic, given, out, scratch):
     """Body of the kernel, for `lla.kernels.mosaic_gpu.launch.launch`."""
     split = Split.of_program(cache, given)
     ring = make_ring(config, scratch)
@@ -76,7 +76,7 @@ def body(cache, member, bf16x2, config, arithmetic, given, out, scratch):
             plgpu.set_max_registers(_REGISTERS[role], action=action)
 
     def reader(kind, w):
-        return kind(cache, member, bf16x2, arithmetic, given, out, scratch, split, ring, w)
+        return kind(cache, mechanism, bf16x2, arithmetic, given, out, scratch, split, ring, w)
 
     @pl.when(warpgroup == 0)
     def _():
@@ -178,7 +178,7 @@ class _MomentWarpgroup(_PairConsumer):
         *moments, keys = lax.fori_loop(0, self.pairs, self.add_pair, start)
         for i, matrix in enumerate(moments):
             self.part("moments").at[mine, pl.ds(i * width, width)][...] = matrix
-        row = row_names(self.member).index("key")
+        row = row_names(self.mechanism).index("key")
         self.part("rows").at[row, mine][...] = keys.sum(axis=1) / MIN_COLUMNS
 
     def add_pair(self, pair, moments):

@@ -21,9 +21,9 @@ from lla.ops.backend import Implementation
 from lla.ops.cache import KVCache
 from lla.ops.context import make_context, token_positions
 from lla.ops.decode import decode_step, parallax_decode_step, softmax_decode_step
+from lla.ops.problem import Mechanism
 from lla.ops.solver import Solver, Stats
 
-Mechanism = Literal["lla", "parallax", "softmax"]
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -312,7 +312,7 @@ def softmax_attention(
     context_axis: str | None = None,
     context_balance: bool = False,
 ) -> jax.Array | tuple[jax.Array, Stats]:
-    """Softmax attention through the same code, the member of the family without a probe.
+    """Softmax attention through the same code, the mechanism of the family without a probe.
 
     Arguments, results and errors as `parallax_attention` without ``probe``, except for one:
 
@@ -365,14 +365,14 @@ def explain(
         tuple(backend.BACKENDS) if implementation is None else backend.check_names(implementation)
     )
     options.setdefault("ridge", 1.0)
-    member = "lla" if options.get("logits_soft_cap") is None else "softmax"
+    mechanism = "lla" if options.get("logits_soft_cap") is None else "softmax"
     reasons = {}
 
     def check(query, key, value, cache):
         if cache is None:
-            problem = make_problem(member, query, key, value, **options)
+            problem = make_problem(mechanism, query, key, value, **options)
         else:
-            problem, _ = decoding_problem(member, query, key, value, cache, **options)
+            problem, _ = decoding_problem(mechanism, query, key, value, cache, **options)
         reasons.update(backend.explain(problem, names, decoding=cache is not None))
         return problem.query
 
@@ -380,14 +380,14 @@ def explain(
     return reasons
 
 
-def _serve(member, arrays, options, implementation, return_stats, split):
-    call = member, arrays, options, implementation, return_stats
+def _serve(mechanism, arrays, options, implementation, return_stats, split):
+    call = mechanism, arrays, options, implementation, return_stats
     if split is not None:
         found = sharding.attend_split(split, *call)
     else:
         mesh = sharding.find_mesh(arrays.values())
         if mesh is None:
-            problem = make_problem(member, **arrays, **options)
+            problem = make_problem(mechanism, **arrays, **options)
             out, stats = backend.run(problem, implementation, return_stats)
             return (out, stats) if return_stats else out
         found = sharding.attend(mesh, *call)

@@ -15,7 +15,7 @@ from jax import lax
 from lla.ops import backend, context, integers
 from lla.ops.context import Context
 from lla.ops.placement import DIMS, Placement, label
-from lla.ops.problem import Member, make_problem
+from lla.ops.problem import Mechanism, make_problem
 
 STATS = ("lse", "iterations", "residual")
 CACHE = ("cache_key", "cache_value", "cache_lengths")
@@ -27,7 +27,7 @@ class Call:
 
     Attributes:
       kind: a whole sequence, or a decoding step.
-      member: of the family.
+      mechanism: of the family.
       names: of the arrays, in the order in which they come; see `lla.ops.placement.DIMS`.
       options: the keyword arguments that are no arrays.
       implementation: by name for a whole sequence.
@@ -39,7 +39,7 @@ class Call:
     """
 
     kind: Literal["attend", "decode"]
-    member: Member
+    mechanism: Mechanism
     names: tuple[str, ...]
     options: tuple[tuple[str, Any], ...]
     implementation: Any
@@ -79,12 +79,14 @@ def _run(call: Call, arrays: dict, options: dict) -> dict[str, jax.Array]:
     if call.kind == "decode":
         from lla.ops.decode import decode_arrays
 
-        results = decode_arrays(call.member, arrays, call.implementation, call.with_stats, options)
+        results = decode_arrays(
+            call.mechanism, arrays, call.implementation, call.with_stats, options
+        )
         return dict(zip(call.results, results, strict=True))
     if "query_segments" in arrays:
         pair = arrays.pop("query_segments"), arrays.pop("key_segments")
         arrays["segment_ids"] = pair
-    problem = make_problem(call.member, known_ridge=call.known_ridge, **arrays, **options)
+    problem = make_problem(call.mechanism, known_ridge=call.known_ridge, **arrays, **options)
     out, stats = backend.run(problem, call.implementation, call.with_stats)
     return {"out": out, **stats._asdict()}
 
@@ -135,7 +137,7 @@ def _own_key_heads(arrays, name, sizes, placement: Placement) -> jax.Array:
 
 
 def make_call(
-    member: Member,
+    mechanism: Mechanism,
     arguments: Mapping[str, Any],
     options: Mapping[str, Any],
     implementation: Any,
@@ -159,7 +161,7 @@ def make_call(
     static = dict(options)
     known = _Known()
     if kind == "attend":
-        implementation = _check(member, checked, static, implementation, known, parts)
+        implementation = _check(mechanism, checked, static, implementation, known, parts)
     elif implementation is not None and not isinstance(implementation, str):
         implementation = tuple(implementation)
     arrays = {}
@@ -191,7 +193,7 @@ def make_call(
     if key.shape[-2] != query.shape[-2]:
         sizes["k"] = key.shape[-2]
     call = Call(
-        kind, member, tuple(arrays), tuple(sorted(static.items())), implementation, with_stats,
+        kind, mechanism, tuple(arrays), tuple(sorted(static.items())), implementation, with_stats,
         query.ndim - 3, tuple(sizes.items()), known.ridge, split,
     )  # fmt: skip
     return call, arrays
@@ -202,7 +204,7 @@ class _Known:
     ridge: float | None = None
 
 
-def _check(member, arguments, options, implementation, known: _Known, parts: int) -> str:
+def _check(mechanism, arguments, options, implementation, known: _Known, parts: int) -> str:
     """Makes the `Problem` of shapes alone; returns the implementation."""
     chosen = []
     abstract, concrete = {}, {}
@@ -221,7 +223,7 @@ def _check(member, arguments, options, implementation, known: _Known, parts: int
             concrete[name] = array
 
     def check(abstract):
-        problem = make_problem(member, **abstract, **concrete, **options)
+        problem = make_problem(mechanism, **abstract, **concrete, **options)
         known.ridge = problem.static_ridge
         chosen.append(backend.choose(problem, implementation))
         return problem.query

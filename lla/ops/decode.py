@@ -14,7 +14,7 @@ from lla.ops import options as keyword
 from lla.ops.backend import Implementation
 from lla.ops.cache import KVCache, check_room, exists, token_counts
 from lla.ops.call import CACHE
-from lla.ops.problem import Member, Problem, check_ridge, make_problem
+from lla.ops.problem import Mechanism, Problem, check_ridge, make_problem
 from lla.ops.solver import Solver, Stats
 
 
@@ -252,7 +252,7 @@ def softmax_decode_step(
 
 
 def decoding_problem(
-    member: Member, query, key, value, cache: KVCache, new_lengths=None, **options
+    mechanism: Mechanism, query, key, value, cache: KVCache, new_lengths=None, **options
 ) -> tuple[Problem, KVCache]:
     """The problem that new tokens pose with the cache that holds them, and that cache.
 
@@ -269,7 +269,7 @@ def decoding_problem(
         # The bias of tokens that only pad is not read.
         options["query_seq_lengths"] = token_counts(new_lengths, before.shape, query.shape[-3])
     problem = make_problem(
-        member, query, grown.key, grown.value, is_causal=True, query_offset=before,
+        mechanism, query, grown.key, grown.value, is_causal=True, query_offset=before,
         key_value_seq_lengths=jnp.minimum(grown.lengths, grown.max_length), **options,
     )  # fmt: skip
     if new_lengths is not None:
@@ -279,7 +279,9 @@ def decoding_problem(
     return problem, grown
 
 
-def _decode(member, query, key, value, cache, new_lengths, implementation, return_stats, **options):
+def _decode(
+    mechanism, query, key, value, cache, new_lengths, implementation, return_stats, **options
+):
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache must be an lla.KVCache, got {type(cache).__name__}.")
     query, key, value = (jnp.asarray(a) for a in (query, key, value))
@@ -290,13 +292,21 @@ def _decode(member, query, key, value, cache, new_lengths, implementation, retur
     mesh = sharding.find_mesh(arrays.values())
     if mesh is None:
         out, cache, stats = _on_one_device(
-            member, query, key, value, cache, new_lengths, implementation, return_stats, **options
+            mechanism,
+            query,
+            key,
+            value,
+            cache,
+            new_lengths,
+            implementation,
+            return_stats,
+            **options,
         )
         return (out, cache, stats) if return_stats else (out, cache)
-    return _sharded(mesh, member, arrays, cache, implementation, return_stats, options)
+    return _sharded(mesh, mechanism, arrays, cache, implementation, return_stats, options)
 
 
-def _sharded(mesh, member, arrays, cache, implementation, return_stats, options):
+def _sharded(mesh, mechanism, arrays, cache, implementation, return_stats, options):
     """`_decode` where several devices may hold the arrays."""
     query, key = arrays["query"], arrays["key"]
     cache.check(key, arrays["value"])
@@ -305,10 +315,10 @@ def _sharded(mesh, member, arrays, cache, implementation, return_stats, options)
     _check_leading(query, key)
     names = ("ridge", "scale", "probe", "bias")
     arrays |= {name: options.pop(name) for name in names if name in options}
-    if member == "lla":
+    if mechanism == "lla":
         check_ridge(arrays["ridge"])
     found = sharding.attend(
-        mesh, member, arrays, options, implementation, return_stats, kind="decode"
+        mesh, mechanism, arrays, options, implementation, return_stats, kind="decode"
     )
     cache = KVCache(*(found[name] for name in CACHE))
     if not return_stats:
@@ -316,23 +326,23 @@ def _sharded(mesh, member, arrays, cache, implementation, return_stats, options)
     return found["out"], cache, Stats(*(found[name] for name in Stats._fields))
 
 
-def decode_arrays(member, arrays, implementation, with_stats, options):
+def decode_arrays(mechanism, arrays, implementation, with_stats, options):
     """A step of decoding on named arrays: output, the arrays of the cache, and the statistics."""
     arrays = dict(arrays)
     cache = KVCache(*(arrays.pop(name) for name in CACHE))
     new_lengths = arrays.pop("new_lengths", None)
     query, key, value = (arrays.pop(name) for name in ("query", "key", "value"))
     out, cache, stats = _on_one_device(
-        member, query, key, value, cache, new_lengths, implementation, with_stats, **arrays,
+        mechanism, query, key, value, cache, new_lengths, implementation, with_stats, **arrays,
         **options,
     )  # fmt: skip
     return (out, cache.key, cache.value, cache.lengths, *(stats or ()))
 
 
 def _on_one_device(
-    member, query, key, value, cache, new_lengths, implementation, return_stats, **options
+    mechanism, query, key, value, cache, new_lengths, implementation, return_stats, **options
 ):
-    problem, grown = decoding_problem(member, query, key, value, cache, new_lengths, **options)
+    problem, grown = decoding_problem(mechanism, query, key, value, cache, new_lengths, **options)
     out, stats = backend.run(problem, implementation, return_stats, decoding=True)
 
     length, leading = query.shape[-3], cache.lengths.shape

@@ -16,14 +16,14 @@ from lla.ops import integers
 from lla.ops.masks import Mask
 from lla.ops.solver import Solver
 
-Member = Literal["softmax", "parallax", "lla"]
+Mechanism = Literal["softmax", "parallax", "lla"]
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Operands(NamedTuple):
     """The differentiable arrays of a call; each back end lays them out in its own way.
 
-    probe is None unless the member is "parallax", ridge is None unless it is "lla".
+    probe is None unless the mechanism is "parallax", ridge is None unless it is "lla".
     """
 
     query: jax.Array
@@ -39,7 +39,7 @@ class Operands(NamedTuple):
     jax.tree_util.register_dataclass,
     data_fields=(*Operands._fields, "mask"),
     meta_fields=(
-        "member",
+        "mechanism",
         "solver",
         "static_ridge",
         "leading",
@@ -57,7 +57,7 @@ class Problem:
     than it has to. Results are ``[B, T, N, ...]``.
     """
 
-    member: Member
+    mechanism: Mechanism
     query: jax.Array
     probe: jax.Array | None
     key: jax.Array
@@ -94,7 +94,7 @@ class Problem:
 
 
 def make_problem(
-    member: Member,
+    mechanism: Mechanism,
     query,
     key,
     value,
@@ -158,7 +158,7 @@ def make_problem(
         return array.astype(dtype)
 
     static_ridge = None
-    if member == "lla":
+    if mechanism == "lla":
         static_ridge = _check_positive(ridge, "ridge", bound=min)
         if static_ridge is None:
             static_ridge = known_ridge
@@ -170,7 +170,7 @@ def make_problem(
         scale = 1.0 / math.sqrt(h)
     _check_positive(scale, "scale", bound=min, or_zero=True)
     scale = row_parameter(scale, "scale")
-    if member == "parallax":
+    if mechanism == "parallax":
         probe = _float_array(probe, "probe")
         if probe.shape != query.shape or probe.dtype != query.dtype:
             raise ValueError(
@@ -182,13 +182,13 @@ def make_problem(
         bias = _float_array(bias, "bias")
         bias = _broadcastable(bias, "bias", leading, {"N": n, "T": t, "S": s})
     if logits_soft_cap is not None:
-        logits_soft_cap = _check_soft_cap(logits_soft_cap, member)
+        logits_soft_cap = _check_soft_cap(logits_soft_cap, mechanism)
     solver = Solver() if solver is None else solver
     if not isinstance(solver, Solver):
         raise ValueError(f"solver must be an lla.Solver or None, got {type(solver).__name__}.")
 
     return Problem(
-        member=member,
+        mechanism=mechanism,
         query=query.reshape(b, t, n, h),
         probe=probe,
         key=key.reshape(b, s, k, h),
@@ -376,11 +376,11 @@ def check_ridge(ridge) -> None:
     _check_positive(ridge, "ridge", bound=min)
 
 
-def _check_soft_cap(cap, member: Member) -> float:
-    if member != "softmax":
+def _check_soft_cap(cap, mechanism: Mechanism) -> float:
+    if mechanism != "softmax":
         raise ValueError(
             "logits_soft_cap is defined for softmax attention alone: the weights of "
-            f"{'local linear' if member == 'lla' else 'Parallax'} attention are those of plain "
+            f"{'local linear' if mechanism == 'lla' else 'Parallax'} attention are those of plain "
             "logits."
         )
     if isinstance(cap, (bool, jax.core.Tracer)) or np.ndim(cap) or np.asarray(cap).dtype == object:
@@ -417,7 +417,7 @@ def unsupported_by_kernels(
         )
     if problem.mask.dense is not None:
         return "the kernels take no mask array; use lengths, segment_ids or local_window_size"
-    if problem.member == "lla" and problem.solver.method == "direct":
+    if problem.mechanism == "lla" and problem.solver.method == "direct":
         if not max_direct_dim:
             return "the kernels have no direct solver"
         if max(head_dim, value_dim) > max_direct_dim:

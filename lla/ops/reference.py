@@ -17,12 +17,12 @@ from lla.ops.solver import Stats
 
 
 def attend_one_query(
-    member, query, probe, key, value, ridge, scale, valid, bias=None, *, soft_cap=None
+    mechanism, query, probe, key, value, ridge, scale, valid, bias=None, *, soft_cap=None
 ):
     """One query of the family; section 2 of the derivation in ``kernels/MATHEMATICS.md``.
 
     Args:
-      member: ``"softmax"``, ``"parallax"`` or ``"lla"``.
+      mechanism: ``"softmax"``, ``"parallax"`` or ``"lla"``.
       query: ``[H]``.
       probe: ``[H]``, used by ``"parallax"`` only.
       key: ``[S, H]``.
@@ -53,12 +53,12 @@ def attend_one_query(
     weights = weights / total
     lse = jnp.where(any_valid, largest + jnp.log(total), NOTHING)
     residual = jnp.zeros_like(scale)
-    if member == "softmax":
+    if mechanism == "softmax":
         return weights @ value, lse, residual
 
     key_mean = weights @ key
     centred = jnp.where(valid[:, None], key - key_mean[None], jnp.zeros_like(key))
-    if member == "lla":
+    if mechanism == "lla":
         covariance = (weights[:, None] * centred).T @ centred
         system = covariance + ridge * jnp.eye(query.size, dtype=query.dtype)
         target = jnp.where(any_valid, key_mean - query, jnp.zeros_like(query))
@@ -118,7 +118,7 @@ def attend(problem: Problem, with_stats: bool = True) -> tuple[jax.Array, Stats]
     bias = None if problem.bias is None else pairs(problem.bias.astype(dtype))
 
     def one_query(*arrays):
-        return attend_one_query(problem.member, *arrays, soft_cap=problem.soft_cap)
+        return attend_one_query(problem.mechanism, *arrays, soft_cap=problem.soft_cap)
 
     # Axes left to map after each level: [T, G, K, B] from the inside out; keys belong to (B, K).
     per_token = jax.vmap(one_query, in_axes=(0, 0, None, None, 0, 0, 0, 0))

@@ -46,7 +46,7 @@ def find_mesh(arrays: Iterable[Any]):
 
 def attend(
     mesh,
-    member: str,
+    mechanism: str,
     arguments: Mapping[str, Any],
     options: Mapping[str, Any],
     implementation: Implementation,
@@ -57,9 +57,9 @@ def attend(
 
     Args:
       mesh: from `find_mesh`.
-      member, arguments, options, implementation, with_stats, kind: see `lla.ops.call.make_call`.
+      mechanism, arguments, options, implementation, with_stats, kind: see `lla.ops.call.make_call`.
     """
-    call, arrays = make_call(member, arguments, options, implementation, with_stats, kind)
+    call, arrays = make_call(mechanism, arguments, options, implementation, with_stats, kind)
     if mesh is not AUTO:
         return _explicit(mesh, call, arrays)
     if kind == "attend" and call.implementation not in partition.ROW_UNITS:
@@ -73,7 +73,7 @@ def attend(
 
 def attend_split(
     split: Context,
-    member: str,
+    mechanism: str,
     arguments: Mapping[str, Any],
     options: Mapping[str, Any],
     implementation: Implementation,
@@ -95,7 +95,7 @@ def attend_split(
         raise no_such_axis(split, known)
     parts = lax.axis_size(split.axis) if kind == AxisType.Manual else 1
     call, arrays = make_call(
-        member, arguments, options, implementation, with_stats, split=split, parts=parts
+        mechanism, arguments, options, implementation, with_stats, split=split, parts=parts
     )
     if not explicit:
         return run(call, arrays)

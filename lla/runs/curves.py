@@ -216,7 +216,7 @@ def _primary(found):
     for folder in found:
         if (file := folder.path / "result.json").exists():
             result = read_json(file, "Delete it, and the run resumes from its latest checkpoint.")
-            return result["headline"], result["mode"]
+            return result["metric"], result["mode"]
     from lla import tasks
 
     options = dict(found[0].config["task"])

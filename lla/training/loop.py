@@ -102,9 +102,9 @@ def fit(
         that the next call resumes from.
 
     Returns:
-      {"status", "steps", "headline", "mode", "final", "best", "test", "failed_at", "stopped_at"},
+      {"status", "steps", "metric", "mode", "final", "best", "test", "failed_at", "stopped_at"},
       as in `result.json`. "status" is "finished" (all steps), "stopped" (`stop_at` was reached) or
-      "non_finite". "headline" is the name of the task's primary metric on the validation split,
+      "non_finite". "metric" is the name of the task's primary metric on the validation split,
       "mode" is "max" or "min", "final" and "best" are its values, and "test" has its value on each
       test split, by name. Values are nested lists, like "failed_at" and "stopped_at" of
       `TrainState`, where there are several runs. After a pause there are only {"status": "paused",
@@ -350,7 +350,7 @@ class _Fit:
         return {
             "status": status,
             "steps": step,
-            "headline": self.trainer.primary_metric,
+            "metric": self.trainer.primary_metric,
             "mode": self._mode(),
             "final": plain_numbers(history[-1]),
             "best": plain_numbers(best.reduce(history)),

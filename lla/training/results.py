@@ -31,7 +31,7 @@ _COLUMNS = (
     "learning_rate",
     "status",
     "steps",
-    "headline",
+    "metric",
     "mode",
     "final",
     "best",
@@ -94,12 +94,12 @@ def select(rows: Iterable[Mapping[str, Any]], by: Sequence[str]) -> list[dict[st
     Returns:
       For each group its columns, all choices and the selected "learning_rate", "mean" and "std"
       (over seeds, with n - 1; 0 for one seed), "best" (mean over seeds of the best values), "seeds"
-      (their number), "diverged" (runs of the group, at any rate), "headline" and "mode".
+      (their number), "diverged" (runs of the group, at any rate), "metric" and "mode".
     """
     groups: dict[tuple, list] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(column) for column in by), []).append(row)
-    return [_selected(members) for members in groups.values()]
+    return [_selected(mechanisms) for mechanisms in groups.values()]
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -117,17 +117,17 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             if found["mean"] is None
             else f"{found['mean']:.4g} +- {found['std']:.2g} ({found['seeds']} seeds)"
         )
-        lines.append(f"{name}: {found['headline']} {value} at {found['learning_rate']:.3g}")
+        lines.append(f"{name}: {found['metric']} {value} at {found['learning_rate']:.3g}")
     return lines
 
 
-def _selected(members):
+def _selected(mechanisms):
     candidates: dict[tuple, list] = {}
-    for row in members:
+    for row in mechanisms:
         choice = {k: v for k, v in row.items() if is_choice(k)}
         key = (row["learning_rate"], *choice.items())
         candidates.setdefault(key, []).append((choice, row))
-    modes = {row["mode"] for row in members}
+    modes = {row["mode"] for row in mechanisms}
     if len(modes) > 1:
         raise ValueError("rows of a group must share one primary metric.")
     (mode,) = modes
@@ -152,8 +152,8 @@ def _selected(members):
         "std": (float(np.std(finals, ddof=1)) if len(finals) > 1 else 0.0) if sound else None,
         "best": float(np.mean([row["best"] for _, row in runs])) if sound else None,
         "seeds": len(runs),
-        "diverged": sum(row["status"] == "diverged" for row in members),
-        "headline": first["headline"],
+        "diverged": sum(row["status"] == "diverged" for row in mechanisms),
+        "metric": first["metric"],
         "mode": mode,
     }
 
@@ -180,9 +180,7 @@ def rows(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
             status, steps = _end(result, i, j)
             diverged = status == "diverged"
             curve = [
-                record[result["headline"]][i][j]
-                for record in evaluations
-                if record["step"] <= steps
+                record[result["metric"]][i][j] for record in evaluations if record["step"] <= steps
             ]
             yield {
                 **config["choices"],
@@ -192,7 +190,7 @@ def rows(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
                 "learning_rate": rate,
                 "status": status,
                 "steps": steps,
-                "headline": result["headline"],
+                "metric": result["metric"],
                 "mode": result["mode"],
                 # A diverged run keeps the parameters from before, which are no result.
                 "final": "" if diverged else result["final"][i][j],

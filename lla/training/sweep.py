@@ -215,7 +215,7 @@ def run(
     - the choices, "phase" ("select" or "final"), "settings" (a digest), "seed", "learning_rate";
     - "status": "finished" (all updates), "stopped" (reached its goal), "cut" (another rate reached
       the goal first) or "diverged"; "steps" (for a diverged run, the update that failed);
-    - "headline", the name of the primary metric on the validation split, "mode" ("max" or "min"),
+    - "metric", the name of the primary metric on the validation split, "mode" ("max" or "min"),
       its "final" and "best" values, and its final value on test splits ("final:test/accuracy");
     - "seconds" that all runs of the phase took together; "curve", the metric at every evaluation,
       "eval_every" updates apart.

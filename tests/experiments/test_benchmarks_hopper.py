@@ -30,7 +30,7 @@ def made_up(**changes):
     for cell in hopper_programs.make_cases(options):
         fields, backward = cell.fields(), cell.program.which == "forward_backward"
         names = ("output", *cell.program.differentiable) if backward else ("output",)
-        rank = 4.0 if fields["member"] == "lla" else 2.0
+        rank = 4.0 if fields["mechanism"] == "lla" else 2.0
         seconds = 1e-12 * rank * fields["n"] ** 2 * (3 if backward else 1)
         record = {
             **fields, "status": "timed", "errors": dict.fromkeys(names, 2e-3), "worst_row": 1e-2,
@@ -38,7 +38,7 @@ def made_up(**changes):
             "time_min_s": seconds, "time_median_s": seconds, "repeats": 7,
             "temp_bytes": 2**10 * fields["n"], "commit": "abc", "date": header["date"],
         }  # fmt: skip
-        if fields["member"] == "lla":
+        if fields["mechanism"] == "lla":
             record["mean_iterations"] = 3.25
         if (amount := hopper.flops(cell.program)) is not None:
             record["flops"] = amount
@@ -61,31 +61,31 @@ def test_a_tolerance_reaches_the_solver():
 def test_default_cases():
     cells = hopper_programs.make_cases(hopper.parse([]))
     assert len(cells) == len(set(cells))
-    lla = [c.program for c in cells if c.group == "speed" and c.program.member == "lla"]
+    lla = [c.program for c in cells if c.group == "speed" and c.program.mechanism == "lla"]
     found = {(p.head_dim, p.ridge, p.which, p.ridge_kind) for p in lla}
     ridges, passes = (10, 1, 0.1, 0.01), ("forward", "forward_backward")
     assert found == set(itertools.product((64, 128), ridges, passes, ("static", "array")))
     # What is timed has an accuracy cell that decides about it.
     decided = {
-        (p.implementation, p.member, p.head_dim, p.ridge, p.ridge_kind)
+        (p.implementation, p.mechanism, p.head_dim, p.ridge, p.ridge_kind)
         for group, inputs, p in cells
         if group == "accuracy" and inputs == "normal"
     }
-    timed = [c.program for c in cells if c.group != "accuracy" and c.program.member != "matmul"]
-    found = {(p.implementation, p.member, p.head_dim, p.ridge, p.ridge_kind) for p in timed}
+    timed = [c.program for c in cells if c.group != "accuracy" and c.program.mechanism != "matmul"]
+    found = {(p.implementation, p.mechanism, p.head_dim, p.ridge, p.ridge_kind) for p in timed}
     assert found == decided
 
 
 def test_inputs():
     options = hopper.parse([*SMALL, "--accuracy_length=512"])
     program = next(
-        c.program for c in hopper_programs.make_cases(options) if c.program.member == "lla"
+        c.program for c in hopper_programs.make_cases(options) if c.program.mechanism == "lla"
     )
     normal = hopper_programs.make_inputs(program, "normal", 0)
     assert set(normal) == {"query", "key", "value", "cotangent"}
     assert normal["key"].shape == (1, 512, 1, 8) and normal["query"].shape == (1, 512, 2, 8)
     parallax = hopper_programs.make_inputs(
-        program._replace(member="parallax", which="forward"), "normal", 0
+        program._replace(mechanism="parallax", which="forward"), "normal", 0
     )
     assert set(parallax) == {"query", "key", "value", "probe"}
     np.testing.assert_array_equal(parallax["key"], normal["key"])
@@ -107,7 +107,7 @@ def test_inputs():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("hopper") / "hopper_cpu.json"
-    status = hopper.main([*SMALL, "--members", "lla", f"--output={path}"])
+    status = hopper.main([*SMALL, "--mechanisms", "lla", f"--output={path}"])
     return status, path, results.load(path)
 
 
@@ -116,12 +116,15 @@ def test_run(measured, monkeypatch, capsys):
     assert status == 0
     inputs = {r["inputs"] for r in document["records"] if r["group"] == "accuracy"}
     assert inputs == {"normal", *hopper_programs.HOSTILE}
-    assert {r["member"] for r in document["records"] if r["group"] == "speed"} == {"lla", "matmul"}
+    assert {r["mechanism"] for r in document["records"] if r["group"] == "speed"} == {
+        "lla",
+        "matmul",
+    }
     for record in document["records"]:
         assert record["status"] == "timed" and record["repeats"] == 2
         for name, error in record["errors"].items():
             assert 0 < error <= record["bounds"][name]
-        if record["member"] == "lla":
+        if record["mechanism"] == "lla":
             assert record["mean_iterations"] >= 1 and record["worst_row"] < 2e-2
         if record["group"] == "accuracy":
             assert record["repeatable"] is True
@@ -129,7 +132,7 @@ def test_run(measured, monkeypatch, capsys):
             names |= {"ridge"} if record["ridge_kind"] == "array" else set()
             assert set(record["errors"]) == names
     monkeypatch.setattr(hopper, "compile_program", None)
-    assert hopper.main([*SMALL, "--members", "lla", f"--output={path}"]) == 0
+    assert hopper.main([*SMALL, "--mechanisms", "lla", f"--output={path}"]) == 0
     assert "**Accuracy, head dimension 8**" in capsys.readouterr().out
 
 
@@ -141,8 +144,8 @@ def test_nothing_is_measured_after_the_limit(tmp_path, capsys):
 
 def test_what_is_wrong_is_not_timed():
     cells = hopper_programs.make_cases(hopper.parse([]))
-    accuracy = next(c for c in cells if c.program.member == "lla")
-    speed = [c for c in cells if c.group == "speed" and c.program.member == "lla"]
+    accuracy = next(c for c in cells if c.program.mechanism == "lla")
+    speed = [c for c in cells if c.group == "speed" and c.program.mechanism == "lla"]
     speed = [c for c in speed if c.program[-4:-1] == (64, 10, "static")]
     want = {"output": np.ones((1, 8, 2, 4)), "key": np.ones(3)}
 
@@ -162,10 +165,10 @@ def test_bounds():
     cells = hopper_programs.make_cases(hopper.parse([]))
     for cell in cells:
         if cell.group == "accuracy":
-            member, ridge, head_dim = (
-                getattr(cell.program, name) for name in ("member", "ridge", "head_dim")
+            mechanism, ridge, head_dim = (
+                getattr(cell.program, name) for name in ("mechanism", "ridge", "head_dim")
             )
-            strict = member != "lla" or (ridge in (1, 10) and head_dim == 64)
+            strict = mechanism != "lla" or (ridge in (1, 10) and head_dim == 64)
             strict = strict and cell.inputs == "normal" and cell.program.implementation != "cudnn"
             assert hopper.bound(cell) == (4e-3 if strict else 1e-2)
 

@@ -42,7 +42,7 @@ def test_adapters_say_why_they_cannot_run(without_torch, tmp_path):
     found = {}
     for argv in ([], [f"--flash_lla={tmp_path}"]):
         for adapter in peers.make_adapters(peers.parse(argv), {}):
-            found[adapter.name, adapter.member, bool(argv)] = adapter.available()
+            found[adapter.name, adapter.mechanism, bool(argv)] = adapter.available()
     expected = {
         "mosaic_gpu": "needs a GPU", "cudnn": "needs a GPU", "torch_flash": "torch",
         "torch_cudnn": "torch", "fla": "torch", "flash_lla": "no --flash_lla folder",
@@ -121,7 +121,7 @@ def test_exact_results(inputs, definition):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("peers") / "peers_cpu.json"
-    argv = [*SMALL, "--members", "softmax", "lla", f"--out={path}"]
+    argv = [*SMALL, "--mechanisms", "softmax", "lla", f"--out={path}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torch", None)
         return peers.main(argv), argv, path
@@ -133,7 +133,7 @@ def test_run(measured, without_torch, monkeypatch, capsys):
     assert status == 0 and document["header"]["benchmark"] == "peers"
     ours = [r for r in document["records"] if r["implementation"] == "xla"]
     others = [r for r in document["records"] if r["implementation"] != "xla"]
-    found = {(r["member"], r["ridge"], r["pass"]) for r in ours}
+    found = {(r["mechanism"], r["ridge"], r["pass"]) for r in ours}
     passes = truth.PASSES
     assert found == {(m, r, p) for m, r in (("softmax", None), ("lla", 1)) for p in passes}
     for record in ours:
@@ -141,7 +141,7 @@ def test_run(measured, without_torch, monkeypatch, capsys):
         names = {"output"} | ({"query", "key", "value"} if "back" in record["pass"] else set())
         assert set(record["errors"]) == names and record["checked_heads"] == 2
         assert all(1e-4 < e <= record["bounds"][n] for n, e in record["errors"].items())
-        assert ("mean_iterations" in record) == (record["member"] == "lla")
+        assert ("mean_iterations" in record) == (record["mechanism"] == "lla")
     assert len(others) == 2 * 4 and all(r["status"] == "unavailable" for r in others)
     # What is finished is kept, what was unavailable is tried again and replaced.
     monkeypatch.setattr(hopper, "compile_program", None)
@@ -154,7 +154,7 @@ def make_fake(name, act, when=0):
     """An adapter of softmax attention that calls `act(results)` from its call `when` on."""
 
     class Fake(peers_adapters.Adapter):
-        member, calls = "softmax", 0
+        mechanism, calls = "softmax", 0
 
         def available(self):
             return None
@@ -215,10 +215,10 @@ def test_one_adapter_does_not_stop_another(arrays):
     assert found["not finite"]["errors"] == {"output": None}
 
 
-def made_up(implementation, member, ridge, which, seconds, error, bound):
+def made_up(implementation, mechanism, ridge, which, seconds, error, bound):
     names = ("output",) if which == "forward" else ("output", "query", "key", "value")
     record = {
-        "implementation": implementation, "member": member, "ridge": ridge, "pass": which,
+        "implementation": implementation, "mechanism": mechanism, "ridge": ridge, "pass": which,
         "batch": 2, "heads": 16, "n": 4096, "head_dim": 64, "commit": "abc", "date": "2000-01-01",
         "errors": dict.fromkeys(names, error), "worst_row": None if error is None else 9 * error,
         "bounds": dict.fromkeys(names, bound), "truth": "made up", "status": "refused",
@@ -241,7 +241,7 @@ def test_table():
             made_up("mosaic_gpu", "lla", 10.0, which, 9e-4 * i, 2e-3, 4e-3),
             made_up("cudnn", "softmax", None, which, 2e-4 * i, 2e-3, 1e-2),
         ]
-    gone = {**records[-1], "implementation": "fla", "member": "mesanet", "status": "unavailable"}
+    gone = {**records[-1], "implementation": "fla", "mechanism": "mesanet", "status": "unavailable"}
     gone["reason"] = "ModuleNotFoundError: No module named 'fla'"
     for name in ("errors", "bounds", "worst_row", "truth", "time_min_s", "time_median_s"):
         del gone[name]

@@ -57,17 +57,17 @@ def test_a_worker_that_dies_is_replaced(tmp_path, monkeypatch):
     script.write_text(
         "import json, os, sys\n"
         "for line in sys.stdin:\n"
-        "    if json.loads(line)['member'] == 'parallax':\n"
+        "    if json.loads(line)['mechanism'] == 'parallax':\n"
         "        os._exit(3)\n"
         "    print('result ' + json.dumps({'status': 'right'}), flush=True)\n"
     )
     monkeypatch.setattr(portable, "__file__", str(script))
-    members = ("softmax", "parallax", "lla", "parallax", "softmax")
-    cells = [portable.Cell("accuracy", member) for member in members]
+    mechanisms = ("softmax", "parallax", "lla", "parallax", "softmax")
+    cells = [portable.Cell("accuracy", mechanism) for mechanism in mechanisms]
     board = portable.Board(cells, tmp_path / "out.json", {})
     portable.serve(board, "lock", 30.0, portable.time.monotonic() + 60)
-    found = [(r["cell"]["member"], r["status"]) for r in board.records]
-    assert found == [(m, "failed" if m == "parallax" else "right") for m in members]
+    found = [(r["cell"]["mechanism"], r["status"]) for r in board.records]
+    assert found == [(m, "failed" if m == "parallax" else "right") for m in mechanisms]
 
 
 def test_cells_survive_the_way_to_a_worker():

@@ -89,7 +89,7 @@ def test_a_selection_counts_until_the_results_begin(tmp_path):
 
 
 def test_metrics_are_named_or_the_nearest_is(tmp_path):
-    result = {"headline": "validation/loss", "mode": "min"}
+    result = {"metric": "validation/loss", "mode": "min"}
     run = make(tmp_path / "run", "lla", evaluations([0.5, 0.5]), result)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "train", "step": 10, "loss": 2.0}) + "\n")

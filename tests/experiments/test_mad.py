@@ -19,7 +19,7 @@ def write(file, runs, **changes):
     """Writes `runs`: (mechanism, case, decay, rate, seed, validation or None, test)."""
     columns = (
         summary.MECHANISM, summary.HEADS, "case", "optimizer.weight_decay", "learning_rate", "seed",
-        "phase", "settings", "status", "steps", "headline", "mode", "final", "best",
+        "phase", "settings", "status", "steps", "metric", "mode", "final", "best",
         summary.REPORTED, "seconds", "eval_every", "curve",
     )  # fmt: skip
     with file.open("w", newline="", encoding="utf-8") as lines:
@@ -31,7 +31,7 @@ def write(file, runs, **changes):
                 "optimizer.weight_decay": decay, "learning_rate": rate, "seed": seed,
                 "phase": "final", "settings": "0123456789ab", "steps": 10,
                 "status": "diverged" if validation is None else "finished",
-                "headline": summary.SELECTED, "mode": "max", "final": validation,
+                "metric": summary.SELECTED, "mode": "max", "final": validation,
                 "best": validation, summary.REPORTED: test, "seconds": 1.0, "eval_every": 5,
                 "curve": "0.1 0.2",
             }  # fmt: skip
@@ -93,7 +93,7 @@ def test_other_files_are_refused(tmp_path, capsys):
     write(
         tmp_path / "r.csv",
         [("lla", "compression", 0.0, 1.0, 0, 1.0, 1.0)],
-        headline="test/accuracy",
+        metric="test/accuracy",
     )
     assert plot.main([str(tmp_path)]) == summary.main([str(tmp_path)]) == 1
     assert "r.csv is no result file of mad" in capsys.readouterr().err

@@ -175,19 +175,19 @@ def decoding_kernels(head_dim: int, group: int):
     place = jax.ShapeDtypeStruct((2,), jnp.int32)
     suffix = "" if group == 1 else f"_group_{group}"
 
-    def sums(member, bf16x2):
-        return lambda *a: decode.sum_over_cache(cache, member, *a, bf16x2=bf16x2)
+    def sums(mechanism, bf16x2):
+        return lambda *a: decode.sum_over_cache(cache, mechanism, *a, bf16x2=bf16x2)
 
     arguments = (query, keys, keys, (place, place), cache.per_head())
-    for name, member, bf16x2 in (
+    for name, mechanism, bf16x2 in (
         ("softmax", "softmax", False),
         ("parallax", "parallax", False),
         ("lla", "lla", False),
         ("lla_bf16x2", "lla", True),
     ):
-        if group == 1 or decode.heads_per_program(member, group) > 1:
-            extra = (query,) if member == "parallax" else ()
-            yield f"decode_{name}{suffix}", sums(member, bf16x2), (*arguments, *extra)
+        if group == 1 or decode.heads_per_program(mechanism, group) > 1:
+            extra = (query,) if mechanism == "parallax" else ()
+            yield f"decode_{name}{suffix}", sums(mechanism, bf16x2), (*arguments, *extra)
     if group > 1:
         return
     rows, moments = cache.per_head(3, head_dim), cache.per_head(head_dim, 2 * head_dim)
@@ -198,12 +198,12 @@ def decoding_kernels(head_dim: int, group: int):
     )
 
 
-def step(member):
+def step(mechanism):
     """A decoding step of one sequence, with its cache split among instances, and its arguments."""
     cache = jax.eval_shape(lambda: lla.KVCache.create(1, 16384, num_kv_heads=8, head_dim=64))
     tokens = [jax.ShapeDtypeStruct((1, 1, 8, 64), jnp.bfloat16)] * 3
     options = {"implementation": "mosaic_gpu"}
-    if member == "lla":
+    if mechanism == "lla":
         return lambda cache, *a: lla.decode_step(*a, cache, ridge=1.0, **options), (cache, *tokens)
     return lambda cache, *a: lla.softmax_decode_step(*a, cache, **options), (cache, *tokens)
 
@@ -257,9 +257,9 @@ def main():
         print(f"kernel {name}", flush=True)
         compile_for_gpu(function, arguments)
         sys.stdout.flush()
-    for member in ("softmax", "lla"):
-        compiled = compile_for_gpu(*step(member), donate_argnums=0)
-        print(f"step {member} {launches(compiled)}", flush=True)
+    for mechanism in ("softmax", "lla"):
+        compiled = compile_for_gpu(*step(mechanism), donate_argnums=0)
+        print(f"step {mechanism} {launches(compiled)}", flush=True)
     for count in (2, 3):
         compiled = compile_for_gpu(*layers(count))
         print(f"layers {count} {compiled.memory_analysis().temp_size_in_bytes}", flush=True)

@@ -59,7 +59,7 @@ class Case:
       options: further arguments of the operator.
     """
 
-    member: str
+    mechanism: str
     queries: int = 128
     keys: int = 128
     batch: int = 1
@@ -272,7 +272,7 @@ def run(case: Case, races: bool, capability: tuple[int, int] | None = None) -> d
     if case.faint:
         fall = np.logspace(0, -30, case.queries, dtype=np.float32)[:, None, None]
         cotangent = (cotangent.astype(np.float32) * fall).astype(cotangent.dtype)
-    if case.member == "parallax":
+    if case.mechanism == "parallax":
         arrays["probe"] = (normal(*rows, case.head_dim) / 8).astype(arrays["query"].dtype)
     options = {name: option for name, option in case.options.items() if name != "segments"}
     if "segments" in case.options:
@@ -285,7 +285,7 @@ def run(case: Case, races: bool, capability: tuple[int, int] | None = None) -> d
         options["solver"] = lla.Solver("direct")
     if case.single:
         hopper._INVERSE_BYTES = 1
-    if case.member == "lla":
+    if case.mechanism == "lla":
         if not isinstance(case.ridge, float):
             arrays["ridge"] = np.ones(rows, np.float32)
             if case.ridge == "mixed":
@@ -303,7 +303,7 @@ def run(case: Case, races: bool, capability: tuple[int, int] | None = None) -> d
 
     def evaluate(implementation, dtype=None):
         def forward(arrays):
-            problem = make_problem(case.member, **arrays, **options)
+            problem = make_problem(case.mechanism, **arrays, **options)
             return problem.restore(implementation(problem)[0])
 
         given = {n: jnp.asarray(np.asarray(a, dtype or a.dtype)) for n, a in arrays.items()}

@@ -28,7 +28,7 @@ from tests.ops.harness import FUNCTIONS, relative_error
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    member: str
+    mechanism: str
     visible: tuple[tuple[int, int], ...]
     num_keys: int = 200
     kv_heads: int = 1
@@ -91,16 +91,16 @@ def run(case: Case, races: bool) -> dict:
     key, value = (np.where(mask[..., None, None], a, np.nan).astype(a.dtype) for a in (key, value))
     rows = (b, cache.heads)
     extra = {}
-    if case.member == "parallax":
+    if case.mechanism == "parallax":
         extra["probe"] = probe.astype(jnp.bfloat16)
     # A different number for every query head, or one for all.
     spread = np.ones((1, 1)) if case.one_number else rng.uniform(0.9, 1.1, rows)
     scale = (d**-0.5 * spread).astype(np.float32)
-    if case.member == "lla":
+    if case.mechanism == "lla":
         extra["ridge"] = (case.ridge * spread).astype(np.float32)
     states = record_race_detectors()
     got = attend_cache(
-        cache, case.member, query, key, value, (visible[:, 0], visible[:, 1]),
+        cache, case.mechanism, query, key, value, (visible[:, 0], visible[:, 1]),
         scale, **extra, bf16x2=case.bf16x2,
         interpret=plgpu.InterpretGPUParams(detect_races=races),
     )  # fmt: skip
@@ -108,7 +108,7 @@ def run(case: Case, races: bool) -> dict:
         names = {"scale": scale, **extra}
         names = {n: jnp.asarray(np.asarray(a, np.float64))[:, None] for n, a in names.items()}
         arrays = [jnp.asarray(np.asarray(a, np.float64)) for a in (key, value)]
-        out, stats = FUNCTIONS[case.member](
+        out, stats = FUNCTIONS[case.mechanism](
             query=jnp.asarray(np.asarray(query, np.float64))[:, None],
             key=arrays[0], value=arrays[1], **names, is_causal=False,
             mask=jnp.asarray(mask)[:, None, None], implementation="reference", return_stats=True,

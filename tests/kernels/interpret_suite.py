@@ -1,6 +1,6 @@
 """One case of the suite on the Hopper kernels, interpreted in a process of its own.
 
-    python -m tests.kernels.interpret_suite SHAPE MEMBER MASK DTYPE FILE
+    python -m tests.kernels.interpret_suite SHAPE MECHANISM MASK DTYPE FILE
 
 Pickles the fields of a `tests.ops.harness.Result` to FILE. MASK may be "none". A barrier that is
 never reached blocks the interpreter for good, so that the caller has to set a time limit.
@@ -27,14 +27,14 @@ from lla.ops.mosaic_gpu import hopper
 from tests.ops import harness, suite
 
 
-def main(shape: str, member: str, mask: str, dtype: str, file: str) -> None:
+def main(shape: str, mechanism: str, mask: str, dtype: str, file: str) -> None:
     attend = functools.partial(hopper.attend, interpret=plgpu.InterpretGPUParams())
     backend = Backend("mosaic_gpu_interpreted", hopper.unsupported_shape, attend)
     with harness.registered(backend):
         result = suite.evaluate(
             harness.Implementation(backend.name),
             shape,
-            member,
+            mechanism,
             None if mask == "none" else mask,
             dtype,
         )

@@ -87,8 +87,8 @@ class TestSuite(Suite):
     def folder(self, tmp_path):
         self.file = tmp_path / "result.pickle"
 
-    def evaluate(self, shape, member, mask, dtype):
-        case = (shape, member, mask or "none", dtype)
+    def evaluate(self, shape, mechanism, mask, dtype):
+        case = (shape, mechanism, mask or "none", dtype)
         run_json("interpret_suite", *case, str(self.file), timeout=TIME_LIMIT)
         return Result(*pickle.loads(self.file.read_bytes()))
 

@@ -22,7 +22,14 @@ MASKS = {
 
 
 def lower(
-    member, head_dim, *, value_dim=None, ridge=None, dtype=jnp.bfloat16, mask="causal", solver=None
+    mechanism,
+    head_dim,
+    *,
+    value_dim=None,
+    ridge=None,
+    dtype=jnp.bfloat16,
+    mask="causal",
+    solver=None,
 ):
     """The text of the lowered forward and backward pass."""
     from lla.ops.mosaic_gpu.hopper import attend_shielded
@@ -35,7 +42,7 @@ def lower(
         "value": (b, t, k, value_dim),
     }
     arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
-    if member == "parallax":
+    if mechanism == "parallax":
         arrays["probe"] = arrays["query"]
     options = dict(MASKS[mask])
     if options.pop("segments", False):
@@ -44,7 +51,7 @@ def lower(
         options["key_value_seq_lengths"] = jnp.array([200, 7], jnp.int32)
     if solver is not None:
         options["solver"] = solver
-    if member == "lla":
+    if mechanism == "lla":
         if ridge is None:
             arrays["ridge"] = jax.ShapeDtypeStruct((b, t, n), jnp.float32)
         else:
@@ -52,7 +59,7 @@ def lower(
 
     def call(arrays, cotangent):
         def forward(arrays):
-            problem = make_problem(member, **arrays, **options)
+            problem = make_problem(mechanism, **arrays, **options)
             return problem.restore(attend_shielded(problem)[0])
 
         out, pullback = jax.vjp(forward, arrays)
@@ -67,10 +74,10 @@ def count_kernels(text: str) -> int:
 
 
 @pytest.mark.parametrize("head_dim", [16, 128])  # padded, and not padded
-@pytest.mark.parametrize("member", ["softmax", "parallax", "lla"])
-def test_members(member, head_dim):
-    kernels = {"softmax": 3, "parallax": 4, "lla": 5}[member]
-    assert count_kernels(lower(member, head_dim)) >= kernels
+@pytest.mark.parametrize("mechanism", ["softmax", "parallax", "lla"])
+def test_mechanisms(mechanism, head_dim):
+    kernels = {"softmax": 3, "parallax": 4, "lla": 5}[mechanism]
+    assert count_kernels(lower(mechanism, head_dim)) >= kernels
 
 
 @pytest.mark.parametrize("mask", [name for name in MASKS if name != "causal"])

@@ -43,10 +43,10 @@ def partitioned(jaxpr) -> list:
 
 
 @pytest.mark.parametrize(
-    "member, key_heads, length",
+    "mechanism, key_heads, length",
     [("lla", 4, 200), ("lla", 2, 256), ("parallax", 1, 200), ("softmax", 2, 256)],
 )
-def test_shares_have_their_shapes(monkeypatch, member, key_heads, length):
+def test_shares_have_their_shapes(monkeypatch, mechanism, key_heads, length):
     """Batch and heads, and queries where tiles are not cut; forward and backward."""
     able = dataclasses.replace(
         BACKENDS["mosaic_gpu"], unsupported=hopper.unsupported_shape, attend=hopper.attend
@@ -55,11 +55,11 @@ def test_shares_have_their_shapes(monkeypatch, member, key_heads, length):
     query = jax.ShapeDtypeStruct((4, length, 4, 64), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((4, length, key_heads, 64), jnp.bfloat16)
     arrays = dict(query=query, key=key, value=key)
-    if member == "parallax":
+    if mechanism == "parallax":
         arrays["probe"] = query
 
     def loss(arrays):
-        return FUNCTIONS[member](**arrays).astype(jnp.float32).sum()
+        return FUNCTIONS[mechanism](**arrays).astype(jnp.float32).sum()
 
     calls = partitioned(jax.make_jaxpr(jax.grad(loss))(arrays).jaxpr)
     functions = [call.params["static_args"][0] for call in calls]

@@ -21,9 +21,9 @@ def test_tables_are_those_of_the_result(document):
         tpu_costs.render("no block", document)
 
 
-@pytest.mark.parametrize("member", ["softmax", "parallax"])
-def test_counts_are_those_of_the_kernels(document, member):
-    check(document, member, 128, None)
+@pytest.mark.parametrize("mechanism", ["softmax", "parallax"])
+def test_counts_are_those_of_the_kernels(document, mechanism):
+    check(document, mechanism, 128, None)
 
 
 @pytest.mark.slow
@@ -33,26 +33,26 @@ def test_counts_are_those_of_the_solving_kernels(document, head_dim, ridge):
     check(document, "lla", head_dim, ridge)
 
 
-def check(document, member, head_dim, ridge):
-    key = {"member": member, "ridge": ridge, "head_dim": head_dim}
+def check(document, mechanism, head_dim, ridge):
+    key = {"mechanism": mechanism, "ridge": ridge, "head_dim": head_dim}
     (case,) = (c for c in document["cases"] if key.items() <= c.items())
     sizes = {name: document["sizes"][name] for name in ("batch", "heads", "length")}
-    assert tpu_costs.count(member, head_dim, ridge, **sizes) == case["passes"]
+    assert tpu_costs.count(mechanism, head_dim, ridge, **sizes) == case["passes"]
 
 
 def test_products_in_one_part_are_the_units_of_the_derivation(document):
     """Where nothing is padded or split. Softmax attention also sums the mean key."""
     for case in document["cases"]:
-        if case["head_dim"] != 128 or (case["member"] == "lla" and case["ridge"] is None):
+        if case["head_dim"] != 128 or (case["mechanism"] == "lla" and case["ridge"] is None):
             continue
         for record in case["passes"]:
-            extra = (case["member"], record["pass"]) == ("softmax", "query gradient")
+            extra = (case["mechanism"], record["pass"]) == ("softmax", "query gradient")
             assert record["products"] == record["units"] + extra, record
 
 
 def test_a_large_ridge_takes_fewer_products(document):
     def products(ridge):
-        key = {"member": "lla", "ridge": ridge, "head_dim": 128}
+        key = {"mechanism": "lla", "ridge": ridge, "head_dim": 128}
         (case,) = (c for c in document["cases"] if key.items() <= c.items())
         return [record["products"] for record in case["passes"]]
 

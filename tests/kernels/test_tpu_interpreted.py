@@ -22,7 +22,7 @@ from tests.kernels.tpu_cases import SMALL, evaluate
 from tests.ops import harness
 from tests.ops.cases import REGIMES, Shape, make_inputs
 from tests.ops.harness import Implementation, errors, exact
-from tests.ops.suite import MEMBERS, Suite
+from tests.ops.suite import MECHANISMS, Suite
 from tests.ops.test_accuracy import CONTRACT
 
 GROUPED = Shape(70, 32, num_keys=150, value_dim=48, heads=4, key_heads=2, batch=(2,))
@@ -50,10 +50,10 @@ def check(inputs, got, want, dtype="float32", ridge=1.0):
     assert (got.gradients["query"][~lse] == 0).all()
 
 
-def compare(shape, *, member="lla", dtype="float32", ridge=1.0, regime="normal", **options):
+def compare(shape, *, mechanism="lla", dtype="float32", ridge=1.0, regime="normal", **options):
     inputs = make_inputs(shape, regime, ridge)
-    want = exact(inputs, rounded=dtype, member=member, **options)
-    check(inputs, evaluate(inputs, member=member, dtype=dtype, **options), want, dtype, ridge)
+    want = exact(inputs, rounded=dtype, mechanism=mechanism, **options)
+    check(inputs, evaluate(inputs, mechanism=mechanism, dtype=dtype, **options), want, dtype, ridge)
 
 
 def test_grouped_heads_with_offsets():
@@ -67,10 +67,10 @@ def test_window_at_a_small_ridge():
 
 @pytest.mark.compat
 @pytest.mark.parametrize(
-    "member",
+    "mechanism",
     ["parallax", *(pytest.param(m, marks=pytest.mark.slow) for m in ("softmax", "lla"))],
 )
-def test_lengths_and_segments(member):
+def test_lengths_and_segments(mechanism):
     """One sequence without keys; packed segments that cross the borders of tiles."""
     shape = Shape(140, 16, heads=2, key_heads=1, batch=(3,))
     ids = np.sort(np.random.default_rng(0).integers(0, 3, (3, 140))).astype(np.int32)
@@ -79,15 +79,15 @@ def test_lengths_and_segments(member):
         "key_value_seq_lengths": np.array([140, 70, 0], np.int32),
         "segment_ids": (ids, ids),
     }
-    compare(shape, member=member, **options)
+    compare(shape, mechanism=mechanism, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("member", MEMBERS)
-def test_grouped_heads_of_every_member(member, dtype):
-    compare(GROUPED, member=member, dtype=dtype, **OFFSETS)
-    compare(LONG, member=member, dtype=dtype)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_grouped_heads_of_every_mechanism(mechanism, dtype):
+    compare(GROUPED, mechanism=mechanism, dtype=dtype, **OFFSETS)
+    compare(LONG, mechanism=mechanism, dtype=dtype)
 
 
 @pytest.mark.slow
@@ -124,8 +124,8 @@ def test_two_runs_are_equal_and_rows_do_not_depend_on_later_ones():
 class TestSuite(Suite):
     implementation = Implementation("mosaic_tpu_interpreted")
     unsupported = frozenset({"mask:dense", "mask:dense_broadcast", "mask:everything", "float16"})
-    members = MEMBERS
-    other_members = ()  # they run with every shape and mask
+    mechanisms = MECHANISMS
+    other_mechanisms = ()  # they run with every shape and mask
     quick = frozenset({"dense", "dense_broadcast", "everything", "float16", "one_token"})
     backend = Backend(
         implementation.name,
@@ -151,8 +151,8 @@ def test_bfloat16(regime, ridge):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("member", MEMBERS)
-def test_tiles_as_compiled(member, head_dim, dtype):
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_tiles_as_compiled(mechanism, head_dim, dtype):
     """With the tile sizes for hardware, and several tiles.
 
     Compares with the XLA implementation in float64, since the reference would take too much memory.
@@ -165,8 +165,8 @@ def test_tiles_as_compiled(member, head_dim, dtype):
         )
         for name, array in inputs.items()
     }
-    want = harness.evaluate(rounded, harness.XLA_CG, member=member, dtype="float64")
-    got = evaluate(inputs, member=member, dtype=dtype, blocks=None)
+    want = harness.evaluate(rounded, harness.XLA_CG, mechanism=mechanism, dtype="float64")
+    got = evaluate(inputs, mechanism=mechanism, dtype=dtype, blocks=None)
     check(inputs, got, want, dtype)
 
 
@@ -267,19 +267,19 @@ def test_vmap_with_shared_keys_and_an_offset_each(accepted):
 # Races
 
 
-def run_for_races(member, **options):
+def run_for_races(mechanism, **options):
     """Several tiles of rows and keys on two cores."""
     parameters = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     inputs = make_inputs(Shape(150, 16, heads=2, key_heads=1))
-    got = evaluate(inputs, member=member, interpret=parameters, **options)
-    plain = evaluate(inputs, member=member, **options)
+    got = evaluate(inputs, mechanism=mechanism, interpret=parameters, **options)
+    plain = evaluate(inputs, mechanism=mechanism, **options)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, plain)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("member", MEMBERS)
-def test_no_races(member, capfd):
-    run_for_races(member)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_no_races(mechanism, capfd):
+    run_for_races(mechanism)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -317,8 +317,8 @@ def test_the_detector_sees_a_race(capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("member", MEMBERS)
-def test_hidden_tokens_do_not_matter(member):
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_hidden_tokens_do_not_matter(mechanism):
     """Other segments, and tokens beyond the lengths, may hold anything."""
     shape = Shape(200, 16, heads=2, key_heads=1)
     ids = (np.arange(200) >= 70).astype(np.int32)[None]
@@ -328,12 +328,12 @@ def test_hidden_tokens_do_not_matter(member):
     ]
     for options, hidden, rest in cases:
         inputs = make_inputs(shape)
-        want = evaluate(inputs, member=member, **options)
+        want = evaluate(inputs, mechanism=mechanism, **options)
         for value in (np.nan, np.inf, 1e30):
             spoiled = {name: array.copy() for name, array in inputs.items()}
             for name in ("key", "value"):
                 spoiled[name][:, hidden] = value
-            got = evaluate(spoiled, member=member, **options)
+            got = evaluate(spoiled, mechanism=mechanism, **options)
             assert harness.relative_error(got.out[:, rest], want.out[:, rest]) < 1e-4
             for name, gradient in want.gradients.items():
                 error = harness.relative_error(got.gradients[name][:, rest], gradient[:, rest])

@@ -24,10 +24,10 @@ def count_kernels(text: str) -> int:
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("member", ["softmax", "parallax", "lla"])
-def test_members(member):
-    forward = count_kernels(lower(member, 64, forward_only=True))
-    assert 0 < forward < count_kernels(lower(member, 64))
+@pytest.mark.parametrize("mechanism", ["softmax", "parallax", "lla"])
+def test_mechanisms(mechanism):
+    forward = count_kernels(lower(mechanism, 64, forward_only=True))
+    assert 0 < forward < count_kernels(lower(mechanism, 64))
 
 
 def test_other_dims_masks_and_float32():
@@ -39,17 +39,17 @@ def test_other_dims_masks_and_float32():
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
-@pytest.mark.parametrize("member", ["softmax", "parallax", "lla"])
-def test_every_configuration(member, head_dim, dtype, mask):
-    assert count_kernels(lower(member, head_dim, dtype=dtype, mask=mask)) > 0
+@pytest.mark.parametrize("mechanism", ["softmax", "parallax", "lla"])
+def test_every_configuration(mechanism, head_dim, dtype, mask):
+    assert count_kernels(lower(mechanism, head_dim, dtype=dtype, mask=mask)) > 0
 
 
-@pytest.mark.parametrize("member", ["softmax", pytest.param("lla", marks=pytest.mark.slow)])
-def test_few_queries(member):
+@pytest.mark.parametrize("mechanism", ["softmax", pytest.param("lla", marks=pytest.mark.slow)])
+def test_few_queries(mechanism):
     """As in decoding; and with gradients, for which the rows are padded."""
     options = {"queries": 1, "keys": 2000, "heads": 16, "mask": "lengths"}
-    forward = count_kernels(lower(member, 64, forward_only=True, **options))
-    assert 0 < forward < count_kernels(lower(member, 64, **options))
+    forward = count_kernels(lower(mechanism, 64, forward_only=True, **options))
+    assert 0 < forward < count_kernels(lower(mechanism, 64, **options))
 
 
 def call(query, key, value, cotangent, offset=None):

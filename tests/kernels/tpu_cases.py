@@ -19,12 +19,12 @@ SMALL = BlockSizes(rows=128, keys=128, own_keys=128)
 
 
 @functools.cache
-def compiled(member: str, static: tuple, solver, interpret, blocks, optimised: bool):
+def compiled(mechanism: str, static: tuple, solver, interpret, blocks, optimised: bool):
     """Jitted ``(differentiable, options, cotangent) -> (out, stats, gradients)``."""
 
     def call(differentiable, options, cotangent):
         def forward(arrays):
-            problem = make_problem(member, **arrays, **options, **dict(static), solver=solver)
+            problem = make_problem(mechanism, **arrays, **options, **dict(static), solver=solver)
             out, stats = attend(problem, blocks=blocks, interpret=interpret)
             return problem.restore(out), type(stats)(*map(problem.restore, stats))
 
@@ -37,7 +37,7 @@ def compiled(member: str, static: tuple, solver, interpret, blocks, optimised: b
 def evaluate(
     inputs: dict[str, Any],
     *,
-    member: str = "lla",
+    mechanism: str = "lla",
     dtype: str = "float32",
     static_ridge: float | None = None,
     solver=None,
@@ -50,17 +50,17 @@ def evaluate(
 
     `static_ridge` is a ridge that is known when the kernels are traced; it has no gradient.
     """
-    names = [n for n in DIFFERENTIABLE[member] if n != "ridge" or static_ridge is None]
+    names = [n for n in DIFFERENTIABLE[mechanism] if n != "ridge" or static_ridge is None]
     arrays = {
         name: jnp.asarray(inputs[name], np.float32 if name in ("ridge", "scale") else dtype)
         for name in names
     }
     static = {n: o for n, o in options.items() if n in ("is_causal", "local_window_size")}
     traced = {n: o for n, o in options.items() if n not in static}
-    if static_ridge is not None and member == "lla":
+    if static_ridge is not None and mechanism == "lla":
         static["ridge"] = static_ridge
     function = compiled(
-        member, tuple(sorted(static.items())), solver, interpret, blocks, optimised
+        mechanism, tuple(sorted(static.items())), solver, interpret, blocks, optimised
     )  # fmt: skip
     result = function(arrays, traced, jnp.asarray(inputs["cotangent"], dtype))
     return Result(*jax.tree.map(np.asarray, result))
@@ -79,8 +79,8 @@ MASKS = {
 
 
 def program(
-    member, head_dim, *, value_dim=None, ridge=None, dtype=jnp.bfloat16, mask="causal", queries=600,
-    keys=None, heads=4, kv_heads=2, batch=2, forward_only=False, sharding=None,
+    mechanism, head_dim, *, value_dim=None, ridge=None, dtype=jnp.bfloat16, mask="causal",
+    queries=600, keys=None, heads=4, kv_heads=2, batch=2, forward_only=False, sharding=None,
 ):  # fmt: skip
     """A function that runs the forward (and backward) pass, and its abstract arguments."""
     keys, value_dim = keys or queries, value_dim or head_dim
@@ -90,20 +90,20 @@ def program(
         "key": struct((batch, keys, kv_heads, head_dim), dtype),
         "value": struct((batch, keys, kv_heads, value_dim), dtype),
     }
-    if member == "parallax":
+    if mechanism == "parallax":
         arrays["probe"] = arrays["query"]
     options = dict(MASKS[mask])
     if options.pop("segments", False):
         options["segment_ids"] = tuple(np.zeros((batch, n), np.int32) for n in (queries, keys))
     if options.pop("lengths", False):
         options["key_value_seq_lengths"] = np.arange(1, batch + 1, dtype=np.int32) * keys // batch
-    if member == "lla" and ridge is None:
+    if mechanism == "lla" and ridge is None:
         arrays["ridge"] = struct((batch, queries, heads), jnp.float32)
-    elif member == "lla":
+    elif mechanism == "lla":
         options["ridge"] = ridge
 
     def forward(arrays):
-        problem = make_problem(member, **arrays, **options)
+        problem = make_problem(mechanism, **arrays, **options)
         return problem.restore(attend_shielded(problem)[0])
 
     def both(arrays, cotangent):

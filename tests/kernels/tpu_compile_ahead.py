@@ -56,9 +56,9 @@ def main():
     for chip, topology in CHIPS.items():
         devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
         mesh = jax.sharding.Mesh(devices[:1], ("x",))
-        for name, (member, head_dim, options) in PROGRAMS.items():
+        for name, (mechanism, head_dim, options) in PROGRAMS.items():
             sharding = jax.sharding.NamedSharding(mesh, jax.P())
-            function, arguments = program(member, head_dim, sharding=sharding, **options)
+            function, arguments = program(mechanism, head_dim, sharding=sharding, **options)
             report(name, chip, compiled(function, arguments, mesh))
         # The sequences of a batch on the four chips of the topology.
         mesh = jax.sharding.Mesh(devices, ("x",))

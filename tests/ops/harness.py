@@ -77,16 +77,16 @@ def registered(backend: Backend):
 
 @functools.cache
 def compiled(
-    member: str, implementation: Implementation, static: tuple, solver=None, optimised=False
+    mechanism: str, implementation: Implementation, static: tuple, solver=None, optimised=False
 ):
     """Jitted ``(differentiable, options, cotangent) -> (out, stats, gradients)``."""
 
     def call(differentiable, options, cotangent):
         def forward(arrays):
             extra = {**options, **dict(static)}
-            if member == "lla":
+            if mechanism == "lla":
                 extra["solver"] = solver or implementation.solver()
-            return FUNCTIONS[member](
+            return FUNCTIONS[mechanism](
                 **arrays, **extra, implementation=implementation.name, return_stats=True
             )
 
@@ -100,7 +100,7 @@ def evaluate(
     inputs: dict[str, Any],
     implementation: Implementation,
     *,
-    member: str = "lla",
+    mechanism: str = "lla",
     dtype="float32",
     solver=None,
     optimised=False,
@@ -120,10 +120,10 @@ def evaluate(
             name: jax.numpy.asarray(
                 inputs[name], wide if name in ("ridge", "scale") else dtype
             )
-            for name in DIFFERENTIABLE[member]
+            for name in DIFFERENTIABLE[mechanism]
         }  # fmt: skip
         function = compiled(
-            member, implementation, tuple(sorted(static.items())), solver, optimised
+            mechanism, implementation, tuple(sorted(static.items())), solver, optimised
         )
         result = function(differentiable, arrays, jax.numpy.asarray(inputs["cotangent"], dtype))
         return Result(*jax.tree.map(np.asarray, result))

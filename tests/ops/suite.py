@@ -1,4 +1,4 @@
-"""One suite for every back end: shapes, masks, dtypes, members of the family.
+"""One suite for every back end: shapes, masks, dtypes, mechanisms of the family.
 
 A subclass names an implementation and says what it does not support; for that the suite asserts
 the refusal.
@@ -18,7 +18,7 @@ from tests.ops import harness
 from tests.ops.cases import MASKS, SHAPES, make_inputs
 from tests.ops.harness import Implementation, Result, errors, exact
 
-MEMBERS = ("lla", "softmax", "parallax")
+MECHANISMS = ("lla", "softmax", "parallax")
 # Rounding of float32 and the default tolerance, at ridge 1 and standard normal data. Short
 # sequences of low dimension are less averaged than the accuracy tests' data, hence the factor 2.
 OUTPUT_BOUND, GRADIENT_BOUND = 2e-5, 2e-4
@@ -31,18 +31,18 @@ def case(shape: str, mask: str | None):
 
 
 @functools.cache
-def expected(shape: str, member: str, mask: str | None, rounded: str) -> Result:
+def expected(shape: str, mechanism: str, mask: str | None, rounded: str) -> Result:
     """The float64 result of a named case."""
     inputs, options = case(shape, mask)
-    return exact(inputs, member=member, rounded=rounded, **options)
+    return exact(inputs, mechanism=mechanism, rounded=rounded, **options)
 
 
 def evaluate(
-    implementation: Implementation, shape: str, member: str, mask: str | None, dtype: str
+    implementation: Implementation, shape: str, mechanism: str, mask: str | None, dtype: str
 ) -> Result:
     """What an implementation returns for a named case."""
     inputs, options = case(shape, mask)
-    return harness.evaluate(inputs, implementation, member=member, dtype=dtype, **options)
+    return harness.evaluate(inputs, implementation, mechanism=mechanism, dtype=dtype, **options)
 
 
 class Suite:
@@ -51,20 +51,20 @@ class Suite:
     Attributes:
       implementation: what runs.
       backend: a row of the table that is there for the tests alone, None where it is there anyway.
-      unsupported: members, dtypes, ``"shape:<name>"`` and ``"mask:<name>"`` that it refuses.
+      unsupported: mechanisms, dtypes, ``"shape:<name>"`` and ``"mask:<name>"`` that it refuses.
       dtype: of the tests that do not choose one.
-      members: those tested with every shape and mask.
-      other_members: those tested with two masks and in 16 bits; where they share all code with
+      mechanisms: those tested with every shape and mask.
+      other_mechanisms: those tested with two masks and in 16 bits; where they share all code with
         another implementation, none.
-      quick: names of shapes, masks, members and dtypes that run without ``-m slow``; None: all.
+      quick: names of shapes, masks, mechanisms and dtypes that run without ``-m slow``; None: all.
     """
 
     implementation: Implementation
     backend: Backend | None = None
     unsupported: frozenset[str] = frozenset()
     dtype = "float32"
-    members: tuple[str, ...] = ("lla",)
-    other_members: tuple[str, ...] = ("softmax", "parallax")
+    mechanisms: tuple[str, ...] = ("lla",)
+    other_mechanisms: tuple[str, ...] = ("softmax", "parallax")
     quick: frozenset[str] | None = None
 
     def pytest_generate_tests(self, metafunc):
@@ -80,12 +80,12 @@ class Suite:
         if name in ("test_shape", "test_mask"):
             kind = name.removeprefix("test_")
             metafunc.parametrize(kind, slow_unless_quick({"shape": SHAPES, "mask": MASKS}[kind]))
-            metafunc.parametrize("member", self.members)
-        elif name == "test_member":
-            metafunc.parametrize("member", slow_unless_quick(self.other_members))
+            metafunc.parametrize("mechanism", self.mechanisms)
+        elif name == "test_mechanism":
+            metafunc.parametrize("mechanism", slow_unless_quick(self.other_mechanisms))
             metafunc.parametrize("mask", ["causal", "everything"])
         elif name == "test_sixteen_bits":
-            metafunc.parametrize("member", ("lla", *self.other_members))
+            metafunc.parametrize("mechanism", ("lla", *self.other_mechanisms))
             metafunc.parametrize("dtype", slow_unless_quick(["bfloat16", "float16"]))
 
     @pytest.fixture(autouse=True)
@@ -96,9 +96,9 @@ class Suite:
                 stack.enter_context(harness.registered(self.backend))
             yield
 
-    def evaluate(self, shape: str, member: str, mask: str | None, dtype: str) -> Result:
+    def evaluate(self, shape: str, mechanism: str, mask: str | None, dtype: str) -> Result:
         """Runs a named case."""
-        return evaluate(self.implementation, shape, member, mask, dtype)
+        return evaluate(self.implementation, shape, mechanism, mask, dtype)
 
     def bound(self, name: str, floor: dict[str, float], dtype: str) -> float:
         """What the error of the output or of a gradient may be; `floor` is that of rounding."""
@@ -108,17 +108,17 @@ class Suite:
         return 2 * max(floor[name], floor["out"])
 
     def check(
-        self, shape: str, member: str = "lla", mask: str | None = None, dtype: str | None = None
+        self, shape: str, mechanism: str = "lla", mask: str | None = None, dtype: str | None = None
     ) -> tuple[Result, Result]:
         """Results of a case and the expected ones, compared; or asserts the refusal, and skips."""
         dtype = dtype or self.dtype
-        features = {member, dtype, f"shape:{shape}", f"mask:{mask}"}
+        features = {mechanism, dtype, f"shape:{shape}", f"mask:{mask}"}
         if refused := features & self.unsupported:
             with pytest.raises(NotImplementedError, match=self.implementation.name):
-                evaluate(self.implementation, shape, member, mask, dtype)
+                evaluate(self.implementation, shape, mechanism, mask, dtype)
             pytest.skip(f"{self.implementation} refuses {', '.join(refused)}, as it says")
-        want = expected(shape, member, mask, dtype)
-        got = self.evaluate(shape, member, mask, dtype)
+        want = expected(shape, mechanism, mask, dtype)
+        got = self.evaluate(shape, mechanism, mask, dtype)
         chex.assert_shape(got.out, SHAPES[shape].output)
         chex.assert_shape(got.stats, SHAPES[shape].rows)
         assert got.out.dtype.name == dtype
@@ -133,11 +133,11 @@ class Suite:
             assert error <= bound, (name, error, bound)
         return got, want
 
-    def test_shape(self, shape, member):
-        self.check(shape, member)
+    def test_shape(self, shape, mechanism):
+        self.check(shape, mechanism)
 
-    def test_mask(self, mask, member):
-        got, want = self.check(MASKS[mask].shape, member, mask)
+    def test_mask(self, mask, mechanism):
+        got, want = self.check(MASKS[mask].shape, mechanism, mask)
         # Rows that see nothing: exactly zero, and so are their gradients.
         empty = ~np.isfinite(want.stats.lse)
         np.testing.assert_array_equal(np.isfinite(got.stats.lse), ~empty)
@@ -150,9 +150,9 @@ class Suite:
             assert not got.gradients["key"][0].any()
             assert not got.gradients["value"][0].any()
 
-    def test_member(self, member, mask):
-        self.check(MASKS[mask].shape, member, mask)
+    def test_mechanism(self, mechanism, mask):
+        self.check(MASKS[mask].shape, mechanism, mask)
 
-    def test_sixteen_bits(self, dtype, member):
+    def test_sixteen_bits(self, dtype, mechanism):
         """At most twice the error of the exact result rounded once, gradients included."""
-        self.check("grouped_heads", member, None, dtype)
+        self.check("grouped_heads", mechanism, None, dtype)

@@ -19,7 +19,7 @@ REASON = "the toy is for causal softmax attention"
 
 
 def unsupported(problem):
-    if problem.member != "softmax" or problem.mask.arrays() or problem.mask.window is not None:
+    if problem.mechanism != "softmax" or problem.mask.arrays() or problem.mask.window is not None:
         return REASON
     return None
 
@@ -81,7 +81,7 @@ def test_it_is_tried_by_default_where_it_says_so(monkeypatch):
     served = []
 
     def run(problem, with_stats):
-        served.append(problem.member)
+        served.append(problem.mechanism)
         return attend(problem, with_stats)
 
     monkeypatch.setattr("lla.ops.backend.BACKENDS", dict(BACKENDS))
@@ -147,14 +147,15 @@ def test_the_first_family_of_gpu_kernels_that_can_serve_does(monkeypatch):
     """The second family has no kernels for decoding."""
     served = []
 
-    def family(name, members):
+    def family(name, mechanisms):
         def run(problem, with_stats):
             served.append(name)
             return BACKENDS["reference"].attend(problem, with_stats)
 
-        reason = f"{name} has {members} alone"
+        reason = f"{name} has {mechanisms} alone"
         return types.SimpleNamespace(
-            unsupported=lambda problem: None if problem.member in members else reason, attend=run
+            unsupported=lambda problem: None if problem.mechanism in mechanisms else reason,
+            attend=run,
         )
 
     first, decoding = family("new", ["softmax"]), family("step", ["softmax"])

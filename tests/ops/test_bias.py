@@ -44,7 +44,7 @@ SHAPES = {
     "keys": (B, 1, 1, S),
     "keys_of_heads": (N, 1, S),
 }
-MEMBERS = {
+MECHANISMS = {
     "softmax": ("softmax", XLA_CG),
     "parallax": ("parallax", XLA_CG),
     "lla": ("lla", XLA_CG),
@@ -59,11 +59,11 @@ def normal(shape, seed=5):
 
 
 @functools.cache
-def compiled(member, implementation: Implementation, static=()):
+def compiled(mechanism, implementation: Implementation, static=()):
     def run(arrays, options, cotangent):
         def forward(arrays):
-            extra = {"solver": implementation.solver()} if member == "lla" else {}
-            return FUNCTIONS[member](
+            extra = {"solver": implementation.solver()} if mechanism == "lla" else {}
+            return FUNCTIONS[mechanism](
                 **arrays, **options, **dict(static), **extra,
                 implementation=implementation.name, return_stats=True,
             )  # fmt: skip
@@ -77,7 +77,7 @@ def compiled(member, implementation: Implementation, static=()):
 STATIC = ("is_causal", "local_window_size", "logits_soft_cap")
 
 
-def evaluate(inputs, implementation, member="lla", dtype="float32", bias_dtype=None, **options):
+def evaluate(inputs, implementation, mechanism="lla", dtype="float32", bias_dtype=None, **options):
     """Output, gradients of everything including ``inputs["bias"]``, log-sum-exp; NumPy arrays."""
     dtype = jnp.dtype(dtype)
     wide = np.float64 if dtype == np.float64 else np.float32
@@ -86,10 +86,10 @@ def evaluate(inputs, implementation, member="lla", dtype="float32", bias_dtype=N
     with double_precision() if wide == np.float64 else contextlib.nullcontext():
         arrays = {
             n: jnp.asarray(inputs[n], wide if n in ("ridge", "scale") else dtype)
-            for n in DIFFERENTIABLE[member]
+            for n in DIFFERENTIABLE[mechanism]
         }
         arrays["bias"] = jnp.asarray(inputs["bias"], wide if bias_dtype is None else bias_dtype)
-        function = compiled(member, implementation, static)
+        function = compiled(mechanism, implementation, static)
         out, gradients, stats = function(arrays, given, jnp.asarray(inputs["cotangent"], dtype))
         for name, gradient in gradients.items():
             assert (gradient.shape, gradient.dtype) == (arrays[name].shape, arrays[name].dtype)
@@ -108,24 +108,24 @@ def check(got, want, output=OUTPUT_BOUND, gradient=GRADIENT_BOUND):
 
 
 @functools.cache
-def exact(member, bias, mask=None):
+def exact(mechanism, bias, mask=None):
     shape = SHAPE if mask is None else MASKS_SHAPE
     options = {} if mask is None else MASKS[mask].options(shape)
     inputs = with_bias(shape, bias)
     rounded = {n: np.asarray(np.asarray(a, np.float32), np.float64) for n, a in inputs.items()}
-    return inputs, options, evaluate(rounded, REFERENCE, member, "float64", **options)
+    return inputs, options, evaluate(rounded, REFERENCE, mechanism, "float64", **options)
 
 
 # ---------------------------------------------------------------------------------------------
 # Values and gradients
 
 
-@pytest.mark.parametrize("member", FUNCTIONS)
-def test_reference_equals_the_definition(member):
+@pytest.mark.parametrize("mechanism", FUNCTIONS)
+def test_reference_equals_the_definition(mechanism):
     """Against NumPy, row by row: the weights are those of the logits plus the bias."""
     inputs = with_bias(SMALL, (2, 4, 10, 10))
     valid = oracles.visible(SMALL)
-    got = evaluate(inputs, REFERENCE, member, "float64")[0]
+    got = evaluate(inputs, REFERENCE, mechanism, "float64")[0]
     for b, i, n in np.ndindex(2, 10, 4):
         seen = valid[b, n, i]
         q, k, v = inputs["query"][b, i, n], inputs["key"][b, seen, n // 2], None
@@ -133,9 +133,9 @@ def test_reference_equals_the_definition(member):
         logits = inputs["scale"][b, i, n] * (k @ q) + inputs["bias"][b, n, i, seen]
         w = np.exp(logits - logits.max())
         w /= w.sum()
-        if member == "softmax":
+        if mechanism == "softmax":
             want = w @ v
-        elif member == "parallax":
+        elif mechanism == "parallax":
             want = (w * (1 - (k - w @ k) @ inputs["probe"][b, i, n])) @ v
         else:
             # The regression that defines the operator, as ordinary least squares.
@@ -148,7 +148,7 @@ def test_reference_equals_the_definition(member):
 
 
 @pytest.mark.parametrize(
-    ("member", "bias"),
+    ("mechanism", "bias"),
     [
         *(("lla", bias) for bias in SHAPES),
         *(("softmax", bias) for bias in ("full", "pairs", "keys")),
@@ -156,11 +156,11 @@ def test_reference_equals_the_definition(member):
         ("lla_direct", "heads"),
     ],
 )
-def test_blockwise(member, bias):
+def test_blockwise(mechanism, bias):
     """Output and all gradients; that of the bias has its shape, summed over the axes of 1."""
-    member, implementation = MEMBERS[member]
-    inputs, _, want = exact(member, bias)
-    check(evaluate(inputs, implementation, member), want)
+    mechanism, implementation = MECHANISMS[mechanism]
+    inputs, _, want = exact(mechanism, bias)
+    check(evaluate(inputs, implementation, mechanism), want)
 
 
 MASKS_SHAPE = Shape(66, 8, num_keys=75, heads=8, key_heads=1, batch=(2,))
@@ -213,20 +213,20 @@ def table_bias(table, length):
     return table[:, jnp.clip(distance, -reach, reach) + reach]
 
 
-@pytest.mark.parametrize("member", FUNCTIONS)
+@pytest.mark.parametrize("mechanism", FUNCTIONS)
 @pytest.mark.parametrize("kind", ["alibi", "table"])
-def test_positional_biases(kind, member):
+def test_positional_biases(kind, mechanism):
     """The gradients of ALiBi's slopes and of a table of relative positions."""
     inputs = make_inputs(SHAPE)
     make, size = {"alibi": (alibi, (N,)), "table": (table_bias, (N, 17))}[kind]
     parameters = np.abs(normal(size)) if kind == "alibi" else normal(size)
 
     def run(implementation, dtype):
-        given = {n: jnp.asarray(inputs[n], dtype) for n in DIFFERENTIABLE[member]}
+        given = {n: jnp.asarray(inputs[n], dtype) for n in DIFFERENTIABLE[mechanism]}
 
         def loss(arrays, parameters):
             bias = make(parameters, T)
-            out = FUNCTIONS[member](
+            out = FUNCTIONS[mechanism](
                 **arrays, bias=bias, is_causal=kind == "alibi", implementation=implementation
             )
             return (out * jnp.asarray(inputs["cotangent"], dtype)).sum()
@@ -255,16 +255,16 @@ def test_a_constant_of_a_row_changes_the_log_sum_exp_alone(implementation):
     assert np.abs(got[1]["bias"]).max() < 1e-4
 
 
-@pytest.mark.parametrize("member", ["softmax", "lla"])
+@pytest.mark.parametrize("mechanism", ["softmax", "lla"])
 @pytest.mark.parametrize("bias_dtype", ["bfloat16", "float32"])
-def test_bfloat16(member, bias_dtype):
+def test_bfloat16(mechanism, bias_dtype):
     """Within twice the error of the exact result, rounded once; the bias in its own dtype."""
     inputs = with_bias(SHAPE, "heads")
     held = {n: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for n, a in inputs.items()}
     for name, dtype in (("ridge", "float32"), ("scale", "float32"), ("bias", bias_dtype)):
         held[name] = np.asarray(jnp.asarray(inputs[name], dtype), np.float64)
-    want = evaluate(held, REFERENCE, member, "float64")
-    got = evaluate(inputs, XLA_CG, member, "bfloat16", bias_dtype)
+    want = evaluate(held, REFERENCE, mechanism, "float64")
+    got = evaluate(inputs, XLA_CG, mechanism, "bfloat16", bias_dtype)
     rounding = relative_error(np.asarray(jnp.asarray(want[0], jnp.bfloat16)), want[0])
     assert relative_error(got[0], want[0]) < 2 * rounding
     # The cotangent is rounded like an input, and so are the gradients: 10 times the output's bound.
@@ -272,21 +272,21 @@ def test_bfloat16(member, bias_dtype):
         assert relative_error(got[1][name], want[1][name]) < 20 * rounding, name
 
 
-@pytest.mark.parametrize("member", FUNCTIONS)
-def test_second_derivatives(member):
+@pytest.mark.parametrize("mechanism", FUNCTIONS)
+def test_second_derivatives(mechanism):
     """Forward over reverse and reverse over reverse, blockwise against dense, in float64."""
     inputs = with_bias(Shape(12, 8, heads=2, key_heads=1), (1, 2, 12, 12))
     inputs["bias"][0, 0, 5, 2] = -np.inf
-    names = (*DIFFERENTIABLE[member], "bias")
+    names = (*DIFFERENTIABLE[mechanism], "bias")
     along = {n: normal(np.shape(inputs[n]), seed=i) for i, n in enumerate(names)}
-    options = {"logits_soft_cap": 3.0} if member == "softmax" else {}
+    options = {"logits_soft_cap": 3.0} if mechanism == "softmax" else {}
 
     def products(implementation):
         given = {n: jnp.asarray(inputs[n]) for n in names}
         tangents = {n: jnp.asarray(along[n]) for n in names}
 
         def loss(arrays):
-            out = FUNCTIONS[member](
+            out = FUNCTIONS[mechanism](
                 **arrays, **options, implementation=implementation, local_window_size=7
             )
             return jnp.sin(out).sum()
@@ -314,24 +314,26 @@ def test_second_derivatives(member):
 # What it hides, and numbers that are not finite
 
 
-@pytest.mark.parametrize("member", FUNCTIONS)
+@pytest.mark.parametrize("mechanism", FUNCTIONS)
 @pytest.mark.parametrize("implementation", [REFERENCE, XLA_CG], ids=str)
 @pytest.mark.parametrize("low", [-np.inf, float(np.finfo(np.float32).min)])
-def test_minus_infinity_is_a_mask(implementation, member, low):
+def test_minus_infinity_is_a_mask(implementation, mechanism, low):
     """The same as a mask, also where keys and values behind it are NaN; empty rows are zero."""
     inputs = make_inputs(SMALL)
     allowed = np.random.default_rng(1).random((2, 1, 10, 10)) < 0.6
     allowed[:, :, 3] = False  # a query that sees nothing
     allowed[:, :, :, 4] = False  # a key that nobody sees
-    want = evaluate({**inputs, "bias": np.zeros((2, 1, 10, 10))}, REFERENCE, member, mask=allowed)
+    want = evaluate(
+        {**inputs, "bias": np.zeros((2, 1, 10, 10))}, REFERENCE, mechanism, mask=allowed
+    )
     spoiled = {**inputs, "bias": np.where(allowed, 0, low)}
     for name in ("key", "value"):
         spoiled[name] = inputs[name].copy()
         spoiled[name][:, 4] = np.nan
-    for name in set(DIFFERENTIABLE[member]) - {"key", "value"} | {"cotangent"}:
+    for name in set(DIFFERENTIABLE[mechanism]) - {"key", "value"} | {"cotangent"}:
         spoiled[name] = inputs[name].copy()
         spoiled[name][:, 3] = np.nan
-    got = evaluate(spoiled, implementation, member)
+    got = evaluate(spoiled, implementation, mechanism)
     check(got, want)
     assert not got[0][:, 3].any() and np.isneginf(got[2][:, 3]).all()
     assert not got[1]["bias"][~allowed].any()

@@ -50,9 +50,9 @@ def collectives(text: str) -> dict[str, list[int]]:
     return found
 
 
-def arrays_of(shape: Shape, member: str, seed=0):
+def arrays_of(shape: Shape, mechanism: str, seed=0):
     arrays = {n: jnp.asarray(a, jnp.float32) for n, a in make_inputs(shape, seed=seed).items()}
-    return {name: arrays[name] for name in FLOATS[member]}, arrays["cotangent"]
+    return {name: arrays[name] for name in FLOATS[mechanism]}, arrays["cotangent"]
 
 
 def result_and_gradients(function, operands, cotangent, extra):
@@ -60,7 +60,7 @@ def result_and_gradients(function, operands, cotangent, extra):
     return out, pullback(cotangent)[0]
 
 
-def run(style, parts, balanced, member, operands, cotangent, extra=None, static=None):
+def run(style, parts, balanced, mechanism, operands, cotangent, extra=None, static=None):
     """Output and gradients in the order of the sequence, and the compiled text."""
     extra, static = extra or {}, static or {}
     kind = AxisType.Explicit if style == "explicit" else AxisType.Auto
@@ -86,14 +86,14 @@ def run(style, parts, balanced, member, operands, cotangent, extra=None, static=
     options = dict(context_axis="context", context_balance=balanced)
 
     def function(operands, extra):
-        return FUNCTIONS[member](**operands, **extra, **static, **options)
+        return FUNCTIONS[mechanism](**operands, **extra, **static, **options)
 
     if style == "shard_map":
         function = jax.shard_map(
             function, mesh=mesh, in_specs=({n: rows for n in operands}, places), out_specs=rows
         )
     if style == "on_mesh":
-        attend = lla.sharding.on_mesh(FUNCTIONS[member], mesh, batch="data", **options)
+        attend = lla.sharding.on_mesh(FUNCTIONS[mechanism], mesh, batch="data", **options)
 
         def function(operands, extra):
             return attend(**operands, **extra, **static)
@@ -115,12 +115,14 @@ def run(style, parts, balanced, member, operands, cotangent, extra=None, static=
     return (*order(found, back=True), compiled.as_text())
 
 
-def check(style, parts, balanced, member, shape, extra=None, static=None):
-    operands, cotangent = arrays_of(shape, member)
-    out, gradients, text = run(style, parts, balanced, member, operands, cotangent, extra, static)
+def check(style, parts, balanced, mechanism, shape, extra=None, static=None):
+    operands, cotangent = arrays_of(shape, mechanism)
+    out, gradients, text = run(
+        style, parts, balanced, mechanism, operands, cotangent, extra, static
+    )
 
     def function(operands, extra):
-        return FUNCTIONS[member](**operands, **extra, **(static or {}))
+        return FUNCTIONS[mechanism](**operands, **extra, **(static or {}))
 
     want = jax.jit(functools.partial(result_and_gradients, function))
     want, want_gradients = want(operands, cotangent, extra or {})
@@ -151,9 +153,9 @@ def test_devices(parts, style, balanced):
     assert sent["reduce-scatter"] == [whole // parts] * 2
 
 
-@latin("balanced, member", [False, True], ["parallax", "softmax"], marks=pytest.mark.compat)
-def test_members(member, balanced):
-    check("shard_map", 4, balanced, member, shape_of(4, key_heads=1))
+@latin("balanced, mechanism", [False, True], ["parallax", "softmax"], marks=pytest.mark.compat)
+def test_mechanisms(mechanism, balanced):
+    check("shard_map", 4, balanced, mechanism, shape_of(4, key_heads=1))
 
 
 def masks(shape):

@@ -20,15 +20,15 @@ STEPS = {
     "softmax": lla.softmax_decode_step,
 }
 CASES = [("lla", 1.0), ("lla", 0.1), ("parallax", None), ("softmax", None)]
-members = pytest.mark.parametrize("member, ridge", CASES, ids=lambda case: str(case))
+mechanisms = pytest.mark.parametrize("mechanism, ridge", CASES, ids=lambda case: str(case))
 
 
-def inputs(member="lla", length=LENGTH, seed=0, dtype=np.float32):
+def inputs(mechanism="lla", length=LENGTH, seed=0, dtype=np.float32):
     """query, (probe,) key, value."""
     rng = np.random.default_rng(seed)
     widths = [(HEADS, DIM), (HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM)]
     arrays = [rng.standard_normal((BATCH, length, *width)).astype(dtype) for width in widths]
-    return [jnp.asarray(a) for i, a in enumerate(arrays) if i != 1 or member == "parallax"]
+    return [jnp.asarray(a) for i, a in enumerate(arrays) if i != 1 or mechanism == "parallax"]
 
 
 def options(ridge, **more):
@@ -42,8 +42,8 @@ def empty(length=LENGTH, batch=BATCH, dtype=jnp.float32):
 @functools.partial(
     jax.jit, static_argnums=0, static_argnames=("local_window_size", "implementation")
 )
-def whole(member, *arrays, **more):
-    return FUNCTIONS[member](*arrays, **more)
+def whole(mechanism, *arrays, **more):
+    return FUNCTIONS[mechanism](*arrays, **more)
 
 
 @functools.partial(
@@ -51,16 +51,16 @@ def whole(member, *arrays, **more):
     static_argnums=0,
     static_argnames=("local_window_size", "implementation", "return_stats"),
 )
-def step(member, cache, *arrays, **more):
-    return STEPS[member](*arrays, cache, **more)
+def step(mechanism, cache, *arrays, **more):
+    return STEPS[mechanism](*arrays, cache, **more)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("local_window_size",))
-def token_by_token(member, cache, *arrays, **more):
+def token_by_token(mechanism, cache, *arrays, **more):
     """All tokens by a scan over steps of one."""
 
     def advance(cache, token):
-        out, cache = STEPS[member](*(a[:, None] for a in token), cache, **more)
+        out, cache = STEPS[mechanism](*(a[:, None] for a in token), cache, **more)
         return cache, out[:, 0]
 
     cache, out = jax.lax.scan(advance, cache, [jnp.moveaxis(a, 1, 0) for a in arrays])
@@ -68,11 +68,11 @@ def token_by_token(member, cache, *arrays, **more):
 
 
 @pytest.mark.compat
-@members
-def test_token_by_token_equals_the_operator_at_every_length(member, ridge):
-    arrays = inputs(member)
-    expected = whole(member, *arrays, **options(ridge))
-    out, cache = token_by_token(member, empty(), *arrays, **options(ridge))
+@mechanisms
+def test_token_by_token_equals_the_operator_at_every_length(mechanism, ridge):
+    arrays = inputs(mechanism)
+    expected = whole(mechanism, *arrays, **options(ridge))
+    out, cache = token_by_token(mechanism, empty(), *arrays, **options(ridge))
     for position in range(LENGTH):
         assert relative_error(out[:, position], expected[:, position]) < 1e-5
     np.testing.assert_array_equal(cache.key, arrays[-2])
@@ -95,17 +95,17 @@ def test_window(window, room):
     assert relative_error(out, whole("lla", *arrays, **more)) < 1e-5
 
 
-@members
+@mechanisms
 @pytest.mark.parametrize(
     "chunk", [5, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 9, LENGTH))]
 )
-def test_chunks_of_a_prompt_equal_the_operator(member, ridge, chunk):
-    arrays, cache, parts = inputs(member), empty(LENGTH + 7), []
+def test_chunks_of_a_prompt_equal_the_operator(mechanism, ridge, chunk):
+    arrays, cache, parts = inputs(mechanism), empty(LENGTH + 7), []
     for first in range(0, LENGTH, chunk):
         part = [a[:, first : first + chunk] for a in arrays]
-        out, cache = step(member, cache, *part, **options(ridge))
+        out, cache = step(mechanism, cache, *part, **options(ridge))
         parts.append(out)
-    expected = whole(member, *arrays, **options(ridge))
+    expected = whole(mechanism, *arrays, **options(ridge))
     assert relative_error(jnp.concatenate(parts, axis=1), expected) < 1e-5
 
 
@@ -120,11 +120,11 @@ def test_a_window_with_chunks_of_a_prompt():
     assert relative_error(jnp.concatenate(parts, axis=1), expected) < 1e-5
 
 
-@members
-def test_ragged_batches(member, ridge):
+@mechanisms
+def test_ragged_batches(mechanism, ridge):
     """Steps of up to 4 tokens, as many as the sequence is given; what pads them is not a number."""
-    arrays, cache = inputs(member), empty()
-    expected = np.asarray(whole(member, *arrays, **options(ridge)))
+    arrays, cache = inputs(mechanism), empty()
+    expected = np.asarray(whole(mechanism, *arrays, **options(ridge)))
     out = np.full_like(expected, np.nan)
     done = np.zeros(BATCH, int)
     for counts in ([4, 0, 1], [2, 4, 3], [0, 4, 0], [4, 1, 4], [3, 4, 4]):
@@ -135,7 +135,7 @@ def test_ragged_batches(member, ridge):
                 padded[i, :count] = array[i, done[i] : done[i] + count]
             new.append(jnp.asarray(padded))
         new_lengths = jnp.array(counts, jnp.int32)
-        rows, cache = step(member, cache, *new, new_lengths=new_lengths, **options(ridge))
+        rows, cache = step(mechanism, cache, *new, new_lengths=new_lengths, **options(ridge))
         for i, count in enumerate(counts):
             out[i, done[i] : done[i] + count] = rows[i, :count]
             np.testing.assert_array_equal(rows[i, count:], 0.0)
@@ -221,14 +221,14 @@ def test_too_many_tokens_are_nan_and_overwrite_nothing_where_lengths_are_traced(
     np.testing.assert_array_equal(last.key[2, :4], after.key[2, :4])
 
 
-@members
-def test_bfloat16_is_within_twice_the_rounding_of_the_exact_result(member, ridge, float64):
-    arrays = [a.astype(jnp.bfloat16) for a in inputs(member, seed=4)]
-    out, cache = token_by_token(member, empty(dtype=jnp.bfloat16), *arrays, **options(ridge))
+@mechanisms
+def test_bfloat16_is_within_twice_the_rounding_of_the_exact_result(mechanism, ridge, float64):
+    arrays = [a.astype(jnp.bfloat16) for a in inputs(mechanism, seed=4)]
+    out, cache = token_by_token(mechanism, empty(dtype=jnp.bfloat16), *arrays, **options(ridge))
     assert out.dtype == cache.key.dtype == jnp.bfloat16
     with float64():
         wide = [jnp.asarray(np.asarray(a, np.float64)) for a in arrays]
-        exact = np.asarray(whole(member, *wide, implementation="reference", **options(ridge)))
+        exact = np.asarray(whole(mechanism, *wide, implementation="reference", **options(ridge)))
     rounding = relative_error(exact.astype(jnp.bfloat16), exact)
     assert 0 < relative_error(out, exact) < 2 * rounding
 

@@ -23,22 +23,22 @@ SHAPES = {
     "heads": (HEADS, LENGTH, ROOM),
     "places": (BATCH, 1, 1, ROOM),
 }
-members = pytest.mark.parametrize("member", FUNCTIONS)
+mechanisms = pytest.mark.parametrize("mechanism", FUNCTIONS)
 
 
 def normal(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def inputs(member):
+def inputs(mechanism):
     """query, (probe,) key, value."""
     widths = [HEADS, HEADS, KV_HEADS, KV_HEADS]
     arrays = [normal((BATCH, LENGTH, n, DIM), seed) for seed, n in enumerate(widths)]
-    return [a for i, a in enumerate(arrays) if i != 1 or member == "parallax"]
+    return [a for i, a in enumerate(arrays) if i != 1 or mechanism == "parallax"]
 
 
-def extra(member):
-    return {"ridge": 0.5} if member == "lla" else {}
+def extra(mechanism):
+    return {"ridge": 0.5} if mechanism == "lla" else {}
 
 
 def empty():
@@ -50,26 +50,26 @@ def rows(bias, first, last):
     return bias if bias.shape[-2] == 1 else bias[..., first:last, :]
 
 
-def decoded(member, arrays, bias, pieces, **options):
+def decoded(mechanism, arrays, bias, pieces, **options):
     cache, parts, first = empty(), [], 0
     for size in pieces:
         piece = [a[:, first : first + size] for a in arrays]
-        part, cache = STEPS[member](
-            *piece, cache, bias=rows(bias, first, first + size), **extra(member), **options
+        part, cache = STEPS[mechanism](
+            *piece, cache, bias=rows(bias, first, first + size), **extra(mechanism), **options
         )
         parts.append(part)
         first += size
     return jnp.concatenate(parts, 1)
 
 
-def whole(member, arrays, bias, **options):
+def whole(mechanism, arrays, bias, **options):
     bias = jnp.broadcast_to(bias, (*bias.shape[:-1], ROOM))[..., :LENGTH]
-    return FUNCTIONS[member](*arrays, bias=bias, **extra(member), **options)
+    return FUNCTIONS[mechanism](*arrays, bias=bias, **extra(mechanism), **options)
 
 
 @pytest.mark.compat
 @pytest.mark.parametrize(
-    ("member", "shape", "window"),
+    ("mechanism", "shape", "window"),
     [
         ("lla", "full", None),
         ("lla", "places", 3),
@@ -77,14 +77,14 @@ def whole(member, arrays, bias, **options):
         ("softmax", "full", 3),
     ],
 )
-def test_equals_the_whole_sequence(member, shape, window):
+def test_equals_the_whole_sequence(mechanism, shape, window):
     """A prompt and single tokens, with the gradient of the bias."""
-    arrays, bias = inputs(member), normal(SHAPES[shape], 7)
+    arrays, bias = inputs(mechanism), normal(SHAPES[shape], 7)
     cotangent = normal((BATCH, LENGTH, HEADS, DIM), 9)
 
     def gradient(function, *more):
         def value(bias):
-            out = function(member, arrays, bias, *more, local_window_size=window)
+            out = function(mechanism, arrays, bias, *more, local_window_size=window)
             return (out * cotangent).sum(), out
 
         return jax.jit(jax.grad(value, has_aux=True))(bias)
@@ -96,10 +96,10 @@ def test_equals_the_whole_sequence(member, shape, window):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@members
-def test_what_is_not_seen_is_not_read(member, implementation):
+@mechanisms
+def test_what_is_not_seen_is_not_read(mechanism, implementation):
     """Of the bias behind a token, behind the cache's end and of tokens that only pad."""
-    arrays = inputs(member)
+    arrays = inputs(mechanism)
     lengths = jnp.array([LENGTH, 4])
     bias = normal(SHAPES["full"], 7)
     seen = np.tril(np.ones((LENGTH, ROOM), bool))[None] & (
@@ -110,9 +110,9 @@ def test_what_is_not_seen_is_not_read(member, implementation):
     @jax.jit
     def run(arrays, bias):
         def attend(arrays, bias):
-            return STEPS[member](
+            return STEPS[mechanism](
                 *arrays, empty(), bias=bias, new_lengths=lengths, implementation=implementation,
-                **extra(member),
+                **extra(mechanism),
             )[0]  # fmt: skip
 
         out, pullback = jax.vjp(attend, arrays, bias)
@@ -136,17 +136,19 @@ def test_capped_logits():
     assert relative_error(out, lla.softmax_attention(*arrays, logits_soft_cap=0.7)) < BOUND
 
 
-@members
-def test_errors(member):
-    arrays = inputs(member)
+@mechanisms
+def test_errors(mechanism):
+    arrays = inputs(mechanism)
     with pytest.raises(ValueError, match=r"bias must be broadcastable to .* \(2, 4, 9, 12\)"):
-        STEPS[member](*arrays, empty(), bias=normal((LENGTH, LENGTH)), **extra(member))
+        STEPS[mechanism](*arrays, empty(), bias=normal((LENGTH, LENGTH)), **extra(mechanism))
     for name in ("mosaic_gpu", "mosaic_tpu"):
         with pytest.raises(NotImplementedError, match=f"{name}: logit bias is not supported"):
-            STEPS[member](*arrays, empty(), bias=normal(ROOM), implementation=name, **extra(member))
-    if member == "softmax":
+            STEPS[mechanism](
+                *arrays, empty(), bias=normal(ROOM), implementation=name, **extra(mechanism)
+            )
+    if mechanism == "softmax":
         with pytest.raises(NotImplementedError, match="mosaic_gpu: logits_soft_cap is not"):
-            STEPS[member](*arrays, empty(), logits_soft_cap=1.0, implementation="mosaic_gpu")
+            STEPS[mechanism](*arrays, empty(), logits_soft_cap=1.0, implementation="mosaic_gpu")
 
 
 def test_explain():

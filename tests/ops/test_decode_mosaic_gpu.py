@@ -29,7 +29,7 @@ def test_one_sequence_fills_the_card_and_many_are_not_split():
 
 
 @pytest.mark.parametrize(
-    ("member", "group", "heads"),
+    ("mechanism", "group", "heads"),
     [
         ("softmax", 1, 1),
         ("softmax", 4, 4),
@@ -39,10 +39,10 @@ def test_one_sequence_fills_the_card_and_many_are_not_split():
         ("lla", 4, 1),
     ],
 )
-def test_heads_that_share_an_instance(member, group, heads):
+def test_heads_that_share_an_instance(mechanism, group, heads):
     from lla.kernels.mosaic_gpu.decode import heads_per_program
 
-    assert heads_per_program(member, group) == heads
+    assert heads_per_program(mechanism, group) == heads
 
 
 def problem(tokens=1, head_dim=64, value_dim=64, room=64):

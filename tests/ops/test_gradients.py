@@ -67,8 +67,8 @@ def test_against_differentiation_of_the_reference(dtype, implementation):
 
 def test_probe_gradient():
     inputs = rows_of_their_own()
-    want = exact(inputs, member="parallax", rounded="float64", **OPTIONS)
-    got = evaluate(inputs, FAST[0], member="parallax", dtype="float64", **OPTIONS)
+    want = exact(inputs, mechanism="parallax", rounded="float64", **OPTIONS)
+    got = evaluate(inputs, FAST[0], mechanism="parallax", dtype="float64", **OPTIONS)
     for name, error in errors(got, want).items():
         assert error < 1e-12, (name, error)
 
@@ -216,11 +216,11 @@ def test_blockwise_hessian():
         assert relative_error(third("xla"), third("reference")) < 1e-9
 
 
-@pytest.mark.parametrize("member", ["parallax", "softmax"])
-def test_blockwise_second_derivatives_of_the_other_members(member):
+@pytest.mark.parametrize("mechanism", ["parallax", "softmax"])
+def test_blockwise_second_derivatives_of_the_other_mechanisms(mechanism):
     shape = Shape(12, 8, heads=2, key_heads=1)
-    function = {"parallax": lla.parallax_attention, "softmax": lla.softmax_attention}[member]
-    names = ("query", "key", "value", "scale", *(("probe",) if member == "parallax" else ()))
+    function = {"parallax": lla.parallax_attention, "softmax": lla.softmax_attention}[mechanism]
+    names = ("query", "key", "value", "scale", *(("probe",) if mechanism == "parallax" else ()))
     with double_precision():
         given = {n: jnp.asarray(a) for n, a in make_inputs(shape).items() if n in names}
 

@@ -92,13 +92,13 @@ def test_hidden_keys_and_values(implementation, case):
 
 @pytest.mark.parametrize("case", ["lengths", "segments", "causal", "window"])
 @pytest.mark.parametrize("implementation", [REFERENCE, XLA_CG], ids=str)
-@pytest.mark.parametrize("member", ["softmax", "parallax"])
-def test_hidden_keys_and_values_of_the_other_members(member, implementation, case):
+@pytest.mark.parametrize("mechanism", ["softmax", "parallax"])
+def test_hidden_keys_and_values_of_the_other_mechanisms(mechanism, implementation, case):
     options, _, rows, keys = CASES[case]
     for value in VALUES.values():
         clean, spoiled = clean_and_spoiled(case, value)
-        want = evaluate(clean, implementation, member=member, **options)
-        check(evaluate(spoiled, implementation, member=member, **options), want, rows, keys)
+        want = evaluate(clean, implementation, mechanism=mechanism, **options)
+        check(evaluate(spoiled, implementation, mechanism=mechanism, **options), want, rows, keys)
 
 
 @every
@@ -120,10 +120,10 @@ BY_ROW = {"lla": ("query", "ridge", "scale"), "parallax": ("query", "probe", "sc
 
 
 @every
-@pytest.mark.parametrize("member", ["lla", "parallax"])
-def test_a_row_without_keys_is_zero_whatever_it_holds(member, implementation):
+@pytest.mark.parametrize("mechanism", ["lla", "parallax"])
+def test_a_row_without_keys_is_zero_whatever_it_holds(mechanism, implementation):
     """Behind a negative offset, in another segment, behind a length of zero."""
-    if member == "parallax" and implementation.method == "direct":
+    if mechanism == "parallax" and implementation.method == "direct":
         pytest.skip("no solve")
     ids = segments()["segment_ids"][0]
     lonely = ids.copy()
@@ -136,10 +136,10 @@ def test_a_row_without_keys_is_zero_whatever_it_holds(member, implementation):
     ):
         inputs = make_inputs(SHAPE)
         spoiled = {name: array.copy() for name, array in inputs.items()}
-        for name in (*BY_ROW[member], "cotangent"):
+        for name in (*BY_ROW[mechanism], "cotangent"):
             spoiled[name][blind] = np.nan
-        want = evaluate(inputs, implementation, member=member, **options)
-        got = evaluate(spoiled, implementation, member=member, **options)
+        want = evaluate(inputs, implementation, mechanism=mechanism, **options)
+        got = evaluate(spoiled, implementation, mechanism=mechanism, **options)
         assert not got.out[blind].any()
         check(got, want, everything, everything)
 
@@ -204,9 +204,9 @@ def test_masks_that_hide_nothing_cost_nothing():
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20])
-@pytest.mark.parametrize("member", ["lla", "parallax", "softmax"])
+@pytest.mark.parametrize("mechanism", ["lla", "parallax", "softmax"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_a_cache_may_hold_anything_behind_its_end(implementation, member, tokens):
+def test_a_cache_may_hold_anything_behind_its_end(implementation, mechanism, tokens):
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -222,9 +222,9 @@ def test_a_cache_may_hold_anything_behind_its_end(implementation, member, tokens
     def step(key, query, probe, fresh):
         cache = lla.KVCache(key, key, jnp.asarray(lengths, jnp.int32))
         options = {"new_lengths": counts, "implementation": implementation}
-        if member == "lla":
+        if mechanism == "lla":
             return lla.decode_step(query, fresh, fresh, cache, ridge=0.5, **options)[0]
-        if member == "parallax":
+        if mechanism == "parallax":
             return lla.parallax_decode_step(query, probe, fresh, fresh, cache, **options)[0]
         return lla.softmax_decode_step(query, fresh, fresh, cache, **options)[0]
 

@@ -64,7 +64,7 @@ def test_affine_values_are_reproduced(implementation):
 @implementations
 def test_large_ridge_is_softmax_attention(implementation):
     inputs = base(1e6)
-    softmax = exact(inputs, member="softmax").out
+    softmax = exact(inputs, mechanism="softmax").out
     # The correction is of relative size |C| / ridge, about 1e-6, times |k - q| of about 5.
     assert relative_error(evaluate(inputs, implementation).out, softmax) < 2e-5
 
@@ -83,7 +83,7 @@ def test_parallax_at_the_solution_is_local_linear_attention(implementation):
         probe[b, i, n] = np.linalg.solve(
             (p[:, None] * centred).T @ centred + 0.5 * np.eye(12), p @ k - q
         )
-    out = evaluate({**inputs, "probe": probe}, implementation, member="parallax").out
+    out = evaluate({**inputs, "probe": probe}, implementation, mechanism="parallax").out
     assert relative_error(out, exact(inputs).out) < 1e-5
 
 

@@ -30,7 +30,7 @@ class TestXlaConjugateGradients(Suite):
 
 class TestXlaDirect(Suite):
     implementation = XLA_DIRECT
-    other_members = ()  # without a solve, the code that conjugate gradients have, too
+    other_mechanisms = ()  # without a solve, the code that conjugate gradients have, too
     quick = frozenset(
         {"one_token", "length_129", "dim_48", "dim_128", "wide_value", "grouped_heads"}
         | {"empty_sequence", "everything"}

@@ -52,13 +52,13 @@ def test_rows_behind_the_length(implementation, options):
         assert relative_error(got.gradients[name], gradient) < BOUND, name
 
 
-@pytest.mark.parametrize("member", ["softmax", "parallax"])
-def test_the_other_members(member):
+@pytest.mark.parametrize("mechanism", ["softmax", "parallax"])
+def test_the_other_mechanisms(mechanism):
     inputs = make_inputs(SHAPE)
-    want = evaluate(inputs, XLA_CG, member=member)
-    for name in set(DIFFERENTIABLE[member]) - {"key", "value"}:
+    want = evaluate(inputs, XLA_CG, mechanism=mechanism)
+    for name in set(DIFFERENTIABLE[mechanism]) - {"key", "value"}:
         inputs[name][BEHIND] = np.nan
-    got = evaluate(inputs, XLA_CG, member=member, query_seq_lengths=LENGTHS)
+    got = evaluate(inputs, XLA_CG, mechanism=mechanism, query_seq_lengths=LENGTHS)
     assert not got.out[BEHIND].any()
     assert relative_error(got.out[0], want.out[0]) < BOUND
     assert all(np.isfinite(gradient).all() for gradient in got.gradients.values())

@@ -109,7 +109,7 @@ SOFTMAX_OPTIONS = {
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("shape", ["grouped_heads", "more_keys"])
 @pytest.mark.parametrize("options", SOFTMAX_OPTIONS.values(), ids=SOFTMAX_OPTIONS.keys())
-def test_softmax_member_follows_jax_conventions(options, shape, implementation):
+def test_softmax_mechanism_follows_jax_conventions(options, shape, implementation):
     inputs = make_inputs(SHAPES[shape])
     arrays = [jnp.asarray(inputs[n], jnp.float32) for n in ("query", "key", "value")]
     options = dict(options)

@@ -46,11 +46,11 @@ def collectives(text: str) -> dict[str, int]:
 
 
 @functools.cache
-def arrays_of(shape: Shape, member: str, seed: int = 0):
+def arrays_of(shape: Shape, mechanism: str, seed: int = 0):
     """The differentiable operands, and a cotangent."""
     arrays = make_inputs(shape, seed=seed)
     arrays = {name: jnp.asarray(a, jnp.float32) for name, a in arrays.items()}
-    return {name: arrays[name] for name in FLOATS[member]}, arrays["cotangent"]
+    return {name: arrays[name] for name in FLOATS[mechanism]}, arrays["cotangent"]
 
 
 def value_and_gradients(function):
@@ -63,9 +63,9 @@ def value_and_gradients(function):
     return call
 
 
-def attend(member: str, **options):
+def attend(mechanism: str, **options):
     def function(operands, extra):
-        return FUNCTIONS[member](**operands, **extra, **options)
+        return FUNCTIONS[mechanism](**operands, **extra, **options)
 
     return function
 
@@ -126,27 +126,27 @@ def check(run: Run, function, operands, cotangent, specs, extra=None, bound=1e-5
 # Results, shardings and collectives
 
 
-@latin("style, member, place", STYLES, list(FUNCTIONS), list(PLACES), marks=pytest.mark.compat)
-def test_what_is_independent_needs_no_collective(style, member, place):
-    operands, cotangent = arrays_of(SHAPE, member)
+@latin("style, mechanism, place", STYLES, list(FUNCTIONS), list(PLACES), marks=pytest.mark.compat)
+def test_what_is_independent_needs_no_collective(style, mechanism, place):
+    operands, cotangent = arrays_of(SHAPE, mechanism)
     specs = row_specs(operands, *PLACES[place])
     specs |= {name: P(*specs["query"][:3]) for name in ("ridge", "scale") if name in specs}
-    function = attend(member)
+    function = attend(mechanism)
     run = Run(style, function, operands, cotangent, specs)
     check(run, function, operands, cotangent, specs)
     assert (run.forward, run.both) == ({}, {})
 
 
-@latin("style, member, key_heads", STYLES, list(FUNCTIONS), [1, 2], every=6)
-def test_grouped_heads(style, member, key_heads):
+@latin("style, mechanism, key_heads", STYLES, list(FUNCTIONS), [1, 2], every=6)
+def test_grouped_heads(style, mechanism, key_heads):
     """Query heads over four devices, fewer key heads on all of them, whose gradients are summed."""
     if style == "shard_map" and key_heads == 2:
         pytest.skip("inside a shard_map of its own a device has the key heads that it is given")
     shape = Shape(21, 8, heads=4, key_heads=key_heads, batch=(2,))
-    operands, cotangent = arrays_of(shape, member)
+    operands, cotangent = arrays_of(shape, mechanism)
     heads = P(None, None, "data")
     specs = row_specs(operands, heads, P())
-    function = attend(member)
+    function = attend(mechanism)
     run = Run(style, function, operands, cotangent, specs)
     check(run, function, operands, cotangent, specs)
     assert run.forward == {}
@@ -421,17 +421,17 @@ def test_wrong_arguments_are_named_as_on_one_device():
 # Decoding
 
 
-@latin("style, member", ["auto", "explicit"], list(FUNCTIONS))
-def test_decoding(style, member):
+@latin("style, mechanism", ["auto", "explicit"], list(FUNCTIONS))
+def test_decoding(style, mechanism):
     """A prompt and a token; output and cache stay where the cache lies."""
     shape = Shape(7, 8, heads=4, key_heads=2, batch=(4,))
     arrays = {n: jnp.asarray(a, jnp.float32) for n, a in make_inputs(shape).items()}
-    tokens = ("query", "key", "value") + (("probe",) if member == "parallax" else ())
+    tokens = ("query", "key", "value") + (("probe",) if mechanism == "parallax" else ())
     step = {
         "lla": functools.partial(lla.decode_step, ridge=1.0),
         "parallax": lla.parallax_decode_step,
         "softmax": lla.softmax_decode_step,
-    }[member]
+    }[mechanism]
     cache = lla.KVCache.create(4, 16, 2, 8, dtype=jnp.float32)
     counts = jnp.asarray([7, 5, 0, 6], jnp.int32)
 

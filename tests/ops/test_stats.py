@@ -18,12 +18,12 @@ implementations = pytest.mark.parametrize("implementation", EVERY, ids=str)
 
 
 @implementations
-@pytest.mark.parametrize("member", ["lla", "parallax", "softmax"])
-def test_log_sum_exp(member, implementation):
-    if member != "lla" and implementation.method == "direct":
+@pytest.mark.parametrize("mechanism", ["lla", "parallax", "softmax"])
+def test_log_sum_exp(mechanism, implementation):
+    if mechanism != "lla" and implementation.method == "direct":
         pytest.skip("no solver without a solve")
     inputs = make_inputs(SHAPE, "offset")
-    stats = evaluate(inputs, implementation, member=member, **OPTIONS).stats
+    stats = evaluate(inputs, implementation, mechanism=mechanism, **OPTIONS).stats
     valid = oracles.visible(SHAPE, **OPTIONS)
     key = np.repeat(inputs["key"], 2, axis=2)
     logits = np.einsum("btnh,bsnh,btn->bnts", inputs["query"], key, inputs["scale"])
@@ -54,9 +54,9 @@ def test_iterations_and_residual(implementation):
     assert np.median(stats.residual[0]) < 2e-5
 
 
-@pytest.mark.parametrize("member", ["parallax", "softmax"])
-def test_no_iterations_without_a_solve(member):
-    stats = evaluate(make_inputs(SHAPE), XLA_CG, member=member, **OPTIONS).stats
+@pytest.mark.parametrize("mechanism", ["parallax", "softmax"])
+def test_no_iterations_without_a_solve(mechanism):
+    stats = evaluate(make_inputs(SHAPE), XLA_CG, mechanism=mechanism, **OPTIONS).stats
     assert not stats.iterations.any()
     assert not stats.residual.any()
 

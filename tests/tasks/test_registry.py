@@ -142,7 +142,7 @@ def test_metrics_add_up_over_batches(name):
 
 
 @each
-def test_slices_are_parts_of_the_headline(name):
+def test_slices_are_parts_of_the_metric(name):
     task = TASKS[name]
     for split in task.splits:
         batch = BATCHES[name, split](5, 0)
@@ -182,7 +182,7 @@ def test_loss_is_that_of_the_metrics_and_reads_what_counts_alone(name):
 
 
 @each
-def test_baselines_are_on_the_scale_of_the_headline(name):
+def test_baselines_are_on_the_scale_of_the_metric(name):
     task = TASKS[name]
     found = task.baselines()
     highest = math.log(task.vocab_size) if task.primary_metric == "loss" else 2

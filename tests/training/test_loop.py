@@ -63,7 +63,7 @@ def test_records_come_at_their_steps_and_evaluation_before_the_first(finished):
     assert result == {
         "status": "finished",
         "steps": 8,
-        "headline": "validation/accuracy",
+        "metric": "validation/accuracy",
         "mode": "max",
         "final": accuracies[-1],
         "best": max(accuracies),

@@ -102,7 +102,7 @@ def test_results_have_a_row_for_every_run(swept):
         diverged = row["learning_rate"] == TOO_LARGE
         assert row["status"] == ("diverged" if diverged else "finished")
         assert (row["final"] is None) == diverged
-        assert row["headline"] == "validation/accuracy" and row["mode"] == "max"
+        assert row["metric"] == "validation/accuracy" and row["mode"] == "max"
         assert row["phase"] == "final" and row["seconds"] > 0 and row["eval_every"] == 2
     *records, test = read_records(path / "cells" / "model.mixer.name=linear" / "final")
     history = [record for record in records if record["kind"] == "eval"]
@@ -314,7 +314,7 @@ def row(mixer, seed, rate, final, status="finished", mode="min", **choices):
         "seed": seed,
         "learning_rate": rate,
         "status": status,
-        "headline": "test/mse",
+        "metric": "test/mse",
         "mode": mode,
         "final": final,
         "best": final,

@@ -91,7 +91,7 @@ def _run(interpret: Any, problem: Problem) -> tuple[jax.Array, Stats]:
     b, _, n, h = problem.query.shape
     _, s, k, _ = problem.key.shape
     g, mask = problem.group, problem.mask
-    queries = b * n // heads_per_program(problem.member, g)
+    queries = b * n // heads_per_program(problem.mechanism, g)
     cache = CacheShape(b, s, k, g, h, problem.query.dtype, choose_splits(queries, s))
     high = jnp.clip(jnp.minimum(mask.offset + 1, mask.lengths), 0, s)
     low = jnp.zeros_like(high)
@@ -108,7 +108,7 @@ def _run(interpret: Any, problem: Problem) -> tuple[jax.Array, Stats]:
     probe = None if problem.probe is None else problem.probe[:, 0]
     solver = resolve(problem, method="cg")
     found = attend_cache(
-        cache, problem.member, problem.query[:, 0], problem.key, problem.value,
+        cache, problem.mechanism, problem.query[:, 0], problem.key, problem.value,
         (low, high), scale, ridge, probe,
         tol=solver.stopping_tol(forward=True), max_iters=solver.max_iters,
         bf16x2=(problem.static_ridge or 0) < _LARGE_RIDGE or solver.tol < 1e-4,

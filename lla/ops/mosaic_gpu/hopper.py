@@ -20,7 +20,7 @@ from lla.numerics import pad_to
 from lla.ops.differentiation import Residuals, attention
 from lla.ops.mosaic_gpu import precision
 from lla.ops.problem import (
-    Member,
+    Mechanism,
     Operands,
     Problem,
     options_unsupported_by_kernels,
@@ -56,7 +56,7 @@ def unsupported_shape(problem: Problem) -> str | None:
 
 def use_direct(problem: Problem) -> bool:
     """Whether the kernels solve `problem` directly."""
-    if problem.member != "lla":
+    if problem.mechanism != "lla":
         return False
     if max(problem.query.shape[-1], problem.value.shape[-1]) > _MAX_DIRECT_DIM:
         return False
@@ -90,7 +90,7 @@ def _refuse_device() -> str | None:
 class _Spec:
     """Static part of a call."""
 
-    member: Member
+    mechanism: Mechanism
     shape: Any
     mask: Any
     configs: Any
@@ -216,7 +216,7 @@ def attend_shielded(
             ridge, operands.key, masking.numbers, mask.is_causal, h, (n, padded_t)
         )
     spec = _Spec(
-        member=problem.member,
+        mechanism=problem.mechanism,
         shape=launch.Shape(b, padded_t, padded_s, k, problem.group, dim, problem.query.dtype),
         mask=tile.MaskSpec(mask.is_causal, mask.window, segments[0] is not None),
         configs=table.choose(dim) if configs is None else configs,
@@ -245,7 +245,7 @@ def _forward(spec: _Spec, operands: Operands, constants) -> tuple[Residuals, Sta
     attend_kernel, solve_kernel = spec.module("attend"), spec.module("solve")
     query, key, value, probe, ridge, scale, _ = operands
     masking, marked = constants
-    precise = spec.member == "lla" and spec.precise
+    precise = spec.mechanism == "lla" and spec.precise
     attend = functools.partial(
         attend_kernel.attend, spec.shape, spec.mask,
         spec.configs.attend_bf16x2 if precise else spec.configs.attend,
@@ -253,7 +253,7 @@ def _forward(spec: _Spec, operands: Operands, constants) -> tuple[Residuals, Sta
     )  # fmt: skip
     iterations = jnp.zeros(scale.shape, jnp.int32)
     residual = jnp.zeros(scale.shape, jnp.float32)
-    if spec.member == "lla":
+    if spec.mechanism == "lla":
         if spec.direct is None:
             solution = solve_kernel.solve(
                 spec.shape, spec.mask, spec.solve_config, spec.forward, query, key, scale, ridge,
@@ -355,15 +355,17 @@ def _backward(spec: _Spec, operands: Operands, constants, saved: Residuals, cota
     directions = gradients.Directions()
     cotangent_mean, d_probe, d_ridge = delta, None, None
     solution = probe_square = None
-    if spec.member == "lla":
+    if spec.mechanism == "lla":
         solution = found.high.astype(f32) + found.low.astype(f32)
         probe_square = jnp.swapaxes(jnp.square(solution).sum(-1), 1, 2)
-    if spec.member != "softmax":
+    if spec.mechanism != "softmax":
         target = solve_kernel.Adjoint(
             value, cotangent, saved.log_sum_exp, delta, saved.key_mean, probe_square
         )
         if spec.direct is None:
-            iteration = spec.backward if spec.member == "lla" else solve_kernel.CGOptions(None, 0)
+            iteration = (
+                spec.backward if spec.mechanism == "lla" else solve_kernel.CGOptions(None, 0)
+            )
             adjoint = solve_kernel.solve(
                 spec.shape, spec.mask, spec.solve_config, iteration, query, key, scale, ridge,
                 masking, target, _choice(spec.precise_backward, marked), interpret=spec.interpret,
@@ -374,7 +376,7 @@ def _backward(spec: _Spec, operands: Operands, constants, saved: Residuals, cota
                 masking, target,
             )  # fmt: skip
         cotangent_mean = adjoint.cotangent_mean
-        if spec.member == "lla":
+        if spec.mechanism == "lla":
             full_mean = cotangent_mean + adjoint.shift
             directions = gradients.Directions(
                 found.high, found.shift_high, adjoint.high, adjoint.low, saved.key_mean
@@ -393,7 +395,7 @@ def _backward(spec: _Spec, operands: Operands, constants, saved: Residuals, cota
         directions, masking, interpret=spec.interpret,
     )  # fmt: skip
     config = spec.configs.key_gradients
-    if spec.member == "lla" and spec.precise:
+    if spec.mechanism == "lla" and spec.precise:
         config = spec.configs.key_gradients_split
         directions = directions._replace(probe_shift=found.shift, probe_low=found.low)
         rows = rows._replace(cotangent_mean=full_mean)

@@ -152,7 +152,7 @@ def attend_shielded(
     from lla.kernels.mosaic_gpu_mma import configs
 
     chosen = configs.choose(_padded_dim(problem), capability() if target is None else target)
-    if problem.member == "parallax":
+    if problem.mechanism == "parallax":
         chosen = dataclasses.replace(chosen, attend=chosen.attend_probed)
     options = {"configs": chosen, "interpret": interpret, "kernels": _FOLDER}
     packed = _heads_as_positions(problem)

@@ -29,7 +29,7 @@ _PRECISE_TOL = 1e-3
 
 def choose_by_tile(problem: Problem) -> bool:
     """Whether the ridges and keys of a tile decide if it needs two parts."""
-    if problem.member != "lla" or iterations(problem, precise=False)[0].bf16x2:
+    if problem.mechanism != "lla" or iterations(problem, precise=False)[0].bf16x2:
         return False
     return problem.static_ridge is None or problem.static_ridge < SPLIT_BELOW
 

@@ -17,7 +17,7 @@ from lla.compat import default_device, target_platform
 from lla.numerics import pad_to
 from lla.ops.differentiation import Residuals, attention
 from lla.ops.problem import (
-    Member,
+    Mechanism,
     Operands,
     Problem,
     options_unsupported_by_kernels,
@@ -60,7 +60,7 @@ def _unsupported_device() -> str | None:
 class _Spec:
     """Static part of a call."""
 
-    member: Member
+    mechanism: Mechanism
     shape: Any
     mask: Any
     arithmetic: Any
@@ -104,7 +104,7 @@ def attend_shielded(
     g = problem.group
     dtype = problem.query.dtype
     arithmetic = tile.Arithmetic(
-        dtype, problem.member == "lla" and (problem.static_ridge or 0) < _SPLIT_BELOW
+        dtype, problem.mechanism == "lla" and (problem.static_ridge or 0) < _SPLIT_BELOW
     )
     blocks = blocks or configs.choose(t * g, s)
     shape = launch.Shape(
@@ -150,14 +150,14 @@ def attend_shielded(
         )
     masking = Masking(mask.numbers(b, s), *ids)
     iterations = (None, None)
-    if problem.member == "lla":
+    if problem.mechanism == "lla":
         solver = resolve(problem, method="cg")
         iterations = [
             solve.CGOptions(solver.stopping_tol(forward=forward), solver.max_iters)
             for forward in (True, False)
         ]
     spec = _Spec(
-        member=problem.member,
+        mechanism=problem.mechanism,
         shape=shape,
         mask=tile.MaskSpec(mask.is_causal, mask.window, ids[0] is not None),
         arithmetic=arithmetic,
@@ -213,7 +213,7 @@ def _backward(spec: _Spec, operands: Operands, masking, saved: Residuals, cotang
         numbers.append(operands.ridge)
     numbers = jnp.stack([rows(a, fill=1) for a in numbers], axis=1)
     masking = masking._replace(query_ids=rows(masking.query_ids, axis=2))
-    direction = rows(saved.probe if spec.member == "lla" else operands.probe)
+    direction = rows(saved.probe if spec.mechanism == "lla" else operands.probe)
     query, cotangent = rows(operands.query), rows(cotangent)
     by_row = row_gradients(
         shape, spec.mask, spec.arithmetic, spec.backward, query, operands.key, operands.value,
@@ -221,7 +221,7 @@ def _backward(spec: _Spec, operands: Operands, masking, saved: Residuals, cotang
     )  # fmt: skip
     d_key, d_value = key_gradients(
         shape, spec.mask, spec.arithmetic, query, operands.key, operands.value, cotangent,
-        direction, by_row.direction if spec.member == "lla" else None, by_row.rows,
+        direction, by_row.direction if spec.mechanism == "lla" else None, by_row.rows,
         by_row.origins, masking, interpret=spec.interpret,
     )  # fmt: skip
     by_query, by_direction = (
@@ -232,8 +232,8 @@ def _backward(spec: _Spec, operands: Operands, masking, saved: Residuals, cotang
         query=by_query,
         key=d_key,
         value=d_value,
-        probe=by_direction if spec.member == "parallax" else None,
-        ridge=by_number["d_ridge"] if spec.member == "lla" else None,
+        probe=by_direction if spec.mechanism == "parallax" else None,
+        ridge=by_number["d_ridge"] if spec.mechanism == "lla" else None,
         scale=by_number["d_scale"],
     )
 

@@ -19,7 +19,7 @@ from lla.compat import full_varying, vary_like
 from lla.kernels import cg, tiles
 from lla.ops.differentiation import Residuals, attention
 from lla.ops.masks import Mask, hides
-from lla.ops.problem import Member, Operands, Problem
+from lla.ops.problem import Mechanism, Operands, Problem
 from lla.ops.shield import shield
 from lla.ops.solver import ResolvedSolver, Stats, resolve
 from lla.ops.xla import blocks, direct
@@ -30,7 +30,7 @@ from lla.ops.xla.plan import Plan, make_plan
 class _Spec:
     """Static part of a call."""
 
-    member: Member
+    mechanism: Mechanism
     solver: ResolvedSolver
     plan: Plan
     precision: lax.Precision
@@ -67,8 +67,8 @@ def attend_shielded(
     b, t, n, h = problem.query.shape
     _, s, k, _ = problem.key.shape
     g = problem.group
-    uses_direct = problem.member == "lla" and solver.method == "direct"
-    overlap = problem.member == "lla" and not uses_direct and not solver.adaptive
+    uses_direct = problem.mechanism == "lla" and solver.method == "direct"
+    overlap = problem.mechanism == "lla" and not uses_direct and not solver.adaptive
     plan = make_plan((b, t, k, g, h), s, problem.mask, direct=uses_direct, overlap=overlap)
     bias, bias_places = problem.bias, None
     if bias is not None:
@@ -76,7 +76,13 @@ def attend_shielded(
         bias = _by_group(bias, k)
         bias = bias.reshape(-1, *bias.shape[2:])
     spec = _Spec(
-        problem.member, solver, plan, _precision(problem), with_stats, bias_places, problem.soft_cap
+        problem.mechanism,
+        solver,
+        plan,
+        _precision(problem),
+        with_stats,
+        bias_places,
+        problem.soft_cap,
     )
 
     def rows_to_groups(array):  # [B, T, N, ...] -> [M, G, T, ...]
@@ -113,7 +119,7 @@ def _precision(problem: Problem) -> lax.Precision:
     small ridge amplifies it: on an H200 the error of the output then exceeds the rounding.
     """
     sixteen_bits = problem.query.dtype in (jnp.bfloat16, jnp.float16)
-    benign = problem.member != "lla" or (problem.static_ridge or 0) >= 1
+    benign = problem.mechanism != "lla" or (problem.static_ridge or 0) >= 1
     return lax.Precision.HIGH if sixteen_bits and benign else lax.Precision.HIGHEST
 
 
@@ -305,11 +311,11 @@ def _forward_tile(
     x = key_mean = None
     iterations = jnp.zeros_like(lse, jnp.int32)
     residual = jnp.zeros_like(lse)
-    if spec.member != "softmax":
+    if spec.mechanism != "softmax":
         key_mean = tiles.product(p, keys.k, spec.precision)
-    if spec.member == "parallax":
+    if spec.mechanism == "parallax":
         x = rows(padded.probe)
-    if spec.member == "lla":
+    if spec.mechanism == "lla":
         active = ~tiles.sees_nothing(lse)
         target = key_mean - (q - keys.origin)
         target = jnp.where(active[..., None], target, jnp.zeros_like(target))
@@ -323,7 +329,7 @@ def _forward_tile(
     saved = Residuals(
         out=out.astype(operands.query.dtype),
         log_sum_exp=lse,
-        probe=x if spec.member == "lla" else None,
+        probe=x if spec.mechanism == "lla" else None,
         key_mean=key_mean,
     )
     # The log-sum-exp of the logits as defined, whose keys are not shifted.
@@ -416,12 +422,12 @@ def _backward_tile(spec, operands, padded, mask, bias, saved, g, first, length, 
     c = tiles.product_nt(g, v, precision)
     c = c - tiles.weigh(p, c).sum(-1, keepdims=True)
     x = u = key_mean = d_probe = d_ridge = None
-    if spec.member != "softmax":
+    if spec.mechanism != "softmax":
         key_mean = rows(saved.key_mean)
         h = tiles.adjoint_target(p, k, c, precision)
-    if spec.member == "parallax":
+    if spec.mechanism == "parallax":
         x, d_probe = rows(padded.probe), -h
-    if spec.member == "lla":
+    if spec.mechanism == "lla":
         x, active = rows(saved.probe), ~tiles.sees_nothing(lse)
         u, _, _ = _solve(spec, h, p, k, key_mean, rows(padded.ridge), active, forward=False)
         d_ridge = tiles.row_dot(u, x)[..., 0]
@@ -487,11 +493,11 @@ def _output_tile(spec, operands, padded, mask, bias, first, length, start):
         logits = _logits(spec, q * scale[..., None], k, keys.bias)
         p, lse = tiles.softmax_weights(logits, valid)
         x = key_mean = None
-        if spec.member != "softmax":
+        if spec.mechanism != "softmax":
             key_mean = tiles.product(p, k, spec.precision)
-        if spec.member == "parallax":
+        if spec.mechanism == "parallax":
             x = rows(padded.probe)
-        if spec.member == "lla":
+        if spec.mechanism == "lla":
             active, ridge = ~tiles.sees_nothing(lse), rows(padded.ridge)
             target = key_mean - (q - origin)
             target = jnp.where(active[..., None], target, jnp.zeros_like(target))
