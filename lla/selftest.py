@@ -4,9 +4,9 @@ Outputs and gradients of all mechanisms of the family are compared with automati
 the dense reference in float64 on the CPU, for the same inputs. Prints a table of errors and times,
 exits with 0 if everything that can run is within its bound and with 1 otherwise.
 
-Errors are relative Frobenius norms. Bounds for float32: 1e-5 for a ridge of at least 1 (and
-for the mechanisms without a ridge), 1e-4 for at least 0.1, 1e-3 below, and ten times that for
-gradients. Bounds for bfloat16: twice the error of the exact result rounded once to bfloat16, plus 1e-5. The
+Errors are relative Frobenius norms. Bounds for float32: 1e-5 for a ridge of at least 1 (and for the
+mechanisms without a ridge), 1e-4 for at least 0.1, 1e-3 below, and ten times that for gradients.
+Bounds for bfloat16: twice the error of the exact result rounded once to bfloat16, plus 1e-5. The
 kernels round weights and probe besides: for local linear attention in bfloat16 their bounds are
 5e-3, and 2e-2 for gradients, at every ridge. Where few rows have a cotangent the tolerance of the
 solve does not average out of the gradients: elsewhere in bfloat16 theirs may be four times that of
