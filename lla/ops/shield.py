@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,24 @@ def shield(problem: Problem, *, fast: bool = False) -> tuple[Problem, Restore]:
     else:
         clean, restore = _any_mask(arrays, mask, seen)
     return dataclasses.replace(problem, mask=mask, **clean._asdict()), restore
+
+
+def shielded(attend: Callable[..., tuple[jax.Array, Stats]]) -> Callable[..., Any]:
+    """`attend` of a kernel back end, which takes any numbers then.
+
+    Args:
+      attend: ``(problem, **options) -> (out, Stats)`` with complete statistics.
+
+    Returns:
+      ``(problem, with_stats=True, **options) -> (out, Stats)`` as in `lla.ops.backend.Backend`.
+    """
+
+    def anything(problem: Problem, with_stats: bool = True, **options) -> tuple[jax.Array, Stats]:
+        del with_stats
+        problem, restore = shield(problem, fast=True)
+        return restore(*attend(problem, **options))
+
+    return anything
 
 
 # ---------------------------------------------------------------------------------------------

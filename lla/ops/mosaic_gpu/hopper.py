@@ -26,7 +26,7 @@ from lla.ops.problem import (
     options_unsupported_by_kernels,
     unsupported_by_kernels,
 )
-from lla.ops.shield import shield
+from lla.ops.shield import shielded
 from lla.ops.solver import Stats, choose_method
 
 _MAX_HEAD_DIM = 128
@@ -137,23 +137,12 @@ class _Probe(NamedTuple):
     low: jax.Array | None = None
 
 
-def attend(problem: Problem, with_stats: bool = True, **options) -> tuple[jax.Array, Stats]:
-    """Output and statistics, always complete, in the layout of `Problem`.
-
-    Args:
-      problem: one that `unsupported_shape` accepts.
-      with_stats: ignored.
-      **options: those of `attend_shielded`.
-    """
-    del with_stats
-    problem, restore = shield(problem, fast=True)
-    return restore(*attend_shielded(problem, **options))
-
-
 def attend_shielded(
     problem: Problem, *, configs: Any = None, interpret: Any = None, kernels: str = "mosaic_gpu"
 ) -> tuple[jax.Array, Stats]:
-    """`attend` of a problem without hidden or non-finite numbers.
+    """Output and statistics, always complete, in the layout of `Problem`.
+
+    Hidden numbers and those that are not finite reach other rows; `attend` keeps them away.
 
     Inside, arrays are padded: query and probe ``[B, T, N, D]``, key and value ``[B, S, K, D]``,
     ridge and scale ``[B, N, T]``.
@@ -233,6 +222,9 @@ def attend_shielded(
 
     stats = Stats(*(jnp.swapaxes(a[:, :, :t], 1, 2) for a in stats))  # [B, N, T] -> [B, T, N]
     return out[:, :t, :, :hv], stats
+
+
+attend = shielded(attend_shielded)
 
 
 # ---------------------------------------------------------------------------------------------

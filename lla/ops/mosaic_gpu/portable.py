@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lla import compat
 from lla.ops.mosaic_gpu import hopper
 from lla.ops.problem import Problem, options_unsupported_by_kernels, unsupported_by_kernels
-from lla.ops.shield import shield
+from lla.ops.shield import shielded
 from lla.ops.solver import Stats
 
 NAME = "mosaic_gpu_portable"
@@ -126,23 +126,12 @@ def _text(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def attend(problem: Problem, with_stats: bool = True, **options) -> tuple[jax.Array, Stats]:
-    """Output and statistics, always complete, in the layout of `Problem`.
-
-    Args:
-      problem: one that `unsupported_shape` accepts.
-      with_stats: ignored.
-      **options: those of `attend_shielded`.
-    """
-    del with_stats
-    problem, restore = shield(problem, fast=True)
-    return restore(*attend_shielded(problem, **options))
-
-
 def attend_shielded(
     problem: Problem, *, target: tuple[int, int] | None = None, interpret: Any = None
 ) -> tuple[jax.Array, Stats]:
-    """`attend` of a problem without hidden or non-finite numbers.
+    """Output and statistics, always complete, in the layout of `Problem`.
+
+    Hidden numbers and those that are not finite reach other rows; `attend` keeps them away.
 
     Args:
       problem: one that `unsupported_shape` accepts.
@@ -162,6 +151,9 @@ def attend_shielded(
         lambda array: _to_heads(array, problem.key.shape[2]),
         hopper.attend_shielded(packed, **options),
     )
+
+
+attend = shielded(attend_shielded)
 
 
 def _heads_as_positions(problem: Problem) -> Problem | None:

@@ -23,7 +23,7 @@ from lla.ops.problem import (
     options_unsupported_by_kernels,
     unsupported_by_kernels,
 )
-from lla.ops.shield import shield
+from lla.ops.shield import shielded
 from lla.ops.solver import Stats, resolve
 
 _MAX_HEAD_DIM = 256
@@ -69,23 +69,12 @@ class _Spec:
     interpret: Any
 
 
-def attend(problem: Problem, with_stats: bool = True, **options) -> tuple[jax.Array, Stats]:
-    """Output and statistics, always complete, in the layout of `Problem`.
-
-    Args:
-      problem: one that `unsupported_shape` accepts.
-      with_stats: ignored.
-      **options: those of `attend_shielded`.
-    """
-    del with_stats
-    problem, restore = shield(problem, fast=True)
-    return restore(*attend_shielded(problem, **options))
-
-
 def attend_shielded(
     problem: Problem, *, blocks: Any = None, interpret: Any = None
 ) -> tuple[jax.Array, Stats]:
-    """`attend` of a problem without hidden or non-finite numbers.
+    """Output and statistics, always complete, in the layout of `Problem`.
+
+    Hidden numbers and those that are not finite reach other rows; `attend` keeps them away.
 
     Inside, arrays are padded: query and probe ``[M, R, D]``, key and value ``[M, S, D]``, ridge and
     scale ``[M, R]``; see `lla.kernels.mosaic_tpu.launch.Shape`. The log-sum-exp and the mean key
@@ -172,6 +161,9 @@ def attend_shielded(
         return jnp.swapaxes(array, 1, 2).reshape(b, t, n, *array.shape[4:])
 
     return restore(out)[..., :hv], Stats(*(restore(a) for a in stats))
+
+
+attend = shielded(attend_shielded)
 
 
 # ---------------------------------------------------------------------------------------------
