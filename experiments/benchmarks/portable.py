@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -120,6 +121,14 @@ def make_cells(options) -> list[Cell]:
         accuracy("lla", head_dim, ridge=1.0, traced=True)
         accuracy("lla", head_dim, ridge=0.01)
         accuracy("lla", head_dim, ridge=0.1)
+        for ridge in (10.0, 0.1, 0.01):
+            accuracy("lla", head_dim, ridge=ridge, traced=True)
+    for head_dim in (256, 160):  # served by the kernels for 256
+        accuracy("softmax", head_dim)
+        accuracy("parallax", head_dim)
+        for ridge in (10.0, 1.0, 0.1):
+            accuracy("lla", head_dim, ridge=ridge)
+        accuracy("lla", head_dim, ridge=1.0, traced=True)
     for kind in ("anisotropic", "clustered", "offset", "sharp"):
         for ridge in (10.0, 1.0, 0.1, 0.01):
             accuracy("lla", ridge=ridge, inputs=kind)
@@ -127,8 +136,7 @@ def make_cells(options) -> list[Cell]:
         speed("xla", "lla", head_dim, 10.0)
         speed("xla", "softmax", head_dim)
         speed("xla", "lla", head_dim, 1.0)
-    kinds = options.kinds
-    return [c for c in cells if c.kind in kinds]
+    return [c for c in cells if c.kind in options.kinds and re.search(options.only, c.name())]
 
 
 def variants(head_dims):
@@ -503,6 +511,7 @@ def main() -> int:
     add("--workers", type=int, default=8)
     add("--head_dims", type=int, nargs="+", default=[64, 128])
     add("--kinds", nargs="+", default=list(kinds), choices=kinds)
+    add("--only", default="", help="regular expression: cells whose name it is found in")
     add("--variants", action="store_true", help="other configurations of every kernel, too")
     add("--commit", help="recorded with the results")
     add("--device", help="name of the card, recorded with the results")

@@ -72,7 +72,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path, monkeypatch):
 
 def test_cells_survive_the_way_to_a_worker():
     options = portable.argparse.Namespace(
-        head_dims=[64, 128], variants=True, kinds=("accuracy", "speed", "variant")
+        head_dims=[64, 128], variants=True, only="", kinds=("accuracy", "speed", "variant")
     )
     cells = portable.make_cells(options)
     assert len(set(cells)) > 100
