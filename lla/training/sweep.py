@@ -1,6 +1,7 @@
 """Sweeps: for every point of a grid, one program trains all seeds and learning rates."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -45,7 +46,7 @@ class GridPoint:
     choices: dict[str, Any]
     settings: Settings
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Hash of the settings that differ from the defaults, twelve hexadecimal digits.
 

@@ -260,6 +260,17 @@ def test_known_results_are_not_made_again(tmp_path):
     assert known.open_phases(others[0]) == []
 
 
+def test_many_known_results_need_one_digest(tmp_path, monkeypatch):
+    grid, points = sweep.grid_points(two_phases())
+    row = {**points[0].choices, "settings": points[0].digest, "phase": "final"}
+    hashed = []
+    monkeypatch.setattr(sweep, "_changed", lambda *given: hashed.append(given) or {})
+    _, (point,) = sweep.grid_points(two_phases())
+    known = sweep.Grid(grid, [point], tmp_path, known=[row] * 100)
+    known.open_phases(point)
+    assert len(hashed) == 1
+
+
 def test_a_pause_goes_on_where_it_was(tmp_path):
     from lla.training.queue import Queue
 
