@@ -214,7 +214,7 @@ class _Fit:
                 self._fetch()
             end = min(steps, step + self.options.log_every - step % self.options.log_every)
             count = min(self.options.steps_per_call, end - step)
-            state, metrics = self.trainer.advance(state, np.int32(count))
+            state, metrics = self.trainer.advance(state, np.int32(count), self._places())
             step, calls = step + count, calls + 1
             self._fetch()  # metrics of the previous call, while the device runs this one
             self.pending = (step, metrics)
@@ -245,6 +245,23 @@ class _Fit:
         if self.tracing:
             jax.profiler.stop_trace()
             self.tracing = False
+
+    def _places(self):
+        """Indices of the seeds to update, if a program of at most half of them pays; else None.
+
+        It depends on the state alone, so that a resumed run goes on with the same program. To
+        compile it pays where a fifth of the updates is left. It has room for a power of two of
+        seeds, so that few are compiled.
+        """
+        if self.trainer.runs is None:
+            return None
+        early = (self.stopped_at >= 0) & (self.stopped_at <= 0.8 * self.options.steps)
+        over = early.all(axis=1)
+        going = int(np.sum(~over))
+        size = 1 << max(going - 1, 0).bit_length()
+        if 2 * size > len(over):
+            return None
+        return np.sort(np.argsort(over, kind="stable")[:size]).astype(np.int32)
 
     def _ends_window(self) -> bool:
         """Whether the pending call is the last one of a training record."""

@@ -128,6 +128,7 @@ class Trainer:
                 in_shardings=(self._placement, None, None),
                 out_shardings=(self._placement, everywhere),
             ),
+            "advance_some": jax.jit(self._advance_some, donate_argnums=0),
             "evaluate": jax.jit(self._evaluate, out_shardings=everywhere),
             "evaluate_others": jax.jit(self._evaluate_others, out_shardings=everywhere),
         }
@@ -178,15 +179,25 @@ class Trainer:
         """The state before the first step."""
         return self._calls["init"]()
 
-    def advance(self, state: TrainState, count: np.int32) -> tuple[TrainState, dict[str, Any]]:
+    def advance(
+        self, state: TrainState, count: np.int32, places: np.ndarray | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Makes `count` updates; donates `state`.
+
+        Args:
+          state: before the updates.
+          count: number of updates.
+          places: indices of the seeds of `runs` that are updated, in a program of their own, which
+            is compiled at the first call with so many; all are if None.
 
         Returns:
           The new state, and {"sums": metrics summed over the updates, "failed_at": see
           `TrainState`}. Failed updates, and runs that have failed or stopped, add nothing to the
           sums.
         """
-        return self._calls["advance"](state, count, self.rates)
+        if places is None:
+            return self._calls["advance"](state, count, self.rates)
+        return self._calls["advance_some"](state, count, self.rates, places)
 
     def evaluate(self, params: Mapping[str, jax.Array]) -> Sums:
         """Metrics of the validation split, named "validation/metric"."""
@@ -262,17 +273,40 @@ class Trainer:
         never = jnp.full(self.shape, -1, jnp.int32)
         return TrainState(jnp.int32(0), never, never, params, opt_state)
 
-    def _advance(self, state: TrainState, count: jax.Array, rates: jax.Array):
-        sums = jax.eval_shape(self._step, state, rates)[1]
+    def _advance(self, state: TrainState, count: jax.Array, rates: jax.Array, places=None):
+        seeds = None if self.runs is None else jnp.asarray(self.runs.seeds, jnp.uint32)
+        if places is not None:
+            seeds = seeds[places]
+        sums = jax.eval_shape(self._step, state, rates, seeds)[1]
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
 
         def body(_, carry):
             state, sums = carry
-            state, more = self._step(state, rates)
+            state, more = self._step(state, rates, seeds)
             return state, jax.tree.map(jnp.add, sums, more)
 
         state, sums = jax.lax.fori_loop(0, count, body, (state, sums))
         return state, {"sums": sums, "failed_at": state.failed_at}
+
+    def _advance_some(self, state: TrainState, count: jax.Array, rates: jax.Array, places):
+        def take(tree):
+            return jax.tree.map(lambda leaf: leaf[places], tree)
+
+        def put(tree, part):
+            return jax.tree.map(lambda leaf, some: leaf.at[places].set(some), tree, part)
+
+        def runs_of(state):
+            return state.params, state.opt_state, state.failed_at, state.stopped_at
+
+        params, opt_state, failed_at, stopped_at = take(runs_of(state))
+        part = TrainState(state.step, failed_at, stopped_at, params, opt_state)
+        part, metrics = self._advance(part, count, rates, places)
+        params, opt_state, failed_at, stopped_at = put(runs_of(state), runs_of(part))
+        state = TrainState(part.step, failed_at, stopped_at, params, opt_state)
+        sums = jax.tree.map(
+            lambda leaf: jnp.zeros((self.shape[0], *leaf.shape[1:]), leaf.dtype), metrics["sums"]
+        )
+        return state, {"sums": put(sums, metrics["sums"]), "failed_at": failed_at}
 
     def _evaluate(self, params, which: jax.Array) -> Sums:
         """Metrics of the split `self._alike[which]`; one program for all splits of equal shapes."""
@@ -317,7 +351,7 @@ class Trainer:
         )
         return jax.lax.fori_loop(0, self.settings.training.eval_batches, body, zero)
 
-    def _step(self, state: TrainState, rates: jax.Array) -> tuple[TrainState, Sums]:
+    def _step(self, state: TrainState, rates: jax.Array, seeds) -> tuple[TrainState, Sums]:
         factor = self._schedule(state.step)
         body = (state.params, state.opt_state, state.failed_at, state.stopped_at)
         update = functools.partial(self._update, state.step)
@@ -333,7 +367,7 @@ class Trainer:
                 batch = self._batch(seed, state.step, self.batch_size, "train")
                 return jax.vmap(update, in_axes=(0, 0, None))(body, rates, batch)
 
-            new, sums = jax.vmap(for_seed)(body, jnp.asarray(self.runs.seeds, jnp.uint32))
+            new, sums = jax.vmap(for_seed)(body, seeds)
         params, opt_state, failed_at, stopped_at = new
         return TrainState(state.step + 1, failed_at, stopped_at, params, opt_state), sums
 

@@ -96,9 +96,9 @@ def test_a_window_takes_as_long_as_its_steps(tmp_path, monkeypatch):
     trainer = default_program()
     advance = trainer.advance
 
-    def slowly(state, count):  # as where the call returns when it is done
+    def slowly(*given):  # as where the call returns when it is done
         time.sleep(0.2)
-        return jax.block_until_ready(advance(state, count))
+        return jax.block_until_ready(advance(*given))
 
     monkeypatch.setattr(trainer, "advance", slowly)
     train(tmp_path)

@@ -242,6 +242,65 @@ def test_selection_ends_when_one_rate_is_at_the_goal(tmp_path, monkeypatch):
     assert [row["curve"] for row in rows if row["seed"] == 1] == [(0.0, 0.95)]
 
 
+@pytest.mark.parametrize("end", [2, 10])
+def test_a_seed_that_goes_on_alone_has_a_program_of_its_own(tmp_path, monkeypatch, end):
+    """Three of four seeds reach the goal at step `end`, too late to pay at step 10 of 12."""
+    given = config(seeds=(0, 1, 2, 3), learning_rates=(1e-2,))
+    given["sweep"]["grid"] = {"model": {"mixer": {"name": ("linear",)}}}
+    given["training"].update(steps=12, stop_at=0.8)
+    evaluate, advance, called = training.Trainer.evaluate, training.Trainer.advance, []
+
+    def evaluated(self, params):
+        found = dict(evaluate(self, params))
+        self.evaluations = getattr(self, "evaluations", 0) + 1
+        value = np.full((4, 1), 0.0)
+        value[[0, 1, 3]] = 0.0 if self.evaluations <= end / 2 else 0.9
+        return found | {"validation/accuracy": (value, np.ones_like(value))}
+
+    def recorded(self, state, count, places=None):
+        called.append(None if places is None else places.tolist())
+        return advance(self, state, count, places)
+
+    monkeypatch.setattr(training.Trainer, "evaluate", evaluated)
+    monkeypatch.setattr(training.Trainer, "advance", recorded)
+    rows, _ = run(tmp_path / "first", given)
+    assert [row["steps"] for row in rows] == [end, end, 12, end]
+    assert called == ([None] + 5 * [[2]] if end == 2 else 6 * [None])
+    given["training"]["stop_at"] = None
+    whole, _ = run(tmp_path / "second", given)
+    assert rows[2]["final:test/accuracy"] == pytest.approx(whole[2]["final:test/accuracy"])
+    losses = [
+        [record["loss"][2] for record in read_records(folder) if record["kind"] == "train"]
+        for folder in sorted(tmp_path.glob("*/cells/*/final"))
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_a_seed_that_goes_on_alone_resumes_with_the_same_program(tmp_path, monkeypatch):
+    runs = training.Runs(seeds=(0, 1, 2), learning_rates=(1e-2,))
+    settings = resolve(training={"steps": 12, "eval_every": 2, "stop_at": 0.8})
+    trainer = training.Trainer(settings, runs=runs)
+    evaluate = trainer.evaluate
+
+    def evaluated(params):
+        value = np.asarray([[0.9], [0.0], [0.9]])
+        return evaluate(params) | {"validation/accuracy": (value, np.ones_like(value))}
+
+    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    for name, pause_at in (("whole", np.inf), ("paused", 0.0)):
+        results = []
+        while not results or results[-1]["status"] == "paused":
+            results.append(
+                training.fit(trainer, tmp_path / name, {}, stream=io.StringIO(), pause_at=pause_at)
+            )
+        assert len(results) == (1 if name == "whole" else 6)
+        assert results[-1]["stopped_at"] == [[0], [-1], [0]]
+    whole, paused = (
+        (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "paused")
+    )
+    assert whole == paused
+
+
 def test_known_results_are_not_made_again(tmp_path):
     first, _ = run(tmp_path / "first", two_phases())
     grid, points = sweep.grid_points(two_phases())

@@ -232,6 +232,36 @@ def test_a_run_that_has_stopped_stays_as_it_is():
     assert np.asarray(metrics["sums"]["learning_rate"][1]).tolist() == [[2.0], [0.0]]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_some_seeds_are_updated_as_all_are(optimizer):
+    runs = training.Runs(seeds=(0, 1, 2, 3), learning_rates=(1e-2, 1e-3))
+    trainer = training.Trainer(resolve(optimizer={"name": optimizer}), runs=runs)
+    places = np.asarray([1, 3], np.int32)
+
+    def updated(*given):
+        state, _ = trainer.advance(trainer.init(), np.int32(1))
+        state = dataclasses.replace(state, stopped_at=state.stopped_at.at[3].set(1))
+        before = jax.device_get((state.params, state.opt_state))
+        state, metrics = trainer.advance(state, np.int32(2), *given)
+        return before, *jax.device_get((state, metrics["sums"]))
+
+    before, state, sums = updated(places)
+    _, expected, expected_sums = updated()
+    assert int(state.step) == 3
+    found = state.params, state.opt_state
+    for i, wanted in ((0, before), (1, (expected.params, expected.opt_state)), (2, before)):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b[i], rtol=1e-4, atol=1e-5),
+            found,
+            wanted,
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[3], b[3]), found, before)
+    for name, (total, weight) in sums.items():
+        np.testing.assert_allclose(total[1], expected_sums[name][0][1], rtol=1e-4, err_msg=name)
+        np.testing.assert_array_equal(weight[1], expected_sums[name][1][1], err_msg=name)
+        assert not np.any(weight[[0, 2, 3]]), name
+
+
 def test_a_program_compiled_ahead_trains_at_other_rates():
     ahead = training.Trainer(resolve(), runs=training.Runs((0, 1), (1e-3,)))
     ahead.compile()
