@@ -118,7 +118,8 @@ def served_by(program: Program) -> dict[str, str]:
     graph, params, x = abstract(program)
     heads = jax.eval_shape(lambda params, x: nnx.merge(graph, params).heads(x), params, x)
     reasons = lla.explain(*heads)
-    return {"served_by": next(name for name in preference() if reasons[name] is None)}
+    by_default = (n for n in preference() if reasons[n] is None and f"{n}:default" not in reasons)
+    return {"served_by": next(by_default)}
 
 
 def layer_pass(graph, which: str):

@@ -36,7 +36,7 @@ class Cell:
 
     `kind` is "accuracy" (of the output and all gradients, twice, which have to be equal in every
     bit), "speed", or "variant": the time of one kernel in another configuration. `options` are
-    those of the operator, or of the configuration.
+    those of the operator, with "num_iters" for the solver's, or of the configuration.
     """
 
     kind: str
@@ -115,6 +115,9 @@ def make_cells(options) -> list[Cell]:
             mechanism, 128, batch=3, ridge=ridge, options=(length, ("is_causal", False)), keys=900
         )
         accuracy(mechanism, dtype="float16", ridge=ridge, options=(("segments", True),))
+    step = {"batch": 2, "queries": 1, "keys": 1000, "heads": 8, "kv_heads": 2}  # one token
+    for mechanism, ridge in (("softmax", None), ("lla", 10.0), ("lla", 1.0), ("parallax", None)):
+        accuracy(mechanism, ridge=ridge, options=(("query_offset", (999, 700)),), **step)
     accuracy("parallax", 128)
     accuracy("parallax", 40, queries=300, keys=700, options=(("query_offset", (400,)),))
     for head_dim in options.head_dims:
@@ -185,7 +188,11 @@ def make_inputs(cell: Cell) -> dict[str, Any]:
 def operator_options(cell: Cell) -> dict[str, Any]:
     import numpy as np
 
+    import lla
+
     options = dict(cell.options)
+    if "num_iters" in options:
+        options["solver"] = lla.Solver(num_iters=options.pop("num_iters"))
     if options.pop("segments", False):
         ids = np.sort(np.random.default_rng(2).integers(0, 5, (cell.batch, cell.keys)))
         options["segment_ids"] = (ids.astype(np.int32), ids.astype(np.int32))
@@ -501,7 +508,7 @@ def table(records) -> str:
     return "\n".join([*lines, f"cells: {counts}"])
 
 
-def main() -> int:
+def main(make_cells=make_cells, name="portable") -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     kinds = ("accuracy", "speed", "variant")
@@ -515,12 +522,12 @@ def main() -> int:
     add("--variants", action="store_true", help="other configurations of every kernel, too")
     add("--commit", help="recorded with the results")
     add("--device", help="name of the card, recorded with the results")
-    add("--output", type=pathlib.Path, default=pathlib.Path("portable.json"))
+    add("--output", type=pathlib.Path, default=pathlib.Path(f"{name}.json"))
     options = parser.parse_args()
     if options.work:
         work(options.work)
         return 0
-    header = {"benchmark": "portable", "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    header = {"benchmark": name, "date": time.strftime("%Y-%m-%d", time.gmtime())}
     header |= {"commit": options.commit, "device": options.device}
     header["jax"] = importlib.metadata.version("jax")
     board = Board(make_cells(options), options.output, header)

@@ -11,7 +11,7 @@ import re
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENT = ROOT / "kernels" / "PORTABLE.md"
-MEASURED = pathlib.Path(__file__).parent / "measured" / "portable_h200.json"
+MEASURED = pathlib.Path(__file__).parent / "measured"
 COMPILED = pathlib.Path(__file__).parent / "compiled" / "portable.json"
 
 _OURS, _HOPPER = "mosaic_gpu_portable", "mosaic_gpu"
@@ -19,6 +19,12 @@ _OURS, _HOPPER = "mosaic_gpu_portable", "mosaic_gpu"
 
 def load(path: pathlib.Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_measured() -> dict:
+    """The records of all runs on the H200, the first one's first."""
+    runs = [load(path) for path in sorted(MEASURED.glob("portable_h200*.json"))]
+    return {"records": [record for run in runs for record in run["records"]]}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -112,7 +118,7 @@ def variants(document: dict) -> str:
 
 
 def compiled(document: dict) -> str:
-    """Bytes of spilled registers of every kernel, by card."""
+    """Registers of a thread, bytes that it spills, and KiB of shared memory, by kernel and card."""
     kernels = document["kernels"]
     cards = sorted({name.split()[0] for name in kernels}, key=lambda c: [*map(int, c.split("."))])
     names = list(dict.fromkeys(name.split()[1] for name in kernels))
@@ -122,14 +128,15 @@ def compiled(document: dict) -> str:
         row = [name]
         for card in cards:
             one = kernels.get(f"{card} {name}")
-            row.append("" if one is None else f"{one['registers']}, {one['spills']}")
+            numbers = (one["registers"], one["spills"], round(one["shared"] / 1024)) if one else ()
+            row.append(", ".join(map(str, numbers)) or "–")
         rows.append(row)
     return table(["kernel", *(f"sm_{card.replace('.', '')}" for card in cards)], rows)
 
 
 def render(text: str) -> str:
     """A document with all its tables written anew."""
-    measured = load(MEASURED)
+    measured = load_measured()
     found = {name: make(measured) for name, make in
              (("speed", speed), ("accuracy", accuracy), ("variants", variants))}  # fmt: skip
     if COMPILED.exists():

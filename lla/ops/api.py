@@ -131,8 +131,9 @@ def local_linear_attention(
         `softmax_attention` alone.
       solver: how the systems are solved, an `lla.Solver`; None means ``lla.Solver()``.
       implementation: None (the best one for the platform), ``"reference"`` (exact, dense),
-        ``"xla"`` (blockwise), ``"mosaic_gpu"`` (Hopper), ``"mosaic_gpu_portable"`` (NVIDIA GPUs
-        since Ampere), ``"mosaic_tpu"``, or a sequence tried in order; see `lla.explain`.
+        ``"xla"`` (blockwise), ``"mosaic_gpu"`` (NVIDIA GPUs since Ampere; on Hopper kernels of
+        its own), ``"mosaic_gpu_portable"`` (the same without those), ``"mosaic_tpu"``, or a
+        sequence tried in order; see `lla.explain`.
       return_stats: also return an `lla.Stats`.
       context_axis: the name of a mesh axis over which the sequence of queries, keys and values is
         split, an Explicit axis or one of an enclosing `jax.shard_map`; for other meshes see
@@ -359,7 +360,9 @@ def explain(
       A dict from implementation name to None (it can serve) or the reason why it cannot. With a
       cache, an implementation that has kernels or a method of its own for decoding also has an
       entry ``"<name>:decode"``; where that is a reason, the implementation treats the step as a
-      call on the whole cache.
+      call on the whole cache. Where ``"mosaic_gpu"`` serves with the portable kernels,
+      ``"mosaic_gpu:hopper"`` says why those for Hopper do not, and ``"mosaic_gpu:default"``, if it
+      is there, why ``implementation=None`` passes them over.
     """
     names = (
         tuple(backend.BACKENDS) if implementation is None else backend.check_names(implementation)

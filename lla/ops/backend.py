@@ -51,6 +51,9 @@ class Backend:
       decode: its own way of decoding; None: `attend` serves there, too.
       default_on: platforms, as `jax.default_backend` names them, on which ``implementation=None``
         tries it before "xla".
+      caveats: what a caller should know about a problem that it can serve, by a name of one word:
+        `explain` lists it as ``"<name>:<word>"``. One named "default" says why
+        ``implementation=None`` passes the back end over.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Backend:
     attend: Callable[[Problem, bool], Results]
     decode: Decoder | None = None
     default_on: tuple[str, ...] = ()
+    caveats: Callable[[Problem], dict[str, str]] = lambda problem: {}
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -91,14 +95,14 @@ register_backend(
         mosaic_gpu.attend,
         decode=Decoder(mosaic_gpu.unsupported_decoding, mosaic_gpu.decode),
         default_on=("gpu",),
+        caveats=mosaic_gpu.caveats,
     )
 )
-# The same for all NVIDIA GPUs since Ampere: by this name where they have not run, or in the place
-# of the kernels for Hopper, to test them.
+# Its kernels for all NVIDIA GPUs since Ampere alone: to test them on Hopper, too.
 register_backend(
     Backend(
         mosaic_gpu_portable.NAME,
-        mosaic_gpu_portable.unsupported_by_name,
+        mosaic_gpu_portable.unsupported,
         mosaic_gpu_portable.attend,
     )
 )
@@ -134,12 +138,15 @@ def explain(
 ) -> dict[str, str | None]:
     """For each name the reason why it cannot serve `problem`, None where it can.
 
-    With `decoding` there is also ``"<name>:decode"`` for a back end that has a `Decoder`.
+    With `decoding` there is also ``"<name>:decode"`` for a back end that has a `Decoder`, and
+    ``"<name>:<word>"`` for the caveats of one that can serve.
     """
     reasons = {}
     for name in names:
         backend = BACKENDS[name]
         reasons[name] = reason = backend.unsupported(problem)
+        if reason is None:
+            reasons |= {f"{name}:{word}": text for word, text in backend.caveats(problem).items()}
         if decoding and backend.decode is not None:
             reasons[f"{name}:decode"] = reason or backend.decode.unsupported(problem)
     return reasons
@@ -153,9 +160,12 @@ def choose(problem: Problem, implementation: Implementation) -> str:
     """
     reasons = {}
     for name in check_names(implementation):
-        reasons[name] = BACKENDS[name].unsupported(problem)
-        if reasons[name] is None:
+        reason = BACKENDS[name].unsupported(problem)
+        if reason is None and implementation is None:
+            reason = BACKENDS[name].caveats(problem).get("default")
+        if reason is None:
             return name
+        reasons[name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(
         f"no implementation can serve this call ({listed}). What each of them has: "

@@ -3,13 +3,15 @@
     pip install "jax-cuda13-plugin" "jax-cuda13-pjrt" "nvidia-cuda-nvcc==13.0.*" "nvidia-nvvm==13.0.*"
     python tests/kernels/compile_portable.py 8.0 9.0 ... [--only NAME] [--table FILE]
 
-Prints a line ``kernel CAPABILITY NAME`` before what the assembler says of it (registers, spills).
+Prints a line ``kernel CAPABILITY NAME``, the shared memory of a program instance, and what the
+assembler says of it (registers, spills).
 ``--table FILE`` compiles in processes of one card each and writes what `read` finds to FILE.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -168,17 +170,41 @@ def compiler(capability):
     return compile_for_card
 
 
+@contextlib.contextmanager
+def recorded_shared_bytes():
+    """Yields a list to which every kernel that is traced adds its bytes of shared memory."""
+    found, shared_bytes = [], launch.shared_bytes
+
+    def record(scratch):
+        found.append(shared_bytes(scratch))
+        return found[-1]
+
+    launch.shared_bytes = record
+    try:
+        yield found
+    finally:
+        launch.shared_bytes = shared_bytes
+
+
 def read(said: str) -> dict[str, dict[str, int]]:
-    """Registers of a thread and bytes of its spills, from what `main` and the assembler print."""
+    """Registers of a thread, bytes of its spills, and shared memory, from what `main` prints."""
     found = {}
     for part in re.split(r"^kernel ", said, flags=re.MULTILINE)[1:]:
         registers = re.findall(r"Used (\d+) registers", part)
         spills = re.findall(r"(\d+) bytes spill stores", part)
-        if not (registers and spills):
+        shared = re.findall(r"^shared (\d+)", part, flags=re.MULTILINE)
+        if not (registers and spills and shared):
             raise ValueError(part[-2000:])
         name = " ".join(part.split()[:2])
-        found[name] = {"registers": int(registers[-1]), "spills": max(map(int, spills))}
+        found[name] = {
+            "registers": int(registers[-1]), "spills": max(map(int, spills)),
+            "shared": int(shared[-1]),
+        }  # fmt: skip
     return found
+
+
+def trace(function, arguments):
+    jax.eval_shape(function, *arguments)
 
 
 def write_table(options) -> int:
@@ -209,13 +235,14 @@ def main():
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--head_dims", type=int, nargs="+", default=list(configs.HEAD_DIMS))
     parser.add_argument("--table")
+    parser.add_argument("--trace", action="store_true", help="print shared memory alone")
     options = parser.parse_args()
     if options.table:
         return write_table(options)
     failed = False
     for text in options.capabilities:
         capability = tuple(int(part) for part in text.split("."))
-        compile_for_card = compiler(capability)
+        compile_for_card = trace if options.trace else compiler(capability)
         for head_dim in options.head_dims:
             if not configs.fits(head_dim, capability):
                 continue
@@ -224,7 +251,9 @@ def main():
                     continue
                 print(f"kernel {text} {name}_{head_dim}", flush=True)
                 try:
-                    compile_for_card(function, arguments)
+                    with recorded_shared_bytes() as shared:
+                        compile_for_card(function, arguments)
+                    print("shared", max(shared), flush=True)
                 except Exception as error:
                     if len(options.only or ()) == 1:
                         raise

@@ -44,8 +44,8 @@ def test_lowers_for_a_card(capability):
 @needs_kernels
 def test_hopper_kernels_lower_for_hopper():
     assert lower("9.0", "mosaic_gpu").count("mosaic_gpu") >= 5
-    with pytest.raises(NotImplementedError, match=r"9\.0"):
-        lower("10.0", "mosaic_gpu")
+    with lowering_for("cuda", capability="9.0"):
+        assert not [name for name in lla.explain(*arrays()) if name.startswith("mosaic_gpu:")]
 
 
 @pytest.mark.parametrize(
@@ -74,18 +74,32 @@ def test_needs_an_nvidia_gpu():
 
 
 @needs_kernels
-def test_named_by_another_name_only_where_measured(monkeypatch):
-    """``"mosaic_gpu"`` takes them where they have run and the Hopper kernels do not serve."""
+def test_the_card_decides_which_kernels_serve(monkeypatch):
+    """The portable ones where those for Hopper do not; unless by name, where they were checked."""
     from lla.ops.mosaic_gpu import portable
 
-    with lowering_for("cuda", capability="10.0"):
-        assert "asked for by name" in lla.explain(*arrays())["mosaic_gpu"]
-        assert lla.explain(*arrays())["mosaic_gpu_portable"] is None
-    monkeypatch.setitem(portable.MEASURED, (10, 0), 64)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert lower("10.0", "mosaic_gpu").count("mosaic_gpu") >= 5
+    assert "mosaic_gpu" not in lower("10.0", None)
     with lowering_for("cuda", capability="10.0"):
-        assert lla.explain(*arrays())["mosaic_gpu"] is None
-        assert "asked for by name" in lla.explain(*arrays(128))["mosaic_gpu"]
+        found = lla.explain(*arrays())
+    assert found["mosaic_gpu"] is None is found["mosaic_gpu_portable"]
+    assert "target is 10.0" in found["mosaic_gpu:hopper"]
+    assert "never been checked on compute capability 10.0" in found["mosaic_gpu:default"]
+
+    monkeypatch.setitem(portable.MEASURED, (10, 0), 64)
+    assert lower("10.0", None).count("mosaic_gpu") >= 5
+    with lowering_for("cuda", capability="10.0"):
+        assert "mosaic_gpu:default" not in lla.explain(*arrays())
+        assert "head dimension 128" in lla.explain(*arrays(128))["mosaic_gpu:default"]
+
+
+@needs_kernels
+def test_wide_heads_on_hopper():
+    """The portable kernels serve head dimensions that those for Hopper do not."""
+    with lowering_for("cuda", capability="9.0"):
+        found = lla.explain(*arrays(160))
+    assert found["mosaic_gpu"] is None and "160" in found["mosaic_gpu:hopper"]
 
 
 @needs_kernels

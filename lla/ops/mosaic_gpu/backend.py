@@ -31,13 +31,21 @@ def _choose(problem: Problem) -> tuple[ModuleType, ModuleType | None] | str:
         if reason is None:
             return family
         reasons.append(reason)
-    return "; ".join(reasons)
+    return "; ".join(dict.fromkeys(reasons))
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why no kernels can serve `problem` on this machine, None if some can."""
     found = _choose(problem)
     return found if isinstance(found, str) else None
+
+
+def caveats(problem: Problem) -> dict[str, str]:
+    """Why not the kernels for Hopper, and why these only by name, of a problem that is served."""
+    if _choose(problem)[0] is hopper:
+        return {}
+    found = {"hopper": hopper.unsupported(problem), "default": portable.untried(problem)}
+    return {word: reason for word, reason in found.items() if reason is not None}
 
 
 def attend(problem: Problem, with_stats: bool) -> tuple[jax.Array, Stats]:

@@ -45,7 +45,10 @@ def unsupported(problem: Problem) -> str | None:
 def refuse_machine() -> str | None:
     """Why this machine cannot run kernels for Hopper, None if it can."""
     if jax.__version_info__ < (0, 11):
-        return f"the Mosaic GPU kernels need JAX 0.11 or later, this is {jax.__version__}"
+        return (
+            f"the Hopper kernels need JAX 0.11 or later (Python 3.12 or later), this is "
+            f"{jax.__version__}"
+        )
     return _refuse_device()
 
 

@@ -23,8 +23,7 @@ NAME = "mosaic_gpu_portable"
 MEASURED: dict[tuple[int, int], int] = {}
 """Compute capabilities whose accuracy was checked in full, and up to which head dimension.
 
-``implementation="mosaic_gpu"`` takes these kernels there, where those for Hopper do not serve. None
-yet: on an H200 ridges of each token other than 1 are still to be checked (kernels/PORTABLE.md).
+``implementation=None`` takes these kernels nowhere else.
 """
 
 _FOLDER = "mosaic_gpu_mma"
@@ -33,7 +32,7 @@ _MAX_HEAD_DIM = 256
 _JAX, _JAX_BEFORE_HOPPER = (0, 11, 2), (0, 12)
 
 
-def unsupported_by_name(problem: Problem) -> str | None:
+def unsupported(problem: Problem) -> str | None:
     """Why the kernels cannot serve `problem`, None if they can: on an untried card, too."""
     return (
         options_unsupported_by_kernels(problem)
@@ -43,18 +42,19 @@ def unsupported_by_name(problem: Problem) -> str | None:
     )
 
 
-def unsupported(problem: Problem) -> str | None:
-    """The same, or that the kernels were not checked in full on such a card."""
-    reason = unsupported_by_name(problem)
-    if reason is not None:
-        return reason
+def untried(problem: Problem) -> str | None:
+    """That the kernels were not checked on such a card, None if they were.
+
+    The problem is one that they can serve.
+    """
     found = capability()
     widest = max(problem.query.shape[-1], problem.value.shape[-1])
     if widest <= MEASURED.get(found, 0):
         return None
     return (
-        f"implementation={NAME!r} has kernels for compute capability {_text(found)} and head "
-        f"dimension {widest}, which have to be asked for by name until they are checked there"
+        f"the portable kernels, which would serve this call, have never been checked on compute "
+        f"capability {_text(found)} with head dimension {widest}; ask for them by name "
+        f'(implementation="mosaic_gpu") after `lla-selftest --implementation mosaic_gpu`'
     )
 
 
