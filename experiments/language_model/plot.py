@@ -40,7 +40,7 @@ def draw(found: Sequence[summary.Run], records: Sequence[Mapping[str, Any]]):
     curves = {case: _curve(found, records, case) for case in CURVES}
     curves = {case: curve for case, curve in curves.items() if curve}
     figure, axes = figures.new(
-        1, 2 if curves else 1, height=1.3 + 0.15 * len(apart), width=figures.PAGE,
+        1, 2 if curves else 1, height=max(2.4, 1.3 + 0.15 * len(apart)), width=figures.PAGE,
         **({"width_ratios": (1.25, 1)} if curves else {}),
     )  # fmt: skip
     _at_the_end(axes[0, 0], apart)
@@ -66,6 +66,7 @@ def _at_the_end(axis, apart):
     axis.set_yticks(range(len(names)), labels=names)
     axis.grid(True, axis="both")
     axis.tick_params(axis="y", length=0)
+    axis.locator_params(axis="x", nbins=5)
 
 
 def _curve(found, records, case):
@@ -98,7 +99,8 @@ def _during_training(axis, curves):
         axis.plot(steps, values, label=style.name, **style.options())
     axis.axhline(0, color="0.4", linewidth=0.9, linestyle=":")
     axis.set_xlabel("updates")
-    axis.set_ylabel("difference, mean of the seeds")
+    axis.set_ylabel("difference")
+    axis.locator_params(axis="x", nbins=5)
     axis.grid(True, axis="y")
     axis.legend()
 

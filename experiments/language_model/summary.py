@@ -31,7 +31,7 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 BASE = "softmax"  # the case that others are compared with
 METRIC, TEST = "validation/loss", "final:test/loss"
 EVALUATIONS = "evaluations.json"
-POSITIONS = ("0-127", "128-255", "256-511", "512-1023")
+POSITION = "loss/position_"  # prefix of the loss of a part of the sequences
 # Case of the config: its mixer, which gives the colour, and its name.
 CASES = {
     "softmax": ("softmax", "Softmax"),
@@ -276,48 +276,46 @@ def _rates(found):
     ]
 
 
-def by_position(records: Sequence[dict[str, Any]], keys) -> dict[str, list[float]]:
-    """Case -> validation losses of the parts of a sequence, less those of softmax attention.
+def by_position(records: Sequence[dict[str, Any]], keys) -> dict[str, dict[str, float]]:
+    """Case -> part of a sequence -> validation loss, less that of softmax attention.
 
     Means over the seeds of `keys`; softmax attention has its losses themselves.
     """
-    losses: dict[str, dict[int, list[float]]] = {}
+    losses: dict[str, dict[int, dict[str, float]]] = {}
     for record in records:
         if (record["case"], record["seed"], record["learning_rate"]) in keys:
-            last = record["validation"][-1]
-            losses.setdefault(record["case"], {})[record["seed"]] = [
-                last[f"loss/position_{part}"] for part in POSITIONS
-            ]
-    base = losses.get(BASE, {})
-    found = {BASE: _means(list(base.values()))} if base else {}
+            losses.setdefault(record["case"], {})[record["seed"]] = {
+                name.removeprefix(POSITION): value
+                for name, value in record["validation"][-1].items()
+                if name.startswith(POSITION)
+            }
+    base, found = losses.get(BASE, {}), {}
     for case in CASES:
         common = sorted(losses.get(case, {}).keys() & base.keys())
-        if case != BASE and common:
-            found[case] = _means(
-                [
-                    [a - b for a, b in zip(losses[case][seed], base[seed], strict=True)]
+        if common:
+            found[case] = {
+                part: statistics.mean(
+                    losses[case][seed][part] - (0.0 if case == BASE else base[seed][part])
                     for seed in common
-                ]
-            )
+                )
+                for part in sorted(base[common[0]], key=lambda part: int(part.split("-")[0]))
+            }
     return found
 
 
-def _means(lines):
-    return [statistics.mean(column) for column in zip(*lines, strict=True)]
-
-
 def _positions(found, records):
-    parts = by_position(records, {run.key for run in found})
-    if not parts:
+    losses = by_position(records, {run.key for run in found})
+    if not losses:
         return []
     rows = [
-        [CASES[case][1], *(f"{v:{'' if case == BASE else '+'}.4f}" for v in values)]
-        for case, values in parts.items()
+        [CASES[case][1], *(f"{v:{'' if case == BASE else '+'}.4f}" for v in parts.values())]
+        for case, parts in losses.items()
     ]
+    heads = [part.replace("-", " to ") for part in next(iter(losses.values()))]
     return [
         "Validation loss by the place of a token in its sequence; the first line is the loss of "
         "softmax attention, the others what is added to it (mean over seeds):",
-        tables.markdown(["mechanism", *(part.replace("-", " to ") for part in POSITIONS)], rows),
+        tables.markdown(["mechanism", *heads], rows),
     ]
 
 

@@ -11,6 +11,7 @@ from lla.experiments.language_model import plot, summary
 from tests.experiments import printable
 
 README = summary.FOLDER / "README.md"
+PARTS = ("0-127", "128-255", "256-511", "512-1023")
 
 
 def write(file, runs):
@@ -37,7 +38,7 @@ def evaluation(case, seed, losses, rate=2e-3):
         "case": case, "seed": seed, "learning_rate": rate, "steps": [0, 500, 1000],
         "validation": [
             {"loss": loss, "bits_per_byte": loss / 2}
-            | {f"loss/position_{part}": loss - n / 10 for n, part in enumerate(summary.POSITIONS)}
+            | {summary.POSITION + part: loss - n / 10 for n, part in enumerate(PARTS)}
             for loss in losses
         ],
         "test": {"loss": losses[-1] + 0.1}, "log_every": 500, "training": [5.0, 4.0],
@@ -76,6 +77,7 @@ def test_differences_are_between_runs_with_one_seed(folder):
     assert "| Softmax | 29.37M | 2 | 3.8050 ± 0.0071 | – | 3.9050 ± 0.0071 | 1.9025 |" in text
     assert "| Gated DeltaNet | 29.48M | 1 | diverged | diverged | diverged | – |" in text
     assert "| Softmax | 3.9000 | 3.8000 | 3.8500 |" in text and "LLA, ridge 10 | –" not in text
+    assert "| mechanism | 0 to 127 | 128 to 255 | 256 to 511 | 512 to 1023 |" in text
     assert "| Softmax | 3.8050 | 3.7050 | 3.6050 | 3.5050 |" in text
     assert "| LLA, ridge 10 | -0.0100 | -0.0100 | -0.0100 | -0.0100 |" in text
 
@@ -131,6 +133,7 @@ def test_records_of_a_sweep_are_collected(tmp_path):
 
 def test_the_figure_has_every_mechanism(folder, capsys):
     pytest.importorskip("matplotlib")
+    printable.check(plot.draw(summary.read(folder), summary.evaluations(folder)))
     runs = [(case, 0, 2e-3, 3.8 + n / 100) for n, case in enumerate(summary.CASES)]
     write(folder / "study.csv", runs)
     printable.check(plot.draw(summary.read(folder), summary.evaluations(folder)))
