@@ -16,10 +16,10 @@ PLOTS = [
     "solver_iterations", "state_tracking", pytest.param("test_time_regression", marks=slow),
 ]  # fmt: skip
 NAMES = (
-    "bias_exponents", "in_context_regression", "mad", "memory_and_time", "mqar",
+    "bias_exponents", "in_context_regression", "language_model", "mad", "memory_and_time", "mqar",
     "solver_iterations", "state_tracking", "test_time_regression",
 )  # fmt: skip
-SUMMARIES = ("bias_exponents", "mad", "memory_and_time", "solver_iterations")
+SUMMARIES = ("bias_exponents", "language_model", "mad", "memory_and_time", "solver_iterations")
 
 
 def script(name, kind="plot"):

@@ -1,0 +1,1 @@
+"""Language models with local linear attention; see README.md."""
